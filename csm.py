@@ -1,0 +1,997 @@
+"""CSM, Sesame's Conversational Speech Model, on MLX: text and earlier turns of a conversation in, 24 kHz speech out.
+
+    python csm.py "Hello from Sesame." hello.wav
+
+Sources: Sesame's PyTorch code (github.com/SesameAILabs/csm) and Hugging Face transformers' CsmForConditionalGeneration
+(5.23), to which `test_csm.py` holds this file: same logits, same greedy codes, on the same weights.
+
+The way of a sentence:
+    "[speaker]text" -> token ids -> rows -> backbone (Llama, KV cache) -> last hidden h -> c0, the frame's first code
+    -> depth decoder (a small Llama, 31 steps on [h, c0, c1, ...]) -> c1 .. c31 -> one frame of codes, which goes back
+    into the backbone as the next row, and through Mimi as 80 ms of sound. A frame of zeros ends the speech.
+
+A row is one position of the backbone: K audio codes and one text id, with a mask that says which of them count. A text
+row has the text id alone, an audio row the K codes; its input is the sum of the embeddings that the mask keeps.
+
+Shapes: B batch, T positions, F frames, K codebooks (32), V audio vocabulary (2051), D hidden size, H heads.
+"""
+
+import json
+import logging
+import math
+import os
+import re
+import secrets
+import struct
+import sys
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, field, fields, replace
+from functools import partial
+from pathlib import Path
+
+import mimi as codec  # before mlx: it puts a fast BLAS in place on Linux
+
+import mlx.core as mx  # isort: skip
+import mlx.nn as nn
+import numpy as np
+
+DEFAULT_MODEL = ("senstella/csm-1b-mlx", "ckpt.safetensors")
+DEFAULT_TOKENIZER = "unsloth/Llama-3.2-1B"
+DEFAULT_PROMPTS = "mlx-community/csm-1b"
+DEFAULT_VOICES = ("conversational_a", "conversational_b", *(f"read_speech_{x}" for x in "abcd"))
+NO_TEXT = -1  # in the text column of an audio row; the mask is told from it
+PREFILL = 256  # rows per pass over a prompt: bounds the memory of long ones
+
+log = logging.getLogger("csm")
+
+# ---------------------------------------------------------------------------------------------------- configuration
+
+
+@dataclass(frozen=True)
+class LlamaConfig:
+    n_layers: int
+    dim: int
+    n_heads: int
+    n_kv_heads: int
+    head_dim: int
+    ffn_dim: int
+    norm_eps: float = 1e-5
+    rope_theta: float = 500_000.0
+    rope_scaling: dict | None = field(  # Llama 3's; None: plain RoPE
+        default_factory=lambda: {
+            "factor": 32.0,
+            "low_freq_factor": 1.0,
+            "high_freq_factor": 4.0,
+            "original_max_position_embeddings": 8192,
+        }
+    )
+    max_positions: int = 2048
+
+    def rope_periods(self):
+        """(head_dim / 2,) float32: positions per radian of each rotated pair. Llama 3 slows the long waves down."""
+        periods = self.rope_theta ** (np.arange(0, self.head_dim, 2) / self.head_dim)
+        if s := self.rope_scaling:
+            turns = s["original_max_position_embeddings"] / (2 * math.pi * periods)  # over the original context
+            low, high = s["low_freq_factor"], s["high_freq_factor"]
+            keep = np.clip((turns - low) / (high - low), 0, 1)  # 1: a short wave, kept; 0: a long one, slowed
+            periods = periods / (keep + (1 - keep) / s["factor"])
+        return mx.array(periods.astype(np.float32))
+
+
+@dataclass(frozen=True)
+class CSMConfig:
+    """The sizes of a CSM; the defaults are CSM-1B's. `config.json` of a folder in our layout holds these fields."""
+
+    backbone: LlamaConfig = LlamaConfig(16, 2048, 32, 8, 64, 8192)
+    decoder: LlamaConfig = LlamaConfig(4, 1024, 8, 2, 128, 8192)
+    text_vocab_size: int = 128_256
+    audio_vocab_size: int = 2051  # Mimi's 2048 codes and three ids that are never spoken
+    audio_num_codebooks: int = 32
+    speaker_prefix_space: bool = False  # "[0] text" in place of "[0]text"
+    text_tokenizer: str | None = None  # Hub repository of the tokenizer, where the folder has none
+    use_default_voice_prompt: bool = True
+    quantization: dict | None = None  # {"group_size", "bits"}
+
+    @classmethod
+    def from_dict(cls, d):
+        d = {f.name: d[f.name] for f in fields(cls) if d.get(f.name) is not None}
+        for part in d.keys() & {"backbone", "decoder"}:
+            d[part] = LlamaConfig(**d[part])
+        return cls(**d)
+
+    def to_dict(self):
+        return {"model_type": "csm", "layout": "native", **asdict(self)}
+
+
+# ---------------------------------------------------------------------------------------------------- model
+
+
+class KVCache:
+    """Keys and values of the positions seen so far, one pair of (B, H_kv, capacity, head_dim) arrays a layer."""
+
+    def __init__(self, config, batch=1, capacity=None, dtype=mx.float32):
+        shape = (batch, config.n_kv_heads, capacity or config.max_positions, config.head_dim)
+        self.keys = [mx.zeros(shape, dtype) for _ in range(config.n_layers)]
+        self.values = [mx.zeros(shape, dtype) for _ in range(config.n_layers)]
+        self.offset = 0  # positions held
+
+    def update(self, layer, k, v):
+        """Put k, v (B, H_kv, T, head_dim) behind what is held; return all held by then. The last layer moves on."""
+        end = self.offset + k.shape[2]
+        assert end <= self.keys[layer].shape[2], "KV cache is full"
+        self.keys[layer][:, :, self.offset : end] = k
+        self.values[layer][:, :, self.offset : end] = v
+        if layer == len(self.keys) - 1:
+            self.offset = end
+        return self.keys[layer][:, :, :end], self.values[layer][:, :, :end]
+
+    def trim(self, length):
+        """Forget all but the first `length` positions."""
+        self.offset = min(self.offset, length)
+
+
+def matmul(x, w, scales=None, biases=None):
+    """x (..., in) times w (out, in) transposed; or its quantized form, whose bits and group size the shapes tell."""
+    if scales is None:
+        return x @ w.T
+    bits, group_size = 32 * w.shape[-1] // x.shape[-1], x.shape[-1] // scales.shape[-1]
+    return mx.quantized_matmul(x, w, scales, biases, transpose=True, group_size=group_size, bits=bits)
+
+
+class Linear(nn.Module):
+    """weight (out, in), plain or quantized: with `scales` and `biases` beside it."""
+
+    def __init__(self, n_in, n_out):
+        super().__init__()
+        self.weight = mx.zeros((n_out, n_in))  # not nn.Linear, which draws from the global random generator
+
+    def __call__(self, x):
+        return matmul(x, self.weight, self.get("scales"), self.get("biases"))
+
+
+class Embedding(nn.Module):
+    """weight (n, dim), plain or quantized."""
+
+    def __init__(self, n, dim):
+        super().__init__()
+        self.dim = dim
+        self.weight = mx.zeros((n, dim))
+
+    def __call__(self, ids):
+        if "scales" not in self:
+            return self.weight[ids]
+        w, s, b = self.weight[ids], self.scales[ids], self.biases[ids]
+        return mx.dequantize(w, s, b, group_size=self.dim // s.shape[-1], bits=32 * w.shape[-1] // self.dim)
+
+
+class Attention(nn.Module):
+    def __init__(self, c, layer):
+        super().__init__()
+        self.layer, self.n_heads, self.n_kv_heads, self.head_dim = layer, c.n_heads, c.n_kv_heads, c.head_dim
+        self.q_proj = Linear(c.dim, c.n_heads * c.head_dim)
+        self.k_proj = Linear(c.dim, c.n_kv_heads * c.head_dim)
+        self.v_proj = Linear(c.dim, c.n_kv_heads * c.head_dim)
+        self.o_proj = Linear(c.n_heads * c.head_dim, c.dim)
+
+    def __call__(self, x, periods, cache):
+        B, T, _ = x.shape
+        offset = cache.offset if cache else 0
+        q = self.q_proj(x).reshape(B, T, self.n_heads, self.head_dim).transpose(0, 2, 1, 3)  # (B, H, T, head_dim)
+        k = self.k_proj(x).reshape(B, T, self.n_kv_heads, self.head_dim).transpose(0, 2, 1, 3)
+        v = self.v_proj(x).reshape(B, T, self.n_kv_heads, self.head_dim).transpose(0, 2, 1, 3)
+        # Interleaved pairs, as Sesame has them (transformers rotates halves, with the rows of q and k permuted).
+        rope = dict(traditional=True, base=None, scale=1.0, offset=offset, freqs=periods)
+        q, k = mx.fast.rope(q, self.head_dim, **rope), mx.fast.rope(k, self.head_dim, **rope)
+        if cache:
+            k, v = cache.update(self.layer, k, v)
+        mask = "causal" if T > 1 else None
+        y = mx.fast.scaled_dot_product_attention(q, k, v, scale=self.head_dim**-0.5, mask=mask)
+        return self.o_proj(y.transpose(0, 2, 1, 3).reshape(B, T, -1))
+
+
+class MLP(nn.Module):
+    def __init__(self, c):
+        super().__init__()
+        self.gate_proj = Linear(c.dim, c.ffn_dim)
+        self.up_proj = Linear(c.dim, c.ffn_dim)
+        self.down_proj = Linear(c.ffn_dim, c.dim)
+
+    def __call__(self, x):
+        return self.down_proj(nn.silu(self.gate_proj(x)) * self.up_proj(x))
+
+
+class Layer(nn.Module):
+    def __init__(self, c, layer):
+        super().__init__()
+        self.input_layernorm = nn.RMSNorm(c.dim, eps=c.norm_eps)
+        self.self_attn = Attention(c, layer)
+        self.post_attention_layernorm = nn.RMSNorm(c.dim, eps=c.norm_eps)
+        self.mlp = MLP(c)
+
+    def __call__(self, x, periods, cache):
+        x = x + self.self_attn(self.input_layernorm(x), periods, cache)
+        return x + self.mlp(self.post_attention_layernorm(x))
+
+
+class Llama(nn.Module):
+    """The Llama-3 stack without embedding and head: (B, T, D) -> (B, T, D), causal."""
+
+    def __init__(self, c):
+        super().__init__()
+        self.layers = [Layer(c, i) for i in range(c.n_layers)]
+        self.norm = nn.RMSNorm(c.dim, eps=c.norm_eps)
+        self._periods = c.rope_periods()  # underscored: not a parameter
+        mx.eval(self._periods)  # an unevaluated array would belong to this thread's stream
+
+    def __call__(self, x, cache=None):
+        for layer in self.layers:
+            x = layer(x, self._periods, cache)
+        return self.norm(x)
+
+
+class CSM(nn.Module):
+    """Backbone and depth decoder. Parameters are named as in senstella/csm-1b-mlx, our own layout."""
+
+    def __init__(self, config: CSMConfig = CSMConfig()):
+        super().__init__()
+        self.config = c = config
+        D, K, V = c.backbone.dim, c.audio_num_codebooks, c.audio_vocab_size
+        self.backbone = Llama(c.backbone)
+        self.decoder = Llama(c.decoder)
+        self.text_embeddings = Embedding(c.text_vocab_size, D)
+        self.audio_embeddings = Embedding(V * K, D)  # code i of codebook k is row i + V * k
+        self.projection = Linear(D, c.decoder.dim)
+        self.codebook0_head = Linear(D, V)
+        self.audio_head = [Linear(c.decoder.dim, V) for _ in range(K - 1)]
+
+    @property
+    def dtype(self):
+        return self.backbone.norm.weight.dtype
+
+    def embed(self, rows, mask):
+        """rows (B, T, K + 1) int, mask alike bool -> (B, T, D), the sum of the embeddings kept."""
+        K, V = self.config.audio_num_codebooks, self.config.audio_vocab_size
+        audio = self.audio_embeddings(rows[..., :K] + V * mx.arange(K))  # (B, T, K, D)
+        text = self.text_embeddings(rows[..., K:])  # (B, T, 1, D)
+        return (mx.concatenate([audio, text], axis=-2) * mask[..., None]).sum(axis=-2)
+
+    def __call__(self, rows, mask, cache=None):
+        """rows, mask (B, T, K + 1) -> hidden states (B, T, D) of the backbone."""
+        return self.backbone(self.embed(rows, mask), cache)
+
+    def head(self, i, h):
+        """Logits (..., V) of codebook i from h: the backbone's hidden state for i = 0, else the depth decoder's."""
+        return self.codebook0_head(h) if i == 0 else self.audio_head[i - 1](h)
+
+    def embed_code(self, i, codes):
+        """Codes (...) of codebook i -> (..., D)."""
+        return self.audio_embeddings(codes + i * self.config.audio_vocab_size)
+
+    def depth_logits(self, h, codes):
+        """Teacher-forced: h (N, D) hidden states, codes (N, K) of their frames -> logits (N, K - 1, V) of codes 1.."""
+        K = self.config.audio_num_codebooks
+        x = self.embed_code(mx.arange(K - 1), codes[:, :-1])
+        y = self.decoder(self.projection(mx.concatenate([h[:, None], x], axis=1)))[:, 1:]
+        return mx.stack([self.head(i, y[:, i - 1]) for i in range(1, K)], axis=1)
+
+    def sample_frame(self, h, sample):
+        """h (B, D), the backbone's last hidden state -> one frame of codes (B, K) int32.
+
+        sample(i, logits (B, V)) -> ids (B,) is asked for each codebook i in turn.
+        """
+        K = self.config.audio_num_codebooks
+        cache = KVCache(self.config.decoder, h.shape[0], K, self.dtype)  # a fresh one every frame
+        codes = [sample(0, self.head(0, h))]
+        x = mx.stack([h, self.embed_code(0, codes[0])], axis=1)  # (B, 2, D)
+        for i in range(1, K):
+            y = self.decoder(self.projection(x), cache)[:, -1]
+            codes.append(sample(i, self.head(i, y)))
+            x = self.embed_code(i, codes[-1])[:, None]
+        return mx.stack(codes, axis=1).astype(mx.int32)
+
+
+# ---------------------------------------------------------------------------------------------------- sampling
+
+
+@dataclass(frozen=True)
+class Sampling:
+    """How codes are drawn from logits. The filters act on the untempered probabilities, in mlx-lm's order."""
+
+    temperature: float = 0.9  # 0: greedy
+    top_k: int = 50  # 0: off
+    top_p: float = 1.0  # 1: off
+    min_p: float = 0.0  # relative to the likeliest; 0: off
+    min_tokens_to_keep: int = 1  # that min_p spares
+    sampler: Callable | None = None  # log-probabilities (B, V) -> ids (B,), in place of all the above
+    logits_processors: tuple = ()  # of codebook 0: (ids so far (F,), logits (1, V)) -> logits
+
+    def __post_init__(self):
+        if not (0 <= self.temperature < math.inf):
+            raise ValueError(f"temperature must be 0 or more, not {self.temperature}")
+        if self.top_k is not None and self.top_k < 0:
+            raise ValueError(f"top_k must be 0 (off) or more, not {self.top_k}")
+        if not 0 <= self.top_p <= 1 or not 0 <= self.min_p <= 1:
+            raise ValueError(f"top_p and min_p must lie in 0..1, not {self.top_p} and {self.min_p}")
+        if self.min_tokens_to_keep < 1:
+            raise ValueError(f"min_tokens_to_keep must be 1 or more, not {self.min_tokens_to_keep}")
+
+    def __call__(self, logits, key):
+        """logits (B, V), -inf where forbidden -> ids (B,)."""
+        logits = logits.astype(mx.float32)
+        if self.sampler is not None:
+            return self.sampler(logits - mx.logsumexp(logits, axis=-1, keepdims=True))
+        if self.temperature == 0:
+            return mx.argmax(logits, axis=-1)
+        V = logits.shape[-1]
+        k = min(self.top_k or V, V)
+        nucleus = 0 < self.top_p < 1
+        if k == V and not nucleus and not self.min_p:
+            return mx.random.categorical(logits / self.temperature, key=key)
+        # Each filter keeps a prefix of the ids in falling order, so together they keep the shortest.
+        order = mx.argsort(-logits, axis=-1)[:, :k]
+        logp = mx.take_along_axis(logits, order, axis=-1) - mx.logsumexp(logits, axis=-1, keepdims=True)
+        keep = mx.ones(logp.shape, mx.bool_)
+        if nucleus:  # as long as the likelier ones do not fill top_p already
+            keep &= mx.cumsum(mx.exp(logp), axis=-1, inclusive=False) < self.top_p
+        if self.min_p:
+            keep &= (logp >= logp[:, :1] + math.log(self.min_p)) | (mx.arange(k) < self.min_tokens_to_keep)
+        logp = mx.where(keep, logp, -mx.inf)
+        choice = mx.random.categorical(logp / self.temperature, key=key)
+        return mx.take_along_axis(order, choice[:, None], axis=-1)[:, 0]
+
+
+# ---------------------------------------------------------------------------------------------------- prompt
+
+
+@dataclass
+class Segment:
+    """A finished turn of a conversation: who said what, and how it sounded.
+
+    audio: (samples,) at 24 kHz, or the path of an audio file of any rate and channels. codes: (F, K), which generation
+    gives; with codes the audio is not encoded again, and may be None.
+    """
+
+    speaker: int
+    text: str
+    audio: mx.array | np.ndarray | str | os.PathLike | None = None
+    codes: mx.array | np.ndarray | None = None
+
+
+class Tokenizer:
+    """Text -> ids, from `tokenizer.json` (by `tokenizers`) or `tokenizer.model` (by `sentencepiece`)."""
+
+    BOS = ("<|begin_of_text|>", "<bos>", "<s>", "[BOS]")
+    EOS = ("<|end_of_text|>", "<eos>", "</s>", "[EOS]")
+
+    def __init__(self, path):
+        path = Path(path)
+        try:
+            if path.suffix == ".json":
+                import tokenizers
+
+                t = tokenizers.Tokenizer.from_file(str(path))
+                t.encode_special_tokens = True  # "<|end_of_text|>" in a user's text is text
+                self._encode = lambda text: t.encode(text, add_special_tokens=False).ids
+                names = path.with_name("tokenizer_config.json")
+                names = json.loads(names.read_text()) if names.exists() else {}
+                self.bos, self.eos = (
+                    next((i for n in [names.get(key), *known] if n and (i := self._id(t, n)) is not None), None)
+                    for key, known in (("bos_token", self.BOS), ("eos_token", self.EOS))
+                )
+            else:
+                import sentencepiece
+
+                t = sentencepiece.SentencePieceProcessor(model_file=str(path))
+                self._encode = t.encode
+                self.bos, self.eos = (i if i >= 0 else None for i in (t.bos_id(), t.eos_id()))
+        except Exception as e:  # both libraries raise bare Exceptions
+            raise ValueError(f"{path} is not a tokenizer: {str(e).splitlines()[0]}") from None
+
+    @staticmethod
+    def _id(t, name):
+        return t.token_to_id(name["content"] if isinstance(name, dict) else name)
+
+    def encode(self, text):
+        """text -> [bos, ..., eos]: CSM's template has both, once each."""
+        return [i for i in (self.bos, *self._encode(text), self.eos) if i is not None]
+
+
+def as_samples(audio):
+    """Any form of Segment.audio -> (samples,) float32, checked."""
+    if isinstance(audio, (str, os.PathLike)):
+        return codec.read_audio(audio)
+    audio = np.array(audio.astype(mx.float32)) if isinstance(audio, mx.array) else np.asarray(audio)
+    if np.issubdtype(audio.dtype, np.integer):
+        audio = audio / (np.iinfo(audio.dtype).max + 1)
+    if audio.ndim == 2:  # (channels, samples) or (samples, channels)
+        audio = audio.mean(axis=int(np.argmin(audio.shape)))
+    if audio.ndim != 1 or not audio.size:
+        raise ValueError(f"audio must be (samples,), not {audio.shape}")
+    if not np.isfinite(audio).all():
+        raise ValueError("the audio contains NaN or infinite samples")
+    return audio.astype(np.float32)
+
+
+# ---------------------------------------------------------------------------------------------------- generation
+
+
+class Generator:
+    """A loaded model: network, codec, tokenizer and voices. It never changes, so threads may share it.
+
+    The arguments that generate, stream, generate_codes and Conversation.say share:
+      text, speaker (0, 1, ...; the voice comes from the context, and a turn of the same speaker shares its voice)
+      context: Segments said before; voice: a preset's name, used when there is no context ("none": no voice;
+      None: the model's default); voice_match: continue the speaker's last clip in `context` in place of answering it
+      max_audio_length_ms, and the fields of Sampling; seed: None draws one, and logs it on the logger "csm".
+    All raise ValueError for what is wrong in them, and for a prompt beyond the model's positions.
+    """
+
+    def __init__(self, model, mimi, tokenizer, voices=None):
+        self.model, self.mimi, self.tokenizer = model, mimi, tokenizer
+        self.voices = voices or {}  # name -> function that returns (wav path, txt path)
+        if mimi.n_codebooks < model.config.audio_num_codebooks:
+            raise ValueError(
+                f"the model writes {model.config.audio_num_codebooks} codebooks, its Mimi has {mimi.n_codebooks}"
+            )
+
+    @property
+    def sample_rate(self):
+        return self.mimi.sample_rate
+
+    def conversation(self, context=(), *, voice=None, speaker=0):
+        """A Conversation that starts with `context`, or without one with a preset voice for `speaker`."""
+        return Conversation(self, context or self.voice_prompt(voice, speaker))
+
+    def stream(
+        self, text, speaker=0, context=(), *, voice=None, voice_match=False, streaming_interval=0.5, **options
+    ) -> Iterator[mx.array]:
+        """Speech for `text` in pieces of `streaming_interval` seconds, (samples,) float32 each; joined, `generate`."""
+        conversation, opening = self._open(speaker, context, voice, voice_match)
+        return conversation.stream(text, speaker, streaming_interval=streaming_interval, opening=opening, **options)
+
+    def generate(self, text, speaker=0, context=(), **options) -> mx.array:
+        """Speech for `text`: (samples,) float32 at `sample_rate`; empty if the model ends at once."""
+        return join(self.stream(text, speaker, context, streaming_interval=2.0, **options))
+
+    def generate_codes(self, text, speaker=0, context=(), *, voice=None, voice_match=False, **options) -> mx.array:
+        """The codes of the speech: (F, K) int32."""
+        conversation, opening = self._open(speaker, context, voice, voice_match)
+        frames = list(conversation.frames(text, speaker, opening=opening, **options))
+        return mx.concatenate(frames) if frames else mx.zeros((0, self.model.config.audio_num_codebooks), mx.int32)
+
+    def _open(self, speaker, context, voice, voice_match):
+        context = list(context) or self.voice_prompt(voice, speaker)
+        opening = None
+        if voice_match:
+            mine = [i for i, s in enumerate(context) if s.speaker == speaker]
+            if not mine:
+                raise ValueError(f"voice_match continues a clip of speaker {speaker}, and the context has none")
+            opening = context.pop(mine[-1])
+        return Conversation(self, context), opening
+
+    def voice_prompt(self, voice=None, speaker=0):
+        """The preset `voice` as a list of one Segment, or [] for none."""
+        if voice == "none" or (voice is None and not (self.voices and self.model.config.use_default_voice_prompt)):
+            return []
+        name = voice or ("conversational_a" if "conversational_a" in self.voices else min(self.voices))
+        if name not in self.voices:
+            known = ", ".join(sorted(self.voices)) or "none at all"
+            raise ValueError(f"unknown voice {name!r}; this model has: {known}")
+        wav, txt = self.voices[name]()
+        if not Path(txt).is_file():
+            raise ValueError(f"voice {name} has no transcript: {txt} is missing")
+        return [Segment(speaker, Path(txt).read_text(encoding="utf-8").strip(), wav)]
+
+    def text_rows(self, text, speaker):
+        """(T, K + 1) int32 for one turn's text."""
+        if not isinstance(speaker, (int, np.integer)) or speaker < 0:
+            raise ValueError(f"speaker must be 0 or more, not {speaker!r}")
+        if not text or not text.strip():
+            raise ValueError("the text is empty")
+        c = self.model.config
+        ids = self.tokenizer.encode(f"[{speaker}]{' ' if c.speaker_prefix_space else ''}{text}")
+        if max(ids) >= c.text_vocab_size:
+            raise ValueError(f"the tokenizer gives id {max(ids)}, but the model knows {c.text_vocab_size}: not a pair")
+        rows = np.zeros((len(ids), c.audio_num_codebooks + 1), np.int32)
+        rows[:, -1] = ids
+        return rows
+
+    def audio_rows(self, segment, end=True):
+        """(F + 1, K + 1) int32 for one turn's audio: its frames and, if `end`, the frame of zeros that ends it.
+
+        The text column holds NO_TEXT.
+        """
+        K, V = self.model.config.audio_num_codebooks, self.model.config.audio_vocab_size
+        codes = segment.codes
+        if codes is None:
+            if segment.audio is None:
+                raise ValueError(f"a turn of the context has a text but no audio: {segment.text[:40]!r}")
+            codes = self.mimi.encode(mx.array(as_samples(segment.audio))[None, None])[0, :K].T
+        codes = np.array(codes)
+        if codes.ndim != 2 or codes.shape[1] != K:
+            raise ValueError(f"codes must be (frames, {K}), not {codes.shape}")
+        if codes.size and not 0 <= codes.min() <= codes.max() < V:
+            raise ValueError(f"codes must lie in 0..{V - 1}")
+        rows = np.pad(codes.astype(np.int32), [(0, int(end)), (0, 1)])
+        rows[:, K] = NO_TEXT
+        return rows
+
+    def segment_rows(self, segment):
+        """(T, K + 1) int32 for a finished turn: its text, then its audio."""
+        return np.concatenate([self.text_rows(segment.text, segment.speaker), self.audio_rows(segment)])
+
+
+class Conversation:
+    """Turns said so far and their KV cache, so that a new turn costs the backbone its own rows alone.
+
+    Past the model's positions it forgets the oldest turns that came after its context, and warns on the logger "csm".
+    A stream that is abandoned, or fails, leaves the conversation as it was before that turn.
+    """
+
+    def __init__(self, generator, context=()):
+        self.generator, self.model = generator, generator.model
+        self.turns = list(context)  # Segments
+        self.blocks = [generator.segment_rows(s) for s in self.turns]  # the rows of each turn
+        self.n_kept = len(self.blocks)  # the context, or the voice prompt, is never forgotten
+        self.limit = self.model.config.backbone.max_positions
+        self.cache = KVCache(self.model.config.backbone, 1, self.limit, self.model.dtype)
+        self.prefilled = 0  # rows that went through the backbone as prompt, in all
+        self.busy = False
+
+    def say(self, text, speaker=0, **options) -> mx.array:
+        """Say the next turn: (samples,) float32. Options: see Generator."""
+        return join(self.stream(text, speaker, streaming_interval=2.0, **options))
+
+    def stream(self, text, speaker=0, *, streaming_interval=0.5, **options) -> Iterator[mx.array]:
+        """Say the next turn in pieces of `streaming_interval` seconds: (samples,) float32 each."""
+        mimi = self.generator.mimi
+        if not streaming_interval > 0:
+            raise ValueError(f"streaming_interval must be above 0 seconds, not {streaming_interval}")
+        size = max(1, round(streaming_interval * mimi.config.frame_rate))
+        frames = self.frames(text, speaker, **options)
+
+        def pieces():
+            state, waiting = mimi.init_state(1), []
+            for codes in frames:
+                waiting.append(codes)
+                if len(waiting) == size:
+                    audio, state = mimi.decode_step(mx.stack(waiting, axis=2), state)
+                    waiting = []
+                    yield audio[0, 0]
+            if waiting:
+                yield mimi.decode_step(mx.stack(waiting, axis=2), state)[0][0, 0]
+
+        return pieces()
+
+    def hear(self, segment):
+        """Add a turn that somebody else spoke."""
+        self._check_free()
+        self.blocks.append(self.generator.segment_rows(segment))
+        self.turns.append(segment)
+
+    def frames(self, text, speaker=0, *, opening=None, max_audio_length_ms=90_000, seed=None, **sampling):
+        """Say the next turn as frames of codes, (1, K) int32 each. Arguments are checked at once, not at the first."""
+        rows = self.generator.text_rows(text if opening is None else f"{opening.text} {text}", speaker)
+        if opening is not None:
+            rows = np.concatenate([rows, self.generator.audio_rows(opening, end=False)])
+        if not max_audio_length_ms > 0:
+            raise ValueError(f"max_audio_length_ms must be above 0, not {max_audio_length_ms}")
+        max_frames = max(1, int(max_audio_length_ms / 1000 * self.generator.mimi.config.frame_rate))
+        if seed is None:
+            seed = secrets.randbits(32)
+            log.info("seed %d", seed)
+        if not 0 <= seed < 2**64:
+            raise ValueError(f"seed must lie in 0..2^64 - 1, not {seed}")
+        sampling["logits_processors"] = tuple(sampling.get("logits_processors", ()))
+        return self._frames(Segment(speaker, text), rows, max_frames, mx.random.key(seed), Sampling(**sampling))
+
+    def _check_free(self):
+        if self.busy:
+            raise ValueError("a turn is still being said: finish its stream, or close it")
+
+    def _frames(self, turn, rows, max_frames, key, sampling):
+        self._check_free()
+        self._make_room(len(rows), max_frames)
+        K, V = self.model.config.audio_num_codebooks, self.model.config.audio_vocab_size
+        forbidden = mx.where(mx.arange(V) < self.generator.mimi.config.codebook_size, 0, -mx.inf)  # what Mimi lacks
+        start, said, self.busy = self.cache.offset, [], True
+        prompt = np.concatenate([*self.blocks, rows])
+        max_frames = min(max_frames, self.limit - len(prompt))
+        done = False
+        try:
+            h = self._prefill(prompt)
+            while len(said) < max_frames:
+                key, *keys = mx.random.split(key, K + 1)
+
+                def sample(i, logits):
+                    logits = logits.astype(mx.float32)
+                    if i == 0:
+                        so_far = mx.concatenate(said)[:, 0] if said else mx.zeros((0,), mx.int32)
+                        for process in sampling.logits_processors:
+                            logits = process(so_far, logits)
+                    return sampling(logits + forbidden, keys[i])
+
+                codes = self.model.sample_frame(h, sample)
+                if not codes.any().item():
+                    break
+                said.append(codes)
+                yield codes
+                if len(said) < max_frames:
+                    h = self._step(mx.pad(codes, [(0, 0), (0, 1)], constant_values=NO_TEXT)[:, None])
+            else:
+                if len(prompt) + max_frames >= self.limit:
+                    log.warning("the speech was cut off at the model's %d positions", self.limit)
+            done = True
+        finally:
+            self.busy = False
+            if done:
+                turn.codes = mx.concatenate(said) if said else mx.zeros((0, K), mx.int32)
+                self.blocks.append(np.concatenate([rows, self.generator.audio_rows(turn)]))
+                self.turns.append(turn)
+            else:
+                self.cache.trim(start)
+
+    def _make_room(self, n_rows, max_frames):
+        """Forget old turns until the prompt leaves room for the speech, or at least for a quarter of the positions."""
+        need = n_rows + min(max_frames, self.limit // 4)
+        fixed = sum(map(len, self.blocks[: self.n_kept]))
+        if fixed + n_rows >= self.limit:
+            raise ValueError(
+                f"the prompt takes {fixed + n_rows} positions, and the model has {self.limit}: shorten the context or the text"
+            )
+        n = len(self.blocks)
+        while len(self.blocks) > self.n_kept and sum(map(len, self.blocks)) + need > self.limit:
+            del self.blocks[self.n_kept], self.turns[self.n_kept]
+        if n > len(self.blocks):
+            log.warning("%d old turns forgotten: the model has %d positions", n - len(self.blocks), self.limit)
+            self.cache.trim(fixed)
+
+    def _prefill(self, prompt):
+        """Rows of the prompt (T, K + 1) that the cache lacks through the backbone; returns the last hidden (1, D)."""
+        rows = prompt[self.cache.offset :]
+        self.prefilled += len(rows)
+        for i in range(0, len(rows), PREFILL):
+            h = self._step(mx.array(rows[None, i : i + PREFILL]))
+            mx.eval(h, self.cache.keys, self.cache.values)
+        return h
+
+    def _step(self, rows):
+        """rows (1, T, K + 1) through the backbone -> the last hidden state (1, D)."""
+        is_text = rows[..., -1:] != NO_TEXT
+        mask = is_text == (mx.arange(rows.shape[-1]) == rows.shape[-1] - 1)  # text: the last column; audio: the others
+        return self.model(mx.maximum(rows, 0), mask, self.cache)[:, -1]
+
+
+def join(pieces):
+    pieces = list(pieces)
+    return mx.concatenate(pieces) if pieces else mx.zeros((0,))
+
+
+# ---------------------------------------------------------------------------------------------------- loading
+
+
+def split_heads(weights):
+    """Our layout's one `audio_head` (K - 1, D, V) as the model's matrices, `audio_head.i.weight` (V, D)."""
+    weights = dict(weights)
+    stack = weights.pop("audio_head", [])
+    return weights | {f"audio_head.{i}.weight": mx.contiguous(w.T) for i, w in enumerate(stack)}
+
+
+def quantize_weights(weights, bits=4, group_size=64):
+    """{name: array} of our layout with every matrix quantized, embeddings and audio_head too. ValueError: cannot be."""
+    if bits not in (2, 3, 4, 5, 6, 8) or group_size not in (32, 64, 128):
+        raise ValueError(f"quantize takes 4 or 8 bits in groups of 32, 64 or 128, not {bits} and {group_size}")
+    if any(name.endswith(".scales") for name in weights):
+        raise ValueError("the model is quantized already")
+    out = {}
+    for name, w in split_heads(weights).items():
+        if w.ndim < 2 or w.shape[-1] % group_size:
+            out[name] = w
+        else:
+            base = name.removesuffix(".weight")
+            out[name], out[f"{base}.scales"], out[f"{base}.biases"] = mx.quantize(w, group_size, bits)
+    if len(out) == len(weights):
+        raise ValueError(f"no matrix of the model can be cut into groups of {group_size}")
+    return out
+
+
+def blank(config, weights):
+    """A CSM of zeros to take `weights`: with quantized matrices where they are."""
+    model = CSM(config)
+    modules = dict(model.named_modules())
+    for base in [name.removesuffix(".scales") for name in weights if name.endswith(".scales")]:
+        if not config.quantization:
+            raise ValueError("the weights are quantized, and config.json does not say how")
+        if (m := modules.get(base)) is not None:
+            *rows, n = m.weight.shape
+            m.weight = mx.zeros((*rows, n * config.quantization["bits"] // 32), mx.uint32)
+            m.scales = m.biases = mx.zeros((*rows, n // config.quantization["group_size"]))
+    return model
+
+
+def locate(model):
+    """What `load` was given -> the path of a local folder or file, downloaded if need be."""
+    if model == "csm-1b":
+        return codec.download(*DEFAULT_MODEL)
+    if model == "tiny":
+        model = Path(__file__).resolve().with_name("tiny")
+        if not model.is_dir():
+            raise ValueError("the model `tiny` is not in this checkout")
+    if Path(model).exists():
+        return Path(model)
+    if re.fullmatch(r"[\w.-]+/[\w.-]+", str(model)):
+        # A repository may hold its weights in several layouts: the MLX or Sesame ones first, in one file.
+        for weights in (("model*.safetensors*", "ckpt.safetensors"), ("*.safetensors*",), ("*.pt",)):
+            folder = codec.download(str(model), *weights, "*.json", "tokenizer.model", "mimi.safetensors", "prompts/*")
+            if any(f for pattern in weights for f in folder.glob(pattern)):
+                break
+        return folder
+    raise ValueError(
+        f"no such model: {model} (csm-1b, tiny, a folder, a .safetensors file or a Hugging Face repository)"
+    )
+
+
+def load(model="csm-1b", *, dtype=None, quantize=None, group_size=64):
+    """A Generator.
+
+    model: "csm-1b", "tiny", a folder, a weights file or a Hugging Face repository, in any layout that convert.py knows.
+    dtype: of the computation, "float32", "bfloat16" or "float16"; None: bfloat16 on a GPU, float32 on the CPU, where
+    the other types are slow. quantize: 4 or 8 bits, in groups of group_size. What a folder lacks (Mimi, tokenizer) is
+    taken from the default downloads. Raises ValueError.
+    """
+    path = locate(model)
+    folder = path if path.is_dir() else path.parent
+    native = json.loads((folder / "config.json").read_text()) if (folder / "config.json").is_file() else {}
+    mimi = None
+    if native.get("layout") == "native" or model == "csm-1b":  # whose repository has no config.json
+        config = CSMConfig.from_dict(native)
+        weights = codec.read_safetensors(path if path.is_file() else path / "model.safetensors")[0]
+    else:
+        import convert  # only here: a folder in our own layout needs csm.py and mimi.py alone
+
+        config, weights, mimi = convert.read(path)
+        if weights is None:
+            raise ValueError(f"{path} holds a Mimi, and no CSM")
+        config = CSMConfig.from_dict(config)
+    if quantize:
+        weights = quantize_weights(weights, quantize, group_size)
+        config = replace(config, quantization={"group_size": group_size, "bits": quantize})
+    dtype = as_dtype(dtype)
+    weights = {k: w.astype(dtype) if mx.issubdtype(w.dtype, mx.floating) else w for k, w in weights.items()}
+    network = blank(config, weights)
+    codec.fill(network, split_heads(weights))
+    del weights
+    if mimi is not None:
+        mimi = codec.from_weights(mimi[1], mimi[0])
+    elif (folder / "mimi.safetensors").is_file():
+        mimi = codec.load(folder / "mimi.safetensors")
+    else:
+        mimi = codec.load()
+    tokenizer = next((f for f in (folder / "tokenizer.json", folder / "tokenizer.model") if f.is_file()), None)
+    if tokenizer is None:
+        tokenizer = codec.download(config.text_tokenizer or DEFAULT_TOKENIZER, "tokenizer.json")
+    if model == "csm-1b":
+        voices = {v: partial(hub_voice, v) for v in DEFAULT_VOICES}
+    else:
+        voices = {f.stem: partial(tuple, (f, f.with_suffix(".txt"))) for f in (folder / "prompts").glob("*.wav")}
+    return Generator(network, mimi, Tokenizer(tokenizer), voices)
+
+
+def hub_voice(name):
+    return tuple(codec.download(DEFAULT_PROMPTS, f"prompts/{name}.{kind}") for kind in ("wav", "txt"))
+
+
+def as_dtype(dtype):
+    if dtype is None:
+        return mx.bfloat16 if mx.default_device() == mx.gpu else mx.float32
+    name = str(dtype).removeprefix("mlx.core.")
+    if name not in ("float32", "bfloat16", "float16"):
+        raise ValueError(f"dtype must be float32, bfloat16 or float16, not {dtype}")
+    return getattr(mx, name)
+
+
+# ---------------------------------------------------------------------------------------------------- command
+
+
+@contextmanager
+def wav_writer(path, sample_rate):
+    """A function that takes pieces of audio for a 16-bit WAV at `path`, put there when all is well; "-": to stdout."""
+    if str(path) == "-":
+        out = sys.stdout.buffer
+        head = struct.pack("<4sI4s4sIHHIIHH4sI", b"RIFF", 2**32 - 1, b"WAVE", b"fmt ", 16, 1, 1, sample_rate,
+                           2 * sample_rate, 2, 16, b"data", 2**32 - 1)  # fmt: skip
+        out.write(head)  # the length is not known yet: the largest there is
+
+        def write(audio):
+            out.write(codec.to_pcm16(audio).tobytes())
+            out.flush()
+
+        yield write
+        return
+    import soundfile
+
+    part = Path(f"{path}.part")
+    try:
+        file = soundfile.SoundFile(part, "w", sample_rate, 1, "PCM_16", format="WAV")
+    except (OSError, soundfile.LibsndfileError) as e:
+        raise ValueError(f"cannot write {path}: {e}") from None
+    try:
+        with file:
+            yield lambda audio: file.write(codec.to_pcm16(audio))
+        os.replace(part, path)
+    finally:
+        part.unlink(missing_ok=True)
+
+
+def read_text(argument):
+    """TEXT of the command: itself, "-" for standard input, "@file" for a file."""
+    if argument == "-":
+        return sys.stdin.read().strip()
+    if argument.startswith("@"):
+        try:
+            return Path(argument[1:]).read_text(encoding="utf-8").strip()
+        except (OSError, UnicodeDecodeError) as e:
+            raise ValueError(f"cannot read {argument[1:]}: {e}") from None
+    return argument
+
+
+def read_dialogue(path):
+    """Lines "0: Hello." -> [(speaker, text)]."""
+    turns = []
+    for n, line in enumerate(read_text(f"@{path}").splitlines(), 1):
+        if not line.strip():
+            continue
+        m = re.match(r"\s*\[?(\d+)\]?\s*:\s*(\S.*)", line)
+        if not m:
+            raise ValueError(f"{path}, line {n}: expected `speaker: text`, such as `0: Hello.`")
+        turns.append((int(m[1]), m[2].strip()))
+    if not turns:
+        raise ValueError(f"{path} holds no turns")
+    return turns
+
+
+def read_context(path):
+    """JSON, a list of {"speaker", "text", "audio": path beside the JSON} -> Segments."""
+    try:
+        turns = json.loads(read_text(f"@{path}"))
+        return [
+            Segment(
+                int(t["speaker"] if "speaker" in t else t["speaker_id"]),
+                t["text"],
+                Path(path).parent / (t["audio"] if "audio" in t else t["audio_path"]),
+            )
+            for t in turns
+        ]
+    except (KeyError, TypeError, json.JSONDecodeError) as e:
+        raise ValueError(
+            f'{path}: expected [{{"speaker": 0, "text": "...", "audio": "file.wav"}}, ...] ({e})'
+        ) from None
+
+
+def command(args):
+    if (args.ref_audio is None) != (args.ref_text is None):
+        raise ValueError("--ref-audio and --ref-text go together: a clip needs its transcript")
+    if args.dialogue and args.text is not None:
+        raise ValueError("give a text or --dialogue, not both")
+    if not args.dialogue and args.text is None:
+        raise ValueError("give TEXT and OUT")
+    if args.out != "-" and (Path(args.out).is_dir() or not Path(args.out).absolute().parent.is_dir()):
+        raise ValueError(f"cannot write {args.out}: {'it is a folder' if Path(args.out).is_dir() else 'no such folder'}")
+    turns = read_dialogue(args.dialogue) if args.dialogue else [(args.speaker, read_text(args.text))]
+    if not all(text.strip() for _, text in turns):
+        raise ValueError("the text is empty")
+    context = [] if args.ref_audio is None else [Segment(args.speaker, args.ref_text, as_samples(args.ref_audio))]
+    if args.context:
+        context += [replace(s, audio=as_samples(s.audio)) for s in read_context(args.context)]
+    options = {k: getattr(args, k) for k in ("temperature", "top_k", "top_p", "min_p", "max_audio_length_ms")}
+    Sampling(**{k: v for k, v in options.items() if k != "max_audio_length_ms"})
+    seed = secrets.randbits(32) if args.seed is None else args.seed
+    interval = args.streaming_interval if args.stream or args.play or args.out == "-" else 2.0
+    generator = load(args.model, dtype=args.dtype, quantize=args.quantize)
+
+    rate, n_samples, first, stopped = generator.sample_rate, 0, None, False
+    start = time.perf_counter()
+    conversation, opening = generator._open(turns[0][0], context, args.voice, args.voice_match)
+    with wav_writer(args.out, rate) as write, player(rate, args.play) as play, progress() as bar:
+        try:
+            for i, (speaker, text) in enumerate(turns):
+                pieces = conversation.stream(
+                    text, speaker, streaming_interval=interval, opening=opening, seed=seed + i, **options
+                )
+                opening = None
+                for audio in pieces:
+                    audio = np.array(audio)
+                    first = first or time.perf_counter() - start
+                    n_samples += len(audio)
+                    write(audio)
+                    play(audio)
+                    bar.update(len(audio) / rate)
+        except KeyboardInterrupt:
+            if args.out == "-" or not n_samples:
+                raise
+            stopped = True
+    seconds, taken = n_samples / rate, time.perf_counter() - start
+    if stopped:
+        print(f"interrupted: the {seconds:.1f} s finished so far are in {args.out}", file=sys.stderr)
+    elif not n_samples:
+        print("the model ended the speech at once: there is no audio (try another seed)", file=sys.stderr)
+    print(
+        f"{seconds:.2f} s of audio in {taken:.2f} s, real-time factor {taken / seconds if seconds else math.inf:.2f}, "
+        f"first audio after {first or 0:.2f} s, peak memory {peak_memory() / 1e9:.2f} GB, seed {seed}",
+        file=sys.stderr,
+    )
+    return 130 if stopped else 0
+
+
+@contextmanager
+def player(rate, on):
+    """A function that plays pieces of audio as they come, or does nothing."""
+    if not on:
+        yield lambda audio: None
+        return
+    try:
+        import sounddevice
+
+        speaker = sounddevice.OutputStream(samplerate=rate, channels=1, dtype="float32")
+    except Exception as e:  # no package, no PortAudio, no device
+        raise ValueError(f"--play needs `pip install sounddevice` and a sound card: {str(e).splitlines()[0]}") from None
+    with speaker:
+        yield lambda audio: speaker.write(audio[:, None])
+
+
+def progress():
+    from tqdm import tqdm
+
+    return tqdm(unit="s", bar_format="{n:.1f} s of speech, {elapsed}", disable=None, leave=False)
+
+
+def peak_memory():
+    """Bytes: the larger of MLX's own peak, which a GPU's is, and the process's."""
+    try:
+        import resource
+    except ImportError:  # Windows
+        return mx.get_peak_memory()
+    unit = 1 if sys.platform == "darwin" else 1024
+    return max(mx.get_peak_memory(), resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit)
+
+
+def main(argv=None):
+    import argparse
+
+    p = argparse.ArgumentParser(prog="csm.py", description="Text to speech with CSM, Sesame's speech model, on MLX.")
+    p.add_argument("text", nargs="?", metavar="TEXT", help="what to say; - reads standard input, @file a file")
+    p.add_argument("out", metavar="OUT", help="WAV file; - writes to standard output while generating")
+    p.add_argument("--model", default="csm-1b", help="csm-1b, tiny, a folder, a weights file or a Hugging Face repo")
+    p.add_argument("--speaker", type=int, default=0, help="speaker id of the text (default 0)")
+    p.add_argument("--voice", help="preset voice, or none (default: the model's own)")
+    p.add_argument("--ref-audio", metavar="F", help="a clip of the voice to speak with")
+    p.add_argument("--ref-text", metavar="T", help="what that clip says")
+    p.add_argument("--context", metavar="JSON", help='earlier turns: [{"speaker", "text", "audio"}, ...]')
+    p.add_argument("--voice-match", action="store_true", help="continue the last clip of the speaker")
+    p.add_argument("--dialogue", metavar="F", help='speak a script: lines "0: Hello."')
+    p.add_argument("--temperature", type=float, default=0.9, help="0 is greedy (default 0.9)")
+    p.add_argument("--top-k", type=int, default=50, help="0 is off (default 50)")
+    p.add_argument("--top-p", type=float, default=1.0, help="1 is off (default)")
+    p.add_argument("--min-p", type=float, default=0.0, help="0 is off (default)")
+    p.add_argument("--seed", type=int, help="for the same speech again (default: drawn, and printed)")
+    p.add_argument("--max-audio-length-ms", type=float, default=90_000, metavar="MS", help="a turn's (default 90000)")
+    p.add_argument("--quantize", type=int, choices=(4, 8), help="bits of the weights")
+    p.add_argument("--dtype", choices=("float32", "bfloat16", "float16"), help="default: what suits the device")
+    p.add_argument("--stream", action="store_true", help="write every --streaming-interval seconds")
+    p.add_argument("--streaming-interval", type=float, default=0.5, metavar="S")
+    p.add_argument("--play", action="store_true", help="play while generating")
+    try:
+        return command(p.parse_args(argv))
+    except BrokenPipeError:  # the player at the other end of OUT - has gone
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 1
+    except (ValueError, OSError) as e:
+        p.exit(2, f"csm.py: error: {e}\n")
+    except KeyboardInterrupt:
+        p.exit(130, "interrupted: nothing was written\n")
+
+
+if __name__ == "__main__":
+    sys.exit(main())

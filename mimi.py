@@ -1,0 +1,673 @@
+"""Mimi, the neural audio codec of Moshi and CSM, on MLX: 24 kHz mono speech <-> 12.5 frames/s of integer codes.
+
+Sources: Defossez et al., "Moshi" (arXiv:2410.00037); kyutai's PyTorch code (`moshi` 0.2.13) and Hugging Face
+transformers' MimiModel (5.23), to both of which `test_mimi.py` holds this file.
+
+    encode: waveform -> SEANet encoder (25 Hz) -> causal transformer -> stride-2 conv (12.5 Hz) -> split RVQ codes
+    decode: codes -> sum of code vectors -> x2 upsampling (25 Hz) -> causal transformer -> SEANet decoder -> waveform
+
+Every layer is causal and takes and returns its own past, so a stream is the same program as a whole clip: `encode` and
+`decode` are `encode_step` and `decode_step` over a long clip, chunk by chunk. State is a value: a step never alters
+the state that it was given.
+
+Shapes: B batch, S samples, T positions at a layer's own rate, F frames, K codebooks, C/D channels, H heads.
+Inside, activations are (B, T, C); at the door, audio is (B, 1, S) and codes are (B, K, F).
+"""
+
+import ctypes
+import glob
+import json
+import math
+import os
+import platform
+import re
+import sys
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import NamedTuple
+
+
+def load_fast_blas():
+    """Load MKL, or else an OpenBLAS, ahead of MLX on x86-64 Linux; return the path loaded, or None.
+
+    MLX's Linux CPU wheel calls plain `cblas_sgemm` and carries a one-thread reference BLAS for it; a library already
+    in the process under that name takes its place, and float32 becomes 5 to 100 times faster. Does nothing elsewhere,
+    or when mlx is imported already, or with CSM_FAST_BLAS=0 in the environment; never an error.
+    """
+    if sys.platform != "linux" or platform.machine() != "x86_64" or "mlx.core" in sys.modules:
+        return None
+    if os.environ.get("CSM_FAST_BLAS", "1") == "0":
+        return None
+    roots = [sys.prefix, *(str(Path(p).parents[2]) for p in sys.path if p.endswith("site-packages"))]
+    found = [f for root in roots for f in sorted(glob.glob(f"{root}/lib/libmkl_rt.so*"))]
+    for library in [*found, "libmkl_rt.so", "libmkl_rt.so.2", "libopenblas.so.0"]:
+        try:
+            ctypes.CDLL(library, mode=ctypes.RTLD_GLOBAL)
+            return library
+        except OSError:
+            continue
+    return None
+
+
+load_fast_blas()
+
+import mlx.core as mx  # noqa: E402
+import mlx.nn as nn  # noqa: E402
+import numpy as np  # noqa: E402
+from mlx.utils import tree_flatten  # noqa: E402
+
+DEFAULT_REPO = "kyutai/moshiko-pytorch-bf16"
+DEFAULT_FILE = "tokenizer-e351c8d8-checkpoint125.safetensors"
+CHUNK = 12  # frames per pass over a whole clip (1 s): bounds memory, and the activations stay in a CPU's cache
+
+
+@dataclass(frozen=True)
+class MimiConfig:
+    sample_rate: int = 24_000
+    n_filters: int = 64  # channels at the waveform's rate, doubled at each downsampling
+    ratios: tuple = (8, 6, 5, 4)  # the decoder's upsampling, in order; the encoder's is the reverse
+    kernel_size: int = 7
+    residual_kernel_size: int = 3
+    last_kernel_size: int = 3
+    dilation_base: int = 2
+    compress: int = 2  # a residual branch is this much narrower
+    n_residual_layers: int = 1
+    dim: int = 512
+    n_layers: int = 8
+    n_heads: int = 8
+    ffn_dim: int = 2048
+    context: int = 250  # positions that attention sees, itself included: 10 s at 25 Hz
+    rope_theta: float = 10_000.0
+    norm_eps: float = 1e-5
+    codebook_size: int = 2048
+    codebook_dim: int = 256
+    n_codebooks: int = 32
+    n_semantic: int = 1  # codebooks of the first quantizer; the rest quantize the same input beside it
+
+    @property
+    def frame_size(self):
+        return 2 * math.prod(self.ratios)  # samples a frame: 1920
+
+    @property
+    def frame_rate(self):
+        return self.sample_rate / self.frame_size  # Hz: 12.5
+
+
+# ---------------------------------------------------------------------------------------------------- convolutions
+
+
+class Conv(nn.Module):
+    """Causal 1-D convolution as matrix products: plain, strided and transposed are one thing.
+
+    With `stride` s, s input rows are read as one row of s * C channels. With `upsample` u (a transposed convolution of
+    stride u), a row of u * O channels is written as u rows. In between, every case is a stride-1 convolution of few
+    taps, weight (taps, C_in, C_out). `pad` is what stands before the first input: "zeros" or "first", its first row.
+    """
+
+    def __init__(self, c_in, c_out, kernel, stride=1, upsample=1, dilation=1, bias=True, pad="zeros"):
+        super().__init__()
+        assert kernel % (stride * upsample) == 0
+        self.stride, self.upsample, self.dilation, self.pad = stride, upsample, dilation, pad
+        taps = kernel // (stride * upsample)
+        self.weight = mx.zeros((taps, c_in * stride, c_out * upsample))
+        self.bias = mx.zeros((c_out * upsample,)) if bias else None
+
+    def __call__(self, x, past):
+        B, T, C = x.shape
+        taps, c_in, c_out = self.weight.shape
+        n_past = (taps - 1) * self.dilation
+        bias = mx.zeros((1,)) if self.bias is None else self.bias
+        if past is None and n_past:
+            past = mx.zeros((B, n_past, c_in)) if self.pad == "zeros" else mx.repeat(x[:, :1], n_past * self.stride, 1)
+            past = past.reshape(B, n_past, c_in)
+        x = x.reshape(B, T // self.stride, c_in)  # (B, T / s, s * C)
+        T = x.shape[1]
+        if n_past:
+            x = mx.concatenate([past, x], axis=1)
+            past = x[:, T:]
+        # One product over the unfolded input copies taps * C_in a position, one product a tap rereads C_out.
+        if c_in < c_out and taps > 1:
+            x = mx.concatenate([x[:, i * self.dilation :][:, :T] for i in range(taps)], axis=-1)
+            y = mx.addmm(bias, x, self.weight.reshape(taps * c_in, c_out))
+        else:
+            y = bias
+            for i in range(taps):
+                y = mx.addmm(y, x[:, i * self.dilation :][:, :T], self.weight[i])
+        return y.reshape(B, T * self.upsample, c_out // self.upsample), past
+
+
+class Upsample(nn.Module):
+    """Depthwise transposed convolution, stride 2, kernel 4, no bias: 12.5 Hz -> 25 Hz. weight (taps, 2, D)."""
+
+    def __init__(self, dim):
+        super().__init__()
+        self.weight = mx.zeros((2, 2, dim))
+
+    def __call__(self, x, past):
+        B, T, D = x.shape
+        past = mx.zeros((B, 1, D)) if past is None else past
+        x = mx.concatenate([past, x], axis=1)[:, :, None]  # (B, 1 + T, 1, D)
+        y = x[:, :-1] * self.weight[0] + x[:, 1:] * self.weight[1]  # (B, T, 2, D)
+        return y.reshape(B, 2 * T, D), x[:, T:, 0]
+
+
+def elu(x):
+    # exp(x) - 1 where x < 0, within 2e-7: MLX's CPU backend has no vectorised exp, and this is most of the decoder's
+    # arithmetic there. q = exp(x / 32) - 1 by its series, then doubled five times, exp(2a) - 1 = q * (q + 2).
+    if mx.default_device() == mx.gpu:
+        return nn.elu(x)
+    z = mx.maximum(mx.minimum(x, 0), -16) * (1 / 32)
+    q = z * (1 / 720)
+    for n in (120, 24, 6, 2, 1):
+        q = (q + 1 / n) * z
+    for _ in range(5):
+        q = q * (q + 2)
+    return mx.maximum(x, q)
+
+
+class ELU(nn.Module):
+    def __call__(self, x, past):
+        return elu(x), None
+
+
+def run(layers, x, past):
+    """x through layers that each take and return (x, past). Returns (x, list of pasts)."""
+    past = past or [None] * len(layers)
+    after = []
+    for layer, p in zip(layers, past):
+        x, p = layer(x, p)
+        after.append(p)
+    return x, after
+
+
+class ResBlock(nn.Module):
+    def __init__(self, dim, hidden, kernel, dilation):
+        super().__init__()
+        self.block = [ELU(), Conv(dim, hidden, kernel, dilation=dilation), ELU(), Conv(hidden, dim, 1)]
+
+    def __call__(self, x, past):
+        y, past = run(self.block, x, past)
+        return x + y, past
+
+
+def seanet_block(c, dim):
+    return [
+        ResBlock(dim, dim // c.compress, c.residual_kernel_size, c.dilation_base**i) for i in range(c.n_residual_layers)
+    ]
+
+
+class SEANetEncoder(nn.Module):
+    """Waveform (B, S, 1) -> (B, S / 960, D). Layers are numbered as in kyutai's checkpoint."""
+
+    def __init__(self, c):
+        super().__init__()
+        dim = c.n_filters
+        self.model = [Conv(1, dim, c.kernel_size)]
+        for ratio in reversed(c.ratios):
+            self.model += [*seanet_block(c, dim), ELU(), Conv(dim, 2 * dim, 2 * ratio, stride=ratio)]
+            dim *= 2
+        self.model += [ELU(), Conv(dim, c.dim, c.last_kernel_size)]
+
+    def __call__(self, x, past):
+        return run(self.model, x, past)
+
+
+class SEANetDecoder(nn.Module):
+    """(B, T, D) at 25 Hz -> waveform (B, T * 960, 1)."""
+
+    def __init__(self, c):
+        super().__init__()
+        dim = c.n_filters * 2 ** len(c.ratios)
+        self.model = [Conv(c.dim, dim, c.kernel_size)]
+        for ratio in c.ratios:
+            self.model += [ELU(), Conv(dim, dim // 2, 2 * ratio, upsample=ratio), *seanet_block(c, dim // 2)]
+            dim //= 2
+        self.model += [ELU(), Conv(dim, 1, c.last_kernel_size)]
+
+    def __call__(self, x, past):
+        return run(self.model, x, past)
+
+
+# ---------------------------------------------------------------------------------------------------- transformer
+
+
+class Linear(nn.Module):
+    """(..., in) -> (..., out) without bias; weight (out, in). nn.Linear would draw from the global random generator."""
+
+    def __init__(self, n_in, n_out):
+        super().__init__()
+        self.weight = mx.zeros((n_out, n_in))
+
+    def __call__(self, x):
+        return x @ self.weight.T
+
+
+class TransformerLayer(nn.Module):
+    """Pre-norm layer with layer scale; attention is causal over the last `context` positions. past: (k, v, offset)."""
+
+    def __init__(self, c):
+        super().__init__()
+        self.n_heads, self.context, self.rope_theta = c.n_heads, c.context, c.rope_theta
+        self.norm1 = nn.LayerNorm(c.dim, eps=c.norm_eps)
+        self.in_proj = Linear(c.dim, 3 * c.dim)
+        self.out_proj = Linear(c.dim, c.dim)
+        self.norm2 = nn.LayerNorm(c.dim, eps=c.norm_eps)
+        self.linear1 = Linear(c.dim, c.ffn_dim)
+        self.linear2 = Linear(c.ffn_dim, c.dim)
+        self.scale1, self.scale2 = mx.zeros((c.dim,)), mx.zeros((c.dim,))
+
+    def attention(self, x, past):
+        B, T, D = x.shape
+        head_dim = D // self.n_heads
+        k_past, v_past, offset = past or (None, None, 0)
+        qkv = self.in_proj(x).reshape(B, T, 3, self.n_heads, head_dim)
+        q, k, v = qkv.transpose(2, 0, 3, 1, 4)  # each (B, H, T, head_dim)
+        q, k = (
+            mx.fast.rope(a, head_dim, traditional=True, base=self.rope_theta, scale=1, offset=offset) for a in (q, k)
+        )
+        if k_past is not None:
+            k, v = mx.concatenate([k_past, k], axis=2), mx.concatenate([v_past, v], axis=2)
+        n = k.shape[2]
+        age = mx.arange(n - T, n)[:, None] - mx.arange(n)  # (T, n): how far back each key lies
+        mask = (age >= 0) & (age < self.context)
+        y = mx.fast.scaled_dot_product_attention(q, k, v, scale=head_dim**-0.5, mask=mask)
+        y = self.out_proj(y.transpose(0, 2, 1, 3).reshape(B, T, D))
+        start = max(0, n - self.context + 1)
+        return y, (k[:, :, start:], v[:, :, start:], offset + T)
+
+    def __call__(self, x, past):
+        y, past = self.attention(self.norm1(x), past)
+        x = x + self.scale1 * y
+        return x + self.scale2 * self.linear2(nn.gelu(self.linear1(self.norm2(x)))), past
+
+
+# ---------------------------------------------------------------------------------------------------- quantizer
+
+
+class RVQ(nn.Module):
+    """Residual vector quantizer: each codebook quantizes what the ones before it left over."""
+
+    def __init__(self, c, n):
+        super().__init__()
+        self.input_proj = Linear(c.dim, c.codebook_dim)
+        self.output_proj = Linear(c.codebook_dim, c.dim)
+        self.codebooks = mx.zeros((n, c.codebook_size, c.codebook_dim))
+        self.norms = mx.zeros((n, c.codebook_size))  # |v|^2 of each code vector
+
+    def encode(self, x):  # (B, F, D) -> (B, n, F)
+        residual = self.input_proj(x)
+        codes = []
+        for vectors, norms in zip(self.codebooks, self.norms):  # nearest: |r - v|^2 less the constant |r|^2
+            codes.append(mx.argmin(norms - 2 * (residual @ vectors.T), axis=-1))
+            residual = residual - vectors[codes[-1]]
+        return mx.stack(codes, axis=1)
+
+    def decode(self, codes):  # (B, n, F) -> (B, F, D)
+        n, size, dim = self.codebooks.shape
+        index = codes + size * mx.arange(codes.shape[1])[:, None]
+        return self.output_proj(self.codebooks.reshape(n * size, dim)[index].sum(axis=1))
+
+
+# ---------------------------------------------------------------------------------------------------- the codec
+
+
+class State(NamedTuple):
+    """What a stream has to remember, encoding and decoding apart. Made by `Mimi.init_state`; None: nothing yet."""
+
+    batch: int
+    rest: mx.array  # (B, s) samples that do not fill a frame yet
+    encoder: list | None = None
+    decoder: list | None = None
+
+
+class Mimi(nn.Module):
+    """The codec. Holds weights only: safe to share among streams and threads."""
+
+    def __init__(self, config: MimiConfig = MimiConfig()):
+        super().__init__()
+        self.config = c = config
+        self.encoder = SEANetEncoder(c)
+        self.encoder_transformer = [TransformerLayer(c) for _ in range(c.n_layers)]
+        self.downsample = Conv(c.dim, c.dim, 4, stride=2, bias=False, pad="first")
+        self.first = RVQ(c, c.n_semantic)
+        self.rest = RVQ(c, c.n_codebooks - c.n_semantic) if c.n_codebooks > c.n_semantic else None
+        self.upsample = Upsample(c.dim)
+        self.decoder_transformer = [TransformerLayer(c) for _ in range(c.n_layers)]
+        self.decoder = SEANetDecoder(c)
+
+    @property
+    def sample_rate(self):
+        return self.config.sample_rate
+
+    @property
+    def frame_size(self):
+        return self.config.frame_size
+
+    @property
+    def n_codebooks(self):
+        return self.config.n_codebooks
+
+    def init_state(self, batch=1):
+        """The state of `batch` streams that start now, side by side."""
+        return State(batch, mx.zeros((batch, 0)))
+
+    def encode_step(self, audio, state):
+        """audio (B, 1, any number of samples), state -> codes (B, K, f) int32 of the frames now full, new state."""
+        if audio.ndim != 3 or audio.shape[1] != 1 or audio.shape[0] != state.batch:
+            raise ValueError(f"audio must be ({state.batch}, 1, samples), not {audio.shape}")
+        x = mx.concatenate([state.rest, audio[:, 0].astype(mx.float32)], axis=1)
+        n_frames = x.shape[1] // self.frame_size
+        x, rest = x[:, : n_frames * self.frame_size], x[:, n_frames * self.frame_size :]
+        if n_frames == 0:
+            return mx.zeros((state.batch, self.n_codebooks, 0), mx.int32), state._replace(rest=rest)
+        layers = [self.encoder, *self.encoder_transformer, self.downsample]
+        x, past = run(layers, x[..., None], state.encoder)  # (B, F, D)
+        codes = self.first.encode(x)
+        if self.rest is not None:
+            codes = mx.concatenate([codes, self.rest.encode(x)], axis=1)
+        return codes.astype(mx.int32), state._replace(rest=rest, encoder=past)
+
+    def decode_step(self, codes, state):
+        """codes (B, K, f), state -> audio (B, 1, f * 1920) float32, new state. K may be less than the codec has."""
+        if codes.ndim != 3 or codes.shape[0] != state.batch or not 1 <= codes.shape[1] <= self.n_codebooks:
+            raise ValueError(f"codes must be ({state.batch}, 1 to {self.n_codebooks}, frames), not {codes.shape}")
+        if codes.shape[2] == 0:
+            return mx.zeros((state.batch, 1, 0)), state
+        n = self.config.n_semantic
+        x = self.first.decode(codes[:, :n])  # (B, F, D)
+        if codes.shape[1] > n:
+            x = x + self.rest.decode(codes[:, n:])
+        layers = [self.upsample, *self.decoder_transformer, self.decoder]
+        x, past = run(layers, x, state.decoder)  # (B, S, 1)
+        return x.transpose(0, 2, 1), state._replace(decoder=past)
+
+    def encode(self, audio):
+        """audio (B, 1, S) -> codes (B, K, ceil(S / 1920)) int32. The last frame is filled up with zeros, as moshi does.
+
+        Raises ValueError for another shape.
+        """
+        if audio.ndim != 3 or audio.shape[1] != 1:
+            raise ValueError(f"audio must be (batch, 1, samples), not {audio.shape}")
+        audio = mx.pad(audio, [(0, 0), (0, 0), (0, -audio.shape[2] % self.frame_size)])
+        return self._whole(self.encode_step, audio, CHUNK * self.frame_size)
+
+    def decode(self, codes):
+        """codes (B, K, F) -> audio (B, 1, F * 1920) float32. Raises ValueError for a code outside the codebook."""
+        codes = mx.array(codes)
+        if codes.size and not 0 <= codes.min().item() <= codes.max().item() < self.config.codebook_size:
+            raise ValueError(f"codes must lie in 0..{self.config.codebook_size - 1}")
+        return self._whole(self.decode_step, codes, CHUNK)
+
+    def _whole(self, step, x, chunk):
+        state, out = self.init_state(x.shape[0]), []
+        for i in range(0, max(x.shape[2], 1), chunk):
+            y, state = step(x[:, :, i : i + chunk], state)
+            mx.eval(y, state)  # else the graph of a long clip keeps every activation alive
+            out.append(y)
+        return mx.concatenate(out, axis=2)
+
+
+# ---------------------------------------------------------------------------------------------------- loading
+
+# kyutai's tensor names -> ours
+RENAME = [
+    (r"\.conv\.conv\.(conv\.)?", "."),
+    (r"\.convtr\.convtr\.(convtr\.)?", "."),
+    (r"_transformer\.transformer\.layers\.", "_transformer."),
+    (r"self_attn\.in_proj(_weight|s\.0\.weight)$", "in_proj.weight"),
+    (r"self_attn\.out_proj(s\.0)?\.", "out_proj."),
+    (r"layer_scale_([12])\.scale", r"scale\1"),
+    (r"^quantizer\.rvq_(first|rest)\.", r"\1."),
+]
+
+
+def infer_config(weights):
+    """The sizes of a Mimi from kyutai's tensors {name: array}, as a dict of MimiConfig fields.
+
+    Shapes do not tell `n_heads`, `context`, `rope_theta`, `norm_eps`, `dilation_base` or the sample rate: these are
+    left out, and so at their defaults. Raises ValueError where these are not a Mimi's tensors.
+    """
+
+    def count(pattern):
+        return len({m[1] for m in (re.match(pattern, k) for k in weights) if m})
+
+    try:
+        first = weights["encoder.model.0.conv.conv.weight"].shape  # (filters, 1, kernel)
+        residual = weights["encoder.model.1.block.1.conv.conv.weight"].shape  # (filters / compress, filters, kernel)
+        convtr = sorted(
+            (int(m[1]), k) for k in weights if (m := re.match(r"decoder\.model\.(\d+)\.convtr\..*weight", k))
+        )
+        last = max((int(m[1]), k) for k in weights if (m := re.match(r"encoder\.model\.(\d+)\.conv\..*weight", k)))[1]
+        ffn_dim, dim = weights["encoder_transformer.transformer.layers.0.linear1.weight"].shape
+        codebook = weights["quantizer.rvq_first.vq.layers.0._codebook.embedding_sum"].shape
+    except (KeyError, ValueError):
+        raise ValueError(f"not a Mimi checkpoint: it has {', '.join(sorted(weights)[:3]) or 'nothing'} ...") from None
+    n_semantic = count(r"quantizer\.rvq_first\.vq\.layers\.(\d+)\.")
+    return {
+        "n_filters": first[0],
+        "ratios": tuple(weights[k].shape[2] // 2 for _, k in convtr),
+        "kernel_size": first[2],
+        "residual_kernel_size": residual[2],
+        "last_kernel_size": weights[last].shape[2],
+        "compress": residual[1] // residual[0],
+        "n_residual_layers": count(r"encoder\.model\.(\d+)\.block\.") // len(convtr),
+        "dim": dim,
+        "n_layers": count(r"encoder_transformer\.transformer\.layers\.(\d+)\."),
+        "ffn_dim": ffn_dim,
+        "codebook_size": codebook[0],
+        "codebook_dim": codebook[1],
+        "n_codebooks": n_semantic + count(r"quantizer\.rvq_rest\.vq\.layers\.(\d+)\."),
+        "n_semantic": n_semantic,
+    }
+
+
+def from_weights(weights, config=None, n_codebooks=None):
+    """A Mimi from kyutai's tensors {name: array}, computing in float32.
+
+    config: dict of MimiConfig fields, or None to infer the sizes. n_codebooks: use only the first so many. Raises
+    ValueError that names the tensors which are missing, unexpected or of a wrong shape.
+    """
+    config = {**infer_config(weights), **(config or {})}
+    names = MimiConfig.__dataclass_fields__
+    c = MimiConfig(**{k: tuple(v) if k == "ratios" else v for k, v in config.items() if k in names})
+    if n_codebooks is not None:
+        if not c.n_semantic <= n_codebooks <= c.n_codebooks:
+            raise ValueError(f"this Mimi has {c.n_codebooks} codebooks, so from {c.n_semantic} up, not {n_codebooks}")
+        c = MimiConfig(**{**asdict(c), "n_codebooks": n_codebooks})
+    n_of = {"first": c.n_semantic, "rest": c.n_codebooks - c.n_semantic}
+    model = Mimi(c)
+    modules = dict(model.named_modules())
+    ours, books = {}, {}
+    for name, w in weights.items():
+        key = name
+        for pattern, new in RENAME:
+            key = re.sub(pattern, new, key)
+        w = w.astype(mx.float32)
+        module = modules.get(key.rpartition(".")[0])
+        if m := re.match(r"(first|rest)\.vq\.layers\.(\d+)\._codebook\.(\w+)$", key):
+            books[m[1], int(m[2]), m[3]] = w
+            continue
+        if isinstance(module, Conv) and w.ndim == 3 and module.upsample > 1:
+            # (C, O, taps * u) -> (taps, C, u * O), the newest input's tap last
+            C, O, kernel = w.shape
+            w = w.transpose(2, 0, 1).reshape(-1, module.upsample, C, O)[::-1].transpose(0, 2, 1, 3)
+            w = w.reshape(-1, C, module.upsample * O)
+        elif isinstance(module, Conv) and w.ndim == 3:
+            w = w.transpose(2, 1, 0).reshape(-1, w.shape[1] * module.stride, w.shape[0])  # (taps, s * C, O)
+        elif isinstance(module, Conv) and w.ndim == 1:
+            w = mx.tile(w, module.upsample)
+        elif isinstance(module, Upsample):
+            w = w[:, 0].T.reshape(2, 2, -1)[::-1]  # (D, 1, 4) -> (taps, 2, D)
+        elif key.endswith(("input_proj.weight", "output_proj.weight")):
+            w = w[..., 0]  # a convolution of kernel 1
+        ours[key] = w
+    for part, n in n_of.items():
+        fields = ("embedding_sum", "cluster_usage")
+        if n and all((part, i, f) in books for i in range(n) for f in fields):
+            total, usage = (mx.stack([books[part, i, f] for i in range(n)]) for f in fields)
+            vectors = total / mx.maximum(usage, 1e-5)[..., None]
+            ours |= {f"{part}.codebooks": vectors, f"{part}.norms": (vectors**2).sum(-1)}
+    if not n_of["rest"]:
+        ours = {k: w for k, w in ours.items() if not k.startswith("rest.")}
+    fill(model, ours)
+    return model
+
+
+def check(model, weights):
+    """Raise a ValueError naming what `weights` {name: array} lacks, has too much or has in a wrong shape for `model`."""
+    expected = dict(tree_flatten(model.parameters()))
+    problems = [f"missing {k}" for k in expected if k not in weights]
+    problems += [f"unexpected {k}" for k in weights if k not in expected]
+    problems += [
+        f"{k} is {weights[k].shape}, not {w.shape}" for k, w in expected.items() if weights.get(k, w).shape != w.shape
+    ]
+    if problems:
+        more = f" and {len(problems) - 4} more" if len(problems) > 4 else ""
+        raise ValueError(f"the checkpoint does not fit the model: {'; '.join(problems[:4])}{more}")
+
+
+def fill(model, weights):
+    """Give `model` exactly `weights` {name: array}. Raises ValueError as `check` does."""
+    check(model, weights)
+    for w in weights.values():  # one at a time: each is read, cast and done with before the next
+        mx.eval(w)
+    model.load_weights(list(weights.items()), strict=False)
+
+
+def read_safetensors(path):
+    """{name: array} (read from disk when first used) and the metadata of a .safetensors file. ValueError: damaged."""
+    if not Path(path).is_file():
+        raise ValueError(f"no such file: {path}")
+    try:
+        return mx.load(str(path), format="safetensors", return_metadata=True)
+    except RuntimeError:
+        raise ValueError(f"{path} is truncated or not a safetensors file") from None
+
+
+def download(repo, *patterns):
+    """A Hugging Face repository's file -> its local path; or, of several patterns, the folder with what matches.
+
+    Raises FileNotFoundError where the repository has no such file, and ValueError, which says what to do, where it
+    cannot be had.
+    """
+    from huggingface_hub import errors, hf_hub_download, snapshot_download
+
+    try:
+        if len(patterns) == 1:
+            return Path(hf_hub_download(repo, *patterns))
+        return Path(snapshot_download(repo, allow_patterns=list(patterns)))
+    except errors.GatedRepoError:
+        raise ValueError(f"{repo} is gated: accept its licence on huggingface.co and run `hf auth login`") from None
+    except errors.RepositoryNotFoundError:
+        raise ValueError(f"no such folder, file or Hugging Face repository: {repo}") from None
+    except errors.LocalEntryNotFoundError:
+        raise ValueError(
+            f"cannot download {patterns[0]} from {repo}: no network, or HF_HUB_OFFLINE is set, and it was not "
+            "downloaded before (a model that needs no download: --model tiny)"
+        ) from None
+    except errors.EntryNotFoundError:
+        raise FileNotFoundError(f"{repo} has no {patterns[0]}") from None
+    except Exception as e:  # of many kinds: connection, proxy, disk
+        raise ValueError(f"cannot download from {repo}: {str(e).splitlines()[0]} (no download: --model tiny)") from None
+
+
+def load(path_or_repo=None, n_codebooks=None):
+    """A Mimi from a folder, a .safetensors file or a Hugging Face repository, in our layout, kyutai's or transformers'.
+
+    None: kyutai's own weights (kyutai/moshiko-pytorch-bf16). n_codebooks: use the first so many, None for all there
+    are. A transformers checkpoint, also a whole CSM's, is read through convert.py. Raises ValueError.
+    """
+    if path_or_repo is None:
+        path = download(DEFAULT_REPO, DEFAULT_FILE)
+    elif Path(path_or_repo).exists():
+        path = Path(path_or_repo)
+    elif re.fullmatch(r"[\w.-]+/[\w.-]+", str(path_or_repo)):
+        path = None
+        for name in ("mimi.safetensors", DEFAULT_FILE, "model.safetensors"):
+            try:
+                path = download(path_or_repo, name)
+                break
+            except FileNotFoundError:
+                continue
+        if path is None:
+            raise ValueError(f"{path_or_repo} holds no Mimi")
+    else:
+        raise ValueError(f"no such file or folder: {path_or_repo}")
+    if path.is_dir():
+        inside = [path / "mimi.safetensors", *sorted(path.glob("tokenizer-*.safetensors"))]
+        path = next((f for f in inside if f.exists()), path)
+    if path.is_file():
+        weights, metadata = read_safetensors(path)
+        if "encoder.model.0.conv.conv.weight" in weights:
+            return from_weights(weights, json.loads(metadata.get("config", "null")), n_codebooks)
+    import convert
+
+    mimi = convert.read(path)[2]
+    if mimi is None:
+        raise ValueError(f"no Mimi in {path}")
+    return from_weights(mimi[1], mimi[0], n_codebooks)
+
+
+# ---------------------------------------------------------------------------------------------------- audio files
+
+
+def read_audio(path, sample_rate=24_000):
+    """An audio file of any kind, rate and number of channels -> (samples,) float32 mono. Raises ValueError."""
+    import soundfile
+    import soxr
+
+    if not Path(path).is_file():
+        raise ValueError(f"no such file: {path}")
+    try:
+        audio, rate = soundfile.read(path, dtype="float32", always_2d=True)  # (samples, channels)
+    except soundfile.LibsndfileError:
+        raise ValueError(f"{path} is not an audio file that can be read") from None
+    audio = audio.mean(axis=1)
+    if not len(audio):
+        raise ValueError(f"{path} holds no sound")
+    if not np.isfinite(audio).all():
+        raise ValueError(f"{path} contains NaN or infinite samples")
+    return soxr.resample(audio, rate, sample_rate).astype(np.float32) if rate != sample_rate else audio
+
+
+def to_pcm16(audio):
+    return (np.clip(np.array(audio, dtype=np.float32), -1, 1) * 32767).round().astype("<i2")
+
+
+def write_audio(path, audio, sample_rate=24_000):
+    """(samples,) float -> a 16-bit WAV file, whole or not at all."""
+    import soundfile
+
+    part = Path(f"{path}.part")
+    try:
+        soundfile.write(part, to_pcm16(audio), sample_rate, subtype="PCM_16", format="WAV")
+        os.replace(part, path)
+    except (OSError, soundfile.LibsndfileError) as e:
+        part.unlink(missing_ok=True)
+        raise ValueError(f"cannot write {path}: {e}") from None
+
+
+def main(argv=None):
+    import argparse
+
+    parser = argparse.ArgumentParser(prog="mimi.py", description="Pass speech through the Mimi codec and back.")
+    parser.add_argument("input", help="audio file, any rate and channels")
+    parser.add_argument("output", help="WAV file, 24 kHz mono")
+    parser.add_argument("--model", help="folder, file or Hugging Face repo (default: kyutai's weights)")
+    parser.add_argument("--codes", metavar="F.npz", help="also save the codes (K, F) as `codes`")
+    parser.add_argument("--n-codebooks", type=int, metavar="K", help="use only the first K codebooks")
+    args = parser.parse_args(argv)
+    try:
+        audio = mx.array(read_audio(args.input))
+        codec = load(args.model, args.n_codebooks)
+        codes = codec.encode(audio[None, None])
+        write_audio(args.output, codec.decode(codes)[0, 0, : audio.size], codec.sample_rate)
+        if args.codes:
+            np.savez(args.codes, codes=np.array(codes[0]), sample_rate=codec.sample_rate)
+    except ValueError as e:
+        parser.exit(2, f"mimi.py: error: {e}\n")
+    print(f"{codes.shape[2]} frames of {codes.shape[1]} codes", file=sys.stderr)
+
+
+if __name__ == "__main__":
+    main()

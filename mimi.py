@@ -22,7 +22,7 @@ import os
 import platform
 import re
 import sys
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import NamedTuple
 
@@ -51,10 +51,10 @@ def load_fast_blas():
 
 load_fast_blas()
 
-import mlx.core as mx  # noqa: E402
-import mlx.nn as nn  # noqa: E402
-import numpy as np  # noqa: E402
-from mlx.utils import tree_flatten  # noqa: E402
+import mlx.core as mx
+import mlx.nn as nn
+import numpy as np
+from mlx.utils import tree_flatten
 
 DEFAULT_REPO = "kyutai/moshiko-pytorch-bf16"
 DEFAULT_FILE = "tokenizer-e351c8d8-checkpoint125.safetensors"
@@ -113,7 +113,7 @@ class Conv(nn.Module):
         self.bias = mx.zeros((c_out * upsample,)) if bias else None
 
     def __call__(self, x, past):
-        B, T, C = x.shape
+        B, T, _ = x.shape
         taps, c_in, c_out = self.weight.shape
         n_past = (taps - 1) * self.dilation
         bias = mx.zeros((1,)) if self.bias is None else self.bias
@@ -231,54 +231,39 @@ class SEANetDecoder(nn.Module):
 # ---------------------------------------------------------------------------------------------------- transformer
 
 
-class Linear(nn.Module):
-    """(..., in) -> (..., out) without bias; weight (out, in). nn.Linear would draw from the global random generator."""
-
-    def __init__(self, n_in, n_out):
-        super().__init__()
-        self.weight = mx.zeros((n_out, n_in))
-
-    def __call__(self, x):
-        return x @ self.weight.T
-
-
 class TransformerLayer(nn.Module):
     """Pre-norm layer with layer scale; attention is causal over the last `context` positions. past: (k, v, offset)."""
 
     def __init__(self, c):
         super().__init__()
         self.n_heads, self.context, self.rope_theta = c.n_heads, c.context, c.rope_theta
-        self.norm1 = nn.LayerNorm(c.dim, eps=c.norm_eps)
-        self.in_proj = Linear(c.dim, 3 * c.dim)
-        self.out_proj = Linear(c.dim, c.dim)
-        self.norm2 = nn.LayerNorm(c.dim, eps=c.norm_eps)
-        self.linear1 = Linear(c.dim, c.ffn_dim)
-        self.linear2 = Linear(c.ffn_dim, c.dim)
+        self.norm1, self.norm2 = nn.LayerNorm(c.dim, eps=c.norm_eps), nn.LayerNorm(c.dim, eps=c.norm_eps)
+        self.in_proj, self.out_proj = mx.zeros((3 * c.dim, c.dim)), mx.zeros((c.dim, c.dim))
+        self.linear1, self.linear2 = mx.zeros((c.ffn_dim, c.dim)), mx.zeros((c.dim, c.ffn_dim))
         self.scale1, self.scale2 = mx.zeros((c.dim,)), mx.zeros((c.dim,))
 
     def attention(self, x, past):
         B, T, D = x.shape
         head_dim = D // self.n_heads
         k_past, v_past, offset = past or (None, None, 0)
-        qkv = self.in_proj(x).reshape(B, T, 3, self.n_heads, head_dim)
+        qkv = (x @ self.in_proj.T).reshape(B, T, 3, self.n_heads, head_dim)
         q, k, v = qkv.transpose(2, 0, 3, 1, 4)  # each (B, H, T, head_dim)
-        q, k = (
-            mx.fast.rope(a, head_dim, traditional=True, base=self.rope_theta, scale=1, offset=offset) for a in (q, k)
-        )
-        if k_past is not None:
+        rope = {"traditional": True, "base": self.rope_theta, "scale": 1, "offset": offset}  # interleaved pairs
+        q, k = mx.fast.rope(q, head_dim, **rope), mx.fast.rope(k, head_dim, **rope)
+        if past:
             k, v = mx.concatenate([k_past, k], axis=2), mx.concatenate([v_past, v], axis=2)
         n = k.shape[2]
         age = mx.arange(n - T, n)[:, None] - mx.arange(n)  # (T, n): how far back each key lies
         mask = (age >= 0) & (age < self.context)
         y = mx.fast.scaled_dot_product_attention(q, k, v, scale=head_dim**-0.5, mask=mask)
-        y = self.out_proj(y.transpose(0, 2, 1, 3).reshape(B, T, D))
+        y = y.transpose(0, 2, 1, 3).reshape(B, T, D) @ self.out_proj.T
         start = max(0, n - self.context + 1)
         return y, (k[:, :, start:], v[:, :, start:], offset + T)
 
     def __call__(self, x, past):
         y, past = self.attention(self.norm1(x), past)
         x = x + self.scale1 * y
-        return x + self.scale2 * self.linear2(nn.gelu(self.linear1(self.norm2(x)))), past
+        return x + self.scale2 * (nn.gelu(self.norm2(x) @ self.linear1.T) @ self.linear2.T), past
 
 
 # ---------------------------------------------------------------------------------------------------- quantizer
@@ -289,13 +274,12 @@ class RVQ(nn.Module):
 
     def __init__(self, c, n):
         super().__init__()
-        self.input_proj = Linear(c.dim, c.codebook_dim)
-        self.output_proj = Linear(c.codebook_dim, c.dim)
+        self.input_proj, self.output_proj = mx.zeros((c.codebook_dim, c.dim)), mx.zeros((c.dim, c.codebook_dim))
         self.codebooks = mx.zeros((n, c.codebook_size, c.codebook_dim))
         self.norms = mx.zeros((n, c.codebook_size))  # |v|^2 of each code vector
 
     def encode(self, x):  # (B, F, D) -> (B, n, F)
-        residual = self.input_proj(x)
+        residual = x @ self.input_proj.T
         codes = []
         for vectors, norms in zip(self.codebooks, self.norms):  # nearest: |r - v|^2 less the constant |r|^2
             codes.append(mx.argmin(norms - 2 * (residual @ vectors.T), axis=-1))
@@ -305,7 +289,7 @@ class RVQ(nn.Module):
     def decode(self, codes):  # (B, n, F) -> (B, F, D)
         n, size, dim = self.codebooks.shape
         index = codes + size * mx.arange(codes.shape[1])[:, None]
-        return self.output_proj(self.codebooks.reshape(n * size, dim)[index].sum(axis=1))
+        return self.codebooks.reshape(n * size, dim)[index].sum(axis=1) @ self.output_proj.T
 
 
 # ---------------------------------------------------------------------------------------------------- the codec
@@ -411,53 +395,51 @@ class Mimi(nn.Module):
 
 # kyutai's tensor names -> ours
 RENAME = [
-    (r"\.conv\.conv\.(conv\.)?", "."),
-    (r"\.convtr\.convtr\.(convtr\.)?", "."),
+    (r"\.conv\.conv\.(conv\.)?|\.convtr\.convtr\.(convtr\.)?", "."),
     (r"_transformer\.transformer\.layers\.", "_transformer."),
-    (r"self_attn\.in_proj(_weight|s\.0\.weight)$", "in_proj.weight"),
-    (r"self_attn\.out_proj(s\.0)?\.", "out_proj."),
-    (r"layer_scale_([12])\.scale", r"scale\1"),
+    (r"\.self_attn\.(in|out)_proj(s\.0\.weight|[_.]weight)$", r".\1_proj"),
+    (r"\.(linear[12]|input_proj|output_proj)\.weight$", r".\1"),
+    (r"\.layer_scale_([12])\.scale$", r".scale\1"),
     (r"^quantizer\.rvq_(first|rest)\.", r"\1."),
 ]
+CODEBOOK = r"(first|rest)\.vq\.layers\.(\d+)\._codebook\.(\w+)"
 
 
 def infer_config(weights):
     """The sizes of a Mimi from kyutai's tensors {name: array}, as a dict of MimiConfig fields.
 
-    Shapes do not tell `n_heads`, `context`, `rope_theta`, `norm_eps`, `dilation_base` or the sample rate: these are
-    left out, and so at their defaults. Raises ValueError where these are not a Mimi's tensors.
+    What shapes do not tell (n_heads, context, rope_theta, norm_eps, dilation_base, sample_rate) is left out, and so at
+    its default. Raises ValueError where these are not a Mimi's tensors.
     """
 
-    def count(pattern):
-        return len({m[1] for m in (re.match(pattern, k) for k in weights) if m})
+    def shapes(pattern):  # of the tensors that match, in the order of their first numbers
+        found = ((re.fullmatch(pattern, k), w.shape) for k, w in weights.items())
+        return [shape for _, shape in sorted((int(m[1]), shape) for m, shape in found if m)]
 
-    try:
-        first = weights["encoder.model.0.conv.conv.weight"].shape  # (filters, 1, kernel)
-        residual = weights["encoder.model.1.block.1.conv.conv.weight"].shape  # (filters / compress, filters, kernel)
-        convtr = sorted(
-            (int(m[1]), k) for k in weights if (m := re.match(r"decoder\.model\.(\d+)\.convtr\..*weight", k))
-        )
-        last = max((int(m[1]), k) for k in weights if (m := re.match(r"encoder\.model\.(\d+)\.conv\..*weight", k)))[1]
-        ffn_dim, dim = weights["encoder_transformer.transformer.layers.0.linear1.weight"].shape
-        codebook = weights["quantizer.rvq_first.vq.layers.0._codebook.embedding_sum"].shape
-    except (KeyError, ValueError):
-        raise ValueError(f"not a Mimi checkpoint: it has {', '.join(sorted(weights)[:3]) or 'nothing'} ...") from None
-    n_semantic = count(r"quantizer\.rvq_first\.vq\.layers\.(\d+)\.")
+    convs = shapes(r"encoder\.model\.(\d+)\.conv\.conv\.weight")  # (out, in, kernel)
+    residual = shapes(r"encoder\.model\.(\d+)\.block\.1\.conv\.conv\.weight")
+    convtrs = shapes(r"decoder\.model\.(\d+)\.convtr\.convtr\.weight")
+    linears = shapes(r"encoder_transformer\.transformer\.layers\.(\d+)\.linear1\.weight")
+    first, rest = (
+        shapes(rf"quantizer\.rvq_{part}\.vq\.layers\.(\d+)\._codebook\.embedding_sum") for part in ("first", "rest")
+    )
+    if not (convs and residual and convtrs and linears and first):
+        raise ValueError(f"not a Mimi: the checkpoint has {', '.join(sorted(weights)[:3]) or 'nothing'} ...")
     return {
-        "n_filters": first[0],
-        "ratios": tuple(weights[k].shape[2] // 2 for _, k in convtr),
-        "kernel_size": first[2],
-        "residual_kernel_size": residual[2],
-        "last_kernel_size": weights[last].shape[2],
-        "compress": residual[1] // residual[0],
-        "n_residual_layers": count(r"encoder\.model\.(\d+)\.block\.") // len(convtr),
-        "dim": dim,
-        "n_layers": count(r"encoder_transformer\.transformer\.layers\.(\d+)\."),
-        "ffn_dim": ffn_dim,
-        "codebook_size": codebook[0],
-        "codebook_dim": codebook[1],
-        "n_codebooks": n_semantic + count(r"quantizer\.rvq_rest\.vq\.layers\.(\d+)\."),
-        "n_semantic": n_semantic,
+        "n_filters": convs[0][0],
+        "ratios": tuple(kernel // 2 for _, _, kernel in convtrs),
+        "kernel_size": convs[0][2],
+        "residual_kernel_size": residual[0][2],
+        "last_kernel_size": convs[-1][2],
+        "compress": residual[0][1] // residual[0][0],
+        "n_residual_layers": len(residual) // len(convtrs),
+        "dim": linears[0][1],
+        "n_layers": len(linears),
+        "ffn_dim": linears[0][0],
+        "codebook_size": first[0][0],
+        "codebook_dim": first[0][1],
+        "n_codebooks": len(first) + len(rest),
+        "n_semantic": len(first),
     }
 
 
@@ -467,54 +449,46 @@ def from_weights(weights, config=None, n_codebooks=None):
     config: dict of MimiConfig fields, or None to infer the sizes. n_codebooks: use only the first so many. Raises
     ValueError that names the tensors which are missing, unexpected or of a wrong shape.
     """
-    config = {**infer_config(weights), **(config or {})}
-    names = MimiConfig.__dataclass_fields__
-    c = MimiConfig(**{k: tuple(v) if k == "ratios" else v for k, v in config.items() if k in names})
-    if n_codebooks is not None:
-        if not c.n_semantic <= n_codebooks <= c.n_codebooks:
-            raise ValueError(f"this Mimi has {c.n_codebooks} codebooks, so from {c.n_semantic} up, not {n_codebooks}")
-        c = MimiConfig(**{**asdict(c), "n_codebooks": n_codebooks})
-    n_of = {"first": c.n_semantic, "rest": c.n_codebooks - c.n_semantic}
-    model = Mimi(c)
+    config = infer_config(weights) | (config or {})
+    c = MimiConfig(**{f: config[f] for f in MimiConfig.__dataclass_fields__ if f in config})
+    n_codebooks = c.n_codebooks if n_codebooks is None else n_codebooks
+    if not c.n_semantic <= n_codebooks <= c.n_codebooks:
+        raise ValueError(f"this Mimi works with {c.n_semantic} to {c.n_codebooks} codebooks, not {n_codebooks}")
+    model = Mimi(replace(c, ratios=tuple(c.ratios), n_codebooks=n_codebooks))
     modules = dict(model.named_modules())
     ours, books = {}, {}
-    for name, w in weights.items():
-        key = name
+    for key, w in weights.items():
         for pattern, new in RENAME:
             key = re.sub(pattern, new, key)
-        w = w.astype(mx.float32)
-        module = modules.get(key.rpartition(".")[0])
-        if m := re.match(r"(first|rest)\.vq\.layers\.(\d+)\._codebook\.(\w+)$", key):
-            books[m[1], int(m[2]), m[3]] = w
+        w, module = w.astype(mx.float32), modules.get(key.rpartition(".")[0])
+        if m := re.fullmatch(CODEBOOK, key):
+            books[m[1], m[3], int(m[2])] = w
             continue
-        if isinstance(module, Conv) and w.ndim == 3 and module.upsample > 1:
-            # (C, O, taps * u) -> (taps, C, u * O), the newest input's tap last
-            C, O, kernel = w.shape
-            w = w.transpose(2, 0, 1).reshape(-1, module.upsample, C, O)[::-1].transpose(0, 2, 1, 3)
-            w = w.reshape(-1, C, module.upsample * O)
-        elif isinstance(module, Conv) and w.ndim == 3:
-            w = w.transpose(2, 1, 0).reshape(-1, w.shape[1] * module.stride, w.shape[0])  # (taps, s * C, O)
-        elif isinstance(module, Conv) and w.ndim == 1:
+        if isinstance(module, Conv) and key.endswith("bias"):
             w = mx.tile(w, module.upsample)
-        elif isinstance(module, Upsample):
-            w = w[:, 0].T.reshape(2, 2, -1)[::-1]  # (D, 1, 4) -> (taps, 2, D)
-        elif key.endswith(("input_proj.weight", "output_proj.weight")):
-            w = w[..., 0]  # a convolution of kernel 1
+        elif isinstance(module, Conv) and module.upsample > 1:
+            u, c_in, c_out = module.upsample, *w.shape[:2]  # (C, O, kernel) -> (taps, C, u * O), the newest tap last
+            w = w.transpose(2, 0, 1).reshape(-1, u, c_in, c_out)[::-1].swapaxes(1, 2).reshape(-1, c_in, u * c_out)
+        elif isinstance(module, Conv):  # (O, C, kernel) -> (taps, s * C, O)
+            w = w.transpose(2, 1, 0).reshape(-1, w.shape[1] * module.stride, w.shape[0])
+        elif isinstance(module, Upsample):  # (D, 1, 4) -> (taps, 2, D)
+            w = w[:, 0].T.reshape(2, 2, -1)[::-1]
+        elif isinstance(module, RVQ):  # a convolution of kernel 1
+            w = w[..., 0]
         ours[key] = w
-    for part, n in n_of.items():
-        fields = ("embedding_sum", "cluster_usage")
-        if n and all((part, i, f) in books for i in range(n) for f in fields):
-            total, usage = (mx.stack([books[part, i, f] for i in range(n)]) for f in fields)
+    for part, n in (("first", c.n_semantic), ("rest", n_codebooks - c.n_semantic)):
+        if n and {(part, f, n - 1) for f in ("embedding_sum", "cluster_usage")} <= books.keys():
+            total, usage = (mx.stack([books[part, f, i] for i in range(n)]) for f in ("embedding_sum", "cluster_usage"))
             vectors = total / mx.maximum(usage, 1e-5)[..., None]
             ours |= {f"{part}.codebooks": vectors, f"{part}.norms": (vectors**2).sum(-1)}
-    if not n_of["rest"]:
+    if model.rest is None:
         ours = {k: w for k, w in ours.items() if not k.startswith("rest.")}
     fill(model, ours)
     return model
 
 
 def check(model, weights):
-    """Raise a ValueError naming what `weights` {name: array} lacks, has too much or has in a wrong shape for `model`."""
+    """Raise a ValueError that names what `weights` {name: array} has missing, unexpected or misshapen for `model`."""
     expected = dict(tree_flatten(model.parameters()))
     problems = [f"missing {k}" for k in expected if k not in weights]
     problems += [f"unexpected {k}" for k in weights if k not in expected]
@@ -577,26 +551,18 @@ def load(path_or_repo=None, n_codebooks=None):
     None: kyutai's own weights (kyutai/moshiko-pytorch-bf16). n_codebooks: use the first so many, None for all there
     are. A transformers checkpoint, also a whole CSM's, is read through convert.py. Raises ValueError.
     """
-    if path_or_repo is None:
-        path = download(DEFAULT_REPO, DEFAULT_FILE)
-    elif Path(path_or_repo).exists():
-        path = Path(path_or_repo)
-    elif re.fullmatch(r"[\w.-]+/[\w.-]+", str(path_or_repo)):
-        path = None
-        for name in ("mimi.safetensors", DEFAULT_FILE, "model.safetensors"):
-            try:
-                path = download(path_or_repo, name)
+    alone = ("mimi.safetensors", "tokenizer-*.safetensors")
+    path = Path(path_or_repo or download(DEFAULT_REPO, DEFAULT_FILE))
+    if not path.exists():
+        if not re.fullmatch(r"[\w.-]+/[\w.-]+", str(path_or_repo)):
+            raise ValueError(f"no such file or folder: {path_or_repo}")
+        for files in (alone, ("model.safetensors", "config.json")):
+            path = download(str(path_or_repo), *files)
+            if any(path.glob(files[0])) or any(path.glob(files[1])):
                 break
-            except FileNotFoundError:
-                continue
-        if path is None:
-            raise ValueError(f"{path_or_repo} holds no Mimi")
-    else:
-        raise ValueError(f"no such file or folder: {path_or_repo}")
     if path.is_dir():
-        inside = [path / "mimi.safetensors", *sorted(path.glob("tokenizer-*.safetensors"))]
-        path = next((f for f in inside if f.exists()), path)
-    if path.is_file():
+        path = next((f for pattern in alone for f in sorted(path.glob(pattern))), path)
+    if path.is_file() and path.suffix == ".safetensors":
         weights, metadata = read_safetensors(path)
         if "encoder.model.0.conv.conv.weight" in weights:
             return from_weights(weights, json.loads(metadata.get("config", "null")), n_codebooks)

@@ -42,7 +42,18 @@ DEFAULT_TOKENIZER = "unsloth/Llama-3.2-1B"
 DEFAULT_PROMPTS = "mlx-community/csm-1b"
 DEFAULT_VOICES = ("conversational_a", "conversational_b", *(f"read_speech_{x}" for x in "abcd"))
 NO_TEXT = -1  # in the text column of an audio row; the mask is told from it
+BESIDE = (
+    "*.json",
+    "tokenizer.model",
+    "mimi.safetensors",
+    "tokenizer-*.safetensors",
+    "prompts/*",
+)  # what is fetched too
 PREFILL = 256  # rows per pass over a prompt: bounds the memory of long ones
+
+LLAMA3_ROPE = {
+    "factor": 32.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0, "original_max_position_embeddings": 8192
+}  # fmt: skip
 
 log = logging.getLogger("csm")
 
@@ -59,14 +70,7 @@ class LlamaConfig:
     ffn_dim: int
     norm_eps: float = 1e-5
     rope_theta: float = 500_000.0
-    rope_scaling: dict | None = field(  # Llama 3's; None: plain RoPE
-        default_factory=lambda: {
-            "factor": 32.0,
-            "low_freq_factor": 1.0,
-            "high_freq_factor": 4.0,
-            "original_max_position_embeddings": 8192,
-        }
-    )
+    rope_scaling: dict | None = field(default_factory=LLAMA3_ROPE.copy)  # None: plain RoPE
     max_positions: int = 2048
 
     def rope_periods(self):
@@ -97,9 +101,10 @@ class CSMConfig:
     @classmethod
     def from_dict(cls, d):
         d = {f.name: d[f.name] for f in fields(cls) if d.get(f.name) is not None}
-        for part in d.keys() & {"backbone", "decoder"}:
-            d[part] = LlamaConfig(**d[part])
-        return cls(**d)
+        try:
+            return cls(**d | {part: LlamaConfig(**d[part]) for part in ("backbone", "decoder") if part in d})
+        except TypeError as e:
+            raise ValueError(f"config.json is not one of ours: {e}") from None
 
     def to_dict(self):
         return {"model_type": "csm", "layout": "native", **asdict(self)}
@@ -182,7 +187,7 @@ class Attention(nn.Module):
         k = self.k_proj(x).reshape(B, T, self.n_kv_heads, self.head_dim).transpose(0, 2, 1, 3)
         v = self.v_proj(x).reshape(B, T, self.n_kv_heads, self.head_dim).transpose(0, 2, 1, 3)
         # Interleaved pairs, as Sesame has them (transformers rotates halves, with the rows of q and k permuted).
-        rope = dict(traditional=True, base=None, scale=1.0, offset=offset, freqs=periods)
+        rope = {"traditional": True, "base": None, "scale": 1.0, "offset": offset, "freqs": periods}
         q, k = mx.fast.rope(q, self.head_dim, **rope), mx.fast.rope(k, self.head_dim, **rope)
         if cache:
             k, v = cache.update(self.layer, k, v)
@@ -578,7 +583,7 @@ class Conversation:
             rows = np.concatenate([rows, self.generator.audio_rows(opening, end=False)])
         if not max_audio_length_ms > 0:
             raise ValueError(f"max_audio_length_ms must be above 0, not {max_audio_length_ms}")
-        max_frames = max(1, int(max_audio_length_ms / 1000 * self.generator.mimi.config.frame_rate))
+        max_frames = max(1, int(max_audio_length_ms * self.generator.mimi.config.frame_rate / 1000))
         if seed is None:
             seed = secrets.randbits(32)
             log.info("seed %d", seed)
@@ -605,7 +610,7 @@ class Conversation:
             while len(said) < max_frames:
                 key, *keys = mx.random.split(key, K + 1)
 
-                def sample(i, logits):
+                def sample(i, logits, keys=keys):
                     logits = logits.astype(mx.float32)
                     if i == 0:
                         so_far = mx.concatenate(said)[:, 0] if said else mx.zeros((0,), mx.int32)
@@ -639,7 +644,7 @@ class Conversation:
         fixed = sum(map(len, self.blocks[: self.n_kept]))
         if fixed + n_rows >= self.limit:
             raise ValueError(
-                f"the prompt takes {fixed + n_rows} positions, and the model has {self.limit}: shorten the context or the text"
+                f"the prompt takes {fixed + n_rows} positions, and the model has {self.limit}: shorten context or text"
             )
         n = len(self.blocks)
         while len(self.blocks) > self.n_kept and sum(map(len, self.blocks)) + need > self.limit:
@@ -674,14 +679,15 @@ def join(pieces):
 
 def split_heads(weights):
     """Our layout's one `audio_head` (K - 1, D, V) as the model's matrices, `audio_head.i.weight` (V, D)."""
-    weights = dict(weights)
-    stack = weights.pop("audio_head", [])
-    return weights | {f"audio_head.{i}.weight": mx.contiguous(w.T) for i, w in enumerate(stack)}
+    if "audio_head" not in weights or weights["audio_head"].ndim != 3:
+        return weights
+    heads = {f"audio_head.{i}.weight": mx.contiguous(w.T) for i, w in enumerate(weights["audio_head"])}
+    return {k: w for k, w in weights.items() if k != "audio_head"} | heads
 
 
 def quantize_weights(weights, bits=4, group_size=64):
     """{name: array} of our layout with every matrix quantized, embeddings and audio_head too. ValueError: cannot be."""
-    if bits not in (2, 3, 4, 5, 6, 8) or group_size not in (32, 64, 128):
+    if bits not in (4, 8) or group_size not in (32, 64, 128):
         raise ValueError(f"quantize takes 4 or 8 bits in groups of 32, 64 or 128, not {bits} and {group_size}")
     if any(name.endswith(".scales") for name in weights):
         raise ValueError("the model is quantized already")
@@ -724,8 +730,8 @@ def locate(model):
     if re.fullmatch(r"[\w.-]+/[\w.-]+", str(model)):
         # A repository may hold its weights in several layouts: the MLX or Sesame ones first, in one file.
         for weights in (("model*.safetensors*", "ckpt.safetensors"), ("*.safetensors*",), ("*.pt",)):
-            folder = codec.download(str(model), *weights, "*.json", "tokenizer.model", "mimi.safetensors", "prompts/*")
-            if any(f for pattern in weights for f in folder.glob(pattern)):
+            folder = codec.download(str(model), *weights, "*.json", *BESIDE)
+            if any(f.name not in BESIDE for pattern in weights for f in folder.glob(pattern)):
                 break
         return folder
     raise ValueError(
@@ -765,10 +771,8 @@ def load(model="csm-1b", *, dtype=None, quantize=None, group_size=64):
     del weights
     if mimi is not None:
         mimi = codec.from_weights(mimi[1], mimi[0])
-    elif (folder / "mimi.safetensors").is_file():
-        mimi = codec.load(folder / "mimi.safetensors")
     else:
-        mimi = codec.load()
+        mimi = codec.load(folder / "mimi.safetensors" if (folder / "mimi.safetensors").is_file() else None)
     tokenizer = next((f for f in (folder / "tokenizer.json", folder / "tokenizer.model") if f.is_file()), None)
     if tokenizer is None:
         tokenizer = codec.download(config.text_tokenizer or DEFAULT_TOKENIZER, "tokenizer.json")
@@ -878,7 +882,9 @@ def command(args):
     if not args.dialogue and args.text is None:
         raise ValueError("give TEXT and OUT")
     if args.out != "-" and (Path(args.out).is_dir() or not Path(args.out).absolute().parent.is_dir()):
-        raise ValueError(f"cannot write {args.out}: {'it is a folder' if Path(args.out).is_dir() else 'no such folder'}")
+        raise ValueError(
+            f"cannot write {args.out}: {'it is a folder' if Path(args.out).is_dir() else 'no such folder'}"
+        )
     turns = read_dialogue(args.dialogue) if args.dialogue else [(args.speaker, read_text(args.text))]
     if not all(text.strip() for _, text in turns):
         raise ValueError("the text is empty")

@@ -402,7 +402,6 @@ RENAME = [
     (r"\.layer_scale_([12])\.scale$", r".scale\1"),
     (r"^quantizer\.rvq_(first|rest)\.", r"\1."),
 ]
-CODEBOOK = r"(first|rest)\.vq\.layers\.(\d+)\._codebook\.(\w+)"
 
 
 def infer_config(weights):
@@ -457,34 +456,54 @@ def from_weights(weights, config=None, n_codebooks=None):
     model = Mimi(replace(c, ratios=tuple(c.ratios), n_codebooks=n_codebooks))
     modules = dict(model.named_modules())
     ours, books = {}, {}
-    for key, w in weights.items():
+    for name, w in weights.items():
+        key, w = name, w.astype(mx.float32)
         for pattern, new in RENAME:
             key = re.sub(pattern, new, key)
-        w, module = w.astype(mx.float32), modules.get(key.rpartition(".")[0])
-        if m := re.fullmatch(CODEBOOK, key):
-            books[m[1], m[3], int(m[2])] = w
+        if m := re.fullmatch(r"(first|rest)\.vq\.layers\.(\d+)\._codebook\.(\w+)", key):
+            books[m[1], int(m[2]), m[3]] = w
             continue
-        if isinstance(module, Conv) and key.endswith("bias"):
-            w = mx.tile(w, module.upsample)
-        elif isinstance(module, Conv) and module.upsample > 1:
-            u, c_in, c_out = module.upsample, *w.shape[:2]  # (C, O, kernel) -> (taps, C, u * O), the newest tap last
-            w = w.transpose(2, 0, 1).reshape(-1, u, c_in, c_out)[::-1].swapaxes(1, 2).reshape(-1, c_in, u * c_out)
-        elif isinstance(module, Conv):  # (O, C, kernel) -> (taps, s * C, O)
-            w = w.transpose(2, 1, 0).reshape(-1, w.shape[1] * module.stride, w.shape[0])
-        elif isinstance(module, Upsample):  # (D, 1, 4) -> (taps, 2, D)
-            w = w[:, 0].T.reshape(2, 2, -1)[::-1]
-        elif isinstance(module, RVQ):  # a convolution of kernel 1
-            w = w[..., 0]
-        ours[key] = w
-    for part, n in (("first", c.n_semantic), ("rest", n_codebooks - c.n_semantic)):
-        if n and {(part, f, n - 1) for f in ("embedding_sum", "cluster_usage")} <= books.keys():
-            total, usage = (mx.stack([books[part, f, i] for i in range(n)]) for f in ("embedding_sum", "cluster_usage"))
-            vectors = total / mx.maximum(usage, 1e-5)[..., None]
+        try:
+            ours[key] = arrange(w, key, modules.get(key.rpartition(".")[0]))
+        except (ValueError, IndexError):  # from MLX, which does not know the name
+            raise ValueError(f"the checkpoint does not fit the model: {name} is {w.shape}") from None
+    for part, total, n in (
+        ("first", c.n_semantic, c.n_semantic),
+        ("rest", c.n_codebooks - c.n_semantic, n_codebooks - c.n_semantic),
+    ):
+        shapes = {"embedding_sum": (c.codebook_size, c.codebook_dim), "cluster_usage": (c.codebook_size,)}
+        found = {f: [books.pop((part, i, f), mx.zeros(0)) for i in range(total)] for f in shapes}
+        for f, shape in shapes.items():
+            if bad := [i for i, w in enumerate(found[f]) if w.shape != shape]:
+                raise ValueError(
+                    f"the checkpoint does not fit the model: missing or not {shape}: {f} of rvq_{part} {bad[:4]}"
+                )
+        if n:
+            sums, usage = (mx.stack(found[f][:n]) for f in shapes)
+            vectors = sums / mx.maximum(usage, 1e-5)[..., None]
             ours |= {f"{part}.codebooks": vectors, f"{part}.norms": (vectors**2).sum(-1)}
+    ours |= {
+        f"{part}.{i}.{f}": w for (part, i, f), w in books.items() if f != "_initialized"
+    }  # unexpected: fill says so
     if model.rest is None:
-        ours = {k: w for k, w in ours.items() if not k.startswith("rest.")}
+        ours = {k: w for k, w in ours.items() if k not in ("rest.input_proj", "rest.output_proj")}
     fill(model, ours)
     return model
+
+
+def arrange(w, key, module):
+    """A tensor as kyutai stores it -> as `module` reads it."""
+    if isinstance(module, Conv) and key.endswith("bias"):
+        return mx.tile(w, module.upsample)
+    if isinstance(module, Conv) and module.upsample > 1:
+        c_in, c_out, _ = w.shape  # (C, O, kernel) -> (taps, C, u * O), the newest input's tap last
+        w = w.transpose(2, 0, 1).reshape(-1, module.upsample, c_in, c_out)[::-1]
+        return w.swapaxes(1, 2).reshape(-1, c_in, module.upsample * c_out)
+    if isinstance(module, Conv):  # (O, C, kernel) -> (taps, s * C, O)
+        return w.transpose(2, 1, 0).reshape(-1, w.shape[1] * module.stride, w.shape[0])
+    if isinstance(module, Upsample):  # (D, 1, 4) -> (taps, 2, D)
+        return w[:, 0].T.reshape(2, 2, -1)[::-1]
+    return w[..., 0] if isinstance(module, RVQ) else w  # RVQ: a convolution of kernel 1
 
 
 def check(model, weights):
@@ -545,12 +564,8 @@ def download(repo, *patterns):
         raise ValueError(f"cannot download from {repo}: {str(e).splitlines()[0]} (no download: --model tiny)") from None
 
 
-def load(path_or_repo=None, n_codebooks=None):
-    """A Mimi from a folder, a .safetensors file or a Hugging Face repository, in our layout, kyutai's or transformers'.
-
-    None: kyutai's own weights (kyutai/moshiko-pytorch-bf16). n_codebooks: use the first so many, None for all there
-    are. A transformers checkpoint, also a whole CSM's, is read through convert.py. Raises ValueError.
-    """
+def locate(path_or_repo=None):
+    """A Mimi's local file, or folder of a transformers checkpoint; downloaded if need be. Raises ValueError."""
     alone = ("mimi.safetensors", "tokenizer-*.safetensors")
     path = Path(path_or_repo or download(DEFAULT_REPO, DEFAULT_FILE))
     if not path.exists():
@@ -560,9 +575,17 @@ def load(path_or_repo=None, n_codebooks=None):
             path = download(str(path_or_repo), *files)
             if any(path.glob(files[0])) or any(path.glob(files[1])):
                 break
-    if path.is_dir():
-        path = next((f for pattern in alone for f in sorted(path.glob(pattern))), path)
-    if path.is_file() and path.suffix == ".safetensors":
+    return next((f for pattern in alone for f in sorted(path.glob(pattern))), path) if path.is_dir() else path
+
+
+def load(path_or_repo=None, n_codebooks=None):
+    """A Mimi from a folder, a .safetensors file or a Hugging Face repository, in our layout, kyutai's or transformers'.
+
+    None: kyutai's own weights (kyutai/moshiko-pytorch-bf16). n_codebooks: use the first so many, None for all there
+    are. A transformers checkpoint, also a whole CSM's, is read through convert.py. Raises ValueError.
+    """
+    path = locate(path_or_repo)
+    if path.suffix == ".safetensors":
         weights, metadata = read_safetensors(path)
         if "encoder.model.0.conv.conv.weight" in weights:
             return from_weights(weights, json.loads(metadata.get("config", "null")), n_codebooks)

@@ -465,6 +465,7 @@ def main(argv=None):
     p.add_argument("--group-size", type=int, choices=(32, 64, 128), default=64, help="of --quantize")
     p.add_argument("--dtype", choices=("float32", "bfloat16", "float16"), help="cast the CSM; as stored if not given")
     p.add_argument("--to", choices=("sesame", "transformers"), help="write another layout than ours")
+    p.error = lambda message: p.exit(2, f"convert.py: error: {message}\n")  # one line, without the usage
     args = p.parse_args(argv)
     try:
         print(f"{args.destination}: {', '.join(convert(**vars(args)))}")

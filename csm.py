@@ -49,6 +49,7 @@ BESIDE = (
     "tokenizer-*.safetensors",
     "prompts/*",
 )  # what is fetched too
+TWO_STREAMS = int(os.environ.get("TS", "1000000"))
 PREFILL = 256  # rows per pass over a prompt: bounds the memory of long ones
 
 LLAMA3_ROPE = {
@@ -137,12 +138,19 @@ class KVCache:
         self.offset = min(self.offset, length)
 
 
+SECOND = mx.new_thread_local_stream(mx.cpu)
+
+
 def matmul(x, w, scales=None, biases=None):
     """x (..., in) times w (out, in) transposed; or its quantized form, whose bits and group size the shapes tell."""
-    if scales is None:
-        return x @ w.T
-    bits, group_size = 32 * w.shape[-1] // x.shape[-1], x.shape[-1] // scales.shape[-1]
-    return mx.quantized_matmul(x, w, scales, biases, transpose=True, group_size=group_size, bits=bits)
+    if scales is not None:
+        bits, group_size = 32 * w.shape[-1] // x.shape[-1], x.shape[-1] // scales.shape[-1]
+        return mx.quantized_matmul(x, w, scales, biases, transpose=True, group_size=group_size, bits=bits)
+    if x.size == x.shape[-1] and w.size >= TWO_STREAMS and mx.default_device() == mx.cpu:
+        # One row times a matrix takes as long as reading it. MKL reads with one core on AMD: let two read half each.
+        half = w.shape[0] // 2
+        return mx.concatenate([x @ w[:half].T, mx.matmul(x, w[half:].T, stream=SECOND)], axis=-1)
+    return x @ w.T
 
 
 class Linear(nn.Module):
@@ -313,14 +321,15 @@ class Sampling:
     logits_processors: tuple = ()  # of codebook 0: (ids so far (F,), logits (1, V)) -> logits
 
     def __post_init__(self):
-        if not (0 <= self.temperature < math.inf):
-            raise ValueError(f"temperature must be 0 or more, not {self.temperature}")
-        if self.top_k is not None and self.top_k < 0:
-            raise ValueError(f"top_k must be 0 (off) or more, not {self.top_k}")
-        if not 0 <= self.top_p <= 1 or not 0 <= self.min_p <= 1:
-            raise ValueError(f"top_p and min_p must lie in 0..1, not {self.top_p} and {self.min_p}")
-        if self.min_tokens_to_keep < 1:
-            raise ValueError(f"min_tokens_to_keep must be 1 or more, not {self.min_tokens_to_keep}")
+        for name, good, range in (
+            ("temperature", 0 <= self.temperature < math.inf, "0 or more"),
+            ("top_k", (self.top_k or 0) >= 0, "0 (off) or more"),
+            ("top_p", 0 <= self.top_p <= 1, "in 0..1"),
+            ("min_p", 0 <= self.min_p <= 1, "in 0..1"),
+            ("min_tokens_to_keep", self.min_tokens_to_keep >= 1, "1 or more"),
+        ):
+            if not good:
+                raise ValueError(f"{name} must be {range}, not {getattr(self, name)}")
 
     def __call__(self, logits, key):
         """logits (B, V), -inf where forbidden -> ids (B,)."""
@@ -816,17 +825,8 @@ def wav_writer(path, sample_rate):
         return
     import soundfile
 
-    part = Path(f"{path}.part")
-    try:
-        file = soundfile.SoundFile(part, "w", sample_rate, 1, "PCM_16", format="WAV")
-    except (OSError, soundfile.LibsndfileError) as e:
-        raise ValueError(f"cannot write {path}: {e}") from None
-    try:
-        with file:
-            yield lambda audio: file.write(codec.to_pcm16(audio))
-        os.replace(part, path)
-    finally:
-        part.unlink(missing_ok=True)
+    with codec.replacing(path) as file, soundfile.SoundFile(file, "w", sample_rate, 1, "PCM_16", format="WAV") as wav:
+        yield lambda audio: wav.write(codec.to_pcm16(audio))
 
 
 def read_text(argument):
@@ -835,7 +835,7 @@ def read_text(argument):
         return sys.stdin.read().strip()
     if argument.startswith("@"):
         try:
-            return Path(argument[1:]).read_text(encoding="utf-8").strip()
+            return Path(argument[1:]).read_text(encoding="utf-8-sig").strip()
         except (OSError, UnicodeDecodeError) as e:
             raise ValueError(f"cannot read {argument[1:]}: {e}") from None
     return argument
@@ -858,20 +858,15 @@ def read_dialogue(path):
 
 def read_context(path):
     """JSON, a list of {"speaker", "text", "audio": path beside the JSON} -> Segments."""
+    expected = f'{path}: expected [{{"speaker": 0, "text": "...", "audio": "file.wav"}}, ...]'
     try:
-        turns = json.loads(read_text(f"@{path}"))
-        return [
-            Segment(
-                int(t["speaker"] if "speaker" in t else t["speaker_id"]),
-                t["text"],
-                Path(path).parent / (t["audio"] if "audio" in t else t["audio_path"]),
-            )
-            for t in turns
+        turns = [
+            (t["speaker"] if "speaker" in t else t["speaker_id"], t["text"], t.get("audio") or t["audio_path"])
+            for t in json.loads(read_text(f"@{path}"))
         ]
-    except (KeyError, TypeError, json.JSONDecodeError) as e:
-        raise ValueError(
-            f'{path}: expected [{{"speaker": 0, "text": "...", "audio": "file.wav"}}, ...] ({e})'
-        ) from None
+        return [Segment(int(speaker), text, Path(path).parent / audio) for speaker, text, audio in turns]
+    except (KeyError, TypeError, AttributeError, json.JSONDecodeError) as e:
+        raise ValueError(f"{expected} ({type(e).__name__}: {e})") from None
 
 
 def command(args):
@@ -882,9 +877,7 @@ def command(args):
     if not args.dialogue and args.text is None:
         raise ValueError("give TEXT and OUT")
     if args.out != "-" and (Path(args.out).is_dir() or not Path(args.out).absolute().parent.is_dir()):
-        raise ValueError(
-            f"cannot write {args.out}: {'it is a folder' if Path(args.out).is_dir() else 'no such folder'}"
-        )
+        raise ValueError(f"cannot write {args.out}: it is a folder, or in none that exists")
     turns = read_dialogue(args.dialogue) if args.dialogue else [(args.speaker, read_text(args.text))]
     if not all(text.strip() for _, text in turns):
         raise ValueError("the text is empty")
@@ -955,10 +948,8 @@ def progress():
 
 def peak_memory():
     """Bytes: the larger of MLX's own peak, which a GPU's is, and the process's."""
-    try:
-        import resource
-    except ImportError:  # Windows
-        return mx.get_peak_memory()
+    import resource
+
     unit = 1 if sys.platform == "darwin" else 1024
     return max(mx.get_peak_memory(), resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit)
 
@@ -988,6 +979,7 @@ def main(argv=None):
     p.add_argument("--stream", action="store_true", help="write every --streaming-interval seconds")
     p.add_argument("--streaming-interval", type=float, default=0.5, metavar="S")
     p.add_argument("--play", action="store_true", help="play while generating")
+    p.error = lambda message: p.exit(2, f"csm.py: error: {message}\n")  # one line, without the usage
     try:
         return command(p.parse_args(argv))
     except BrokenPipeError:  # the player at the other end of OUT - has gone

@@ -22,6 +22,7 @@ import os
 import platform
 import re
 import sys
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import NamedTuple
@@ -38,7 +39,10 @@ def load_fast_blas():
         return None
     if os.environ.get("CSM_FAST_BLAS", "1") == "0":
         return None
-    roots = [sys.prefix, *(str(Path(p).parents[2]) for p in sys.path if p.endswith("site-packages"))]
+    roots = [
+        sys.prefix,
+        *(str(Path(p).parent.parent.parent) for p in map(str, sys.path) if p.endswith("site-packages")),
+    ]
     found = [f for root in roots for f in sorted(glob.glob(f"{root}/lib/libmkl_rt.so*"))]
     for library in [*found, "libmkl_rt.so", "libmkl_rt.so.2", "libopenblas.so.0"]:
         try:
@@ -378,6 +382,8 @@ class Mimi(nn.Module):
     def decode(self, codes):
         """codes (B, K, F) -> audio (B, 1, F * 1920) float32. Raises ValueError for a code outside the codebook."""
         codes = mx.array(codes)
+        if codes.ndim != 3:
+            raise ValueError(f"codes must be (batch, codebooks, frames), not {codes.shape}")
         if codes.size and not 0 <= codes.min().item() <= codes.max().item() < self.config.codebook_size:
             raise ValueError(f"codes must lie in 0..{self.config.codebook_size - 1}")
         return self._whole(self.decode_step, codes, CHUNK)
@@ -623,17 +629,26 @@ def to_pcm16(audio):
     return (np.clip(np.array(audio, dtype=np.float32), -1, 1) * 32767).round().astype("<i2")
 
 
-def write_audio(path, audio, sample_rate=24_000):
-    """(samples,) float -> a 16-bit WAV file, whole or not at all."""
-    import soundfile
-
+@contextmanager
+def replacing(path):
+    """An open binary file beside `path`, which takes its place if all goes well. Raises ValueError."""
     part = Path(f"{path}.part")
     try:
-        soundfile.write(part, to_pcm16(audio), sample_rate, subtype="PCM_16", format="WAV")
+        with open(part, "wb") as file:
+            yield file
         os.replace(part, path)
-    except (OSError, soundfile.LibsndfileError) as e:
+    except OSError as e:
+        raise ValueError(f"cannot write {path}: {e.strerror}") from None
+    finally:
         part.unlink(missing_ok=True)
-        raise ValueError(f"cannot write {path}: {e}") from None
+
+
+def write_audio(path, audio, sample_rate=24_000):
+    """(samples,) float -> a 16-bit WAV file, whole or not at all. Raises ValueError."""
+    import soundfile
+
+    with replacing(path) as file:
+        soundfile.write(file, to_pcm16(audio), sample_rate, subtype="PCM_16", format="WAV")
 
 
 def main(argv=None):
@@ -645,14 +660,17 @@ def main(argv=None):
     parser.add_argument("--model", help="folder, file or Hugging Face repo (default: kyutai's weights)")
     parser.add_argument("--codes", metavar="F.npz", help="also save the codes (K, F) as `codes`")
     parser.add_argument("--n-codebooks", type=int, metavar="K", help="use only the first K codebooks")
+    parser.error = lambda message: parser.exit(2, f"mimi.py: error: {message}\n")  # one line, without the usage
     args = parser.parse_args(argv)
     try:
         audio = mx.array(read_audio(args.input))
         codec = load(args.model, args.n_codebooks)
         codes = codec.encode(audio[None, None])
-        write_audio(args.output, codec.decode(codes)[0, 0, : audio.size], codec.sample_rate)
+        decoded = codec.decode(codes)[0, 0, : audio.size]
         if args.codes:
-            np.savez(args.codes, codes=np.array(codes[0]), sample_rate=codec.sample_rate)
+            with replacing(args.codes) as file:
+                np.savez(file, codes=np.array(codes[0]), sample_rate=codec.sample_rate)
+        write_audio(args.output, decoded, codec.sample_rate)
     except ValueError as e:
         parser.exit(2, f"mimi.py: error: {e}\n")
     print(f"{codes.shape[2]} frames of {codes.shape[1]} codes", file=sys.stderr)

@@ -234,7 +234,6 @@ def reorder_csm(weights, config, split):
 
 def csm_weights(weights, config):
     """Any layout -> native names, shapes and RoPE. `config` is the native one."""
-    weights = {name.removeprefix("model."): w for name, w in weights.items()}  # which mlx-audio puts before them
     if any(name.startswith("backbone_model.") for name in weights):
         return reorder_csm(rename(weights, (TIED, *TRANSFORMERS)), config, split=False)
     if not any(name.startswith("backbone.") for name in weights):
@@ -273,13 +272,6 @@ def transformers_mimi(weights, config):
 # ---- reading ----------------------------------------------------------------------------------------------------
 
 
-def read_json(path):
-    try:
-        return dict(json.loads(path.read_text()))
-    except (ValueError, TypeError):
-        raise ValueError(f"{path} is not a JSON file of fields") from None
-
-
 def read_torch(path):
     try:
         import torch
@@ -302,12 +294,12 @@ def read_file(path):
     if path.suffix in (".pt", ".pth", ".ckpt"):
         weights = read_torch(path)
     elif path.suffix == ".json":
-        shards = {path.parent / shard for shard in read_json(path).get("weight_map", {}).values()}
+        shards = {path.parent / shard for shard in codec.read_json(path).get("weight_map", {}).values()}
         weights = {name: w for shard in sorted(shards) for name, w in codec.read_safetensors(shard)[0].items()}
     else:
         weights, metadata = codec.read_safetensors(path)
-    weights = {name: w for name, w in weights.items() if not re.fullmatch(BUFFERS, name)}
-    return rename(weights, SPELLINGS), metadata
+    weights = {name.removeprefix("model."): w for name, w in weights.items() if not re.fullmatch(BUFFERS, name)}
+    return rename(weights, SPELLINGS), metadata  # mlx-audio puts "model." before every name
 
 
 def find(folder, patterns):
@@ -324,13 +316,15 @@ def read(source):
 
     The config of a file lies beside it. Of a Mimi alone the first two are None; what its config lacks, mimi.py infers.
     """
+    from mimi import read_json
+
     source = Path(source)
     folder = source if source.is_dir() else source.parent
     file = (find(folder, CSM_FILES) or find(folder, MIMI_FILES)) if source.is_dir() else source
     if file is None:
         raise ValueError(f"{source} has no checkpoint: no .safetensors, no index of shards, no .pt")
     weights, metadata = read_file(file)
-    config = read_json(folder / "config.json") if (folder / "config.json").is_file() else {}
+    config = read_json(folder / "config.json")
 
     mimi, alone, prefix = None, any(name.startswith("quantizer.") for name in weights), "codec_model."
     codec = {name.removeprefix(prefix): w for name, w in weights.items() if alone or name.startswith(prefix)}

@@ -26,9 +26,8 @@ import struct
 import sys
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from dataclasses import asdict, dataclass, field, fields, replace
-from functools import partial
 from pathlib import Path
 
 import mimi as codec  # before mlx: it puts a fast BLAS in place on Linux
@@ -42,14 +41,9 @@ DEFAULT_TOKENIZER = "unsloth/Llama-3.2-1B"
 DEFAULT_PROMPTS = "mlx-community/csm-1b"
 DEFAULT_VOICES = ("conversational_a", "conversational_b", *(f"read_speech_{x}" for x in "abcd"))
 NO_TEXT = -1  # in the text column of an audio row; the mask is told from it
-BESIDE = (
-    "*.json",
-    "tokenizer.model",
-    "mimi.safetensors",
-    "tokenizer-*.safetensors",
-    "prompts/*",
-)  # what is fetched too
-TWO_STREAMS = int(os.environ.get("TS", "1000000"))
+# of a Hub repository, whatever its weights are called
+BESIDE = ("*.json", "tokenizer.model", "mimi.safetensors", "tokenizer-*.safetensors", "prompts/*")
+TWO_STREAMS = 2_000_000  # weights from which a matrix-vector product is worth two CPU streams
 PREFILL = 256  # rows per pass over a prompt: bounds the memory of long ones
 
 LLAMA3_ROPE = {
@@ -122,6 +116,7 @@ class KVCache:
         self.keys = [mx.zeros(shape, dtype) for _ in range(config.n_layers)]
         self.values = [mx.zeros(shape, dtype) for _ in range(config.n_layers)]
         self.offset = 0  # positions held
+        mx.eval(self.keys, self.values)  # an array that waits to be computed belongs to the thread that made it
 
     def update(self, layer, k, v):
         """Put k, v (B, H_kv, T, head_dim) behind what is held; return all held by then. The last layer moves on."""
@@ -133,9 +128,9 @@ class KVCache:
             self.offset = end
         return self.keys[layer][:, :, :end], self.values[layer][:, :, :end]
 
-    def trim(self, length):
-        """Forget all but the first `length` positions."""
-        self.offset = min(self.offset, length)
+    def trim(self, n):
+        """Forget the last n positions."""
+        self.offset -= max(0, min(n, self.offset))
 
 
 SECOND = mx.new_thread_local_stream(mx.cpu)
@@ -236,7 +231,7 @@ class Llama(nn.Module):
         self.layers = [Layer(c, i) for i in range(c.n_layers)]
         self.norm = nn.RMSNorm(c.dim, eps=c.norm_eps)
         self._periods = c.rope_periods()  # underscored: not a parameter
-        mx.eval(self._periods)  # an unevaluated array would belong to this thread's stream
+        mx.eval(self._periods)  # so that other threads may use it
 
     def __call__(self, x, cache=None):
         for layer in self.layers:
@@ -336,7 +331,7 @@ class Sampling:
         logits = logits.astype(mx.float32)
         if self.sampler is not None:
             return self.sampler(logits - mx.logsumexp(logits, axis=-1, keepdims=True))
-        if self.temperature == 0:
+        if self.temperature < 1e-6:  # dividing by less overflows
             return mx.argmax(logits, axis=-1)
         V = logits.shape[-1]
         k = min(self.top_k or V, V)
@@ -359,7 +354,7 @@ class Sampling:
 # ---------------------------------------------------------------------------------------------------- prompt
 
 
-@dataclass
+@dataclass(eq=False)  # arrays have no one truth value
 class Segment:
     """A finished turn of a conversation: who said what, and how it sounded.
 
@@ -444,7 +439,7 @@ class Generator:
 
     def __init__(self, model, mimi, tokenizer, voices=None):
         self.model, self.mimi, self.tokenizer = model, mimi, tokenizer
-        self.voices = voices or {}  # name -> function that returns (wav path, txt path)
+        self.voices = voices or {}  # name -> folder of its .wav and .txt; None: on the Hub
         if mimi.n_codebooks < model.config.audio_num_codebooks:
             raise ValueError(
                 f"the model writes {model.config.audio_num_codebooks} codebooks, its Mimi has {mimi.n_codebooks}"
@@ -454,9 +449,10 @@ class Generator:
     def sample_rate(self):
         return self.mimi.sample_rate
 
-    def conversation(self, context=(), *, voice=None, speaker=0):
-        """A Conversation that starts with `context`, or without one with a preset voice for `speaker`."""
-        return Conversation(self, context or self.voice_prompt(voice, speaker))
+    def conversation(self, context=(), *, voice=None):
+        """A Conversation that starts with `context`, or without one with a preset voice for whoever speaks first."""
+        context = list(context)
+        return Conversation(self, context, [] if context else self.voice_prompt(voice))
 
     def stream(
         self, text, speaker=0, context=(), *, voice=None, voice_match=False, streaming_interval=0.5, **options
@@ -472,20 +468,22 @@ class Generator:
     def generate_codes(self, text, speaker=0, context=(), *, voice=None, voice_match=False, **options) -> mx.array:
         """The codes of the speech: (F, K) int32."""
         conversation, opening = self._open(speaker, context, voice, voice_match)
-        frames = list(conversation.frames(text, speaker, opening=opening, **options))
-        return mx.concatenate(frames) if frames else mx.zeros((0, self.model.config.audio_num_codebooks), mx.int32)
+        frames = conversation.frames(text, speaker, opening=opening, **options)
+        for _ in frames:
+            pass
+        return conversation.turns[-1].codes
 
     def _open(self, speaker, context, voice, voice_match):
-        context = list(context) or self.voice_prompt(voice, speaker)
-        opening = None
-        if voice_match:
-            mine = [i for i, s in enumerate(context) if s.speaker == speaker]
-            if not mine:
-                raise ValueError(f"voice_match continues a clip of speaker {speaker}, and the context has none")
-            opening = context.pop(mine[-1])
-        return Conversation(self, context), opening
+        """A Conversation, and the Segment that the new turn continues, if any."""
+        if not voice_match:
+            return self.conversation(context, voice=voice), None
+        context = list(context) or [replace(s, speaker=speaker) for s in self.voice_prompt(voice)]
+        mine = [s for s in context if s.speaker == speaker][-1:]
+        if not mine:
+            raise ValueError(f"voice_match continues a clip of speaker {speaker}, and the context has none")
+        return Conversation(self, [s for s in context if s is not mine[0]]), mine[0]
 
-    def voice_prompt(self, voice=None, speaker=0):
+    def voice_prompt(self, voice=None):
         """The preset `voice` as a list of one Segment, or [] for none."""
         if voice == "none" or (voice is None and not (self.voices and self.model.config.use_default_voice_prompt)):
             return []
@@ -493,17 +491,24 @@ class Generator:
         if name not in self.voices:
             known = ", ".join(sorted(self.voices)) or "none at all"
             raise ValueError(f"unknown voice {name!r}; this model has: {known}")
-        wav, txt = self.voices[name]()
-        if not Path(txt).is_file():
-            raise ValueError(f"voice {name} has no transcript: {txt} is missing")
-        return [Segment(speaker, Path(txt).read_text(encoding="utf-8").strip(), wav)]
+        try:
+            folder = self.voices[name]
+            wav, txt = (
+                codec.download(DEFAULT_PROMPTS, f"prompts/{name}.{kind}")
+                if folder is None
+                else folder / f"{name}.{kind}"
+                for kind in ("wav", "txt")
+            )
+            return [Segment(0, Path(txt).read_text(encoding="utf-8").strip(), wav)]
+        except FileNotFoundError as e:
+            raise ValueError(f"voice {name} has no clip or no transcript: {e}") from None
 
     def text_rows(self, text, speaker):
         """(T, K + 1) int32 for one turn's text."""
         if not isinstance(speaker, (int, np.integer)) or speaker < 0:
             raise ValueError(f"speaker must be 0 or more, not {speaker!r}")
-        if not text or not text.strip():
-            raise ValueError("the text is empty")
+        if not isinstance(text, str) or not text.strip():
+            raise ValueError("the text is empty" if isinstance(text, str) else f"text must be a str, not {text!r}")
         c = self.model.config
         ids = self.tokenizer.encode(f"[{speaker}]{' ' if c.speaker_prefix_space else ''}{text}")
         if max(ids) >= c.text_vocab_size:
@@ -541,11 +546,12 @@ class Conversation:
     """Turns said so far and their KV cache, so that a new turn costs the backbone its own rows alone.
 
     Past the model's positions it forgets the oldest turns that came after its context, and warns on the logger "csm".
-    A stream that is abandoned, or fails, leaves the conversation as it was before that turn.
+    A turn whose stream is abandoned, or fails, is not part of the conversation.
     """
 
-    def __init__(self, generator, context=()):
+    def __init__(self, generator, context=(), prompt=()):
         self.generator, self.model = generator, generator.model
+        self.prompt = list(prompt)  # Segments to put first, in the voice of whoever speaks first
         self.turns = list(context)  # Segments
         self.blocks = [generator.segment_rows(s) for s in self.turns]  # the rows of each turn
         self.n_kept = len(self.blocks)  # the context, or the voice prompt, is never forgotten
@@ -561,28 +567,42 @@ class Conversation:
     def stream(self, text, speaker=0, *, streaming_interval=0.5, **options) -> Iterator[mx.array]:
         """Say the next turn in pieces of `streaming_interval` seconds: (samples,) float32 each."""
         mimi = self.generator.mimi
-        if not streaming_interval > 0:
+        if not 0 < streaming_interval < math.inf:
             raise ValueError(f"streaming_interval must be above 0 seconds, not {streaming_interval}")
         size = max(1, round(streaming_interval * mimi.config.frame_rate))
         frames = self.frames(text, speaker, **options)
 
         def pieces():
-            state, waiting = mimi.init_state(1), []
-            for codes in frames:
-                waiting.append(codes)
-                if len(waiting) == size:
-                    audio, state = mimi.decode_step(mx.stack(waiting, axis=2), state)
-                    waiting = []
-                    yield audio[0, 0]
-            if waiting:
-                yield mimi.decode_step(mx.stack(waiting, axis=2), state)[0][0, 0]
+            state, waiting, interrupt = mimi.init_state(1), [], None
+
+            def decode():
+                nonlocal state, waiting
+                audio, state = mimi.decode_step(mx.stack(waiting, axis=2), state)
+                waiting, piece = [], audio[0, 0]
+                mx.async_eval(piece)
+                return piece
+
+            try:
+                with closing(frames):
+                    for codes in frames:
+                        waiting.append(codes)
+                        if len(waiting) == size:
+                            yield decode()
+            except KeyboardInterrupt as e:
+                interrupt = e
+            if waiting:  # what is finished is handed out before an interruption goes on
+                yield decode()
+            if interrupt:
+                raise interrupt
 
         return pieces()
 
     def hear(self, segment):
         """Add a turn that somebody else spoke."""
         self._check_free()
-        self.blocks.append(self.generator.segment_rows(segment))
+        rows = self.generator.segment_rows(segment)
+        self._check_length(len(rows))
+        self.blocks.append(rows)
         self.turns.append(segment)
 
     def frames(self, text, speaker=0, *, opening=None, max_audio_length_ms=90_000, seed=None, **sampling):
@@ -590,77 +610,87 @@ class Conversation:
         rows = self.generator.text_rows(text if opening is None else f"{opening.text} {text}", speaker)
         if opening is not None:
             rows = np.concatenate([rows, self.generator.audio_rows(opening, end=False)])
-        if not max_audio_length_ms > 0:
-            raise ValueError(f"max_audio_length_ms must be above 0, not {max_audio_length_ms}")
-        max_frames = max(1, int(max_audio_length_ms * self.generator.mimi.config.frame_rate / 1000))
+        frame_ms = 1000 / self.generator.mimi.config.frame_rate
+        if not frame_ms <= max_audio_length_ms < math.inf:
+            raise ValueError(f"max_audio_length_ms must be {frame_ms:g} or more, one frame, not {max_audio_length_ms}")
         if seed is None:
             seed = secrets.randbits(32)
             log.info("seed %d", seed)
         if not 0 <= seed < 2**64:
             raise ValueError(f"seed must lie in 0..2^64 - 1, not {seed}")
-        sampling["logits_processors"] = tuple(sampling.get("logits_processors", ()))
-        return self._frames(Segment(speaker, text), rows, max_frames, mx.random.key(seed), Sampling(**sampling))
+        sampling["logits_processors"] = tuple(sampling.get("logits_processors") or ())
+        sampling = Sampling(**sampling)
+        for segment in [replace(s, speaker=speaker) for s in self.prompt]:
+            self.turns.insert(0, segment)
+            self.blocks.insert(0, self.generator.segment_rows(segment))
+            self.n_kept += 1
+        self.prompt = []
+        self._check_length(len(rows))
+        return self._frames(Segment(speaker, text), rows, int(max_audio_length_ms / frame_ms), int(seed), sampling)
 
     def _check_free(self):
         if self.busy:
             raise ValueError("a turn is still being said: finish its stream, or close it")
 
-    def _frames(self, turn, rows, max_frames, key, sampling):
+    def _check_length(self, n_rows):
+        n = sum(map(len, self.blocks[: self.n_kept])) + n_rows
+        if n >= self.limit:
+            raise ValueError(f"the prompt takes {n} positions, and the model has {self.limit}: shorten context or text")
+
+    def _frames(self, turn, rows, max_frames, seed, sampling):
         self._check_free()
         self._make_room(len(rows), max_frames)
         K, V = self.model.config.audio_num_codebooks, self.model.config.audio_vocab_size
-        forbidden = mx.where(mx.arange(V) < self.generator.mimi.config.codebook_size, 0, -mx.inf)  # what Mimi lacks
-        start, said, self.busy = self.cache.offset, [], True
+        n_codes = self.generator.mimi.config.codebook_size
+        forbidden = mx.where(mx.arange(V) < n_codes, 0, -mx.inf)  # ids that Mimi lacks
+        key = mx.random.key(seed)
         prompt = np.concatenate([*self.blocks, rows])
         max_frames = min(max_frames, self.limit - len(prompt))
-        done = False
+        start, said, self.busy = self.cache.offset, [], True
+
+        def sample(i, logits):
+            logits = logits.astype(mx.float32)
+            if i == 0 and sampling.logits_processors:
+                so_far = mx.concatenate(said)[:, 0] if said else mx.zeros((0,), mx.int32)
+                for process in sampling.logits_processors:
+                    logits = process(so_far, logits)
+            return sampling(logits + forbidden, keys[i])
+
         try:
             h = self._prefill(prompt)
-            while len(said) < max_frames:
+            while True:
                 key, *keys = mx.random.split(key, K + 1)
-
-                def sample(i, logits, keys=keys):
-                    logits = logits.astype(mx.float32)
-                    if i == 0:
-                        so_far = mx.concatenate(said)[:, 0] if said else mx.zeros((0,), mx.int32)
-                        for process in sampling.logits_processors:
-                            logits = process(so_far, logits)
-                    return sampling(logits + forbidden, keys[i])
-
                 codes = self.model.sample_frame(h, sample)
+                mx.eval(codes, key)
+                if codes.max().item() >= n_codes:
+                    raise ValueError(f"the sampler gave {codes.max().item()}, and Mimi has {n_codes} codes")
                 if not codes.any().item():
                     break
                 said.append(codes)
                 yield codes
-                if len(said) < max_frames:
-                    h = self._step(mx.pad(codes, [(0, 0), (0, 1)], constant_values=NO_TEXT)[:, None])
-            else:
-                if len(prompt) + max_frames >= self.limit:
-                    log.warning("the speech was cut off at the model's %d positions", self.limit)
-            done = True
+                if len(said) == max_frames:
+                    if len(prompt) + max_frames == self.limit:
+                        log.warning("the speech was cut off at the model's %d positions", self.limit)
+                    break
+                h = self._step(mx.pad(codes, [(0, 0), (0, 1)], constant_values=NO_TEXT)[:, None])
+        except BaseException:  # also GeneratorExit: the stream was closed
+            self.cache.trim(self.cache.offset - start)
+            raise
         finally:
             self.busy = False
-            if done:
-                turn.codes = mx.concatenate(said) if said else mx.zeros((0, K), mx.int32)
-                self.blocks.append(np.concatenate([rows, self.generator.audio_rows(turn)]))
-                self.turns.append(turn)
-            else:
-                self.cache.trim(start)
+        turn.codes = mx.concatenate(said) if said else mx.zeros((0, K), mx.int32)
+        mx.eval(turn.codes)
+        self.blocks.append(np.concatenate([rows, self.generator.audio_rows(turn)]))
+        self.turns.append(turn)
 
     def _make_room(self, n_rows, max_frames):
         """Forget old turns until the prompt leaves room for the speech, or at least for a quarter of the positions."""
-        need = n_rows + min(max_frames, self.limit // 4)
-        fixed = sum(map(len, self.blocks[: self.n_kept]))
-        if fixed + n_rows >= self.limit:
-            raise ValueError(
-                f"the prompt takes {fixed + n_rows} positions, and the model has {self.limit}: shorten context or text"
-            )
-        n = len(self.blocks)
+        n, need = len(self.blocks), n_rows + min(max_frames, self.limit // 4)
         while len(self.blocks) > self.n_kept and sum(map(len, self.blocks)) + need > self.limit:
             del self.blocks[self.n_kept], self.turns[self.n_kept]
         if n > len(self.blocks):
             log.warning("%d old turns forgotten: the model has %d positions", n - len(self.blocks), self.limit)
-            self.cache.trim(fixed)
+            self.cache.trim(self.cache.offset - sum(map(len, self.blocks[: self.n_kept])))
 
     def _prefill(self, prompt):
         """Rows of the prompt (T, K + 1) that the cache lacks through the backbone; returns the last hidden (1, D)."""
@@ -680,7 +710,9 @@ class Conversation:
 
 def join(pieces):
     pieces = list(pieces)
-    return mx.concatenate(pieces) if pieces else mx.zeros((0,))
+    whole = mx.concatenate(pieces) if pieces else mx.zeros((0,))
+    mx.eval(whole)
+    return whole
 
 
 # ---------------------------------------------------------------------------------------------------- loading
@@ -700,8 +732,8 @@ def quantize_weights(weights, bits=4, group_size=64):
         raise ValueError(f"quantize takes 4 or 8 bits in groups of 32, 64 or 128, not {bits} and {group_size}")
     if any(name.endswith(".scales") for name in weights):
         raise ValueError("the model is quantized already")
-    out = {}
-    for name, w in split_heads(weights).items():
+    out, weights = {}, split_heads(weights)
+    for name, w in weights.items():
         if w.ndim < 2 or w.shape[-1] % group_size:
             out[name] = w
         else:
@@ -717,12 +749,14 @@ def blank(config, weights):
     model = CSM(config)
     modules = dict(model.named_modules())
     for base in [name.removesuffix(".scales") for name in weights if name.endswith(".scales")]:
-        if not config.quantization:
-            raise ValueError("the weights are quantized, and config.json does not say how")
+        packed, scales = (weights[f"{base}.{part}"].shape[-1] for part in ("weight", "scales"))
         if (m := modules.get(base)) is not None:
-            *rows, n = m.weight.shape
-            m.weight = mx.zeros((*rows, n * config.quantization["bits"] // 32), mx.uint32)
-            m.scales = m.biases = mx.zeros((*rows, n // config.quantization["group_size"]))
+            n = len(m.weight)
+            m.weight, m.scales, m.biases = (
+                mx.zeros((n, packed), mx.uint32),
+                mx.zeros((n, scales)),
+                mx.zeros((n, scales)),
+            )
     return model
 
 
@@ -758,15 +792,13 @@ def load(model="csm-1b", *, dtype=None, quantize=None, group_size=64):
     """
     path = locate(model)
     folder = path if path.is_dir() else path.parent
-    native = json.loads((folder / "config.json").read_text()) if (folder / "config.json").is_file() else {}
+    native = codec.read_json(folder / "config.json")
     mimi = None
     if native.get("layout") == "native" or model == "csm-1b":  # whose repository has no config.json
         config = CSMConfig.from_dict(native)
         weights = codec.read_safetensors(path if path.is_file() else path / "model.safetensors")[0]
     else:
-        import convert  # only here: a folder in our own layout needs csm.py and mimi.py alone
-
-        config, weights, mimi = convert.read(path)
+        config, weights, mimi = codec.read_foreign(path)
         if weights is None:
             raise ValueError(f"{path} holds a Mimi, and no CSM")
         config = CSMConfig.from_dict(config)
@@ -781,19 +813,13 @@ def load(model="csm-1b", *, dtype=None, quantize=None, group_size=64):
     if mimi is not None:
         mimi = codec.from_weights(mimi[1], mimi[0])
     else:
-        mimi = codec.load(folder / "mimi.safetensors" if (folder / "mimi.safetensors").is_file() else None)
+        mimi = codec.load(folder if codec.locate(folder) != folder else None)
     tokenizer = next((f for f in (folder / "tokenizer.json", folder / "tokenizer.model") if f.is_file()), None)
     if tokenizer is None:
         tokenizer = codec.download(config.text_tokenizer or DEFAULT_TOKENIZER, "tokenizer.json")
-    if model == "csm-1b":
-        voices = {v: partial(hub_voice, v) for v in DEFAULT_VOICES}
-    else:
-        voices = {f.stem: partial(tuple, (f, f.with_suffix(".txt"))) for f in (folder / "prompts").glob("*.wav")}
+    voices = dict.fromkeys(DEFAULT_VOICES) if model == "csm-1b" else {}
+    voices |= {f.stem: f.parent for f in (folder / "prompts").glob("*.wav")}
     return Generator(network, mimi, Tokenizer(tokenizer), voices)
-
-
-def hub_voice(name):
-    return tuple(codec.download(DEFAULT_PROMPTS, f"prompts/{name}.{kind}") for kind in ("wav", "txt"))
 
 
 def as_dtype(dtype):
@@ -811,8 +837,8 @@ def as_dtype(dtype):
 @contextmanager
 def wav_writer(path, sample_rate):
     """A function that takes pieces of audio for a 16-bit WAV at `path`, put there when all is well; "-": to stdout."""
-    if str(path) == "-":
-        out = sys.stdout.buffer
+    if path == "-" or (Path(path).exists() and not Path(path).is_file()):  # a pipe or a device
+        out = sys.stdout.buffer if path == "-" else open(path, "wb")
         head = struct.pack("<4sI4s4sIHHIIHH4sI", b"RIFF", 2**32 - 1, b"WAVE", b"fmt ", 16, 1, 1, sample_rate,
                            2 * sample_rate, 2, 16, b"data", 2**32 - 1)  # fmt: skip
         out.write(head)  # the length is not known yet: the largest there is
@@ -831,14 +857,13 @@ def wav_writer(path, sample_rate):
 
 def read_text(argument):
     """TEXT of the command: itself, "-" for standard input, "@file" for a file."""
-    if argument == "-":
-        return sys.stdin.read().strip()
-    if argument.startswith("@"):
-        try:
-            return Path(argument[1:]).read_text(encoding="utf-8-sig").strip()
-        except (OSError, UnicodeDecodeError) as e:
-            raise ValueError(f"cannot read {argument[1:]}: {e}") from None
-    return argument
+    if argument != "-" and not argument.startswith("@"):
+        return argument
+    try:
+        data = sys.stdin.buffer.read() if argument == "-" else Path(argument[1:]).read_bytes()
+        return data.decode("utf-8-sig").strip()
+    except (OSError, UnicodeDecodeError) as e:
+        raise ValueError(f"cannot read {argument.removeprefix('@')}: {e}") from None
 
 
 def read_dialogue(path):
@@ -858,15 +883,19 @@ def read_dialogue(path):
 
 def read_context(path):
     """JSON, a list of {"speaker", "text", "audio": path beside the JSON} -> Segments."""
-    expected = f'{path}: expected [{{"speaker": 0, "text": "...", "audio": "file.wav"}}, ...]'
     try:
-        turns = [
-            (t["speaker"] if "speaker" in t else t["speaker_id"], t["text"], t.get("audio") or t["audio_path"])
-            for t in json.loads(read_text(f"@{path}"))
+        turns = json.loads(read_text(f"@{path}"))
+        return [
+            Segment(
+                int(t["speaker"] if "speaker" in t else t["speaker_id"]),
+                t["text"],
+                Path(path).parent / (t.get("audio") or t["audio_path"]),
+            )
+            for t in turns
         ]
-        return [Segment(int(speaker), text, Path(path).parent / audio) for speaker, text, audio in turns]
-    except (KeyError, TypeError, AttributeError, json.JSONDecodeError) as e:
-        raise ValueError(f"{expected} ({type(e).__name__}: {e})") from None
+    except (KeyError, TypeError, AttributeError, ArithmeticError, RecursionError, json.JSONDecodeError) as e:
+        expected = '[{"speaker": 0, "text": "...", "audio": "file.wav"}, ...]'
+        raise ValueError(f"{path}: expected {expected} ({type(e).__name__}: {e})") from None
 
 
 def command(args):
@@ -884,8 +913,9 @@ def command(args):
     context = [] if args.ref_audio is None else [Segment(args.speaker, args.ref_text, as_samples(args.ref_audio))]
     if args.context:
         context += [replace(s, audio=as_samples(s.audio)) for s in read_context(args.context)]
-    options = {k: getattr(args, k) for k in ("temperature", "top_k", "top_p", "min_p", "max_audio_length_ms")}
-    Sampling(**{k: v for k, v in options.items() if k != "max_audio_length_ms"})
+    options = {k: getattr(args, k) for k in ("temperature", "top_k", "top_p", "min_p")}
+    Sampling(**options)  # checked before the model is loaded
+    options["max_audio_length_ms"] = args.max_audio_length_ms
     seed = secrets.randbits(32) if args.seed is None else args.seed
     interval = args.streaming_interval if args.stream or args.play or args.out == "-" else 2.0
     generator = load(args.model, dtype=args.dtype, quantize=args.quantize)
@@ -981,12 +1011,12 @@ def main(argv=None):
     p.add_argument("--play", action="store_true", help="play while generating")
     p.error = lambda message: p.exit(2, f"csm.py: error: {message}\n")  # one line, without the usage
     try:
-        return command(p.parse_args(argv))
+        return command(p.parse_intermixed_args(argv))
     except BrokenPipeError:  # the player at the other end of OUT - has gone
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 1
     except (ValueError, OSError) as e:
-        p.exit(2, f"csm.py: error: {e}\n")
+        p.exit(2, f"csm.py: error: {' '.join(str(e).split())}\n")
     except KeyboardInterrupt:
         p.exit(130, "interrupted: nothing was written\n")
 

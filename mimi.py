@@ -341,6 +341,7 @@ class Mimi(nn.Module):
 
     def encode_step(self, audio, state):
         """audio (B, 1, any number of samples), state -> codes (B, K, f) int32 of the frames now full, new state."""
+        audio = mx.array(audio)
         if audio.ndim != 3 or audio.shape[1] != 1 or audio.shape[0] != state.batch:
             raise ValueError(f"audio must be ({state.batch}, 1, samples), not {audio.shape}")
         x = mx.concatenate([state.rest, audio[:, 0].astype(mx.float32)], axis=1)
@@ -353,10 +354,13 @@ class Mimi(nn.Module):
         codes = self.first.encode(x)
         if self.rest is not None:
             codes = mx.concatenate([codes, self.rest.encode(x)], axis=1)
-        return codes.astype(mx.int32), state._replace(rest=rest, encoder=past)
+        codes, state = codes.astype(mx.int32), state._replace(rest=rest, encoder=past)
+        mx.async_eval(codes, state)  # under way, so that another thread may go on with them
+        return codes, state
 
     def decode_step(self, codes, state):
         """codes (B, K, f), state -> audio (B, 1, f * 1920) float32, new state. K may be less than the codec has."""
+        codes = mx.array(codes)
         if codes.ndim != 3 or codes.shape[0] != state.batch or not 1 <= codes.shape[1] <= self.n_codebooks:
             raise ValueError(f"codes must be ({state.batch}, 1 to {self.n_codebooks}, frames), not {codes.shape}")
         if codes.shape[2] == 0:
@@ -367,15 +371,20 @@ class Mimi(nn.Module):
             x = x + self.rest.decode(codes[:, n:])
         layers = [self.upsample, *self.decoder_transformer, self.decoder]
         x, past = run(layers, x, state.decoder)  # (B, S, 1)
-        return x.transpose(0, 2, 1), state._replace(decoder=past)
+        audio, state = x.transpose(0, 2, 1), state._replace(decoder=past)
+        mx.async_eval(audio, state)
+        return audio, state
 
     def encode(self, audio):
         """audio (B, 1, S) -> codes (B, K, ceil(S / 1920)) int32. The last frame is filled up with zeros, as moshi does.
 
         Raises ValueError for another shape.
         """
+        audio = mx.array(audio)
         if audio.ndim != 3 or audio.shape[1] != 1:
             raise ValueError(f"audio must be (batch, 1, samples), not {audio.shape}")
+        if not mx.isfinite(audio).all().item():
+            raise ValueError("the audio contains NaN or infinite samples")
         audio = mx.pad(audio, [(0, 0), (0, 0), (0, -audio.shape[2] % self.frame_size)])
         return self._whole(self.encode_step, audio, CHUNK * self.frame_size)
 
@@ -456,6 +465,8 @@ def from_weights(weights, config=None, n_codebooks=None):
     """
     config = infer_config(weights) | (config or {})
     c = MimiConfig(**{f: config[f] for f in MimiConfig.__dataclass_fields__ if f in config})
+    if c.n_heads < 1 or c.dim % c.n_heads:
+        raise ValueError(f"{c.n_heads} heads do not divide {c.dim} channels")
     n_codebooks = c.n_codebooks if n_codebooks is None else n_codebooks
     if not c.n_semantic <= n_codebooks <= c.n_codebooks:
         raise ValueError(f"this Mimi works with {c.n_semantic} to {c.n_codebooks} codebooks, not {n_codebooks}")
@@ -543,6 +554,14 @@ def read_safetensors(path):
         raise ValueError(f"{path} is truncated or not a safetensors file") from None
 
 
+def read_json(path):
+    """The fields of a JSON file, {} if there is none. Raises ValueError that names it."""
+    try:
+        return dict(json.loads(Path(path).read_text(encoding="utf-8"))) if Path(path).is_file() else {}
+    except (ValueError, TypeError, OSError):
+        raise ValueError(f"{path} is not a JSON file of fields") from None
+
+
 def download(repo, *patterns):
     """A Hugging Face repository's file -> its local path; or, of several patterns, the folder with what matches.
 
@@ -573,7 +592,7 @@ def download(repo, *patterns):
 def locate(path_or_repo=None):
     """A Mimi's local file, or folder of a transformers checkpoint; downloaded if need be. Raises ValueError."""
     alone = ("mimi.safetensors", "tokenizer-*.safetensors")
-    path = Path(path_or_repo or download(DEFAULT_REPO, DEFAULT_FILE))
+    path = download(DEFAULT_REPO, DEFAULT_FILE) if path_or_repo is None else Path(path_or_repo)
     if not path.exists():
         if not re.fullmatch(r"[\w.-]+/[\w.-]+", str(path_or_repo)):
             raise ValueError(f"no such file or folder: {path_or_repo}")
@@ -594,13 +613,22 @@ def load(path_or_repo=None, n_codebooks=None):
     if path.suffix == ".safetensors":
         weights, metadata = read_safetensors(path)
         if "encoder.model.0.conv.conv.weight" in weights:
-            return from_weights(weights, json.loads(metadata.get("config", "null")), n_codebooks)
-    import convert
-
-    mimi = convert.read(path)[2]
+            beside = read_json(path.with_name("config.json"))
+            config = json.loads(metadata["config"]) if "config" in metadata else beside if "n_filters" in beside else {}
+            return from_weights(weights, config, n_codebooks)
+    mimi = read_foreign(path)[2]
     if mimi is None:
         raise ValueError(f"no Mimi in {path}")
     return from_weights(mimi[1], mimi[0], n_codebooks)
+
+
+def read_foreign(path):
+    """A checkpoint in another layout -> (config, weights, Mimi) in ours, by convert.py, which ours do without."""
+    try:
+        import convert
+    except ModuleNotFoundError:
+        raise ValueError(f"{path} is not in our own layout: reading it takes convert.py beside this file") from None
+    return convert.read(path)
 
 
 # ---------------------------------------------------------------------------------------------------- audio files
@@ -618,11 +646,13 @@ def read_audio(path, sample_rate=24_000):
     except soundfile.LibsndfileError:
         raise ValueError(f"{path} is not an audio file that can be read") from None
     audio = audio.mean(axis=1)
-    if not len(audio):
-        raise ValueError(f"{path} holds no sound")
     if not np.isfinite(audio).all():
         raise ValueError(f"{path} contains NaN or infinite samples")
-    return soxr.resample(audio, rate, sample_rate).astype(np.float32) if rate != sample_rate else audio
+    if rate != sample_rate:
+        audio = soxr.resample(audio, rate, sample_rate).astype(np.float32)
+    if not len(audio):
+        raise ValueError(f"{path} holds no sound")
+    return audio
 
 
 def to_pcm16(audio):
@@ -632,7 +662,8 @@ def to_pcm16(audio):
 @contextmanager
 def replacing(path):
     """An open binary file beside `path`, which takes its place if all goes well. Raises ValueError."""
-    part = Path(f"{path}.part")
+    path = Path(os.path.realpath(path))  # a link stays one
+    part = path.with_name(f".{path.name}.{os.getpid()}.part")
     try:
         with open(part, "wb") as file:
             yield file
@@ -671,8 +702,10 @@ def main(argv=None):
             with replacing(args.codes) as file:
                 np.savez(file, codes=np.array(codes[0]), sample_rate=codec.sample_rate)
         write_audio(args.output, decoded, codec.sample_rate)
-    except ValueError as e:
-        parser.exit(2, f"mimi.py: error: {e}\n")
+    except (ValueError, OSError) as e:
+        parser.exit(2, f"mimi.py: error: {' '.join(str(e).split())}\n")
+    except KeyboardInterrupt:
+        parser.exit(130, "interrupted: nothing was written\n")
     print(f"{codes.shape[2]} frames of {codes.shape[1]} codes", file=sys.stderr)
 
 

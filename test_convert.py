@@ -110,10 +110,12 @@ def native():
     return config, random_weights(config, mx.bfloat16)
 
 
-def test_one_model_under_three_namings(native):
+def test_one_model_under_three_namings(native, tmp_path):
     config, weights = native
     same(convert.csm_weights(weights, config), weights)
-    same(convert.csm_weights({f"model.{name}": w for name, w in weights.items()}, config), weights)
+    mx.save_safetensors(str(tmp_path / "model.safetensors"), {f"model.{name}": w for name, w in weights.items()})
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    same(convert.read(tmp_path)[1], weights)  # as mlx-audio saves
     names = sesame_names(config)
     same(convert.csm_weights({names[name]: w for name, w in weights.items()}, config), weights)
     same(convert.csm_weights(as_transformers(weights, config), config), weights)

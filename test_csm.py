@@ -310,7 +310,7 @@ def test_steps_after_a_prefill_equal_one_pass(generator):
         cache = csm.KVCache(model.config.backbone)
         parts = [model(rows[:, a:b], mask[:, a:b], cache) for a, b in zip([0, *cuts], [*cuts, rows.shape[1]])]
         assert mx.abs(mx.concatenate(parts, axis=1) - whole).max() < 1e-5
-        cache.trim(5)  # and again from the sixth position on
+        cache.trim(cache.offset - 5)  # and again from the sixth position on
         assert cache.offset == 5 and mx.abs(model(rows[:, 5:], mask[:, 5:], cache) - whole[:, 5:]).max() < 1e-5
 
 
@@ -390,12 +390,24 @@ def test_two_threads_share_a_generator(generator):
     out = [None, None]
 
     def work(i):
-        out[i] = np.array(generator.generate("hello", i, seed=i, max_audio_length_ms=1200))
+        out[i] = generator.generate("hello", i, seed=i, max_audio_length_ms=1200)
 
     threads = [threading.Thread(target=work, args=(i,)) for i in range(2)]
     [t.start() for t in threads]
     [t.join() for t in threads]
-    np.testing.assert_array_equal(out, alone)
+    np.testing.assert_array_equal(out, alone)  # results leave the thread that made them
+    stream = generator.stream("hello", 0, seed=0, streaming_interval=0.1, max_audio_length_ms=1200)
+    pieces = []
+    for _ in range(15):  # each piece from another thread
+        t = threading.Thread(target=lambda: pieces.append(next(stream)))
+        t.start()
+        t.join()
+    np.testing.assert_allclose(mx.concatenate(pieces), alone[0], atol=1e-5)
+    talk = generator.conversation([csm.Segment(0, "yes", clip(0.4))])
+    t = threading.Thread(target=lambda: out.append(talk.say("hello", seed=0, max_audio_length_ms=400)))
+    t.start()
+    t.join()
+    assert talk.say("no", 1, seed=0, max_audio_length_ms=400).shape == out[-1].shape == (5 * 1920,)
 
 
 # ------------------------------------------------------------------------------- prompt, voices, context
@@ -464,6 +476,9 @@ def test_voices(generator, folder):
     given = generator.generate_codes("yes", 1, prompt, **options)
     for voice in (None, "conversational_a"):  # a preset speaks with the speaker's id
         np.testing.assert_array_equal(generator.generate_codes("yes", 1, voice=voice, **options), given)
+    talk = generator.conversation()
+    talk.say("yes", 1, **options)  # and with the id of whoever speaks first
+    np.testing.assert_array_equal(talk.turns[-1].codes, given)
     others = [generator.generate_codes("yes", 1, voice=v, **options) for v in ("none", "other")]
     assert not mx.array_equal(others[0], given) and not mx.array_equal(others[1], given)
     with pytest.raises(ValueError, match="unknown voice 'bob'; this model has: conversational_a, other"):
@@ -617,6 +632,8 @@ class Script:
 def test_end_of_speech(generator, n):
     codes = generator.generate_codes("hello", sampler=Script(n, [0] * 8))
     assert codes.shape == (n, 8) and generator.generate("hello", sampler=Script(n, [0] * 8)).shape == (n * 1920,)
+    with pytest.raises(ValueError, match="sampler gave 64, and Mimi has 64"):
+        generator.generate_codes("hello", sampler=Script(n, [64] * 8))
     almost = generator.generate_codes("hello", sampler=Script(n, [0] * 7 + [1]), max_audio_length_ms=800)
     assert almost.shape == (10, 8)  # the last codebook counts too: transformers looks at the others only
 
@@ -688,6 +705,10 @@ def test_command_and_library_say_the_same(folder, generator, tmp_path):
     for part in ("0.40 s of audio in", "real-time factor", "first audio after", "peak memory", "seed 7"):
         assert part in last
     assert [f.name for f in tmp_path.iterdir()] == ["a.wav"]
+    os.mkfifo(tmp_path / "pipe")
+    with subprocess.Popen(["cat", tmp_path / "pipe"], stdout=subprocess.PIPE) as reader:
+        assert csm.main(["hello there", "--model", str(folder), *SHORT, "--seed", "7", str(tmp_path / "pipe")]) == 0
+        assert len(reader.stdout.read()) == 44 + 2 * len(expected) and (tmp_path / "pipe").is_fifo()
     (tmp_path / "text").write_text("hello there\n")
     for text, stdin in ((f"@{tmp_path / 'text'}", None), ("-", b"hello there\n")):
         done = run(text, "-", "--model", folder, "--seed", 7, *SHORT, input=stdin)
@@ -733,6 +754,7 @@ def bad_inputs(d):
     d.joinpath("text.wav").write_text("not audio")
     d.joinpath("empty.txt").write_text("\n")
     d.joinpath("bad.json").write_text('[{"speaker": 0}]')
+    d.joinpath("odd.json").write_text('["hello"]')
     d.joinpath("script.txt").write_text("0: hello\nhello\n")
     d.joinpath("turns.json").write_text('[{"speaker": 0, "text": "hello", "audio": "none.wav"}]')
     soundfile.write(d / "nan.wav", np.array([0, np.nan, 0], np.float32), 24000, subtype="FLOAT")
@@ -760,6 +782,8 @@ def bad_inputs(d):
         ([], ["--context", d / "bad.json"], "bad.json"),
         ([], ["--context", d / "turns.json"], "none.wav"),
         ([], ["--temperature", "-1"], "temperature"),
+        ([], ["--temperature", "warm"], "temperature"),
+        ([], ["--context", d / "odd.json"], "odd.json"),
         ([], ["--top-p", "2"], "top_p"),
         ([], ["--top-k", "-3"], "top_k"),
         ([], ["--seed", "-1"], "seed"),
@@ -819,14 +843,14 @@ def test_damaged_models_say_what_is_wrong(folder, tmp_path):
 
 
 def test_interrupted_keeps_what_is_finished(folder, generator, tmp_path, monkeypatch, capfd):
-    def pieces(self, text, speaker=0, **options):
-        yield mx.ones((1920,)) * 0.5
+    def frames(self, text, speaker=0, **options):
+        yield from mx.ones((3, 1, 8), mx.int32)
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(csm.Conversation, "stream", pieces)
+    monkeypatch.setattr(csm.Conversation, "frames", frames)
     args = ["hello", str(tmp_path / "a.wav"), "--model", str(folder)]
     assert csm.main(args) == 130
-    assert len(wav(tmp_path / "a.wav")) == 1920 and "0.1 s finished so far are in" in capfd.readouterr().err
+    assert len(wav(tmp_path / "a.wav")) == 3 * 1920 and "0.2 s finished so far are in" in capfd.readouterr().err
 
 
 def test_a_reader_that_leaves_is_no_error(folder):

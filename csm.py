@@ -133,30 +133,25 @@ class KVCache:
         self.offset -= max(0, min(n, self.offset))
 
 
-SECOND = mx.new_thread_local_stream(mx.cpu)
-
-
-def matmul(x, w, scales=None, biases=None):
-    """x (..., in) times w (out, in) transposed; or its quantized form, whose bits and group size the shapes tell."""
-    if scales is not None:
-        bits, group_size = 32 * w.shape[-1] // x.shape[-1], x.shape[-1] // scales.shape[-1]
-        return mx.quantized_matmul(x, w, scales, biases, transpose=True, group_size=group_size, bits=bits)
-    if x.size == x.shape[-1] and w.size >= TWO_STREAMS and mx.default_device() == mx.cpu:
-        # One row times a matrix takes as long as reading it. MKL reads with one core on AMD: let two read half each.
-        half = w.shape[0] // 2
-        return mx.concatenate([x @ w[:half].T, mx.matmul(x, w[half:].T, stream=SECOND)], axis=-1)
-    return x @ w.T
-
-
 class Linear(nn.Module):
-    """weight (out, in), plain or quantized: with `scales` and `biases` beside it."""
+    """(..., in) -> (..., out). weight (out, in), plain; or quantized, with `scales` and `biases` beside it."""
+
+    second_stream = mx.new_thread_local_stream(mx.cpu)
 
     def __init__(self, n_in, n_out):
         super().__init__()
         self.weight = mx.zeros((n_out, n_in))  # not nn.Linear, which draws from the global random generator
 
     def __call__(self, x):
-        return matmul(x, self.weight, self.get("scales"), self.get("biases"))
+        w, n = self.weight, x.shape[-1]
+        if "scales" in self:  # whose shapes tell how it was packed
+            packing = {"group_size": n // self.scales.shape[-1], "bits": 32 * w.shape[-1] // n}
+            return mx.quantized_matmul(x, w, self.scales, self.biases, transpose=True, **packing)
+        if x.size == n and w.size >= TWO_STREAMS and mx.default_device() == mx.cpu:
+            # One row times a matrix takes as long as reading it, which MKL does on one core: let two read half each.
+            half = len(w) // 2
+            return mx.concatenate([x @ w[:half].T, mx.matmul(x, w[half:].T, stream=self.second_stream)], axis=-1)
+        return x @ w.T
 
 
 class Embedding(nn.Module):
@@ -371,24 +366,18 @@ class Segment:
 class Tokenizer:
     """Text -> ids, from `tokenizer.json` (by `tokenizers`) or `tokenizer.model` (by `sentencepiece`)."""
 
-    BOS = ("<|begin_of_text|>", "<bos>", "<s>", "[BOS]")
-    EOS = ("<|end_of_text|>", "<eos>", "</s>", "[EOS]")
+    NAMES = {"bos_token": ("<|begin_of_text|>", "<bos>", "<s>"), "eos_token": ("<|end_of_text|>", "<eos>", "</s>")}
 
     def __init__(self, path):
-        path = Path(path)
         try:
-            if path.suffix == ".json":
+            if Path(path).suffix == ".json":
                 import tokenizers
 
                 t = tokenizers.Tokenizer.from_file(str(path))
                 t.encode_special_tokens = True  # "<|end_of_text|>" in a user's text is text
                 self._encode = lambda text: t.encode(text, add_special_tokens=False).ids
-                names = path.with_name("tokenizer_config.json")
-                names = json.loads(names.read_text()) if names.exists() else {}
-                self.bos, self.eos = (
-                    next((i for n in [names.get(key), *known] if n and (i := self._id(t, n)) is not None), None)
-                    for key, known in (("bos_token", self.BOS), ("eos_token", self.EOS))
-                )
+                given = codec.read_json(Path(path).with_name("tokenizer_config.json"))
+                self.bos, self.eos = (self._special(t, given.get(kind), kind) for kind in self.NAMES)
             else:
                 import sentencepiece
 
@@ -396,11 +385,12 @@ class Tokenizer:
                 self._encode = t.encode
                 self.bos, self.eos = (i if i >= 0 else None for i in (t.bos_id(), t.eos_id()))
         except Exception as e:  # both libraries raise bare Exceptions
-            raise ValueError(f"{path} is not a tokenizer: {str(e).splitlines()[0]}") from None
+            raise ValueError(f"{path} is not a tokenizer: {e}") from None
 
-    @staticmethod
-    def _id(t, name):
-        return t.token_to_id(name["content"] if isinstance(name, dict) else name)
+    def _special(self, t, given, kind):
+        """The id of a special token: of the name that tokenizer_config.json gives, else of a usual one, else None."""
+        names = [given["content"] if isinstance(given, dict) else given or "", *self.NAMES[kind]]
+        return next((i for i in map(t.token_to_id, names) if i is not None), None)
 
     def encode(self, text):
         """text -> [bos, ..., eos]: CSM's template has both, once each."""

@@ -15,7 +15,7 @@ from mlx.utils import tree_flatten
 
 import convert
 import mimi
-from test_csm import random_mimi, write_tokenizer
+from conftest import random_mimi, write_tokenizer
 
 HERE = Path(__file__).parent
 # fmt: off

@@ -1,0 +1,253 @@
+"""The command of csm.py, the default downloads, the README's examples, and the real weights for who has them."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import csm  # first: it puts a fast BLAS in place before mlx is imported
+import mimi
+
+import mlx.core as mx  # isort: skip
+import numpy as np
+import pytest
+import soundfile
+
+from conftest import clip, write_model
+
+HERE = Path(__file__).parent
+SHORT = ["--max-audio-length-ms", "400"]
+
+
+def run(*args, input=None, **env):
+    """`python csm.py ARGS` in a process of its own."""
+    command = [sys.executable, str(HERE / "csm.py"), *map(str, args)]
+    return subprocess.run(command, input=input, capture_output=True, env={**os.environ, "HF_HUB_OFFLINE": "1", **env})
+
+
+def wav(path):
+    info = soundfile.info(path)
+    assert (info.samplerate, info.channels, info.subtype, info.format) == (24000, 1, "PCM_16", "WAV")
+    return soundfile.read(path, dtype="int16")[0]
+
+
+def test_command_and_library_say_the_same(folder, generator, tmp_path):
+    done = run("hello there", tmp_path / "a.wav", "--model", folder, "--seed", 7, *SHORT)
+    assert done.returncode == 0, done.stderr.decode()
+    expected = mimi.to_pcm16(generator.generate("hello there", seed=7, max_audio_length_ms=400))
+    np.testing.assert_array_equal(wav(tmp_path / "a.wav"), expected)
+    last = done.stderr.decode().splitlines()[-1]
+    for part in ("0.40 s of audio in", "real-time factor", "first audio after", "peak memory", "seed 7"):
+        assert part in last
+    assert [f.name for f in tmp_path.iterdir()] == ["a.wav"]
+    os.mkfifo(tmp_path / "pipe")
+    with subprocess.Popen(["cat", tmp_path / "pipe"], stdout=subprocess.PIPE) as reader:
+        assert csm.main(["hello there", "--model", str(folder), *SHORT, "--seed", "7", str(tmp_path / "pipe")]) == 0
+        assert len(reader.stdout.read()) == 44 + 2 * len(expected) and (tmp_path / "pipe").is_fifo()
+    (tmp_path / "text").write_text("hello there\n")
+    for text, stdin in ((f"@{tmp_path / 'text'}", None), ("-", b"hello there\n")):
+        done = run(text, "-", "--model", folder, "--seed", 7, *SHORT, input=stdin)
+        head, pcm = done.stdout[:44], np.frombuffer(done.stdout[44:], "<i2")
+        assert head[:4] == b"RIFF" and head[8:16] == b"WAVEfmt "
+        assert np.abs(pcm.astype(int) - expected).max() <= 1  # a stream's pieces are rounded apart
+
+
+def test_command_with_context(folder, generator, tmp_path):
+    stereo = np.stack([clip(1), clip(1)], axis=1)
+    soundfile.write(tmp_path / "me.wav", stereo, 24000, subtype="FLOAT")
+    turns = [csm.Segment(1, "hello", clip(1)), csm.Segment(0, "yes", clip(1))]
+    (tmp_path / "turns.json").write_text(
+        json.dumps(
+            [
+                {"speaker": 1, "text": "hello", "audio": "me.wav"},
+                {"speaker_id": 0, "text": "yes", "audio_path": "me.wav"},
+            ]
+        )
+    )
+    expected = generator.generate("no", 1, turns, seed=1, max_audio_length_ms=400)
+    args = ["no", tmp_path / "a.wav", "--model", folder, "--speaker", 1, "--seed", 1, *SHORT]
+    assert csm.main([str(a) for a in [*args, "--context", tmp_path / "turns.json"]]) == 0
+    np.testing.assert_array_equal(wav(tmp_path / "a.wav"), mimi.to_pcm16(expected))
+    expected = generator.generate("no", 1, [turns[0]], seed=1, voice_match=True, max_audio_length_ms=400)
+    args += ["--ref-audio", tmp_path / "me.wav", "--ref-text", "hello", "--voice-match"]
+    assert csm.main([str(a) for a in args]) == 0
+    np.testing.assert_array_equal(wav(tmp_path / "a.wav"), mimi.to_pcm16(expected))
+
+
+def test_dialogue(folder, generator, tmp_path):
+    (tmp_path / "script.txt").write_text("0: hello\n\n[1]: yes: no\n  0 : there\n")
+    args = ["--dialogue", tmp_path / "script.txt", tmp_path / "a.wav", "--model", folder, "--seed", 1, *SHORT]
+    assert csm.main([str(a) for a in args]) == 0
+    talk = generator.conversation()
+    turns = [(0, "hello"), (1, "yes: no"), (0, "there")]
+    said = [talk.say(text, s, seed=1 + i, max_audio_length_ms=400) for i, (s, text) in enumerate(turns)]
+    np.testing.assert_array_equal(wav(tmp_path / "a.wav"), mimi.to_pcm16(mx.concatenate(said)))
+
+
+def bad_inputs(d):
+    """(arguments, part of the message) of everything that a user can get wrong."""
+    d.joinpath("text.wav").write_text("not audio")
+    d.joinpath("empty.txt").write_text("\n")
+    d.joinpath("bad.json").write_text('[{"speaker": 0}]')
+    d.joinpath("odd.json").write_text('["hello"]')
+    d.joinpath("script.txt").write_text("0: hello\nhello\n")
+    d.joinpath("turns.json").write_text('[{"speaker": 0, "text": "hello", "audio": "none.wav"}]')
+    soundfile.write(d / "nan.wav", np.array([0, np.nan, 0], np.float32), 24000, subtype="FLOAT")
+    soundfile.write(d / "nothing.wav", np.zeros(0), 24000)
+    soundfile.write(d / "ok.wav", clip(0.2), 24000)
+    soundfile.write(d / "long.wav", clip(41), 24000)
+
+    def ref(name):
+        return ["--ref-audio", d / name, "--ref-text", "hello"]
+
+    return [
+        ([], ["--model", d / "none"], "no such model"),
+        ([], ["--model", "tiny-bird"], "no such model: tiny-bird (csm-1b, tiny, a folder"),
+        ([], ["--model", "nobody/nothing"], "--model tiny"),
+        ([], ref("none.wav"), "no such file"),
+        ([], ref("text.wav"), "not an audio file"),
+        ([], ref("nan.wav"), "NaN"),
+        ([], ref("nothing.wav"), "no sound"),
+        ([], ref("long.wav"), "positions, and the model has 512"),
+        ([], ["--ref-audio", d / "ok.wav"], "--ref-text"),
+        ([], ["--ref-text", "hello"], "--ref-audio"),
+        ([], ["--voice", "bob"], "unknown voice 'bob'; this model has: conversational_a, other"),
+        ([], ["--speaker", "-1"], "speaker must be 0 or more"),
+        ([], ["--context", d / "none.json"], "none.json"),
+        ([], ["--context", d / "bad.json"], "bad.json"),
+        ([], ["--context", d / "turns.json"], "none.wav"),
+        ([], ["--temperature", "-1"], "temperature"),
+        ([], ["--temperature", "warm"], "temperature"),
+        ([], ["--context", d / "odd.json"], "odd.json"),
+        ([], ["--top-p", "2"], "top_p"),
+        ([], ["--top-k", "-3"], "top_k"),
+        ([], ["--seed", "-1"], "seed"),
+        ([], ["--max-audio-length-ms", "0"], "max_audio_length_ms"),
+        ([], ["--stream", "--streaming-interval", "0"], "streaming_interval"),
+        ([], ["--voice", "none", "--voice-match"], "voice_match"),
+        ([""], [], "empty"),
+        ([f"@{d / 'empty.txt'}"], [], "empty"),
+        ([f"@{d / 'none.txt'}"], [], "none.txt"),
+        ([None], ["--dialogue", d / "script.txt"], "line 2"),
+        ([None], ["--dialogue", d / "empty.txt"], "no turns"),
+        (["hello"], ["--dialogue", d / "script.txt"], "not both"),
+        ([None], [], "TEXT and OUT"),
+    ]
+
+
+def test_bad_input_gets_one_line_and_loses_nothing(folder, tmp_path, capfd, monkeypatch):
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    out = tmp_path / "out.wav"
+    out.write_bytes(b"what was there before")
+    for text, args, message in bad_inputs(tmp_path):
+        text = [t for t in (text or ["hello"]) if t is not None]
+        model = [] if "--model" in args else ["--model", folder]
+        before = sorted(tmp_path.iterdir())
+        with pytest.raises(SystemExit) as error:
+            csm.main([str(a) for a in [*text, out, *model, *args]])
+        err = capfd.readouterr().err
+        assert error.value.code == 2, args
+        assert err.startswith("csm.py: error: ") and err.count("\n") == 1 and message in err, err
+        assert out.read_bytes() == b"what was there before" and sorted(tmp_path.iterdir()) == before
+    for bad_out in (tmp_path, tmp_path / "none" / "a.wav"):
+        done = run("hello", bad_out, "--model", folder)
+        assert done.returncode == 2 and done.stderr.count(b"\n") == 1 and b"cannot write" in done.stderr
+
+
+def test_damaged_models_say_what_is_wrong(folder, tmp_path):
+    weights = mx.load(str(folder / "model.safetensors"))
+    name = "decoder.layers.0.mlp.up_proj.weight"
+    cases = {
+        f"missing {name}": {k: w for k, w in weights.items() if k != name},
+        "unexpected decoder.extra": weights | {"decoder.extra": mx.zeros(3)},
+        f"{name} is (64, 16), not (64, 32)": weights | {name: mx.zeros((64, 16))},
+    }
+    for message, damaged in cases.items():
+        write_model(tmp_path / "m", weights=damaged, voices=False)
+        with pytest.raises(ValueError) as error:
+            csm.load(tmp_path / "m")
+        assert message in str(error.value)
+    write_model(tmp_path / "m", voices=False)
+    data = (tmp_path / "m/model.safetensors").read_bytes()
+    (tmp_path / "m/model.safetensors").write_bytes(data[: len(data) // 2])
+    done = run("hello", tmp_path / "a.wav", "--model", tmp_path / "m")
+    assert done.returncode == 2 and done.stderr.count(b"\n") == 1 and b"truncated" in done.stderr
+    (tmp_path / "m/model.safetensors").unlink()
+    with pytest.raises(ValueError, match="no such file"):
+        csm.load(tmp_path / "m")
+
+
+def test_interrupted_keeps_what_is_finished(folder, generator, tmp_path, monkeypatch, capfd):
+    def frames(self, text, speaker=0, **options):
+        yield from mx.ones((3, 1, 8), mx.int32)
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(csm.Conversation, "frames", frames)
+    args = ["hello", str(tmp_path / "a.wav"), "--model", str(folder)]
+    assert csm.main(args) == 130
+    assert len(wav(tmp_path / "a.wav")) == 3 * 1920 and "0.2 s finished so far are in" in capfd.readouterr().err
+
+
+def test_a_reader_that_leaves_is_no_error(folder):
+    command = [sys.executable, HERE / "csm.py", "hello", "-", "--model", folder, "--streaming-interval", "0.08"]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE) as p:
+        assert p.stdout.read(44)[:4] == b"RIFF"
+        p.stdout.close()
+        assert b"Traceback" not in p.stderr.read() and p.wait() == 1
+
+
+def test_help_needs_no_model():
+    done = run("--help")
+    assert done.returncode == 0 and b"--voice-match" in done.stdout
+
+
+# ------------------------------------------------------------------------------- downloads, README, the real weights
+
+
+def test_default_downloads(hub, tmp_path):
+    done = run("hello", tmp_path / "a.wav", *SHORT, "--seed", 1, **hub)
+    assert done.returncode == 0, done.stderr.decode()
+    assert len(wav(tmp_path / "a.wav")) == 5 * 1920
+    done = run("hello", tmp_path / "a.wav", "--voice", "read_speech_a", **hub)
+    assert done.returncode == 2 and done.stderr.count(b"\n") == 1 and b"read_speech_a" in done.stderr
+
+
+README = (HERE / "README.md").read_text() if (HERE / "README.md").exists() else ""
+
+
+def blocks(kind):
+    return [part.split("```")[0] for part in README.split(f"```{kind}\n")[1:]]
+
+
+def test_readme_examples_run(hub, tmp_path):
+    """Every Python block, one after the other, and every `python csm.py` line, with the stand-ins for the downloads."""
+    soundfile.write(tmp_path / "me.wav", clip(1), 24000)
+    soundfile.write(tmp_path / "you.wav", clip(1), 24000)
+    (tmp_path / "turns.json").write_text('[{"speaker": 0, "text": "hello", "audio": "me.wav"}]')
+    (tmp_path / "script.txt").write_text("0: hello\n1: yes\n")
+    (tmp_path / "example.py").write_text("\n".join(blocks("python")))
+    environment = {**os.environ, **hub, "PYTHONPATH": str(HERE)}
+    assert len(blocks("python")) > 2
+    done = subprocess.run([sys.executable, "example.py"], cwd=tmp_path, env=environment, capture_output=True)
+    assert done.returncode == 0, done.stderr.decode()
+    lines = [line for b in blocks("sh") for line in b.splitlines() if "csm.py" in line or "mimi.py" in line]
+    assert len(lines) > 5
+    for line in lines:
+        line = line.replace("python ", f"{sys.executable} ").replace("ffplay", "cat #")
+        line = line.replace("csm.py", f"{HERE / 'csm.py'} --max-audio-length-ms 400").replace(
+            "mimi.py", f"{HERE / 'mimi.py'}"
+        )
+        done = subprocess.run(line, shell=True, cwd=tmp_path, env=environment, capture_output=True)
+        assert done.returncode == 0, (line, done.stderr.decode())
+
+
+@pytest.mark.skipif(not os.environ.get("CSM_GOLDEN"), reason="opt-in: CSM_GOLDEN=csm-1b with the real weights at hand")
+def test_golden_codes_of_the_real_weights():
+    golden = json.loads((HERE / "golden_csm_1b.json").read_text())
+    generator = csm.load(os.environ["CSM_GOLDEN"], dtype="float32")
+    n = len(golden["frames"])
+    codes = generator.generate_codes(
+        golden["text"], golden["speaker"], voice="none", temperature=0, max_audio_length_ms=n * 80
+    )
+    assert codes.tolist() == golden["frames"]

@@ -28,6 +28,7 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import closing, contextmanager
 from dataclasses import asdict, dataclass, field, fields, replace
+from functools import cache
 from pathlib import Path
 
 import mimi as codec  # before mlx: it puts a fast BLAS in place on Linux
@@ -133,6 +134,16 @@ class KVCache:
         self.offset -= max(0, min(n, self.offset))
 
 
+@cache
+def reads_with_one_core():
+    """Whether MKL multiplies one row with a matrix on one core: it does on AMD, where two such products in parallel are
+    a third faster. Elsewhere they would get into each other's way."""
+    try:
+        return "AuthenticAMD" in Path("/proc/cpuinfo").read_text()
+    except OSError:
+        return False
+
+
 class Linear(nn.Module):
     """(..., in) -> (..., out). weight (out, in), plain; or quantized, with `scales` and `biases` beside it."""
 
@@ -147,8 +158,7 @@ class Linear(nn.Module):
         if "scales" in self:  # whose shapes tell how it was packed
             packing = {"group_size": n // self.scales.shape[-1], "bits": 32 * w.shape[-1] // n}
             return mx.quantized_matmul(x, w, self.scales, self.biases, transpose=True, **packing)
-        if x.size == n and w.size >= TWO_STREAMS and mx.default_device() == mx.cpu:
-            # One row times a matrix takes as long as reading it, which MKL does on one core: let two read half each.
+        if x.size == n and w.size >= TWO_STREAMS and mx.default_device() == mx.cpu and reads_with_one_core():
             half = len(w) // 2
             return mx.concatenate([x @ w[:half].T, mx.matmul(x, w[half:].T, stream=self.second_stream)], axis=-1)
         return x @ w.T
@@ -401,7 +411,9 @@ def as_samples(audio):
     """Any form of Segment.audio -> (samples,) float32, checked."""
     if isinstance(audio, (str, os.PathLike)):
         return codec.read_audio(audio)
-    audio = np.array(audio.astype(mx.float32)) if isinstance(audio, mx.array) else np.asarray(audio)
+    if isinstance(audio, mx.array) and audio.dtype == mx.bfloat16:  # which NumPy lacks
+        audio = audio.astype(mx.float32)
+    audio = np.array(audio)
     if np.issubdtype(audio.dtype, np.integer):
         audio = audio / (np.iinfo(audio.dtype).max + 1)
     if audio.ndim == 2:  # (channels, samples) or (samples, channels)
@@ -502,7 +514,7 @@ class Generator:
         c = self.model.config
         ids = self.tokenizer.encode(f"[{speaker}]{' ' if c.speaker_prefix_space else ''}{text}")
         if max(ids) >= c.text_vocab_size:
-            raise ValueError(f"the tokenizer gives id {max(ids)}, but the model knows {c.text_vocab_size}: not a pair")
+            raise ValueError(f"the tokenizer gives id {max(ids)}, and the model knows {c.text_vocab_size}: not a pair")
         rows = np.zeros((len(ids), c.audio_num_codebooks + 1), np.int32)
         rows[:, -1] = ids
         return rows

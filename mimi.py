@@ -575,7 +575,9 @@ def download(repo, *patterns):
             return Path(hf_hub_download(repo, *patterns))
         return Path(snapshot_download(repo, allow_patterns=list(patterns)))
     except errors.GatedRepoError:
-        raise ValueError(f"{repo} is gated: accept its licence on huggingface.co and run `hf auth login`") from None
+        raise ValueError(
+            f"{repo} is gated: accept its licence on huggingface.co and run `hf auth login` (not gated: --model tiny)"
+        ) from None
     except errors.RepositoryNotFoundError:
         raise ValueError(f"no such folder, file or Hugging Face repository: {repo}") from None
     except errors.LocalEntryNotFoundError:

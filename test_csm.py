@@ -235,6 +235,16 @@ def test_stream_is_generate_in_pieces(generator):
     assert mx.abs(mx.concatenate([a for a, _ in zip(*streams)]) - whole).max() < 1e-5  # interleaved
 
 
+def test_two_cpu_streams_change_nothing(generator, monkeypatch):
+    plain = generator.generate_codes("hello there", **GREEDY)
+    monkeypatch.setattr(csm, "TWO_STREAMS", 0)
+    monkeypatch.setattr(csm, "reads_with_one_core", lambda: True)
+    np.testing.assert_array_equal(generator.generate_codes("hello there", **GREEDY), plain)
+    layer, x = csm.Linear(24, 67), mx.random.normal((1, 1, 24), key=mx.random.key(0))
+    layer.weight = mx.random.normal((67, 24), key=mx.random.key(1))
+    assert mx.abs(layer(x) - x @ layer.weight.T).max() < 1e-5  # an odd number of rows
+
+
 def test_two_threads_share_a_generator(generator):
     alone = [np.array(generator.generate("hello", i, seed=i, max_audio_length_ms=1200)) for i in range(2)]
     out = [None, None]
@@ -301,12 +311,14 @@ def test_context_in_every_form_of_audio(generator, tmp_path):
     wave = clip(0.8)
     soundfile.write(tmp_path / "a.wav", wave, 24000, subtype="FLOAT")
     codes = generator.mimi.encode(mx.array(wave)[None, None])[0].T
+    ints = [(wave * 32768).astype(np.int16), mx.array((wave * 32768).astype(np.int16))]
     forms = [wave, mx.array(wave), wave.astype(np.float64), np.stack([wave, wave]), wave[:, None], tmp_path / "a.wav"]
     said = [generator.generate_codes("yes", 0, [csm.Segment(0, "hello", f)], **GREEDY) for f in forms]
     said.append(generator.generate_codes("yes", 0, [csm.Segment(0, "hello", codes=codes)], **GREEDY))
     assert len({np.array(s).tobytes() for s in said}) == 1
-    rows = generator.segment_rows(csm.Segment(0, "hello", (wave * 32768).astype(np.int16)))
-    assert (rows == generator.segment_rows(csm.Segment(0, "hello", wave))).mean() > 0.9  # rounded to 16 bits
+    for rounded in ints:
+        rows = generator.segment_rows(csm.Segment(0, "hello", rounded))
+        assert (rows == generator.segment_rows(csm.Segment(0, "hello", wave))).mean() > 0.9
     for audio, match in (
         (np.zeros(0), "samples"),
         (np.array([0.1, np.nan]), "NaN"),

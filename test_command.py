@@ -155,7 +155,7 @@ def test_bad_input_gets_one_line_and_loses_nothing(folder, tmp_path, capfd, monk
         assert done.returncode == 2 and done.stderr.count(b"\n") == 1 and b"cannot write" in done.stderr
 
 
-def test_damaged_models_say_what_is_wrong(folder, tmp_path):
+def test_damaged_models_say_what_is_wrong(folder, tmp_path, capfd):
     weights = mx.load(str(folder / "model.safetensors"))
     name = "decoder.layers.0.mlp.up_proj.weight"
     cases = {
@@ -165,9 +165,10 @@ def test_damaged_models_say_what_is_wrong(folder, tmp_path):
     }
     for message, damaged in cases.items():
         write_model(tmp_path / "m", weights=damaged, voices=False)
-        with pytest.raises(ValueError) as error:
-            csm.load(tmp_path / "m")
-        assert message in str(error.value)
+        with pytest.raises(SystemExit) as error:
+            csm.main(["hello", str(tmp_path / "a.wav"), "--model", str(tmp_path / "m")])
+        err = capfd.readouterr().err
+        assert error.value.code == 2 and err.count("\n") == 1 and message in err and not (tmp_path / "a.wav").exists()
     write_model(tmp_path / "m", voices=False)
     data = (tmp_path / "m/model.safetensors").read_bytes()
     (tmp_path / "m/model.safetensors").write_bytes(data[: len(data) // 2])
@@ -176,6 +177,23 @@ def test_damaged_models_say_what_is_wrong(folder, tmp_path):
     (tmp_path / "m/model.safetensors").unlink()
     with pytest.raises(ValueError, match="no such file"):
         csm.load(tmp_path / "m")
+
+
+def test_gated_and_unknown_repositories(tmp_path, monkeypatch, capfd):
+    import huggingface_hub
+    from huggingface_hub import errors
+
+    for kind, message in ((errors.GatedRepoError, "is gated"), (errors.RepositoryNotFoundError, "no such")):
+        error = kind.__new__(kind)  # whose constructor wants an answer from the Hub
+
+        def refuse(*args, error=error, **kwargs):
+            raise error
+
+        monkeypatch.setattr(huggingface_hub, "snapshot_download", refuse)
+        with pytest.raises(SystemExit) as exit:
+            csm.main(["hello", str(tmp_path / "a.wav"), "--model", "sesame/csm-1b"])
+        err = capfd.readouterr().err
+        assert exit.value.code == 2 and err.count("\n") == 1 and message in err and "sesame/csm-1b" in err
 
 
 def test_interrupted_keeps_what_is_finished(folder, generator, tmp_path, monkeypatch, capfd):

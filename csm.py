@@ -27,7 +27,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import closing, contextmanager
-from dataclasses import asdict, dataclass, field, fields, replace
+from dataclasses import dataclass, field, fields, replace
 from functools import cache
 from pathlib import Path
 
@@ -101,9 +101,6 @@ class CSMConfig:
             return cls(**d | {part: LlamaConfig(**d[part]) for part in ("backbone", "decoder") if part in d})
         except TypeError as e:
             raise ValueError(f"config.json is not one of ours: {e}") from None
-
-    def to_dict(self):
-        return {"model_type": "csm", "layout": "native", **asdict(self)}
 
 
 # ---------------------------------------------------------------------------------------------------- model

@@ -26,7 +26,7 @@ import struct
 import sys
 import time
 from collections.abc import Callable, Iterator
-from contextlib import closing, contextmanager
+from contextlib import closing, contextmanager, nullcontext
 from dataclasses import dataclass, field, fields, replace
 from functools import cache
 from pathlib import Path
@@ -467,8 +467,7 @@ class Generator:
     def generate_codes(self, text, speaker=0, context=(), *, voice=None, voice_match=False, **options) -> mx.array:
         """The codes of the speech: (F, K) int32."""
         conversation, opening = self._open(speaker, context, voice, voice_match)
-        frames = conversation.frames(text, speaker, opening=opening, **options)
-        for _ in frames:
+        for _ in conversation.frames(text, speaker, opening=opening, **options):
             pass
         return conversation.turns[-1].codes
 
@@ -661,9 +660,10 @@ class Conversation:
                 key, *keys = mx.random.split(key, K + 1)
                 codes = self.model.sample_frame(h, sample)
                 mx.eval(codes, key)
-                if codes.max().item() >= n_codes:
-                    raise ValueError(f"the sampler gave {codes.max().item()}, and Mimi has {n_codes} codes")
-                if not codes.any().item():
+                ids = codes[0].tolist()
+                if max(ids) >= n_codes:
+                    raise ValueError(f"the sampler gave {max(ids)}, and Mimi has {n_codes} codes")
+                if not any(ids):
                     break
                 said.append(codes)
                 yield codes
@@ -751,11 +751,8 @@ def blank(config, weights):
         packed, scales = (weights[f"{base}.{part}"].shape[-1] for part in ("weight", "scales"))
         if (m := modules.get(base)) is not None:
             n = len(m.weight)
-            m.weight, m.scales, m.biases = (
-                mx.zeros((n, packed), mx.uint32),
-                mx.zeros((n, scales)),
-                mx.zeros((n, scales)),
-            )
+            m.weight = mx.zeros((n, packed), mx.uint32)
+            m.scales = m.biases = mx.zeros((n, scales))
     return model
 
 
@@ -772,7 +769,7 @@ def locate(model):
     if re.fullmatch(r"[\w.-]+/[\w.-]+", str(model)):
         # A repository may hold its weights in several layouts: the MLX or Sesame ones first, in one file.
         for weights in (("model*.safetensors*", "ckpt.safetensors"), ("*.safetensors*",), ("*.pt",)):
-            folder = codec.download(str(model), *weights, "*.json", *BESIDE)
+            folder = codec.download(str(model), *weights, *BESIDE)
             if any(f.name not in BESIDE for pattern in weights for f in folder.glob(pattern)):
                 break
         return folder
@@ -812,7 +809,8 @@ def load(model="csm-1b", *, dtype=None, quantize=None, group_size=64):
     if mimi is not None:
         mimi = codec.from_weights(mimi[1], mimi[0])
     else:
-        mimi = codec.load(folder if codec.locate(folder) != folder else None)
+        beside = codec.locate(folder)  # a file, or the folder itself where it has none
+        mimi = codec.load(beside if beside != folder else None)
     tokenizer = next((f for f in (folder / "tokenizer.json", folder / "tokenizer.model") if f.is_file()), None)
     if tokenizer is None:
         tokenizer = codec.download(config.text_tokenizer or DEFAULT_TOKENIZER, "tokenizer.json")
@@ -837,16 +835,16 @@ def as_dtype(dtype):
 def wav_writer(path, sample_rate):
     """A function that takes pieces of audio for a 16-bit WAV at `path`, put there when all is well; "-": to stdout."""
     if path == "-" or (Path(path).exists() and not Path(path).is_file()):  # a pipe or a device
-        out = sys.stdout.buffer if path == "-" else open(path, "wb")
         head = struct.pack("<4sI4s4sIHHIIHH4sI", b"RIFF", 2**32 - 1, b"WAVE", b"fmt ", 16, 1, 1, sample_rate,
                            2 * sample_rate, 2, 16, b"data", 2**32 - 1)  # fmt: skip
-        out.write(head)  # the length is not known yet: the largest there is
+        with nullcontext(sys.stdout.buffer) if path == "-" else open(path, "wb") as out:
+            out.write(head)  # the length is not known yet: the largest there is
 
-        def write(audio):
-            out.write(codec.to_pcm16(audio).tobytes())
-            out.flush()
+            def write(audio):
+                out.write(codec.to_pcm16(audio).tobytes())
+                out.flush()
 
-        yield write
+            yield write
         return
     import soundfile
 

@@ -499,9 +499,8 @@ def from_weights(weights, config=None, n_codebooks=None):
             sums, usage = (mx.stack(found[f][:n]) for f in shapes)
             vectors = sums / mx.maximum(usage, 1e-5)[..., None]
             ours |= {f"{part}.codebooks": vectors, f"{part}.norms": (vectors**2).sum(-1)}
-    ours |= {
-        f"{part}.{i}.{f}": w for (part, i, f), w in books.items() if f != "_initialized"
-    }  # unexpected: fill says so
+    # What is left is unexpected, and fill says so.
+    ours |= {f"{part}.{i}.{field}": w for (part, i, field), w in books.items() if field != "_initialized"}
     if model.rest is None:
         ours = {k: w for k, w in ours.items() if k not in ("rest.input_proj", "rest.output_proj")}
     fill(model, ours)
@@ -615,9 +614,10 @@ def load(path_or_repo=None, n_codebooks=None):
     if path.suffix == ".safetensors":
         weights, metadata = read_safetensors(path)
         if "encoder.model.0.conv.conv.weight" in weights:
-            beside = read_json(path.with_name("config.json"))
-            config = json.loads(metadata["config"]) if "config" in metadata else beside if "n_filters" in beside else {}
-            return from_weights(weights, config, n_codebooks)
+            if "config" in metadata:
+                return from_weights(weights, json.loads(metadata["config"]), n_codebooks)
+            beside = read_json(path.with_name("config.json"))  # kyutai's is of Moshi, with fields of the same names
+            return from_weights(weights, beside if "n_filters" in beside else None, n_codebooks)
     mimi = read_foreign(path)[2]
     if mimi is None:
         raise ValueError(f"no Mimi in {path}")

@@ -16,6 +16,8 @@ row has the text id alone, an audio row the K codes; its input is the sum of the
 Shapes: B batch, T positions, F frames, K codebooks (32), V audio vocabulary (2051), D hidden size, H heads.
 """
 
+import copy
+import hashlib
 import json
 import logging
 import math
@@ -25,8 +27,9 @@ import secrets
 import struct
 import sys
 import time
+import zipfile
 from collections.abc import Callable, Iterator
-from contextlib import closing, contextmanager, nullcontext
+from contextlib import closing, contextmanager, nullcontext, suppress
 from dataclasses import dataclass, field, fields, replace
 from functools import cache
 from pathlib import Path
@@ -46,6 +49,7 @@ NO_TEXT = -1  # in the text column of an audio row; the mask is told from it
 BESIDE = ("*.json", "tokenizer.model", "mimi.safetensors", "tokenizer-*.safetensors", "prompts/*")
 TWO_STREAMS = 2_000_000  # weights from which a matrix-vector product is worth two CPU streams
 PREFILL = 256  # rows per pass over a prompt: bounds the memory of long ones
+CACHE_STEP = 256  # positions by which a KV cache grows
 
 LLAMA3_ROPE = {
     "factor": 32.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0, "original_max_position_embeddings": 8192
@@ -107,28 +111,62 @@ class CSMConfig:
 
 
 class KVCache:
-    """Keys and values of the positions seen so far, one pair of (B, H_kv, capacity, head_dim) arrays a layer."""
+    """Keys and values of the positions seen so far, one pair of (B, H_kv, capacity, head_dim) arrays a layer.
+
+    The sequences of a batch end together and may differ in length: sequence b has gaps[b] empty positions from `prefix`
+    on, which nothing attends to and RoPE does not count.
+    """
 
     def __init__(self, config, batch=1, capacity=None, dtype=mx.float32):
-        shape = (batch, config.n_kv_heads, capacity or config.max_positions, config.head_dim)
-        self.keys = [mx.zeros(shape, dtype) for _ in range(config.n_layers)]
-        self.values = [mx.zeros(shape, dtype) for _ in range(config.n_layers)]
+        self.shape = (batch, config.n_kv_heads, capacity or 0, config.head_dim)
+        self.dtype, self.limit = dtype, capacity or config.max_positions
+        self.keys, self.values = [None] * config.n_layers, [None] * config.n_layers
         self.offset = 0  # positions held
-        mx.eval(self.keys, self.values)  # an array that waits to be computed belongs to the thread that made it
+        self.prefix, self.gaps = 0, None
 
     def update(self, layer, k, v):
         """Put k, v (B, H_kv, T, head_dim) behind what is held; return all held by then. The last layer moves on."""
         end = self.offset + k.shape[2]
-        assert end <= self.keys[layer].shape[2], "KV cache is full"
-        self.keys[layer][:, :, self.offset : end] = k
-        self.values[layer][:, :, self.offset : end] = v
+        assert end <= self.limit, "KV cache is full"
+        for held, new in ((self.keys, k), (self.values, v)):
+            if held[layer] is None:
+                held[layer] = mx.zeros((k.shape[0], *self.shape[1:]), self.dtype)
+            short = end - held[layer].shape[2]
+            if short > 0:
+                room = -(-short // CACHE_STEP) * CACHE_STEP
+                held[layer] = mx.pad(held[layer], [(0, 0), (0, 0), (0, room), (0, 0)])
+            held[layer][:, :, self.offset : end] = new
         if layer == len(self.keys) - 1:
             self.offset = end
         return self.keys[layer][:, :, :end], self.values[layer][:, :, :end]
 
+    def positions(self):
+        """What RoPE counts from: an int, or (B,) where the sequences differ in length."""
+        return self.offset if self.gaps is None else self.offset - self.gaps
+
+    def mask(self, T):
+        """What T new positions may attend to, for mx.fast.scaled_dot_product_attention."""
+        if self.gaps is None:
+            return "causal" if T > 1 else None
+        s, t = mx.arange(self.offset + T), self.offset + mx.arange(T)[:, None]
+        empty = (s >= self.prefix) & (s < self.prefix + self.gaps[:, None, None])  # (B, 1, S)
+        return ((s <= t) & (~empty | (s == t)))[:, None]  # itself at least: a softmax over nothing is NaN
+
     def trim(self, n):
         """Forget the last n positions."""
         self.offset -= max(0, min(n, self.offset))
+
+    def copy(self):
+        """A cache that goes on from here by itself; what is held is shared."""
+        other = copy.copy(self)
+        other.keys, other.values = list(self.keys), list(self.values)
+        return other
+
+    def take(self, sequences):
+        """Go on with these sequences of the batch alone, (b,) indices; an index may occur more than once."""
+        self.keys, self.values = ([x[sequences] for x in xs] for xs in (self.keys, self.values))
+        if self.gaps is not None:
+            self.gaps = self.gaps[sequences]
 
 
 @cache
@@ -185,18 +223,14 @@ class Attention(nn.Module):
         self.v_proj = Linear(c.dim, c.n_kv_heads * c.head_dim)
         self.o_proj = Linear(c.n_heads * c.head_dim, c.dim)
 
-    def __call__(self, x, periods, cache):
+    def __call__(self, x, rope, mask, cache):
         B, T, _ = x.shape
-        offset = cache.offset if cache else 0
         q = self.q_proj(x).reshape(B, T, self.n_heads, self.head_dim).transpose(0, 2, 1, 3)  # (B, H, T, head_dim)
         k = self.k_proj(x).reshape(B, T, self.n_kv_heads, self.head_dim).transpose(0, 2, 1, 3)
         v = self.v_proj(x).reshape(B, T, self.n_kv_heads, self.head_dim).transpose(0, 2, 1, 3)
-        # Interleaved pairs, as Sesame has them (transformers rotates halves, with the rows of q and k permuted).
-        rope = {"traditional": True, "base": None, "scale": 1.0, "offset": offset, "freqs": periods}
         q, k = mx.fast.rope(q, self.head_dim, **rope), mx.fast.rope(k, self.head_dim, **rope)
         if cache:
             k, v = cache.update(self.layer, k, v)
-        mask = "causal" if T > 1 else None
         y = mx.fast.scaled_dot_product_attention(q, k, v, scale=self.head_dim**-0.5, mask=mask)
         return self.o_proj(y.transpose(0, 2, 1, 3).reshape(B, T, -1))
 
@@ -220,8 +254,8 @@ class Layer(nn.Module):
         self.post_attention_layernorm = nn.RMSNorm(c.dim, eps=c.norm_eps)
         self.mlp = MLP(c)
 
-    def __call__(self, x, periods, cache):
-        x = x + self.self_attn(self.input_layernorm(x), periods, cache)
+    def __call__(self, x, rope, mask, cache):
+        x = x + self.self_attn(self.input_layernorm(x), rope, mask, cache)
         return x + self.mlp(self.post_attention_layernorm(x))
 
 
@@ -236,8 +270,12 @@ class Llama(nn.Module):
         mx.eval(self._periods)  # so that other threads may use it
 
     def __call__(self, x, cache=None):
+        mask = cache.mask(x.shape[1]) if cache else "causal" if x.shape[1] > 1 else None
+        # Interleaved pairs, as Sesame has them (transformers rotates halves, with the rows of q and k permuted).
+        rope = {"traditional": True, "base": None, "scale": 1.0, "freqs": self._periods}
+        rope["offset"] = cache.positions() if cache else 0
         for layer in self.layers:
-            x = layer(x, self._periods, cache)
+            x = layer(x, rope, mask, cache)
         return self.norm(x)
 
 
@@ -291,10 +329,14 @@ class CSM(nn.Module):
 
         sample(i, logits (B, V)) -> ids (B,) is asked for each codebook i in turn.
         """
+        first = sample(0, self.head(0, h))
+        return mx.concatenate([first[:, None].astype(mx.int32), self.sample_rest(h, first, sample)], axis=1)
+
+    def sample_rest(self, h, first, sample):
+        """The depth decoder: h (B, D) and codebook 0's codes (B,) -> those of the others (B, K - 1) int32."""
         K = self.config.audio_num_codebooks
         cache = KVCache(self.config.decoder, h.shape[0], K, self.dtype)  # a fresh one every frame
-        codes = [sample(0, self.head(0, h))]
-        x = mx.stack([h, self.embed_code(0, codes[0])], axis=1)  # (B, 2, D)
+        codes, x = [], mx.stack([h, self.embed_code(0, first)], axis=1)  # (B, 2, D)
         for i in range(1, K):
             y = self.decoder(self.projection(x), cache)[:, -1]
             codes.append(sample(i, self.head(i, y)))
@@ -329,7 +371,7 @@ class Sampling:
                 raise ValueError(f"{name} must be {range}, not {getattr(self, name)}")
 
     def __call__(self, logits, key):
-        """logits (B, V), -inf where forbidden -> ids (B,)."""
+        """logits (B, V), -inf where forbidden -> ids (B,). key: one for all (2,), or one for each (B, 2)."""
         logits = logits.astype(mx.float32)
         if self.sampler is not None:
             return self.sampler(logits - mx.logsumexp(logits, axis=-1, keepdims=True))
@@ -339,9 +381,11 @@ class Sampling:
         k = min(self.top_k or V, V)
         nucleus = 0 < self.top_p < 1
         if k == V and not nucleus and not self.min_p:
-            return mx.random.categorical(logits / self.temperature, key=key)
+            return draw(logits / self.temperature, key)
         # Each filter keeps a prefix of the ids in falling order, so together they keep the shortest.
-        order = mx.argsort(-logits, axis=-1)[:, :k]
+        order = mx.argpartition(-logits, k - 1, axis=-1)[:, :k]  # sorting all of them is slow
+        falling = mx.argsort(-mx.take_along_axis(logits, order, axis=-1), axis=-1)
+        order = mx.take_along_axis(order, falling, axis=-1)
         logp = mx.take_along_axis(logits, order, axis=-1) - mx.logsumexp(logits, axis=-1, keepdims=True)
         keep = mx.ones(logp.shape, mx.bool_)
         if nucleus:  # as long as the likelier ones do not fill top_p already
@@ -349,8 +393,15 @@ class Sampling:
         if self.min_p:
             keep &= (logp >= logp[:, :1] + math.log(self.min_p)) | (mx.arange(k) < self.min_tokens_to_keep)
         logp = mx.where(keep, logp, -mx.inf)
-        choice = mx.random.categorical(logp / self.temperature, key=key)
+        choice = draw(logp / self.temperature, key)
         return mx.take_along_axis(order, choice[:, None], axis=-1)[:, 0]
+
+
+def draw(logits, key):
+    """Ids (B,) at random from logits (B, V), by one key for all or, so that a batch changes nothing, one for each."""
+    if key.ndim == 1:
+        return mx.random.categorical(logits, key=key)
+    return mx.vmap(lambda row, k: mx.random.categorical(row, key=k))(logits, key)
 
 
 # ---------------------------------------------------------------------------------------------------- prompt
@@ -438,6 +489,7 @@ class Generator:
 
     def __init__(self, model, mimi, tokenizer, voices=None):
         self.model, self.mimi, self.tokenizer = model, mimi, tokenizer
+        self._prompts = {}  # the presets asked for so far, as Segments with codes
         self.voices = voices or {}  # name -> folder of its .wav and .txt; None: on the Hub
         if mimi.n_codebooks < model.config.audio_num_codebooks:
             raise ValueError(
@@ -471,6 +523,144 @@ class Generator:
             pass
         return conversation.turns[-1].codes
 
+    def generate_batch(
+        self, texts, speaker=0, context=(), *, voice=None, voice_match=False, max_audio_length_ms=90_000, seed=None,
+        **sampling,
+    ) -> list[mx.array]:  # fmt: skip
+        """Speech for each of `texts`, computed together: [(samples,) float32].
+
+        speaker: one for all, or a list of one for each. context: Segments for all, or a list of a list for each. Text i
+        sounds as `generate` with seed + i makes it.
+        """
+        texts, context = list(texts), list(context)
+        speakers = [speaker] * len(texts) if isinstance(speaker, (int, np.integer)) else list(speaker)
+        own = bool(context) and not isinstance(context[0], Segment)
+        if len(speakers) != len(texts) or (own and len(context) != len(texts)):
+            raise ValueError(f"{len(texts)} texts need as many speakers and contexts, or one for all")
+        contexts = context if own else [context] * len(texts)
+        encoded = {id(s): s for c in contexts for s in c}
+        encoded = {i: self.encode(s) for i, s in encoded.items()}  # each once
+        max_frames, seed, sampling = self._options(max_audio_length_ms, seed, sampling)
+        prompts = []
+        for text, speaker, context in zip(texts, speakers, contexts):
+            conversation, opening = self._open(speaker, [encoded[id(s)] for s in context], voice, voice_match)
+            rows = conversation.prompt(text, speaker, opening)
+            prompts.append(np.concatenate([*conversation.blocks, rows]))
+        codes = [[] for _ in texts]
+        cache = KVCache(self.model.config.backbone, 1, dtype=self.model.dtype)
+        for live, frame in self.frames(prompts, cache, max_frames, [seed + i for i in range(len(texts))], sampling):
+            for i, row in zip(live, frame):
+                codes[i].append(row)
+        return [self.decode(mx.stack(c) if c else mx.zeros((0, 1), mx.int32)) for c in codes]
+
+    def decode(self, codes) -> mx.array:
+        """Codes (F, K) -> (samples,) float32, in bounded memory."""
+        state, pieces = self.mimi.init_state(1), []
+        for i in range(0, len(codes), 125):
+            audio, state = self.mimi.decode_step(codes[None, i : i + 125].swapaxes(1, 2), state)
+            pieces.append(audio[0, 0])
+            mx.async_eval(pieces[-1])
+        return join(pieces)
+
+    def encode(self, segment):
+        """The Segment with its codes."""
+        if segment.codes is not None:
+            return segment
+        return replace(segment, codes=self.audio_rows(segment, end=False)[:, :-1])
+
+    def _options(self, max_audio_length_ms, seed, sampling):
+        """What the ways to generate share, checked: frames at most, seed, Sampling."""
+        frame_ms = 1000 / self.mimi.config.frame_rate
+        if not frame_ms <= max_audio_length_ms < math.inf:
+            raise ValueError(f"max_audio_length_ms must be {frame_ms:g} or more, one frame, not {max_audio_length_ms}")
+        if seed is None:
+            seed = secrets.randbits(32)
+            log.info("seed %d", seed)
+        if not 0 <= seed < 2**64:
+            raise ValueError(f"seed must lie in 0..2^64 - 1, not {seed}")
+        processors = tuple(sampling.get("logits_processors") or ())
+        return int(max_audio_length_ms / frame_ms), int(seed), Sampling(**sampling | {"logits_processors": processors})
+
+    def frames(self, prompts, cache, max_frames, seeds, sampling):
+        """Speak after each of `prompts` [(T, K + 1)] until all have ended: yields (live, codes) for every frame, the
+        indices of those that still speak and their codes (b, K).
+
+        cache: of batch 1, of the rows that all prompts begin with, or of fewer; left holding what was said, for batch 1.
+        Each prompt has a seed. The next frame is under way before this one is looked at, so that the device never waits.
+        """
+        config, n_codes = self.model.config, self.mimi.config.codebook_size
+        K, V = config.audio_num_codebooks, config.audio_vocab_size
+        forbidden = mx.where(mx.arange(V) < n_codes, 0, -mx.inf)  # ids that Mimi lacks
+        rest = depth_sampler(self.model, sampling)
+        live, limits = list(range(len(prompts))), [min(max_frames, self.limit - len(p)) for p in prompts]
+        keys = mx.stack([mx.random.key(seed % 2**64) for seed in seeds])
+        split = mx.vmap(lambda key: mx.random.split(key, K + 1))
+        h = self._prefill(prompts, cache)
+        said, n, before = mx.zeros((len(live), 0), mx.int32), 0, None
+        while True:
+            if n < max(limits[i] for i in live):
+                now = split(keys)  # (b, K + 1, 2)
+                keys = now[:, K]
+                logits = self.model.head(0, h).astype(mx.float32)
+                for process in sampling.logits_processors:
+                    logits = mx.concatenate([process(said[i], logits[i : i + 1]) for i in range(len(live))])
+                first = sampling(logits + forbidden, now[:, 0]).astype(mx.int32)
+                codes = mx.concatenate([first[:, None], rest(h, first, now, forbidden)], axis=1)
+                if sampling.logits_processors:
+                    said = mx.concatenate([said, first[:, None]], axis=1)
+                if n + 1 < max(limits[i] for i in live):
+                    row = mx.pad(mx.clip(codes, 0, V - 1), [(0, 0), (0, 1)], constant_values=NO_TEXT)
+                    h = self._step(row[:, None], cache)
+                mx.async_eval(codes, h, keys)
+            if before is not None:
+                ids = np.array(before)
+                if ids.max() >= n_codes:
+                    raise ValueError(f"the sampler gave {ids.max()}, and Mimi has {n_codes} codes")
+                speaking = np.flatnonzero(ids.any(axis=1)).tolist()
+                if len(speaking):
+                    yield [live[i] for i in speaking], before[mx.array(speaking)]
+                for i in speaking:
+                    if n == limits[live[i]] == self.limit - len(prompts[live[i]]):
+                        log.warning("the speech was cut off at the model's %d positions", self.limit)
+                stay = [i for i in speaking if n < limits[live[i]]]
+                if not stay:
+                    return
+                if len(stay) < len(live):
+                    live, stay = [live[i] for i in stay], mx.array(stay)
+                    codes, h, keys, said = (x[stay] for x in (codes, h, keys, said))
+                    cache.take(stay)
+            before, n = codes, n + 1
+
+    def _prefill(self, prompts, cache):
+        """Rows of the prompts (T, K + 1) that the cache lacks through the backbone; returns the last hidden (B, D)."""
+        if len(prompts) > 1:
+            shortest = min(map(len, prompts))
+            same = np.all([p[:shortest] == prompts[0][:shortest] for p in prompts], axis=(0, 2))
+            n = min(shortest - 1, int(np.argmin(same)) if not same.all() else shortest)
+            if n > cache.offset:
+                self._prefill([prompts[0][:n]], cache)  # what they begin with, once for all
+            cache.take(mx.zeros((len(prompts),), mx.int32))
+            gaps = max(map(len, prompts)) - np.array(list(map(len, prompts)))
+            if gaps.any():
+                cache.prefix, cache.gaps = cache.offset, mx.array(gaps, mx.int32)
+        T, n = max(map(len, prompts)), cache.offset
+        rows = np.stack([np.pad(p[n:], [(T - len(p), 0), (0, 0)], constant_values=NO_TEXT) for p in prompts])
+        for i in range(0, rows.shape[1], PREFILL):
+            h = self._step(mx.array(rows[:, i : i + PREFILL]), cache)
+            mx.eval(h, cache.keys, cache.values)
+        return h
+
+    def _step(self, rows, cache):
+        """rows (B, T, K + 1) through the backbone -> the last hidden state (B, D)."""
+        is_text = rows[..., -1:] != NO_TEXT
+        mask = is_text == (mx.arange(rows.shape[-1]) == rows.shape[-1] - 1)  # text: the last column; audio: the others
+        return self.model(mx.maximum(rows, 0), mask, cache)[:, -1]
+
+    @property
+    def limit(self):
+        """Positions that the model has."""
+        return self.model.config.backbone.max_positions
+
     def _open(self, speaker, context, voice, voice_match):
         """A Conversation, and the Segment that the new turn continues, if any."""
         if not voice_match:
@@ -489,6 +679,8 @@ class Generator:
         if name not in self.voices:
             known = ", ".join(sorted(self.voices)) or "none at all"
             raise ValueError(f"unknown voice {name!r}; this model has: {known}")
+        if name in self._prompts:
+            return [self._prompts[name]]
         try:
             folder = self.voices[name]
             wav, txt = (
@@ -497,9 +689,26 @@ class Generator:
                 else folder / f"{name}.{kind}"
                 for kind in ("wav", "txt")
             )
-            return [Segment(0, Path(txt).read_text(encoding="utf-8").strip(), wav)]
+            segment = Segment(0, Path(txt).read_text(encoding="utf-8").strip(), wav, self._kept_codes(Path(wav)))
         except FileNotFoundError as e:
             raise ValueError(f"voice {name} has no clip or no transcript: {e}") from None
+        self._prompts[name] = segment
+        return [segment]
+
+    def _kept_codes(self, wav):
+        """The codes (F, K) of a preset's clip, from a file beside it if that was made of the same clip by this Mimi."""
+        kept = wav.with_suffix(".npz")
+        mark = hashlib.sha256(wav.read_bytes() + np.array(self.mimi.first.norms).tobytes()).hexdigest()
+        try:
+            with np.load(kept) as file:
+                if file["mark"] == mark:
+                    return file["codes"]
+        except (OSError, ValueError, KeyError, zipfile.BadZipFile):
+            pass
+        codes = self.encode(Segment(0, "", wav)).codes
+        with suppress(OSError, ValueError), codec.replacing(kept) as part:  # the folder may be read-only
+            np.savez(part, codes=codes, mark=mark)
+        return codes
 
     def text_rows(self, text, speaker):
         """(T, K + 1) int32 for one turn's text."""
@@ -547,14 +756,14 @@ class Conversation:
     A turn whose stream is abandoned, or fails, is not part of the conversation.
     """
 
-    def __init__(self, generator, context=(), prompt=()):
+    def __init__(self, generator, context=(), voice=()):
         self.generator, self.model = generator, generator.model
-        self.prompt = list(prompt)  # Segments to put first, in the voice of whoever speaks first
+        self.voice = list(voice)  # Segments to put first, in the voice of whoever speaks first
         self.turns = list(context)  # Segments
         self.blocks = [generator.segment_rows(s) for s in self.turns]  # the rows of each turn
         self.n_kept = len(self.blocks)  # the context, or the voice prompt, is never forgotten
-        self.limit = self.model.config.backbone.max_positions
-        self.cache = KVCache(self.model.config.backbone, 1, self.limit, self.model.dtype)
+        self.limit = generator.limit
+        self.cache = KVCache(self.model.config.backbone, dtype=self.model.dtype)
         self.prefilled = 0  # rows that went through the backbone as prompt, in all
         self.busy = False
 
@@ -603,28 +812,23 @@ class Conversation:
         self.blocks.append(rows)
         self.turns.append(segment)
 
-    def frames(self, text, speaker=0, *, opening=None, max_audio_length_ms=90_000, seed=None, **sampling):
-        """Say the next turn as frames of codes, (1, K) int32 each. Arguments are checked at once, not at the first."""
+    def prompt(self, text, speaker=0, opening=None):
+        """The rows (T, K + 1) of the next turn before its speech; `blocks` go before them. ValueError: too many."""
         rows = self.generator.text_rows(text if opening is None else f"{opening.text} {text}", speaker)
         if opening is not None:
             rows = np.concatenate([rows, self.generator.audio_rows(opening, end=False)])
-        frame_ms = 1000 / self.generator.mimi.config.frame_rate
-        if not frame_ms <= max_audio_length_ms < math.inf:
-            raise ValueError(f"max_audio_length_ms must be {frame_ms:g} or more, one frame, not {max_audio_length_ms}")
-        if seed is None:
-            seed = secrets.randbits(32)
-            log.info("seed %d", seed)
-        if not 0 <= seed < 2**64:
-            raise ValueError(f"seed must lie in 0..2^64 - 1, not {seed}")
-        sampling["logits_processors"] = tuple(sampling.get("logits_processors") or ())
-        sampling = Sampling(**sampling)
-        for segment in [replace(s, speaker=speaker) for s in self.prompt]:
+        for segment in [replace(s, speaker=speaker) for s in self.voice]:
             self.turns.insert(0, segment)
             self.blocks.insert(0, self.generator.segment_rows(segment))
             self.n_kept += 1
-        self.prompt = []
+        self.voice = []
         self._check_length(len(rows))
-        return self._frames(Segment(speaker, text), rows, int(max_audio_length_ms / frame_ms), int(seed), sampling)
+        return rows
+
+    def frames(self, text, speaker=0, *, opening=None, max_audio_length_ms=90_000, seed=None, **sampling):
+        """Say the next turn as frames of codes, (1, K) int32 each. Arguments are checked at once, not at the first."""
+        options = self.generator._options(max_audio_length_ms, seed, sampling)
+        return self._frames(Segment(speaker, text), self.prompt(text, speaker, opening), *options)
 
     def _check_free(self):
         if self.busy:
@@ -638,46 +842,19 @@ class Conversation:
     def _frames(self, turn, rows, max_frames, seed, sampling):
         self._check_free()
         self._make_room(len(rows), max_frames)
-        K, V = self.model.config.audio_num_codebooks, self.model.config.audio_vocab_size
-        n_codes = self.generator.mimi.config.codebook_size
-        forbidden = mx.where(mx.arange(V) < n_codes, 0, -mx.inf)  # ids that Mimi lacks
-        key = mx.random.key(seed)
-        prompt = np.concatenate([*self.blocks, rows])
-        max_frames = min(max_frames, self.limit - len(prompt))
-        start, said, self.busy = self.cache.offset, [], True
-
-        def sample(i, logits):
-            logits = logits.astype(mx.float32)
-            if i == 0 and sampling.logits_processors:
-                so_far = mx.concatenate(said)[:, 0] if said else mx.zeros((0,), mx.int32)
-                for process in sampling.logits_processors:
-                    logits = process(so_far, logits)
-            return sampling(logits + forbidden, keys[i])
-
+        prompt, start, said, self.busy = np.concatenate([*self.blocks, rows]), self.cache.offset, [], True
+        self.prefilled += len(prompt) - start
         try:
-            h = self._prefill(prompt)
-            while True:
-                key, *keys = mx.random.split(key, K + 1)
-                codes = self.model.sample_frame(h, sample)
-                mx.eval(codes, key)
-                ids = codes[0].tolist()
-                if max(ids) >= n_codes:
-                    raise ValueError(f"the sampler gave {max(ids)}, and Mimi has {n_codes} codes")
-                if not any(ids):
-                    break
+            for _, codes in self.generator.frames([prompt], self.cache, max_frames, [seed], sampling):
                 said.append(codes)
                 yield codes
-                if len(said) == max_frames:
-                    if len(prompt) + max_frames == self.limit:
-                        log.warning("the speech was cut off at the model's %d positions", self.limit)
-                    break
-                h = self._step(mx.pad(codes, [(0, 0), (0, 1)], constant_values=NO_TEXT)[:, None])
         except BaseException:  # also GeneratorExit: the stream was closed
             self.cache.trim(self.cache.offset - start)
             raise
         finally:
             self.busy = False
-        turn.codes = mx.concatenate(said) if said else mx.zeros((0, K), mx.int32)
+        self.cache.trim(self.cache.offset - len(prompt) - len(said) - 1)  # the frame of zeros stays, what followed goes
+        turn.codes = mx.concatenate(said) if said else mx.zeros((0, prompt.shape[1] - 1), mx.int32)
         mx.eval(turn.codes)
         self.blocks.append(np.concatenate([rows, self.generator.audio_rows(turn)]))
         self.turns.append(turn)
@@ -691,20 +868,17 @@ class Conversation:
             log.warning("%d old turns forgotten: the model has %d positions", n - len(self.blocks), self.limit)
             self.cache.trim(self.cache.offset - sum(map(len, self.blocks[: self.n_kept])))
 
-    def _prefill(self, prompt):
-        """Rows of the prompt (T, K + 1) that the cache lacks through the backbone; returns the last hidden (1, D)."""
-        rows = prompt[self.cache.offset :]
-        self.prefilled += len(rows)
-        for i in range(0, len(rows), PREFILL):
-            h = self._step(mx.array(rows[None, i : i + PREFILL]))
-            mx.eval(h, self.cache.keys, self.cache.values)
-        return h
 
-    def _step(self, rows):
-        """rows (1, T, K + 1) through the backbone -> the last hidden state (1, D)."""
-        is_text = rows[..., -1:] != NO_TEXT
-        mask = is_text == (mx.arange(rows.shape[-1]) == rows.shape[-1] - 1)  # text: the last column; audio: the others
-        return self.model(mx.maximum(rows, 0), mask, self.cache)[:, -1]
+def depth_sampler(model, sampling):
+    """CSM.sample_rest as a function of arrays: (h (B, D), first (B,), keys (B, K, 2), forbidden (V,)) -> (B, K - 1)."""
+
+    def rest(h, first, keys, forbidden):
+        def sample(i, logits):
+            return sampling(logits.astype(mx.float32) + forbidden, keys[:, i])
+
+        return model.sample_rest(h, first, sample)
+
+    return rest
 
 
 def join(pieces):

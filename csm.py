@@ -164,7 +164,7 @@ class KVCache:
 
     def take(self, sequences):
         """Go on with these sequences of the batch alone, (b,) indices; an index may occur more than once."""
-        self.keys, self.values = ([x[sequences] for x in xs] for xs in (self.keys, self.values))
+        self.keys, self.values = ([x if x is None else x[sequences] for x in xs] for xs in (self.keys, self.values))
         if self.gaps is not None:
             self.gaps = self.gaps[sequences]
 
@@ -489,6 +489,7 @@ class Generator:
 
     def __init__(self, model, mimi, tokenizer, voices=None):
         self.model, self.mimi, self.tokenizer = model, mimi, tokenizer
+        self._held = None  # rows and KV cache of the context that was computed last
         self._prompts = {}  # the presets asked for so far, as Segments with codes
         self.voices = voices or {}  # name -> folder of its .wav and .txt; None: on the Hub
         if mimi.n_codebooks < model.config.audio_num_codebooks:
@@ -533,6 +534,8 @@ class Generator:
         sounds as `generate` with seed + i makes it.
         """
         texts, context = list(texts), list(context)
+        if not texts:
+            return []
         speakers = [speaker] * len(texts) if isinstance(speaker, (int, np.integer)) else list(speaker)
         own = bool(context) and not isinstance(context[0], Segment)
         if len(speakers) != len(texts) or (own and len(context) != len(texts)):
@@ -541,14 +544,19 @@ class Generator:
         encoded = {id(s): s for c in contexts for s in c}
         encoded = {i: self.encode(s) for i, s in encoded.items()}  # each once
         max_frames, seed, sampling = self._options(max_audio_length_ms, seed, sampling)
-        prompts = []
+        prompts, n_context = [], []
         for text, speaker, context in zip(texts, speakers, contexts):
             conversation, opening = self._open(speaker, [encoded[id(s)] for s in context], voice, voice_match)
             rows = conversation.prompt(text, speaker, opening)
             prompts.append(np.concatenate([*conversation.blocks, rows]))
+            n_context.append(len(prompts[-1]) - len(rows))
+        shortest = min(n_context, default=0)
+        same = np.array([p[:shortest] == prompts[0][:shortest] for p in prompts]).all(axis=(0, 2))
+        n_shared = shortest if same.all() else int(np.argmin(same))
         codes = [[] for _ in texts]
         cache = KVCache(self.model.config.backbone, 1, dtype=self.model.dtype)
-        for live, frame in self.frames(prompts, cache, max_frames, [seed + i for i in range(len(texts))], sampling):
+        seeds = [seed + i for i in range(len(texts))]
+        for live, frame in self.frames(prompts, cache, max_frames, seeds, sampling, n_shared):
             for i, row in zip(live, frame):
                 codes[i].append(row)
         return [self.decode(mx.stack(c) if c else mx.zeros((0, 1), mx.int32)) for c in codes]
@@ -581,12 +589,13 @@ class Generator:
         processors = tuple(sampling.get("logits_processors") or ())
         return int(max_audio_length_ms / frame_ms), int(seed), Sampling(**sampling | {"logits_processors": processors})
 
-    def frames(self, prompts, cache, max_frames, seeds, sampling):
+    def frames(self, prompts, cache, max_frames, seeds, sampling, n_shared=0):
         """Speak after each of `prompts` [(T, K + 1)] until all have ended: yields (live, codes) for every frame, the
         indices of those that still speak and their codes (b, K).
 
-        cache: of batch 1, of the rows that all prompts begin with, or of fewer; left holding what was said, for batch 1.
-        Each prompt has a seed. The next frame is under way before this one is looked at, so that the device never waits.
+        cache: of batch 1, of rows that all prompts begin with; left holding what was said, for one prompt. n_shared:
+        rows of context that all begin with. Each prompt has a seed. The next frame is under way before this one is
+        looked at, so that the device never waits.
         """
         config, n_codes = self.model.config, self.mimi.config.codebook_size
         K, V = config.audio_num_codebooks, config.audio_vocab_size
@@ -595,7 +604,7 @@ class Generator:
         live, limits = list(range(len(prompts))), [min(max_frames, self.limit - len(p)) for p in prompts]
         keys = mx.stack([mx.random.key(seed % 2**64) for seed in seeds])
         split = mx.vmap(lambda key: mx.random.split(key, K + 1))
-        h = self._prefill(prompts, cache)
+        h = self._prefill(prompts, cache, n_shared)
         said, n, before = mx.zeros((len(live), 0), mx.int32), 0, None
         while True:
             if n < max(limits[i] for i in live):
@@ -631,14 +640,19 @@ class Generator:
                     cache.take(stay)
             before, n = codes, n + 1
 
-    def _prefill(self, prompts, cache):
-        """Rows of the prompts (T, K + 1) that the cache lacks through the backbone; returns the last hidden (B, D)."""
+    def _prefill(self, prompts, cache, n_shared=0):
+        """Rows of the prompts (T, K + 1) that the cache lacks through the backbone; returns the last hidden (B, D).
+
+        The first n_shared, which are alike, go through once for all, and are held for the next call with the same.
+        """
+        if n_shared > cache.offset:
+            shared, held = prompts[0][:n_shared], self._held
+            if cache.offset == 0 and held is not None and np.array_equal(held[0], shared):
+                vars(cache).update(vars(held[1].copy()))
+            else:
+                self._prefill([shared], cache)
+                self._held = shared, cache.copy()
         if len(prompts) > 1:
-            shortest = min(map(len, prompts))
-            same = np.all([p[:shortest] == prompts[0][:shortest] for p in prompts], axis=(0, 2))
-            n = min(shortest - 1, int(np.argmin(same)) if not same.all() else shortest)
-            if n > cache.offset:
-                self._prefill([prompts[0][:n]], cache)  # what they begin with, once for all
             cache.take(mx.zeros((len(prompts),), mx.int32))
             gaps = max(map(len, prompts)) - np.array(list(map(len, prompts)))
             if gaps.any():
@@ -845,7 +859,8 @@ class Conversation:
         prompt, start, said, self.busy = np.concatenate([*self.blocks, rows]), self.cache.offset, [], True
         self.prefilled += len(prompt) - start
         try:
-            for _, codes in self.generator.frames([prompt], self.cache, max_frames, [seed], sampling):
+            n_context = sum(map(len, self.blocks[: self.n_kept]))
+            for _, codes in self.generator.frames([prompt], self.cache, max_frames, [seed], sampling, n_context):
                 said.append(codes)
                 yield codes
         except BaseException:  # also GeneratorExit: the stream was closed
@@ -1069,45 +1084,67 @@ def read_context(path):
         raise ValueError(f"{path}: expected {expected} ({type(e).__name__}: {e})") from None
 
 
-def command(args):
+def check_out(out):
+    if out != "-" and (Path(out).is_dir() or not Path(out).absolute().parent.is_dir()):
+        raise ValueError(f"cannot write {out}: it is a folder, or in none that exists")
+
+
+def add_options(p):
+    """The options of the command that narrate.py has as well."""
+    p.add_argument("--model", default="csm-1b", help="csm-1b, tiny, a folder, a weights file or a Hugging Face repo")
+    p.add_argument("--speaker", type=int, default=0, help="speaker id of the text (default 0)")
+    p.add_argument("--voice", help="preset voice, or none (default: the model's own)")
+    p.add_argument("--ref-audio", metavar="F", help="a clip of the voice to speak with")
+    p.add_argument("--ref-text", metavar="T", help="what that clip says")
+    p.add_argument("--temperature", type=float, default=0.9, help="0 is greedy (default 0.9)")
+    p.add_argument("--top-k", type=int, default=50, help="0 is off (default 50)")
+    p.add_argument("--top-p", type=float, default=1.0, help="1 is off (default)")
+    p.add_argument("--min-p", type=float, default=0.0, help="0 is off (default)")
+    p.add_argument("--seed", type=int, help="for the same speech again (default: drawn, and printed)")
+    p.add_argument("--max-audio-length-ms", type=float, default=90_000, metavar="MS", help="a turn's (default 90000)")
+    p.add_argument("--quantize", type=int, choices=(4, 8), help="bits of the weights")
+    p.add_argument("--dtype", choices=("float32", "bfloat16", "float16"), help="default: what suits the device")
+
+
+def read_options(args):
+    """What add_options took -> the context, and the arguments of `generate`, checked before a model is loaded."""
     if (args.ref_audio is None) != (args.ref_text is None):
         raise ValueError("--ref-audio and --ref-text go together: a clip needs its transcript")
+    context = [] if args.ref_audio is None else [Segment(args.speaker, args.ref_text, as_samples(args.ref_audio))]
+    options = {k: getattr(args, k) for k in ("temperature", "top_k", "top_p", "min_p")}
+    Sampling(**options)
+    return context, options | {"max_audio_length_ms": args.max_audio_length_ms}
+
+
+def command(args):
     if args.dialogue and args.text is not None:
         raise ValueError("give a text or --dialogue, not both")
     if not args.dialogue and args.text is None:
         raise ValueError("give TEXT and OUT")
-    if args.out != "-" and (Path(args.out).is_dir() or not Path(args.out).absolute().parent.is_dir()):
-        raise ValueError(f"cannot write {args.out}: it is a folder, or in none that exists")
+    check_out(args.out)
     turns = read_dialogue(args.dialogue) if args.dialogue else [(args.speaker, read_text(args.text))]
     if not all(text.strip() for _, text in turns):
         raise ValueError("the text is empty")
-    context = [] if args.ref_audio is None else [Segment(args.speaker, args.ref_text, as_samples(args.ref_audio))]
+    if args.batch is not None and (args.dialogue or args.voice_match or args.batch < 1):
+        raise ValueError("--batch is 1 or more, for a text; it goes with neither --dialogue nor --voice-match")
+    context, options = read_options(args)
     if args.context:
         context += [replace(s, audio=as_samples(s.audio)) for s in read_context(args.context)]
-    options = {k: getattr(args, k) for k in ("temperature", "top_k", "top_p", "min_p")}
-    Sampling(**options)  # checked before the model is loaded
-    options["max_audio_length_ms"] = args.max_audio_length_ms
     seed = secrets.randbits(32) if args.seed is None else args.seed
-    interval = args.streaming_interval if args.stream or args.play or args.out == "-" else 2.0
     generator = load(args.model, dtype=args.dtype, quantize=args.quantize)
 
     rate, n_samples, first, stopped = generator.sample_rate, 0, None, False
     start = time.perf_counter()
-    conversation, opening = generator._open(turns[0][0], context, args.voice, args.voice_match)
+    pieces = spoken(generator, args, turns, context, options, seed)
     with wav_writer(args.out, rate) as write, player(rate, args.play) as play, progress() as bar:
         try:
-            for i, (speaker, text) in enumerate(turns):
-                pieces = conversation.stream(
-                    text, speaker, streaming_interval=interval, opening=opening, seed=seed + i, **options
-                )
-                opening = None
-                for audio in pieces:
-                    audio = np.array(audio)
-                    first = first or time.perf_counter() - start
-                    n_samples += len(audio)
-                    write(audio)
-                    play(audio)
-                    bar.update(len(audio) / rate)
+            for audio in pieces:
+                audio = np.array(audio)
+                first = first or time.perf_counter() - start
+                n_samples += len(audio)
+                write(audio)
+                play(audio)
+                bar.update(len(audio) / rate)
         except KeyboardInterrupt:
             if args.out == "-" or not n_samples:
                 raise
@@ -1123,6 +1160,27 @@ def command(args):
         file=sys.stderr,
     )
     return 130 if stopped else 0
+
+
+def spoken(generator, args, turns, context, options, seed):
+    """The pieces of sound that the command writes."""
+    if args.batch is not None:
+        import narrate
+
+        (speaker, text), arguments = turns[0], options | {"voice": args.voice, "batch": args.batch, "seed": seed}
+        return (audio for _, _, audio in narrate.narrate(generator, text, speaker, context, **arguments))
+    conversation, opening = generator._open(turns[0][0], context, args.voice, args.voice_match)
+    interval = args.streaming_interval if args.stream or args.play or args.out == "-" else 2.0
+
+    def pieces():
+        nonlocal opening
+        for i, (speaker, text) in enumerate(turns):
+            yield from conversation.stream(
+                text, speaker, streaming_interval=interval, opening=opening, seed=seed + i, **options
+            )
+            opening = None
+
+    return pieces()
 
 
 @contextmanager
@@ -1161,22 +1219,11 @@ def main(argv=None):
     p = argparse.ArgumentParser(prog="csm.py", description="Text to speech with CSM, Sesame's speech model, on MLX.")
     p.add_argument("text", nargs="?", metavar="TEXT", help="what to say; - reads standard input, @file a file")
     p.add_argument("out", metavar="OUT", help="WAV file; - writes to standard output while generating")
-    p.add_argument("--model", default="csm-1b", help="csm-1b, tiny, a folder, a weights file or a Hugging Face repo")
-    p.add_argument("--speaker", type=int, default=0, help="speaker id of the text (default 0)")
-    p.add_argument("--voice", help="preset voice, or none (default: the model's own)")
-    p.add_argument("--ref-audio", metavar="F", help="a clip of the voice to speak with")
-    p.add_argument("--ref-text", metavar="T", help="what that clip says")
+    add_options(p)
     p.add_argument("--context", metavar="JSON", help='earlier turns: [{"speaker", "text", "audio"}, ...]')
     p.add_argument("--voice-match", action="store_true", help="continue the last clip of the speaker")
     p.add_argument("--dialogue", metavar="F", help='speak a script: lines "0: Hello."')
-    p.add_argument("--temperature", type=float, default=0.9, help="0 is greedy (default 0.9)")
-    p.add_argument("--top-k", type=int, default=50, help="0 is off (default 50)")
-    p.add_argument("--top-p", type=float, default=1.0, help="1 is off (default)")
-    p.add_argument("--min-p", type=float, default=0.0, help="0 is off (default)")
-    p.add_argument("--seed", type=int, help="for the same speech again (default: drawn, and printed)")
-    p.add_argument("--max-audio-length-ms", type=float, default=90_000, metavar="MS", help="a turn's (default 90000)")
-    p.add_argument("--quantize", type=int, choices=(4, 8), help="bits of the weights")
-    p.add_argument("--dtype", choices=("float32", "bfloat16", "float16"), help="default: what suits the device")
+    p.add_argument("--batch", type=int, metavar="N", help="split a long text into sentences, N at once")
     p.add_argument("--stream", action="store_true", help="write every --streaming-interval seconds")
     p.add_argument("--streaming-interval", type=float, default=0.5, metavar="S")
     p.add_argument("--play", action="store_true", help="play while generating")

@@ -349,7 +349,7 @@ def test_voices(generator, folder):
 
 def test_voice_match_continues_the_clip_and_keeps_the_turns(generator, monkeypatch):
     prompts = []
-    monkeypatch.setattr(csm.Generator, "_prefill", lambda self, rows, cache: prompts.append(rows[0]) or 1 / 0)
+    monkeypatch.setattr(csm.Generator, "_prefill", lambda self, rows, cache, n: prompts.append(rows[0]) or 1 / 0)
     turns = [
         csm.Segment(0, "hello", clip(0.4)),
         csm.Segment(1, "yes", clip(0.4, 1)),

@@ -489,6 +489,10 @@ class Generator:
 
     def __init__(self, model, mimi, tokenizer, voices=None):
         self.model, self.mimi, self.tokenizer = model, mimi, tokenizer
+        n_ids = mx.arange(model.config.audio_vocab_size)
+        self._forbidden = mx.where(n_ids < mimi.config.codebook_size, 0, -mx.inf)  # ids that Mimi lacks
+        mx.eval(self._forbidden)
+        self._compiled = {}  # Sampling -> the depth decoder's loop
         self._held = None  # rows and KV cache of the context that was computed last
         self._prompts = {}  # the presets asked for so far, as Segments with codes
         self.voices = voices or {}  # name -> folder of its .wav and .txt; None: on the Hub
@@ -599,8 +603,8 @@ class Generator:
         """
         config, n_codes = self.model.config, self.mimi.config.codebook_size
         K, V = config.audio_num_codebooks, config.audio_vocab_size
-        forbidden = mx.where(mx.arange(V) < n_codes, 0, -mx.inf)  # ids that Mimi lacks
-        rest = depth_sampler(self.model, sampling)
+        forbidden = self._forbidden
+        rest = self._depth(sampling)
         live, limits = list(range(len(prompts))), [min(max_frames, self.limit - len(p)) for p in prompts]
         keys = mx.stack([mx.random.key(seed % 2**64) for seed in seeds])
         split = mx.vmap(lambda key: mx.random.split(key, K + 1))
@@ -614,7 +618,7 @@ class Generator:
                 for process in sampling.logits_processors:
                     logits = mx.concatenate([process(said[i], logits[i : i + 1]) for i in range(len(live))])
                 first = sampling(logits + forbidden, now[:, 0]).astype(mx.int32)
-                codes = mx.concatenate([first[:, None], rest(h, first, now, forbidden)], axis=1)
+                codes = mx.concatenate([first[:, None], rest(h, first, now)], axis=1)
                 if sampling.logits_processors:
                     said = mx.concatenate([said, first[:, None]], axis=1)
                 if n + 1 < max(limits[i] for i in live):
@@ -639,6 +643,23 @@ class Generator:
                     codes, h, keys, said = (x[stay] for x in (codes, h, keys, said))
                     cache.take(stay)
             before, n = codes, n + 1
+
+    def _depth(self, sampling):
+        """CSM.sample_rest as a function of arrays, h (B, D), first (B,), keys (B, K + 1, 2) -> (B, K - 1).
+
+        Compiled on a GPU, which is then asked for a few large things in place of thousands of small ones.
+        """
+
+        def rest(h, first, keys):
+            def sample(i, logits):
+                return sampling(logits.astype(mx.float32) + self._forbidden, keys[:, i])
+
+            return self.model.sample_rest(h, first, sample)
+
+        if not compiles() or sampling.sampler is not None:
+            return rest
+        sampling = replace(sampling, logits_processors=())  # which are for the first codebook
+        return self._compiled.setdefault(sampling, mx.compile(rest))
 
     def _prefill(self, prompts, cache, n_shared=0):
         """Rows of the prompts (T, K + 1) that the cache lacks through the backbone; returns the last hidden (B, D).
@@ -884,16 +905,9 @@ class Conversation:
             self.cache.trim(self.cache.offset - sum(map(len, self.blocks[: self.n_kept])))
 
 
-def depth_sampler(model, sampling):
-    """CSM.sample_rest as a function of arrays: (h (B, D), first (B,), keys (B, K, 2), forbidden (V,)) -> (B, K - 1)."""
-
-    def rest(h, first, keys, forbidden):
-        def sample(i, logits):
-            return sampling(logits.astype(mx.float32) + forbidden, keys[:, i])
-
-        return model.sample_rest(h, first, sample)
-
-    return rest
+def compiles():
+    """Whether mx.compile pays: on a CPU it needs a C++ compiler and a minute, and gains nothing."""
+    return mx.default_device() == mx.gpu
 
 
 def join(pieces):

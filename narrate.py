@@ -20,11 +20,13 @@ import numpy as np
 
 PAUSES = {"paragraph": 0.7, "sentence": 0.25, "part": 0.05}  # seconds after each
 LONGEST = 240  # characters that are said at once; longer sentences are cut at commas, or between words
-SHORTEST = 20  # shorter ones join the next: a word alone is said less well
+SHORTEST = 20  # bytes; shorter ones join the next, since a word alone is said less well
 # No sentence ends after these, nor after the initial of a name.
-ABBREVIATIONS = """mr mrs ms dr prof rev st sr jr gen col capt lt sgt hon pres gov sen rep mt ft ave blvd no nos vol ch fig
-pp ed eds art sec vs cf al ca approx dept est inc ltd co corp bros jan feb mar apr jun jul aug sep sept oct nov dec mon
-tue wed thu fri sat sun e.g i.e viz""".split()
+ABBREVIATIONS = """
+mr mrs ms dr prof rev st sr jr gen col capt lt sgt hon pres gov sen rep mt ft ave blvd no nos vol ch fig pp ed
+eds art sec vs cf al ca approx dept est inc ltd co corp bros jan feb mar apr jun jul aug sep sept oct nov dec
+mon tue wed thu fri sat sun e.g i.e viz
+""".split()
 END = re.compile(r"""(?:[.!?…]+['"’”)\]]*(?=\s)|[。！？]+[」』”]?)\s*""")
 
 
@@ -40,7 +42,7 @@ def sentences(text):
         parts += [paragraph[start:]]
         said = []
         for part in parts:
-            if said and len(said[-1]) < SHORTEST:
+            if said and len(said[-1].encode()) < SHORTEST:
                 said[-1] += f" {part}" if said[-1][-1].isascii() else part
             else:
                 said.append(part)

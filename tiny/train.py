@@ -57,42 +57,52 @@ DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 
 SLOTS = {  # multi-word entries are joined by underscores
     "name": "john mary anna peter david sarah tom lucy james emma alice bob carol dan eve frank grace henry kate mike",
-    "place": "london paris rome berlin boston school town work home church office garden station market river bridge "
-    "airport hotel kitchen library beach park village museum hospital restaurant theatre",
-    "adj": "red blue green black white big small old new good bad happy sad fast slow hot cold long short bright dark "
-    "quiet loud clean strong heavy light warm young rich poor nice fresh sweet empty full early late easy hard little",
-    "noun": "dog cat bird horse fish car bus train boat house door window table chair book phone clock letter apple tree "
-    "flower river mountain cup box bag hat shoe ball picture computer song story game question answer city street child "
-    "friend teacher doctor water bread coffee dinner money music weather world family morning idea problem paper key",
-    "verb": "see want like need find take buy sell hold watch open close move paint clean break fix keep bring show "
-    "read write make use help hear know love send tell ask leave carry cut eat drink learn remember forget",
-    "ved": "saw wanted liked needed found took bought sold held watched opened closed moved painted cleaned broke fixed "
-    "kept brought showed wrote made used helped heard knew loved sent told asked left carried ate drank learned forgot",
-    "time": "today tomorrow yesterday tonight now later soon again always this_morning this_evening next_week last_night "
-    "every_day on_monday on_tuesday on_wednesday on_thursday on_friday on_saturday on_sunday in_the_summer last_year "
-    "in_the_winter after_lunch before_dinner at_noon for_an_hour",
+    "place": "london paris rome berlin boston school town work home church office garden station market river "
+    "bridge airport hotel kitchen library beach park village museum hospital restaurant theatre",
+    "adj": "red blue green black white big small old new good bad happy sad fast slow hot cold long short bright "
+    "dark quiet loud clean strong heavy light warm young rich poor nice fresh sweet empty full early late "
+    "easy hard little",
+    "noun": "dog cat bird horse fish car bus train boat house door window table chair book phone clock letter "
+    "apple tree flower river mountain cup box bag hat shoe ball picture computer song story game question "
+    "answer city street child friend teacher doctor water bread coffee dinner money music weather world "
+    "family morning idea problem paper key",
+    "verb": "see want like need find take buy sell hold watch open close move paint clean break fix keep bring "
+    "show read write make use help hear know love send tell ask leave carry cut eat drink learn remember "
+    "forget",
+    "ved": "saw wanted liked needed found took bought sold held watched opened closed moved painted cleaned "
+    "broke fixed kept brought showed wrote made used helped heard knew loved sent told asked left carried "
+    "ate drank learned forgot",
+    "time": "today tomorrow yesterday tonight now later soon again always this_morning this_evening next_week "
+    "last_night every_day on_monday on_tuesday on_wednesday on_thursday on_friday on_saturday on_sunday "
+    "in_the_summer last_year in_the_winter after_lunch before_dinner at_noon for_an_hour",
     "who": "i you we they my_brothers the_children our_friends the_people his_parents most_of_us",
     "one": "he she it the_man the_woman my_son the_king everyone nobody the_driver my_sister her_father",
     "prep": "in on under near behind beside over inside above",
 }
 SLOTS = {slot: [w.replace("_", " ") for w in entries.split()] for slot, entries in SLOTS.items()}
-TEMPLATES = """hello {name}|hello there, {name}|good morning, {name}|good evening {name}|how are you {time}?|thank you {name}
-my name is {name}|this is {name}|{who} {verb} the {adj} {noun}|the {adj} {noun} is {adj}|the {noun} and the {noun}
-{name} {ved} a {adj} {noun}|we {ved} the {noun} {time}|can you {verb} the {noun}?|please {verb} the {noun} {time}
-where is the {noun}?|what is the {adj} {noun}?|the number is {num}|{num}, {num}, {num}|{num} {noun}s|i have {num} {adj} {noun}s
-{name} and {name} are {adj}|we are going to {place} {time}|{name} is in {place}|she {ved} {num} {noun}s|he is {adj} and {adj}
-it is {num} o'clock|the {noun} is {prep} the {noun}|a {noun} in the {place}|let us {verb} it {time}|do not {verb} the {noun}
-did {name} {verb} the {noun}?|i think {name} is {adj}|they {ved} it {time}|there is a {noun} near the {place}|your {noun} is {adj}
-my {adj} {noun} is in the {place}|why did they {verb} it?|yes, i {verb} it|no, {name} did not {verb} it|welcome to {place}
-see you {time}|the {place} is {adj} {time}|{num} plus {num} is {num}|who {ved} my {noun}?|{one} {ved} the {noun} {prep} the {noun}
-{who} will {verb} a {noun} {time}|{one} has never {ved} such a {adj} {noun}|if you {verb} it, i will {verb} it too|{time}, {who} {ved} {num} {noun}s
-would you like a {adj} {noun}?|{who} could not {verb} the {noun} because it was too {adj}|the {noun} was {adj}, but the {noun} was {adj}
-when {one} {ved} the {noun}, {who} {ved} the {noun}|i don't {verb} it|it's a {adj} {noun}, isn't it?|that's {name}'s {noun}
-{who} should {verb} more {noun}s and fewer {noun}s|the {noun} of the {noun} is {adj}|{one} is as {adj} as a {noun}
-put the {noun} {prep} the {noun} and {verb} it|{name} said that {who} {ved} the {noun}|are there any {noun}s in the {place}?"""
+TEMPLATES = """hello {name}|hello there, {name}|good morning, {name}|good evening {name}|how are you {time}?
+thank you {name}|my name is {name}|this is {name}|{who} {verb} the {adj} {noun}|the {adj} {noun} is {adj}
+the {noun} and the {noun}|{name} {ved} a {adj} {noun}|we {ved} the {noun} {time}
+can you {verb} the {noun}?|please {verb} the {noun} {time}|where is the {noun}?|what is the {adj} {noun}?
+the number is {num}|{num}, {num}, {num}|{num} {noun}s|i have {num} {adj} {noun}s
+{name} and {name} are {adj}|we are going to {place} {time}|{name} is in {place}|she {ved} {num} {noun}s
+he is {adj} and {adj}|it is {num} o'clock|the {noun} is {prep} the {noun}|a {noun} in the {place}
+let us {verb} it {time}|do not {verb} the {noun}|did {name} {verb} the {noun}?|i think {name} is {adj}
+they {ved} it {time}|there is a {noun} near the {place}|your {noun} is {adj}
+my {adj} {noun} is in the {place}|why did they {verb} it?|yes, i {verb} it|no, {name} did not {verb} it
+welcome to {place}|see you {time}|the {place} is {adj} {time}|{num} plus {num} is {num}
+who {ved} my {noun}?|{one} {ved} the {noun} {prep} the {noun}|{who} will {verb} a {noun} {time}
+{one} has never {ved} such a {adj} {noun}|if you {verb} it, i will {verb} it too
+{time}, {who} {ved} {num} {noun}s|would you like a {adj} {noun}?
+{who} could not {verb} the {noun} because it was too {adj}|the {noun} was {adj}, but the {noun} was {adj}
+when {one} {ved} the {noun}, {who} {ved} the {noun}|i don't {verb} it|it's a {adj} {noun}, isn't it?
+that's {name}'s {noun}|{who} should {verb} more {noun}s and fewer {noun}s
+the {noun} of the {noun} is {adj}|{one} is as {adj} as a {noun}
+put the {noun} {prep} the {noun} and {verb} it|{name} said that {who} {ved} the {noun}
+are there any {noun}s in the {place}?"""
 TEMPLATES = TEMPLATES.replace("\n", "|").split("|")
-ONES = "zero one two three four five six seven eight nine ten eleven twelve thirteen fourteen fifteen sixteen seventeen "
-ONES = (ONES + "eighteen nineteen").split()
+ONES = "zero one two three four five six seven eight nine ten eleven twelve thirteen fourteen fifteen sixteen"
+ONES = f"{ONES} seventeen eighteen nineteen".split()
 TENS = "twenty thirty forty fifty sixty seventy eighty ninety".split()
 
 
@@ -131,8 +141,10 @@ def words():
 def sentence(r, n=None):
     """A sentence without its end mark: of a template, or of any n words."""
     if n is None and r.random() < 0.4:
+
         def fill(m):
             return number(int(10 ** r.uniform(0, 4)) - 1) if m[1] == "num" else r.choice(SLOTS[m[1]])
+
         return re.sub(r"\{(\w+)\}", fill, r.choice(TEMPLATES))
     n = n or r.choice((1, 1, 2, 3, 3, 4, 4, 5, 5, 6, 6, 7, 8, 9, 10, 12, 15))
     good, out = words()[1], []
@@ -179,7 +191,8 @@ class Event(ctypes.Structure):
     """espeak_EVENT of speak_lib.h."""
 
     _fields_ = [("type", ctypes.c_int), ("id", ctypes.c_uint), ("text", ctypes.c_int), ("length", ctypes.c_int),
-                ("ms", ctypes.c_int), ("sample", ctypes.c_int), ("user", ctypes.c_void_p), ("name", ctypes.c_char * 8)]  # fmt: skip
+                ("ms", ctypes.c_int), ("sample", ctypes.c_int), ("user", ctypes.c_void_p),
+                ("name", ctypes.c_char * 8)]  # fmt: skip
 
 
 class Espeak:
@@ -301,8 +314,8 @@ def mimi_config():
 
     return MimiConfig(
         hidden_size=DIM, num_filters=16, codebook_size=N_CODES, codebook_dim=CODE_DIM, num_quantizers=K,
-        vector_quantization_hidden_dimension=CODE_DIM, upsample_groups=DIM, num_hidden_layers=2, intermediate_size=4 * DIM,
-        num_attention_heads=4, num_key_value_heads=4, head_dim=DIM // 4, sliding_window=250,
+        vector_quantization_hidden_dimension=CODE_DIM, upsample_groups=DIM, num_hidden_layers=2,
+        intermediate_size=4 * DIM, num_attention_heads=4, num_key_value_heads=4, head_dim=DIM // 4, sliding_window=250,
     )  # fmt: skip
 
 
@@ -437,7 +450,8 @@ def encoder(args):
     books = nn.ModuleList([Codebooks(1), Codebooks(K - 1)]).to(DEVICE)
     # The head sees this frame and the one before, and tells eight spectra a frame: 80 mels and 64 low bins.
     n_out = 80 + 64
-    head = nn.Sequential(nn.Conv1d(DIM, 384, 2), nn.GELU(), nn.Conv1d(384, 384, 1), nn.GELU(), nn.Conv1d(384, 8 * n_out, 1))
+    middle = (nn.Conv1d(DIM, 384, 2), nn.GELU(), nn.Conv1d(384, 384, 1), nn.GELU())
+    head = nn.Sequential(*middle, nn.Conv1d(384, 8 * n_out, 1))
     phonemes = nn.Conv1d(DIM, PHONEMES_A_FRAME * len(data.names), 1)
     trained = nn.ModuleList([mimi.encoder, *(p for s in splits for p in (s.input_proj, s.output_proj)), head, phonemes])
     trained.to(DEVICE)
@@ -605,11 +619,19 @@ def rules():
     out |= dict.fromkeys(('"', "`", "´", "“", "”", "„", "«", "»", "\u00ad", "\ufeff"), "")
     out |= dict.fromkeys("‘’ʼ", "'") | dict.fromkeys("(){};:[]", ",") | dict.fromkeys("–—", ", ")
     out |= {" - ": ", ", " -- ": ", ", "--": ", ", "…": ".", "...": ".", "!?": "?", "?!": "?", ". . .": "."}
-    out |= {"&": " and ", "+": " plus ", "=": " equals ", "@": " at ", "%": " percent ", "$": " dollars ", "€": " euros "}
-    out |= {"£": " pounds ", "°": " degrees ", "½": " one half ", "¼": " one quarter ", "¾": " three quarters "}
+    out |= {"&": " and ", "+": " plus ", "=": " equals ", "@": " at ", "%": " percent ", "$": " dollars "}
+    out |= {
+        "€": " euros ",
+        "£": " pounds ",
+        "°": " degrees ",
+        "½": " one half ",
+        "¼": " one quarter ",
+        "¾": " three quarters ",
+    }
     for short, long in (("Mr", "mister"), ("Mrs", "missus"), ("Ms", "miz"), ("Dr", "doctor"), ("Prof", "professor")):
         out |= {f"{short}.": long, f"{short} ": f"{long} "}
-    out |= {"e.g.": "for example", "i.e.": "that is", "etc.": "et cetera.", "vs.": "versus", "a.m.": "a m", "p.m.": "p m"}
+    out |= {"e.g.": "for example", "i.e.": "that is", "etc.": "et cetera.", "vs.": "versus", "a.m.": "a m"}
+    out["p.m."] = "p m"
     for n in range(10_000):
         out[str(n)] = f" {year(n)} "
     for n in range(1_000):
@@ -638,8 +660,8 @@ def tokenizer(args):
 
     if not (args.work / "tokenizer.model").exists():
         table = args.work / "rules.tsv"
-        codes = lambda s: " ".join(f"{ord(c):X}" for c in s)
-        table.write_text("".join(f"{codes(a)}\t{codes(b)}\n" for a, b in rules().items()))
+        lines = ["\t".join(" ".join(f"{ord(c):X}" for c in s) for s in rule) for rule in rules().items()]
+        table.write_text("\n".join(lines) + "\n")
         r = random.Random("tokenizer")
         sentencepiece.SentencePieceTrainer.train(
             sentence_iterator=(text(r) for _ in range(20_000)), model_prefix=str(args.work / "tokenizer"),
@@ -660,9 +682,10 @@ def lm_config(n_text):
     rope = {"rope_type": "default", "rope_theta": 10_000.0}
     shared = {"num_codebooks": K, "vocab_size": V, "rope_parameters": rope}
     return CsmConfig(
-        **shared, text_vocab_size=n_text, hidden_size=256, intermediate_size=768, num_hidden_layers=4, num_attention_heads=4,
-        num_key_value_heads=2, head_dim=64, max_position_embeddings=1024, pad_token_id=0, bos_token_id=1, eos_token_id=2,
-        audio_token_id=4, audio_eos_token_id=5, codebook_pad_token_id=V - 1, codebook_eos_token_id=0,
+        **shared, text_vocab_size=n_text, hidden_size=256, intermediate_size=768, num_hidden_layers=4,
+        num_attention_heads=4, num_key_value_heads=2, head_dim=64, max_position_embeddings=1024,
+        pad_token_id=0, bos_token_id=1, eos_token_id=2, audio_token_id=4, audio_eos_token_id=5,
+        codebook_pad_token_id=V - 1, codebook_eos_token_id=0,
         depth_decoder_config={
             **shared, "backbone_hidden_size": 256, "hidden_size": 128, "intermediate_size": 384, "num_hidden_layers": 2,
             "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 32, "max_position_embeddings": K + 1,
@@ -699,8 +722,8 @@ class Talks:
 
     def batches(self, positions, longest):
         """Lists of conversations alike in length, together at most `positions` long when padded."""
-        length = lambda talk: sum(len(ids) + len(codes) + 1 for ids, codes, _ in talk)
-        some = sorted((length(t) + self.r.random() * 4, i) for i, t in enumerate(self.talks) if length(t) <= longest)
+        lengths = [sum(len(ids) + len(codes) + 1 for ids, codes, _ in talk) for talk in self.talks]
+        some = sorted((n + self.r.random() * 4, i) for i, n in enumerate(lengths) if n <= longest)
         groups, group = [], []
         for n, i in some:
             if group and (len(group) + 1) * (n + 1) > positions:

@@ -1,0 +1,207 @@
+"""Long text: where it is cut, that it is said in one voice, and that an interruption loses nothing."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import csm  # first: it puts a fast BLAS in place before mlx is imported
+import narrate
+
+import mlx.core as mx  # isort: skip
+import numpy as np
+import pytest
+import soundfile
+
+HERE = Path(__file__).parent
+SHORT = ["--max-audio-length-ms", "240"]
+
+
+@pytest.mark.parametrize(
+    "text, expected",
+    [
+        ("This is the first one. And this is the second! Is this the third?", 3),
+        ("Mr. Smith met Dr. Jones in St. Paul at noon. Both of them were late.", 2),
+        ("Pi is 3.14159 and e is 2.71828 or so. That is version 1.2.3 of it.", 2),
+        ("J. R. R. Tolkien wrote it for his children. It was a long book.", 2),
+        ('"Stop right there!" he cried out loud. "I will not," she said to him.', 2),
+        ("They came from the U.S. and the U.K. to see it. Nobody knew why.", 2),
+        ("He waited for a while ... and then he left us. That was all.", 2),
+        ("“Where are you going?” asked the old man. The boy did not answer.", 2),
+        ("See fig. 3 on the next page, e.g. the left half. It is quite small.", 2),
+        ("no end mark at all and nothing but small letters", 1),
+        ("A title without an end\n\nAnd a paragraph that follows it.", 2),
+        ("这是第一句话，它说得比较长一点。这是第二句话，它也说得比较长一点！", 2),
+        ("Short. Words. Are. Said. Together. Here in one go.", 2),
+        ("*** \n\n --- \n\n ...", 0),
+    ],
+)
+def test_sentences(text, expected):
+    parts = narrate.sentences(text)
+    assert len(parts) == expected, parts
+    letters = [c for c in text if c.isalnum()]
+    assert not parts or [c for part, _ in parts for c in part if c.isalnum()] == letters  # nothing lost
+
+
+def test_long_sentences_are_cut():
+    comma = "word " * 30 + "end, " + "more " * 40 + "end"
+    for text in (comma, "word " * 200, "x" * 1000):
+        parts = narrate.sentences(text)
+        assert 1 < len(parts) and max(len(p) for p, _ in parts) <= narrate.LONGEST
+        assert "".join(p for p, _ in parts).replace(" ", "") == text.replace(" ", "")
+    assert narrate.sentences(comma)[0][0].endswith("end,")
+    pauses = [pause for _, pause in narrate.sentences(f"{comma}. And then another one.\n\nA new paragraph.")]
+    assert pauses == [0.05, 0.25, 0.7, 0.7]
+
+
+TEXT = "hello there, how are you today? i am fine. Yes, I am. No, I am not fine.\n\nHow are you today then?"
+
+
+def test_the_same_whatever_the_batch(generator):
+    said = [
+        [
+            (n, np.array(audio))
+            for n, _, audio in narrate.narrate(generator, TEXT, batch=b, seed=3, max_audio_length_ms=240)
+        ]
+        for b in (1, 2, 8)
+    ]
+    n = len(narrate.sentences(TEXT))
+    assert n > 2 and [len(s) for s in said] == [n] * 3 and [i for i, _ in said[0]] == list(range(1, n + 1))
+    for other in said[1:]:
+        for (_, a), (_, b) in zip(said[0], other):
+            np.testing.assert_allclose(a, b, atol=1e-5)
+    rest = list(narrate.narrate(generator, TEXT, batch=2, start=1, seed=3, max_audio_length_ms=240))
+    for (_, a), (_, _, b) in zip(said[0][1:], rest, strict=True):
+        np.testing.assert_allclose(a, np.array(b), atol=1e-5)
+
+
+def test_without_a_voice_the_first_sentence_is_the_voice(generator, monkeypatch):
+    contexts = []
+    batch = csm.Generator.generate_batch
+    monkeypatch.setattr(
+        csm.Generator, "generate_batch", lambda self, t, s, c, **o: contexts.append(c) or batch(self, t, s, c, **o)
+    )
+    list(narrate.narrate(generator, TEXT, 1, voice="none", seed=3, max_audio_length_ms=240))
+    (first,) = contexts[0]
+    assert first.text == narrate.sentences(TEXT)[0][0] and first.speaker == 1 and len(first.codes) == 3
+
+
+def test_command(folder, generator, tmp_path):
+    (tmp_path / "book.txt").write_text(TEXT)
+    args = ["--model", str(folder), "--seed", "3", *SHORT]
+    narrate.main([str(tmp_path / "book.txt"), str(tmp_path / "a.wav"), "--batch", "2", *args])
+    whole, rate = soundfile.read(tmp_path / "a.wav", dtype="int16")
+    n = len(narrate.sentences(TEXT))
+    assert rate == 24000 and len(whole) == n * 3 * 1920 + round(24000 * sum(p for _, p in narrate.sentences(TEXT)))
+    assert sorted(f.name for f in tmp_path.iterdir()) == ["a.wav", "book.txt"]
+    csm.main([f"@{tmp_path / 'book.txt'}", str(tmp_path / "b.wav"), "--batch", "3", *args])
+    assert np.abs(soundfile.read(tmp_path / "b.wav", dtype="int16")[0].astype(int) - whole).max() <= 1
+
+
+@pytest.mark.parametrize("how", [signal.SIGINT, signal.SIGKILL])
+def test_goes_on_after_an_interruption(folder, tmp_path, how):
+    (tmp_path / "book.txt").write_text(TEXT * 4)
+    command = [sys.executable, str(HERE / "narrate.py"), "book.txt", "a.wav", "--model", str(folder), *SHORT]
+    command += ["--batch", "1", "--temperature", "0.7"]
+    state = tmp_path / "a.wav.part.json"
+    with subprocess.Popen(command, cwd=tmp_path, stderr=subprocess.PIPE) as p:
+        while not (state.exists() and json.loads(state.read_text())["sentences"] >= 2):
+            assert p.poll() is None, p.stderr.read()
+        os.kill(p.pid, how)
+    before = json.loads(state.read_text())
+    assert p.returncode != 0 and not (tmp_path / "a.wav").exists()
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    whole = soundfile.read(tmp_path / "a.wav", dtype="int16")[0]
+    assert f"seed {before['seed']}" in done.stderr and not state.exists()
+    again = subprocess.run([*command[:3], "b.wav", *command[4:], "--seed", str(before["seed"])], cwd=tmp_path)
+    assert again.returncode == 0
+    np.testing.assert_array_equal(whole, soundfile.read(tmp_path / "b.wav", dtype="int16")[0])
+
+
+def test_errors(folder, tmp_path, capfd):
+    (tmp_path / "empty.txt").write_text(" *** \n")
+    (tmp_path / "book.txt").write_text("Hello.")
+    for args in (
+        [tmp_path / "none.txt", tmp_path / "a.wav"],
+        [tmp_path / "empty.txt", tmp_path / "a.wav"],
+        [tmp_path / "book.txt", tmp_path],
+        [tmp_path / "book.txt", tmp_path / "a.wav", "--batch", "0"],
+        [tmp_path / "book.txt", tmp_path / "a.wav", "--ref-text", "alone"],
+    ):
+        with pytest.raises(SystemExit) as e:
+            narrate.main([*map(str, args), "--model", str(folder)])
+        err = capfd.readouterr().err
+        assert e.value.code == 2 and err.count("\n") == 1 and err.startswith("narrate.py: error: "), err
+        assert not (tmp_path / "a.wav").exists()
+
+
+# ------------------------------------------------------------------------------- generate_batch
+
+
+def test_batch_is_one_at_a_time(generator):
+    from conftest import clip
+
+    texts = ["hello", "how are you today ? i am fine .", "yes", "no no no"]
+    a, b = csm.Segment(1, "hello there", clip(1)), csm.Segment(0, "yes", clip(0.6, 1))
+    for speaker, context in ((0, [a]), ([0, 1, 2, 0], [a, b]), (1, [[a], [], [a, b], [b, a]]), (0, [])):
+        for options in ({"temperature": 0.9}, {"temperature": 0}):
+            options |= {"seed": 5, "max_audio_length_ms": 480, "top_k": 20}
+            said = generator.generate_batch(texts, speaker, context, **options)
+            for i, (text, one) in enumerate(zip(texts, said, strict=True)):
+                speaker_i = speaker if isinstance(speaker, int) else speaker[i]
+                context_i = context[i] if context and isinstance(context[0], list) else context
+                alone = generator.generate(text, speaker_i, context_i, **options | {"seed": 5 + i})
+                assert one.shape == alone.shape == (6 * 1920,) and mx.abs(one - alone).max() < 1e-5
+    assert generator.generate_batch([]) == []
+    with pytest.raises(ValueError, match="2 texts need as many"):
+        generator.generate_batch(["a", "b"], [0])
+    with pytest.raises(ValueError, match="empty"):
+        generator.generate_batch(["a", " "])
+
+
+def test_compiled_or_not_the_codes_are_the_same(tmp_path, monkeypatch):
+    from conftest import write_model
+
+    generator = csm.load(write_model(tmp_path / "m", "k4"))
+    options = {"max_audio_length_ms": 640, "seed": 2, "voice": "none"}
+    kinds = ({"temperature": 0}, {"top_k": 5}, {"top_p": 0.8, "min_p": 0.01})
+    plain = [np.array(generator.generate_codes("hello there", **options, **kind)) for kind in kinds]
+    monkeypatch.setattr(csm, "compiles", lambda: True)
+    for kind, codes in zip(kinds, plain):
+        for _ in range(2):  # the second time from the trace that is kept
+            np.testing.assert_array_equal(generator.generate_codes("hello there", **options, **kind), codes)
+    assert len(generator._compiled) == len(kinds)
+
+
+def test_context_is_computed_once(generator, monkeypatch):
+    rows = []
+    step = csm.Generator._step
+    monkeypatch.setattr(csm.Generator, "_step", lambda self, r, c: rows.append(r.shape) or step(self, r, c))
+    context = csm.Segment(1, "a context of its own", mx.ones((24000,)) * 0.1)
+    n = len(generator.segment_rows(context))
+    first = generator.generate_batch(["hello", "yes yes"], 0, [context], seed=1, max_audio_length_ms=80)
+    assert rows[0] == (1, n, 9) and rows[1][0] == 2 and len(rows) == 2
+    again = generator.generate("hello", 0, [context], seed=1, max_audio_length_ms=80)
+    assert rows[2:] == [(1, len(generator.text_rows("hello", 0)), 9)]
+    assert mx.abs(again - first[0]).max() < 1e-5
+
+
+def test_preset_codes_are_kept_beside_the_clip(folder, tmp_path):
+    import shutil
+
+    place = shutil.copytree(folder, tmp_path / "m")
+    for kept in place.glob("prompts/*.npz"):
+        kept.unlink()
+    first = csm.load(place).voice_prompt("other")[0]
+    kept = place / "prompts/other.npz"
+    assert kept.exists()
+    made = dict(np.load(kept))
+    np.savez(kept, **made | {"codes": made["codes"] + 1})
+    np.testing.assert_array_equal(csm.load(place).voice_prompt("other")[0].codes, first.codes + 1)  # read, not made
+    shutil.copy(place / "prompts/conversational_a.wav", place / "prompts/other.wav")  # another clip
+    assert not np.array_equal(csm.load(place).voice_prompt("other")[0].codes[:3], (first.codes + 1)[:3])
+    kept.write_bytes(b"broken")
+    assert len(csm.load(place).voice_prompt("other")[0].codes) > 3

@@ -1,0 +1,159 @@
+"""The model in the box: it speaks, what it says is what was asked for, and transformers says the same."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import csm  # first: it puts a fast BLAS in place before mlx is imported
+import mimi
+
+import mlx.core as mx  # isort: skip
+import numpy as np
+import pytest
+import soundfile
+
+HERE = Path(__file__).parent
+TINY = HERE / "tiny"
+GOLDEN = json.loads((TINY / "golden.json").read_text())
+sys.path.insert(0, str(TINY))
+
+
+@pytest.fixture(scope="module")
+def tiny():
+    return csm.load("tiny", dtype="float32")
+
+
+@pytest.fixture(scope="module")
+def evaluation(tiny):
+    pytest.importorskip("torch")
+    evaluate = pytest.importorskip("evaluate")
+    return evaluate.Evaluation(tiny, {})
+
+
+def test_folder():
+    files = {f.relative_to(TINY).as_posix(): f.stat().st_size for f in TINY.rglob("*") if f.is_file()}
+    files = {name: size for name, size in files.items() if not name.endswith((".npz", ".pyc"))}
+    assert {"config.json", "model.safetensors", "mimi.safetensors", "tokenizer.model", "README.md"} <= files.keys()
+    assert sum(files.values()) < 20e6, files
+    assert mx.load(str(TINY / "model.safetensors"))["codebook0_head.weight"].dtype == mx.bfloat16
+
+
+def test_golden(tiny, tmp_path):
+    """The very codes stored beside the weights, through the library and the command."""
+    text, speaker, seed = (GOLDEN[k] for k in ("text", "speaker", "seed"))
+    assert tiny.generate_codes(text, speaker, seed=seed).tolist() == GOLDEN["codes"]
+    command = [sys.executable, str(HERE / "csm.py"), text, "a.wav", "--model", "tiny", "--dtype", "float32"]
+    command += ["--speaker", str(speaker), "--seed", str(seed)]
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    expected = mimi.to_pcm16(tiny.decode(mx.array(GOLDEN["codes"])))
+    audio, rate = soundfile.read(tmp_path / "a.wav", dtype="int16")
+    assert rate == 24000 and np.abs(audio.astype(int) - expected).max() <= 1
+
+
+def test_transformers_says_the_same(tiny, tmp_path):
+    torch, tf = pytest.importorskip("torch"), pytest.importorskip("transformers")
+    import train
+
+    import convert
+
+    convert.convert(TINY, tmp_path / "tf", to="transformers", dtype="float32")
+    model = tf.CsmForConditionalGeneration.from_pretrained(tmp_path / "tf").eval()
+    for i, (text, *_) in enumerate(train.held_out_sentences()[:20]):
+        ids = torch.tensor([tiny.tokenizer.encode(f"[{i % 2}]{text}.")])
+        with torch.no_grad():
+            theirs = model.generate(
+                input_ids=ids, attention_mask=torch.ones_like(ids), max_new_tokens=50, do_sample=False,
+                depth_decoder_do_sample=False,
+            )[0].numpy()  # fmt: skip
+        ours = np.array(tiny.generate_codes(text + ".", i % 2, temperature=0, max_audio_length_ms=50 * 80))
+        assert len(ours) > 5
+        np.testing.assert_array_equal(theirs[: len(ours)], ours)
+        assert (theirs[len(ours) :] == 0).all() and len(theirs) - len(ours) == (len(ours) < 50)
+
+
+def test_says_what_it_is_asked_to(evaluation):
+    """Ten sentences that training never saw: nearest to the right one of forty; they end, at a fair length."""
+    for speaker in (0, 1):
+        right, ended, ratio = evaluation.sentences(speaker, 10)
+        assert right >= 9 and ended == 10 and 0.9 < ratio < 1.1
+
+
+def test_voice_comes_from_the_context(evaluation):
+    r, right = evaluation.cloning(6)
+    assert r > 0.8 and right >= 4
+
+
+def test_codec(evaluation):
+    right, loss = evaluation.codec(8)
+    assert right == 8 and loss < 0.4
+
+
+def test_quantized_still_speaks(evaluation):
+    import evaluate
+
+    q = evaluate.Evaluation(csm.load("tiny", dtype="float32", quantize=8), {})
+    assert q.sentences(0, 5)[0] >= 4
+
+
+def test_batch_rows_end_each_on_its_own(tiny):
+    texts = [
+        "Yes.",
+        "We had lunch together at the old hotel.",
+        "Where is my cat?",
+        "Good morning, John, how are you today?",
+    ]
+    for options in ({"temperature": 0, "max_audio_length_ms": 5_000}, {"seed": 1, "max_audio_length_ms": 5_000}):
+        said = tiny.generate_batch(texts, [0, 1, 0, 1], **options)
+        for i, (text, audio) in enumerate(zip(texts, said, strict=True)):
+            alone = tiny.generate(text, i % 2, **options | ({"seed": 1 + i} if "seed" in options else {}))
+            assert audio.shape == alone.shape and mx.abs(audio - alone).max() < 1e-4
+        assert len({len(audio) for audio in said}) > 2  # of different lengths
+
+
+def test_stream_and_conversation(tiny):
+    """Turns that end by themselves: the cache goes on as if all had been computed anew."""
+    pieces = list(tiny.stream("Where is my cat?", 1, seed=2, streaming_interval=0.16))
+    whole = tiny.generate("Where is my cat?", 1, seed=2)
+    assert len(pieces) > 2 and mx.abs(mx.concatenate(pieces) - whole).max() < 1e-5
+    talk = tiny.conversation()
+    for i, (speaker, text) in enumerate([(0, "Good morning."), (1, "Hello there!"), (0, "How are you today?")]):
+        turns = list(talk.turns)
+        audio = talk.say(text, speaker, seed=i)
+        assert mx.abs(audio - tiny.generate(text, speaker, turns, seed=i)).max() < 1e-4
+        assert talk.cache.offset == sum(map(len, talk.blocks))  # the frame of zeros is held too, and nothing more
+
+
+@pytest.mark.parametrize(
+    "written, said",
+    [
+        ("HELLO World", "hello world"),
+        ("42 cats", "forty two cats"),
+        ("Mr. Smith & Dr. Jones", "mister smith and doctor jones"),
+        ("in 1984", "in nineteen eighty four"),
+        ("1,000,000", "one million"),
+        ("12,345", "twelve thousand three hundred forty five"),
+        ("3.5", "three point five"),
+        ("the 21st of May", "the twenty first of may"),
+        ("10:30", "ten thirty"),
+        ("50%", "fifty percent"),
+        ("café — naïve", "cafe, naive"),
+        ("“quoted”", "quoted"),
+        ("well-known", "well known"),
+    ],
+)
+def test_writing(tiny, written, said):
+    space = tiny.tokenizer.encode("[0]a b")[3]  # the rules leave some at the ends of words
+    ids, plain = (tiny.tokenizer.encode(f"[0]{text}") for text in (written, said))
+    kept = [i for i, after in zip(ids, [*ids[1:], None]) if i != space or after not in (space, tiny.tokenizer.eos)]
+    assert [i for k, i in enumerate(kept) if i != space or k != 2] == plain
+
+
+def test_any_text(tiny):
+    for text in ("😀", "你好", "a\nb\tc", "...", "x" * 300, "1" * 40, "\u0000 ok", "é" * 20, "[12] brackets [0]"):
+        audio = tiny.generate(text, 0, seed=0, max_audio_length_ms=800)
+        assert np.isfinite(np.array(audio)).all()
+    assert len(tiny.tokenizer.encode("[12]hi")) == len(
+        tiny.tokenizer.encode("[2]hi")
+    )  # ids above 9 share their last digit's

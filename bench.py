@@ -1,0 +1,367 @@
+"""Speed, side by side: ours and whichever peers are installed, in one process and in turns.
+
+    python bench.py --tiny                     # a minute, small random models
+    python bench.py --json b.json --png b.png  # CSM-1B's sizes, random weights: minutes, and the memory they take
+    python bench.py --dtype bfloat16 --only ours transformers --quantize 8
+
+Peers, through their own public functions: transformers (its `generate`, torch), csm-mlx (`generate_frame`) and
+mlx-audio (`SesameModel.generate_frame`, its Mimi). One that is not installed gets a row that says so. Weights are random
+and have the same sizes everywhere; nothing is downloaded. Every measure is the median over rounds, in which systems
+take turns. The floor is the time that this machine needs to read a frame's weights once: no batch of one can beat it.
+"""
+
+import argparse
+import gc
+import importlib.metadata
+import importlib.util
+import json
+import platform
+import statistics
+import sys
+import time
+from dataclasses import asdict
+from pathlib import Path
+
+import csm  # first: it puts a fast BLAS in place before mlx is imported
+import mimi
+
+import mlx.core as mx  # isort: skip
+import numpy as np
+from mlx.utils import tree_flatten, tree_map
+
+SMALL = csm.CSMConfig(
+    csm.LlamaConfig(4, 256, 8, 2, 32, 1024), csm.LlamaConfig(2, 128, 4, 2, 32, 512), 1000, 2051, 8
+)  # fmt: skip
+SMALL_MIMI = mimi.MimiConfig(n_filters=8, dim=64, n_layers=2, n_heads=2, ffn_dim=128, codebook_dim=32, n_codebooks=8)
+PROMPT = 32  # rows before the frames that are timed
+
+
+def randomize(module):
+    """Random parameters, in place."""
+    keys = iter(mx.random.split(mx.random.key(0), 10_000))
+    module.update(tree_map(lambda w: mx.random.normal(w.shape, key=next(keys)) * 0.02, module.parameters()))
+    mx.eval(module.parameters())
+    return module
+
+
+class Ours:
+    def __init__(self, config, codec, dtype, quantize):
+        model = randomize(csm.CSM(config))
+        model.set_dtype(dtype)
+        if quantize:
+            weights = csm.quantize_weights(dict(tree_flatten(model.parameters())), quantize)
+            model = csm.blank(config, weights)
+            mimi.fill(model, weights)
+        codec = mimi.Mimi(codec)
+        randomize(codec)
+        self.generator = csm.Generator(model, codec, None)
+        self.sampling = csm.Sampling(top_k=50)
+
+    def frames(self, batch, n_rows, n):
+        rows = np.zeros((n_rows, self.generator.model.config.audio_num_codebooks + 1), np.int32)
+        cache = csm.KVCache(self.generator.model.config.backbone, dtype=self.generator.model.dtype)
+        for _ in self.generator.frames([rows] * batch, cache, n, list(range(batch)), self.sampling):
+            pass
+
+    def first_audio(self):
+        rows = np.zeros((PROMPT, self.generator.model.config.audio_num_codebooks + 1), np.int32)
+        cache = csm.KVCache(self.generator.model.config.backbone, dtype=self.generator.model.dtype)
+        _, codes = next(self.generator.frames([rows], cache, 10, [0], self.sampling))
+        np.array(self.generator.decode(codes))
+
+    def graph(self):
+        """Seconds to build a frame's graph, nothing computed."""
+        model, cache = self.generator.model, csm.KVCache(self.generator.model.config.backbone)
+        rows = mx.zeros((1, 1, model.config.audio_num_codebooks + 1), mx.int32)
+        begun = time.perf_counter()
+        h = self.generator._step(rows, cache)
+        model.sample_frame(h, lambda i, logits: self.sampling(logits, mx.random.key(i)))
+        return time.perf_counter() - begun
+
+    def encode(self, audio):
+        mx.eval(self.generator.mimi.encode(mx.array(audio)[None, None]))
+
+    def decode(self, codes):
+        mx.eval(self.generator.mimi.decode(mx.array(codes)[None]))
+
+    def decode_steps(self, codes):
+        state, codes = self.generator.mimi.init_state(1), mx.array(codes)[None]
+        for i in range(codes.shape[2]):
+            audio, state = self.generator.mimi.decode_step(codes[:, :, i : i + 1], state)
+            mx.eval(audio)
+
+
+class Transformers:
+    package = "transformers"
+
+    def __init__(self, config, codec, dtype, quantize):
+        import torch
+        import transformers
+
+        import convert
+
+        if quantize:
+            raise ValueError("not with --quantize")
+        self.torch = torch
+        fields = json.loads(json.dumps(convert.write_transformers_config(asdict(config), asdict(codec), "float32")))
+        ids = {"bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 0, "audio_token_id": 3, "audio_eos_token_id": 4}
+        fields = {k: v for k, v in fields.items() if k not in ("model_type", "architectures", "dtype")} | ids
+        torch.manual_seed(0)
+        self.device = "cuda" if torch.cuda.is_available() else "cpu"
+        kind = getattr(torch, str(dtype).removeprefix("mlx.core."))
+        with torch.device(self.device):
+            model = transformers.CsmForConditionalGeneration(transformers.CsmConfig(**fields))
+        self.model = model.to(kind).eval()
+        self.kind = kind
+
+    def frames(self, batch, n_rows, n):
+        ids = (self.torch.arange(n_rows, device=self.device) % 400 + 5).repeat(batch, 1)
+        options = {"do_sample": True, "top_k": 50, "depth_decoder_do_sample": True, "depth_decoder_top_k": 50}
+        with self.torch.no_grad():
+            self.model.generate(
+                input_ids=ids, attention_mask=self.torch.ones_like(ids), max_new_tokens=n, min_new_tokens=n, **options
+            )
+
+    def encode(self, audio):
+        x = self.torch.tensor(audio, device=self.device, dtype=self.kind)[None, None]
+        with self.torch.no_grad():
+            self.model.codec_model.encode(x)
+
+    def decode(self, codes):
+        with self.torch.no_grad():
+            self.model.codec_model.decode(self.torch.tensor(codes, device=self.device)[None])
+
+
+class MLXPeer:
+    """What csm-mlx and mlx-audio share: `generate_frame` on rows and masks, and a sampler."""
+
+    def sampler(self, logits):
+        return csm.Sampling(top_k=50)(logits, mx.random.key(0))
+
+    def rows(self, batch, n):
+        K = self.K
+        rows = mx.concatenate([mx.zeros((batch, n, K), mx.int32), mx.ones((batch, n, 1), mx.int32)], axis=-1)
+        return rows, mx.broadcast_to(mx.arange(K + 1) == K, rows.shape)
+
+    def frames(self, batch, n_rows, n):
+        self.reset()
+        rows, mask = self.rows(batch, n_rows)
+        for _ in range(n):
+            codes = self.frame(rows, mask)
+            mx.eval(codes)
+            rows = mx.pad(codes.astype(mx.int32), [(0, 0), (0, 1)])[:, None]
+            mask = mx.broadcast_to(mx.arange(self.K + 1) < self.K, rows.shape)
+
+    def graph(self):
+        self.reset()
+        rows, mask = self.rows(1, 1)
+        begun = time.perf_counter()
+        self.frame(rows, mask)
+        return time.perf_counter() - begun
+
+
+class CsmMlx(MLXPeer):
+    package = "csm_mlx"
+
+    def __init__(self, config, codec, dtype, quantize):
+        import csm_mlx
+        from csm_mlx.generation import generate_frame
+        from mlx_lm.models.cache import make_prompt_cache
+
+        if config != csm.CSMConfig() or quantize:
+            raise ValueError("CSM-1B's sizes alone, not quantized")
+        self.K, self.make_cache, self.generate_frame = 32, make_prompt_cache, generate_frame
+        self.model = randomize(csm_mlx.CSM(csm_mlx.csm_1b()))
+        self.model.set_dtype(dtype)
+
+    def reset(self):
+        self.cache = self.make_cache(self.model.backbone)
+
+    def frame(self, rows, mask):
+        return self.generate_frame(self.model, rows, token_mask=mask, sampler=self.sampler, cache=self.cache)
+
+
+class MlxAudio(MLXPeer):
+    package = "mlx_audio"
+
+    def __init__(self, config, codec, dtype, quantize):
+        from mlx_audio.codec.models.mimi import mimi as theirs
+        from mlx_audio.tts.models.sesame import sesame
+
+        import convert
+
+        if quantize:
+            raise ValueError("not with --quantize")
+        fields = json.loads(json.dumps(convert.write_transformers_config(asdict(config), asdict(codec), "float32")))
+        depth = dict.fromkeys(sesame.DepthDecoderConfig.__dataclass_fields__) | fields["depth_decoder_config"]
+        known = dict.fromkeys(sesame.SesameModelArgs.__dataclass_fields__)
+        fields = known | {k: v for k, v in fields.items() if k in known} | {"depth_decoder_config": depth}
+        self.K = config.audio_num_codebooks
+        self.model = randomize(sesame.SesameModel(fields))
+        self.model.set_dtype(dtype)
+        self.codec = None
+        if codec == mimi.MimiConfig():
+            self.codec = randomize(theirs.Mimi(theirs.mimi_202407(32)))
+
+    def reset(self):
+        self.model.setup_caches(1)
+
+    def frame(self, rows, mask):
+        return self.model.generate_frame(rows, mask, None, self.sampler)
+
+    def encode(self, audio):
+        mx.eval(self.codec.encode(mx.array(audio)[None, None]))
+
+    def decode(self, codes):
+        mx.eval(self.codec.decode(mx.array(codes)[None]))
+
+
+SYSTEMS = {"ours": Ours, "transformers": Transformers, "csm-mlx": CsmMlx, "mlx-audio": MlxAudio}
+
+
+def seconds(function, *args):
+    begun = time.perf_counter()
+    function(*args)
+    return time.perf_counter() - begun
+
+
+def bandwidth(size=2**28):
+    """Bytes a second at which this machine reads float32 weights: the best of sums on one and on two streams."""
+    x = [mx.random.normal((size // 8,)) for _ in range(2)]  # half of it each
+    other = mx.new_thread_local_stream(mx.default_device())
+    mx.eval(x)
+    one = min(seconds(lambda: mx.eval(x[0].sum(), x[1].sum())) for _ in range(5))
+    two = min(seconds(lambda: mx.eval(x[0].sum(), mx.sum(x[1], stream=other))) for _ in range(5))
+    return size / min(one, two)
+
+
+def frame_bytes(model):
+    """Bytes of the weights that one frame reads: the backbone and the heads once, the depth decoder once a codebook."""
+
+    def size(*modules):
+        return sum(w.nbytes for module in modules for _, w in tree_flatten(module.parameters()))
+
+    once = size(model.backbone, model.codebook0_head, *model.audio_head)
+    return once + (model.config.audio_num_codebooks - 1) * size(model.decoder, model.projection)
+
+
+def measures(args, K):
+    """{name: function of a system -> seconds}"""
+    n, rng = args.frames, np.random.default_rng(0)
+    audio = (rng.standard_normal(int(args.seconds * 24_000)) * 0.1).astype(np.float32)
+    codes = rng.integers(0, 2048, (K, int(args.seconds * 12.5))).astype(np.int32)
+    out = {}
+    for batch in args.batch:  # what two more frames cost, and then n more
+        out[f"frame, batch of {batch}"] = lambda s, b=batch: (
+            (seconds(s.frames, b, PROMPT, 2 + n) - seconds(s.frames, b, PROMPT, 2)) / n
+        )
+    for rows in args.prefill:
+        out[f"prompt of {rows} rows and a frame"] = lambda s, rows=rows: seconds(s.frames, 1, rows, 1)
+    out["first audio"] = lambda s: seconds(s.first_audio)
+    out["graph of a frame, not computed"] = lambda s: s.graph()
+    out[f"Mimi encode, {args.seconds:g} s"] = lambda s: seconds(s.encode, audio)
+    out[f"Mimi decode, {args.seconds:g} s"] = lambda s: seconds(s.decode, codes)
+    out["Mimi decode, a streamed frame"] = lambda s: seconds(s.decode_steps, codes[:, :10]) / 10
+    return out
+
+
+def run(args, config, codec):
+    """{measure: {system: seconds, or why not}}, and the floor of a frame in seconds."""
+    dtype, systems, table, floor = csm.as_dtype(args.dtype), {}, {}, None
+    for name in args.only:
+        kind = SYSTEMS[name]
+        try:
+            if name != "ours" and importlib.util.find_spec(kind.package) is None:
+                raise ImportError("not installed")
+            begun = time.perf_counter()
+            systems[name] = kind(config, codec, dtype, args.quantize)
+            print(f"{name}: made in {time.perf_counter() - begun:.1f} s", file=sys.stderr)
+        except (ImportError, ValueError) as e:
+            table.setdefault("made", {})[name] = str(e).splitlines()[0]
+    if "ours" in systems:
+        floor = frame_bytes(systems["ours"].generator.model) / bandwidth()
+    for measure, function in measures(args, config.audio_num_codebooks).items():
+        times = {name: [] for name in systems}
+        for turn in range(args.rounds + 1):  # the first warms up
+            for name, system in systems.items():
+                if times[name] is None:
+                    continue
+                try:
+                    taken = function(system)
+                    if turn:
+                        times[name].append(taken)
+                except (AttributeError, NotImplementedError):  # has no such thing
+                    times[name] = None
+        table[measure] = {name: statistics.median(t) if t else None for name, t in times.items()}
+        print(measure, {k: v and round(v, 4) for k, v in table[measure].items()}, file=sys.stderr, flush=True)
+        gc.collect()
+    return table, floor
+
+
+def markdown(table, floor, names):
+    lines = ["| seconds | " + " | ".join(names) + " |", "|---" * (len(names) + 1) + "|"]
+    for measure, row in table.items():
+        cells = [row.get(n) for n in names]
+        cells = ["" if c is None else c if isinstance(c, str) else f"{c:.3g}" for c in cells]
+        lines.append(f"| {measure} | " + " | ".join(cells) + " |")
+    if floor:
+        lines.append(f"| floor of a frame, batch of 1 | {floor:.3g} |" + " |" * (len(names) - 1))
+    return "\n".join(lines)
+
+
+def chart(table, floor, names, path):
+    """Seconds a frame as bars."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    rows = {m: r for m, r in table.items() if m.startswith("frame")}
+    figure, axes = pyplot.subplots(figsize=(8, 4), layout="constrained")
+    for i, name in enumerate(names):
+        heights = [r.get(name) if isinstance(r.get(name), float) else 0 for r in rows.values()]
+        axes.bar(np.arange(len(rows)) + 0.8 * i / len(names), heights, 0.8 / len(names), label=name)
+    if floor:
+        axes.axhline(floor, color="gray", linestyle=":", label="floor, batch of 1")
+    axes.set_xticks(np.arange(len(rows)) + 0.4 - 0.4 / len(names), rows)
+    axes.set_ylabel("seconds (0.08 s of sound each)")
+    axes.legend()
+    figure.savefig(path, dpi=120)
+
+
+def version(name):
+    try:
+        return importlib.metadata.version(name)
+    except importlib.metadata.PackageNotFoundError:
+        return None
+
+
+def main(argv=None):
+    p = argparse.ArgumentParser(prog="bench.py", description="Speed of ours and of installed peers, side by side.")
+    p.add_argument("--tiny", action="store_true", help="small random models: a minute")
+    p.add_argument("--only", nargs="+", choices=SYSTEMS, default=list(SYSTEMS), help="systems")
+    p.add_argument("--dtype", choices=("float32", "bfloat16", "float16"), help="default: what suits the device")
+    p.add_argument("--quantize", type=int, choices=(4, 8), help="bits of our weights")
+    p.add_argument("--batch", nargs="+", type=int, default=[1, 4, 16])
+    p.add_argument("--prefill", nargs="+", type=int, default=[32, 256, 1024], metavar="ROWS")
+    p.add_argument("--frames", type=int, default=6, help="timed in one go")
+    p.add_argument("--seconds", type=float, default=10, help="of audio through Mimi")
+    p.add_argument("--rounds", type=int, default=3)
+    p.add_argument("--json", type=Path)
+    p.add_argument("--png", type=Path)
+    args = p.parse_args(argv)
+    config, codec = (SMALL, SMALL_MIMI) if args.tiny else (csm.CSMConfig(), mimi.MimiConfig())
+    table, floor = run(args, config, codec)
+    packages = {n: version(n) for n in ("mlx", "torch", "transformers", "csm-mlx", "mlx-audio")}
+    about = {"machine": platform.platform(), "device": str(mx.default_device()), "dtype": str(csm.as_dtype(args.dtype)),
+             "quantize": args.quantize, "packages": packages, "peak_memory": csm.peak_memory()}  # fmt: skip
+    print(markdown(table, floor, args.only))
+    print(f"\n{about['device']}, {about['dtype']}, peak memory of all together {about['peak_memory'] / 1e9:.1f} GB")
+    if args.json:
+        args.json.write_text(json.dumps({"about": about, "floor": floor, "seconds": table}, indent=2) + "\n")
+    if args.png:
+        chart(table, floor, args.only, args.png)
+
+
+if __name__ == "__main__":
+    main()

@@ -5,9 +5,10 @@
     python bench.py --dtype bfloat16 --only ours transformers --quantize 8
 
 Peers, through their own public functions: transformers (its `generate`, torch), csm-mlx (`generate_frame`) and
-mlx-audio (`SesameModel.generate_frame`, its Mimi). One that is not installed gets a row that says so. Weights are random
-and have the same sizes everywhere; nothing is downloaded. Every measure is the median over rounds, in which systems
-take turns. The floor is the time that this machine needs to read a frame's weights once: no batch of one can beat it.
+mlx-audio (`SesameModel.generate_frame`, its Mimi). One that is not installed gets a row that says so. Weights are
+random and of the same sizes everywhere; nothing is downloaded. A measure is the median over rounds, in which the
+systems take turns. The floor is the time that this machine needs to read a frame's weights once: no batch of one can
+beat it.
 """
 
 import argparse

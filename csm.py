@@ -279,6 +279,11 @@ class Llama(nn.Module):
         return self.norm(x)
 
 
+def row_mask(rows):
+    """Which columns of rows (..., K + 1) count: the last of a text row, the others of an audio row."""
+    return (rows[..., -1:] != NO_TEXT) == (mx.arange(rows.shape[-1]) == rows.shape[-1] - 1)
+
+
 class CSM(nn.Module):
     """Backbone and depth decoder. Parameters are named as in senstella/csm-1b-mlx, our own layout."""
 
@@ -687,9 +692,7 @@ class Generator:
 
     def _step(self, rows, cache):
         """rows (B, T, K + 1) through the backbone -> the last hidden state (B, D)."""
-        is_text = rows[..., -1:] != NO_TEXT
-        mask = is_text == (mx.arange(rows.shape[-1]) == rows.shape[-1] - 1)  # text: the last column; audio: the others
-        return self.model(mx.maximum(rows, 0), mask, cache)[:, -1]
+        return self.model(mx.maximum(rows, 0), row_mask(rows), cache)[:, -1]
 
     @property
     def limit(self):
@@ -946,6 +949,24 @@ def quantize_weights(weights, bits=4, group_size=64):
     return out
 
 
+def apply_adapter(weights, folder):
+    """{name: array} of the model, its heads split, with what finetune.py put in `folder` added. Raises ValueError."""
+    config, file = codec.read_json(Path(folder) / "adapter_config.json"), Path(folder) / "adapters.safetensors"
+    if not {"alpha", "rank"} <= config.keys() or not file.is_file():
+        raise ValueError(f"{folder} has no adapter_config.json and adapters.safetensors")
+    weights, adapters = dict(weights), codec.read_safetensors(file)[0]
+    for name, a in adapters.items():
+        if name.endswith(".lora_b"):
+            continue
+        base, b = name.replace(".lora_a", ".weight"), adapters.get(name[:-1] + "b")
+        change = a if base == name else config["alpha"] / config["rank"] * (a @ b).T  # (out, in)
+        if base not in weights or weights[base].shape != change.shape:
+            raise ValueError(f"the adapter {folder} is for another model, or a quantized one: {base} does not fit")
+        w = weights[base]
+        weights[base] = change.astype(w.dtype) if base == name else (w + change).astype(w.dtype)
+    return weights
+
+
 def blank(config, weights):
     """A CSM of zeros to take `weights`: with quantized matrices where they are."""
     model = CSM(config)
@@ -981,13 +1002,13 @@ def locate(model):
     )
 
 
-def load(model="csm-1b", *, dtype=None, quantize=None, group_size=64):
+def load(model="csm-1b", *, dtype=None, quantize=None, group_size=64, adapter=None):
     """A Generator.
 
     model: "csm-1b", "tiny", a folder, a weights file or a Hugging Face repository, in any layout that convert.py knows.
     dtype: of the computation, "float32", "bfloat16" or "float16"; None: bfloat16 on a GPU, float32 on the CPU, where
-    the other types are slow. quantize: 4 or 8 bits, in groups of group_size. What a folder lacks (Mimi, tokenizer) is
-    taken from the default downloads. Raises ValueError.
+    the other types are slow. quantize: 4 or 8 bits, in groups of group_size. adapter: a folder that finetune.py wrote.
+    What a folder lacks (Mimi, tokenizer) is taken from the default downloads. Raises ValueError.
     """
     path = locate(model)
     folder = path if path.is_dir() else path.parent
@@ -1001,6 +1022,8 @@ def load(model="csm-1b", *, dtype=None, quantize=None, group_size=64):
         if weights is None:
             raise ValueError(f"{path} holds a Mimi, and no CSM")
         config = CSMConfig.from_dict(config)
+    if adapter:
+        weights = apply_adapter(split_heads(weights), adapter)
     if quantize:
         weights = quantize_weights(weights, quantize, group_size)
         config = replace(config, quantization={"group_size": group_size, "bits": quantize})
@@ -1118,6 +1141,7 @@ def add_options(p):
     p.add_argument("--max-audio-length-ms", type=float, default=90_000, metavar="MS", help="a turn's (default 90000)")
     p.add_argument("--quantize", type=int, choices=(4, 8), help="bits of the weights")
     p.add_argument("--dtype", choices=("float32", "bfloat16", "float16"), help="default: what suits the device")
+    p.add_argument("--adapter", metavar="DIR", help="what finetune.py trained")
 
 
 def read_options(args):
@@ -1145,7 +1169,7 @@ def command(args):
     if args.context:
         context += [replace(s, audio=as_samples(s.audio)) for s in read_context(args.context)]
     seed = secrets.randbits(32) if args.seed is None else args.seed
-    generator = load(args.model, dtype=args.dtype, quantize=args.quantize)
+    generator = load(args.model, dtype=args.dtype, quantize=args.quantize, adapter=args.adapter)
 
     rate, n_samples, first, stopped = generator.sample_rate, 0, None, False
     start = time.perf_counter()

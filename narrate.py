@@ -175,7 +175,7 @@ def main(argv=None):
             raise ValueError("the text has no words")
         csm.check_out(args.out)
         context, options = csm.read_options(args)
-        generator = csm.load(args.model, dtype=args.dtype, quantize=args.quantize)
+        generator = csm.load(args.model, dtype=args.dtype, quantize=args.quantize, adapter=args.adapter)
         options |= {"speaker": args.speaker, "context": context, "voice": args.voice, "batch": args.batch}
         mark = {k: v for k, v in vars(args).items() if k not in ("text", "out", "batch", "seed")}
         seconds, seed = write(generator, text, args.out, args.seed, options | {"mark": mark})

@@ -61,13 +61,13 @@ class Ours:
     def frames(self, batch, n_rows, n):
         rows = np.zeros((n_rows, self.generator.model.config.audio_num_codebooks + 1), np.int32)
         cache = csm.KVCache(self.generator.model.config.backbone, dtype=self.generator.model.dtype)
-        for _ in self.generator.frames([rows] * batch, cache, n, list(range(batch)), self.sampling):
+        for _ in self.generator.frames([rows] * batch, cache, [n] * batch, list(range(batch)), self.sampling):
             pass
 
     def first_audio(self):
         rows = np.zeros((PROMPT, self.generator.model.config.audio_num_codebooks + 1), np.int32)
         cache = csm.KVCache(self.generator.model.config.backbone, dtype=self.generator.model.dtype)
-        _, codes = next(self.generator.frames([rows], cache, 10, [0], self.sampling))
+        _, codes = next(self.generator.frames([rows], cache, [10], [0], self.sampling))
         np.array(self.generator.decode(codes))
 
     def graph(self):

@@ -157,9 +157,10 @@ class KVCache:
         self.offset -= max(0, min(n, self.offset))
 
     def copy(self):
-        """A cache that goes on from here by itself; what is held is shared."""
+        """A cache that goes on from here by itself."""
         other = copy.copy(self)
-        other.keys, other.values = list(self.keys), list(self.values)
+        # New arrays, of the same memory until one of them is written to: `x[...] = y` changes x for all who hold it.
+        other.keys, other.values = ([x if x is None else x[:] for x in xs] for xs in (self.keys, self.values))
         return other
 
     def take(self, sequences):
@@ -539,27 +540,36 @@ class Generator:
     ) -> list[mx.array]:  # fmt: skip
         """Speech for each of `texts`, computed together: [(samples,) float32].
 
-        speaker: one for all, or a list of one for each. context: Segments for all, or a list of a list for each. Text i
-        sounds as `generate` with seed + i makes it.
+        speaker, max_audio_length_ms: one for all, or a list of one for each. context: Segments for all, or a list of a
+        list for each. Text i sounds as `generate` with seed + i makes it.
         """
+        if isinstance(texts, str):
+            raise ValueError("texts must be a list of texts, not one")
         texts, context = list(texts), list(context)
+        own = bool(context) and not isinstance(context[0], Segment)
+        try:
+            speakers = [speaker] * len(texts) if isinstance(speaker, (int, np.integer)) else list(speaker)
+            lengths = max_audio_length_ms
+            lengths = [lengths] * len(texts) if isinstance(lengths, (int, float, np.number)) else list(lengths)
+            contexts = [list(c) for c in context] if own else [context] * len(texts)
+        except TypeError as e:
+            raise ValueError(f"speaker, context or max_audio_length_ms: {e}") from None
+        if not len(speakers) == len(lengths) == len(contexts) == len(texts):
+            raise ValueError(f"{len(texts)} texts need as many speakers, contexts and lengths, or one for all")
+        if not all(isinstance(s, Segment) for c in contexts for s in c):
+            raise ValueError("a context is a list of Segments")
         if not texts:
             return []
-        speakers = [speaker] * len(texts) if isinstance(speaker, (int, np.integer)) else list(speaker)
-        own = bool(context) and not isinstance(context[0], Segment)
-        if len(speakers) != len(texts) or (own and len(context) != len(texts)):
-            raise ValueError(f"{len(texts)} texts need as many speakers and contexts, or one for all")
-        contexts = context if own else [context] * len(texts)
+        max_frames, (seed, sampling) = [self._max_frames(ms) for ms in lengths], self._options(seed, sampling)
         encoded = {id(s): s for c in contexts for s in c}
         encoded = {i: self.encode(s) for i, s in encoded.items()}  # each once
-        max_frames, seed, sampling = self._options(max_audio_length_ms, seed, sampling)
         prompts, n_context = [], []
         for text, speaker, context in zip(texts, speakers, contexts):
             conversation, opening = self._open(speaker, [encoded[id(s)] for s in context], voice, voice_match)
             rows = conversation.prompt(text, speaker, opening)
             prompts.append(np.concatenate([*conversation.blocks, rows]))
             n_context.append(len(prompts[-1]) - len(rows))
-        shortest = min(n_context, default=0)
+        shortest = min(n_context)
         same = np.array([p[:shortest] == prompts[0][:shortest] for p in prompts]).all(axis=(0, 2))
         n_shared = shortest if same.all() else int(np.argmin(same))
         codes = [[] for _ in texts]
@@ -585,32 +595,35 @@ class Generator:
             return segment
         return replace(segment, codes=self.audio_rows(segment, end=False)[:, :-1])
 
-    def _options(self, max_audio_length_ms, seed, sampling):
-        """What the ways to generate share, checked: frames at most, seed, Sampling."""
+    def _max_frames(self, max_audio_length_ms):
         frame_ms = 1000 / self.mimi.config.frame_rate
         if not frame_ms <= max_audio_length_ms < math.inf:
             raise ValueError(f"max_audio_length_ms must be {frame_ms:g} or more, one frame, not {max_audio_length_ms}")
+        return int(max_audio_length_ms / frame_ms)
+
+    def _options(self, seed, sampling):
+        """The seed, drawn if it is None, and the Sampling; checked."""
         if seed is None:
             seed = secrets.randbits(32)
             log.info("seed %d", seed)
         if not 0 <= seed < 2**64:
             raise ValueError(f"seed must lie in 0..2^64 - 1, not {seed}")
         processors = tuple(sampling.get("logits_processors") or ())
-        return int(max_audio_length_ms / frame_ms), int(seed), Sampling(**sampling | {"logits_processors": processors})
+        return int(seed), Sampling(**sampling | {"logits_processors": processors})
 
     def frames(self, prompts, cache, max_frames, seeds, sampling, n_shared=0):
         """Speak after each of `prompts` [(T, K + 1)] until all have ended: yields (live, codes) for every frame, the
         indices of those that still speak and their codes (b, K).
 
         cache: of batch 1, of rows that all prompts begin with; left holding what was said, for one prompt. n_shared:
-        rows of context that all begin with. Each prompt has a seed. The next frame is under way before this one is
-        looked at, so that the device never waits.
+        rows of context that all begin with. max_frames, seeds: of each prompt. The next frame is under way before this
+        one is looked at, so that the device never waits.
         """
         config, n_codes = self.model.config, self.mimi.config.codebook_size
         K, V = config.audio_num_codebooks, config.audio_vocab_size
         forbidden = self._forbidden
         rest = self._depth(sampling)
-        live, limits = list(range(len(prompts))), [min(max_frames, self.limit - len(p)) for p in prompts]
+        live, limits = list(range(len(prompts))), [min(n, self.limit - len(p)) for n, p in zip(max_frames, prompts)]
         keys = mx.stack([mx.random.key(seed % 2**64) for seed in seeds])
         split = mx.vmap(lambda key: mx.random.split(key, K + 1))
         h = self._prefill(prompts, cache, n_shared)
@@ -683,6 +696,7 @@ class Generator:
             gaps = max(map(len, prompts)) - np.array(list(map(len, prompts)))
             if gaps.any():
                 cache.prefix, cache.gaps = cache.offset, mx.array(gaps, mx.int32)
+                cache.limit += int(gaps.max())  # which count for nobody's positions
         T, n = max(map(len, prompts)), cache.offset
         rows = np.stack([np.pad(p[n:], [(T - len(p), 0), (0, 0)], constant_values=NO_TEXT) for p in prompts])
         for i in range(0, rows.shape[1], PREFILL):
@@ -741,8 +755,8 @@ class Generator:
             with np.load(kept) as file:
                 if file["mark"] == mark:
                     return file["codes"]
-        except (OSError, ValueError, KeyError, zipfile.BadZipFile):
-            pass
+        except (OSError, ValueError, KeyError, EOFError, TypeError, AttributeError, zipfile.BadZipFile):
+            pass  # absent, or something else
         codes = self.encode(Segment(0, "", wav)).codes
         with suppress(OSError, ValueError), codec.replacing(kept) as part:  # the folder may be read-only
             np.savez(part, codes=codes, mark=mark)
@@ -865,7 +879,7 @@ class Conversation:
 
     def frames(self, text, speaker=0, *, opening=None, max_audio_length_ms=90_000, seed=None, **sampling):
         """Say the next turn as frames of codes, (1, K) int32 each. Arguments are checked at once, not at the first."""
-        options = self.generator._options(max_audio_length_ms, seed, sampling)
+        options = self.generator._max_frames(max_audio_length_ms), *self.generator._options(seed, sampling)
         return self._frames(Segment(speaker, text), self.prompt(text, speaker, opening), *options)
 
     def _check_free(self):
@@ -884,7 +898,7 @@ class Conversation:
         self.prefilled += len(prompt) - start
         try:
             n_context = sum(map(len, self.blocks[: self.n_kept]))
-            for _, codes in self.generator.frames([prompt], self.cache, max_frames, [seed], sampling, n_context):
+            for _, codes in self.generator.frames([prompt], self.cache, [max_frames], [seed], sampling, n_context):
                 said.append(codes)
                 yield codes
         except BaseException:  # also GeneratorExit: the stream was closed
@@ -1203,8 +1217,10 @@ def command(args):
 def spoken(generator, args, turns, context, options, seed):
     """The pieces of sound that the command writes."""
     if args.batch is not None:
-        import narrate
-
+        try:
+            import narrate
+        except ImportError:
+            raise ValueError("--batch needs narrate.py beside csm.py") from None
         (speaker, text), arguments = turns[0], options | {"voice": args.voice, "batch": args.batch, "seed": seed}
         return (audio for _, _, audio in narrate.narrate(generator, text, speaker, context, **arguments))
     conversation, opening = generator._open(turns[0][0], context, args.voice, args.voice_match)
@@ -1214,7 +1230,7 @@ def spoken(generator, args, turns, context, options, seed):
         nonlocal opening
         for i, (speaker, text) in enumerate(turns):
             yield from conversation.stream(
-                text, speaker, streaming_interval=interval, opening=opening, seed=seed + i, **options
+                text, speaker, streaming_interval=interval, opening=opening, seed=(seed + i) % 2**64, **options
             )
             opening = None
 

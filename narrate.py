@@ -21,64 +21,70 @@ import numpy as np
 PAUSES = {"paragraph": 0.7, "sentence": 0.25, "part": 0.05}  # seconds after each
 LONGEST = 240  # characters that are said at once; longer sentences are cut at commas, or between words
 SHORTEST = 20  # bytes; shorter ones join the next, since a word alone is said less well
-# No sentence ends after these, nor after the initial of a name.
+# No sentence ends after these, nor after an initial,
 ABBREVIATIONS = """
-mr mrs ms dr prof rev st sr jr gen col capt lt sgt hon pres gov sen rep mt ft ave blvd no nos vol ch fig pp ed
-eds art sec vs cf al ca approx dept est inc ltd co corp bros jan feb mar apr jun jul aug sep sept oct nov dec
-mon tue wed thu fri sat sun e.g i.e viz
+mr mrs ms dr messrs mme mlle prof rev fr st sr jr esq gen col maj capt cmdr adm lt sgt hon pres gov sen rep univ mt ft
+ave blvd rd vs cf al ca approx dept est inc ltd co corp bros ed eds viz e.g i.e
 """.split()
-END = re.compile(r"""(?:[.!?…]+['"’”)\]]*(?=\s)|[。！？]+[」』”]?)\s*""")
+NUMBERED = "no nos art fig sec vol ch p pp".split()  # nor after these before a number,
+DATES = (
+    "jan feb mar apr jun jul aug sep sept oct nov dec mon tue wed thu fri sat sun".split()
+)  # or these with a capital
+END = re.compile(r"""(?:(?<![.!?…])[.!?…]+['"’”)\]]*(?:\[\d+\])*(?=\s)|[。！？]+[」』”]?)\s*""")
 
 
 def sentences(text):
     """Text -> [(a sentence or a part of one, the seconds of silence after it)]. A blank line ends a paragraph."""
     out = []
     for paragraph in re.split(r"\n\s*\n", text):
-        paragraph, start, parts = " ".join(paragraph.split()), 0, []
-        for m in END.finditer(paragraph):
-            if ends_here(paragraph[start : m.start()], m[0], paragraph[m.end() :]):
-                parts += [paragraph[start : m.end()]]
-                start = m.end()
-        parts += [paragraph[start:]]
-        said = []
-        for part in parts:
-            if said and len(said[-1].encode()) < SHORTEST:
-                said[-1] += f" {part}" if said[-1][-1].isascii() else part
+        paragraph, start, said = " ".join(paragraph.split()), 0, []
+        for end in [*END.finditer(paragraph), None]:
+            if end and not ends_here(paragraph[start : end.start()], end[0], paragraph[end.end() :]):
+                continue
+            part = paragraph[start : end.end() if end else None]
+            start = end.end() if end else None
+            if said and len(said[-1].strip().encode()) < SHORTEST:
+                said[-1] += part
             else:
                 said.append(part)
-            said[-1] = said[-1].strip()
-            if not said[-1]:
-                said.pop()
+        said = [part.strip() for part in said if re.search(r"[^\W_]", part)]
         for i, sentence in enumerate(said):
             *first, last = cut(sentence)
             pause = PAUSES["paragraph" if i == len(said) - 1 else "sentence"]
             out += [(part, PAUSES["part"]) for part in first] + [(last, pause)]
-    return [(part, pause) for part, pause in out if re.search(r"\w", part)]
+    return [(part, pause) for part, pause in out if re.search(r"[^\W_]", part)]
 
 
 def ends_here(before, mark, after):
     """Whether the sentence ends with `mark`, which may also be an abbreviation's or belong to what is quoted."""
     if not after or mark[0] in "。！？":
         return True
-    first = after.lstrip("'\"‘“([¿¡—–- ")[:1]
-    if first.islower():  # "Stop!" he cried. He waited ... and left.
+    following, cased = after.lstrip("'\"‘“([¿¡—–- ")[:1], before != before.lower()
+    if following.islower() and cased:  # "Stop!" he cried. He waited ... and left.
         return False
-    word = re.search(r"([\w.]*)$", before)[1].lower()
+    word = re.search(r"[\w.]*$", before)[0]
     if mark.strip() != ".":
         return True
-    initial = len(word) == 1 and word.isalpha() and word != "i"
-    return not (initial or word in ABBREVIATIONS or (re.fullmatch(r"(\w\.)+\w", word) and not first.isupper()))
+    if re.fullmatch(r"([^\W\d]\.)+[^\W\d]", word):  # J.R.R. Tolkien; at 5 p.m. Then
+        return word.islower() and following.isupper()
+    if (len(word) == 1 and word.isalpha() and word != "I") or before.strip() in [str(i) for i in range(100)]:
+        return False
+    low = word.lower()
+    if low in NUMBERED or (low in DATES and word[0].isupper()):
+        return not following.isdigit()
+    return low not in ABBREVIATIONS
 
 
 def cut(sentence):
     """A sentence in parts of at most LONGEST characters."""
     parts = []
     while len(sentence) > LONGEST:
-        head = sentence[: LONGEST + 1]
-        at = max((m.end() for m in re.finditer(r"[;:,，、—–]\s*", head[:-1]) if m.end() > LONGEST // 3), default=0)
-        at = at or head.rfind(" ") + 1 or LONGEST
-        parts.append(sentence[:at].strip())
-        sentence = sentence[at:].strip()
+        head = sentence[:LONGEST]
+        for mark in (r"[.!?…]\s+", r"(?:[;:,]\s+|[，、—–]\s*)", r"\s+", r".$"):
+            if at := [m.end() for m in re.finditer(mark, head) if m.end() > LONGEST // 3]:
+                break
+        parts.append(sentence[: at[-1]].strip())
+        sentence = sentence[at[-1] :].strip()
     return [*parts, sentence]
 
 
@@ -86,7 +92,7 @@ def narrate(generator, text, speaker=0, context=(), *, voice=None, batch=8, star
     """Speak `text`: yields (sentences finished, of how many, (samples,) float32) for each, its pause included.
 
     context, voice, options: as of Generator.generate; without a voice the first sentence sets that of the others.
-    start: the sentence to begin with. Sentence i is drawn with seed + i, whatever the batch. Raises ValueError.
+    start: the sentence to begin with. Sentence i is drawn with seed + i, whatever the batch. ValueError comes at once.
     """
     if batch < 1:
         raise ValueError(f"batch must be 1 or more, not {batch}")
@@ -94,47 +100,68 @@ def narrate(generator, text, speaker=0, context=(), *, voice=None, batch=8, star
     if not parts:
         raise ValueError("the text has no words")
     seed = secrets.randbits(32) if seed is None else seed
-    talk = generator.conversation(context, voice=voice)
+    talk = generator.conversation([generator.encode(s) for s in context], voice=voice)
     context = talk.turns or [replace(segment, speaker=speaker) for segment in talk.voice]
-    if not context:
-        talk.say(parts[0][0], speaker, seed=seed, **limited(options, parts[:1]))
-        context = talk.turns
-    for i in range(start, len(parts), batch):
-        some = parts[i : i + batch]
-        limit = limited(options, some)
-        audio = generator.generate_batch([part for part, _ in some], speaker, context, seed=seed + i, **limit)
-        for j, (part, pause) in enumerate(some):
-            for again in (1, 2, 3):  # one that ended at once
-                if not len(audio[j]):
-                    other = (seed + i + j + again * 2**32) % 2**64
-                    audio[j] = generator.generate(part, speaker, context, seed=other, **limit)
-            silence = np.zeros(int(pause * generator.sample_rate), np.float32)
-            yield i + j + 1, len(parts), np.concatenate([np.array(audio[j]), silence])
+    checked = generator.conversation(context, voice="none")  # what is wrong with the arguments is said here
+    checked.frames(parts[0][0], speaker, seed=seed, **limited(options, parts[0][0])).close()
+
+    def alone(i, context):
+        """Sentence i by itself as a turn, again where it ended at once."""
+        for again in range(4):
+            turn = generator.conversation(context, voice="none")
+            other = (seed + i + again * 2**32) % 2**64
+            audio = turn.say(parts[i][0], speaker, seed=other, **limited(options, parts[i][0]))
+            if len(audio):
+                break
+        return turn.turns[-1], audio
+
+    def pieces(context, start):
+        if not context:
+            first, audio = alone(0, [])
+            context = [first]
+            if start == 0:
+                yield piece(0, audio)
+            start = max(start, 1)
+        for i in range(start, len(parts), batch):
+            texts = [part for part, _ in parts[i : i + batch]]
+            lengths = [limited(options, part)["max_audio_length_ms"] for part in texts]
+            others = options | {"max_audio_length_ms": lengths, "seed": (seed + i) % 2**64}
+            for j, audio in enumerate(generator.generate_batch(texts, speaker, context, **others), i):
+                yield piece(j, audio if len(audio) else alone(j, context)[1])
+
+    def piece(i, audio):
+        silence = np.zeros(int(parts[i][1] * generator.sample_rate), np.float32)
+        return i + 1, len(parts), np.concatenate([np.array(audio), silence])
+
+    return pieces(context, start)
 
 
-def limited(options, parts):
-    """The options with a limit of length that speech of these parts does not reach: endless ones are cut."""
-    longest = 3_000 + 200 * max(len(part) for part, _ in parts)
+def limited(options, text):
+    """The options with a limit of length that speech of this text does not reach: endless speech is cut."""
+    longest = 3_000 + 200 * len(text)
     return options | {"max_audio_length_ms": min(options.get("max_audio_length_ms", 90_000), longest)}
 
 
-def write(generator, text, out, seed, options):
-    """Narrate into `out` by way of OUT.part, from where an earlier run of the same text and options stopped."""
+def write(generator, text, out, mark, seed, arguments):
+    """Narrate into `out` by way of OUT.part, from where a run with the same mark stopped -> seconds of sound, seed."""
     import soundfile
     from tqdm import tqdm
 
     import mimi
 
     part, state = (Path(f"{out}.part{x}") for x in ("", ".json"))
-    mark = hashlib.sha256(json.dumps([text, seed, options["mark"]]).encode()).hexdigest()
-    done = {"mark": mark, "seed": secrets.randbits(32) if seed is None else seed, "sentences": 0, "bytes": 0}
-    if part.exists() and (before := mimi.read_json(state)).get("mark") == mark:
-        done = before
+    done = mimi.read_json(state) if part.is_file() else {}
+    if done.get("sentences") and part.stat().st_size < done["bytes"]:
+        done = {}  # lost in a crash
+    if done.get("sentences") and (done["mark"] != mark or seed not in (None, done["seed"])):
+        raise ValueError(
+            f"{part} holds {done['sentences']} sentences of another text or other options: remove it first"
+        )
+    done = done or {"mark": mark, "seed": secrets.randbits(32) if seed is None else seed, "sentences": 0, "bytes": 0}
+    pieces = narrate(generator, text, seed=done["seed"], start=done["sentences"], **arguments)
     with open(part, "r+b" if done["sentences"] else "wb") as file:
         file.truncate(done["bytes"])
         file.seek(0, 2)
-        arguments = {k: v for k, v in options.items() if k != "mark"}
-        pieces = narrate(generator, text, seed=done["seed"], start=done["sentences"], **arguments)
         with tqdm(unit=" sentences", initial=done["sentences"], disable=None) as bar:
             for n, total, audio in pieces:
                 file.write(mimi.to_pcm16(audio).tobytes())
@@ -144,18 +171,15 @@ def write(generator, text, out, seed, options):
                     f.write(json.dumps(done).encode())
                 bar.total = total
                 bar.update(1)
-    samples = np.memmap(part, np.int16, "r")
-    with (
-        mimi.replacing(out) as file,
-        soundfile.SoundFile(file, "w", generator.sample_rate, 1, "PCM_16", format="WAV") as wav,
-    ):
+    samples, rate = np.memmap(part, np.int16, "r"), generator.sample_rate
+    with mimi.replacing(out) as file, soundfile.SoundFile(file, "w", rate, 1, "PCM_16", format="WAV") as wav:
         for i in range(0, len(samples), 2**20):
             wav.write(samples[i : i + 2**20])
-    n = len(samples)
+    seconds = len(samples) / rate
     del samples
     part.unlink()
     state.unlink()
-    return n / generator.sample_rate, done["seed"]
+    return seconds, done["seed"]
 
 
 def main(argv=None):
@@ -174,11 +198,14 @@ def main(argv=None):
         if not sentences(text):
             raise ValueError("the text has no words")
         csm.check_out(args.out)
+        if args.out == "-" or (Path(args.out).exists() and not Path(args.out).is_file()):
+            raise ValueError("OUT must be a file: use csm.py --batch for a pipe")
         context, options = csm.read_options(args)
+        mark = {k: v for k, v in vars(args).items() if k not in ("out", "batch", "seed")} | {"text": text}
+        mark = hashlib.sha256(json.dumps(mark).encode() + b"".join(s.audio.tobytes() for s in context)).hexdigest()
         generator = csm.load(args.model, dtype=args.dtype, quantize=args.quantize, adapter=args.adapter)
         options |= {"speaker": args.speaker, "context": context, "voice": args.voice, "batch": args.batch}
-        mark = {k: v for k, v in vars(args).items() if k not in ("text", "out", "batch", "seed")}
-        seconds, seed = write(generator, text, args.out, args.seed, options | {"mark": mark})
+        seconds, seed = write(generator, text, args.out, mark, args.seed, options)
     except (ValueError, OSError) as e:
         p.exit(2, f"narrate.py: error: {' '.join(str(e).split())}\n")
     except KeyboardInterrupt:

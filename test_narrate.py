@@ -35,7 +35,16 @@ SHORT = ["--max-audio-length-ms", "240"]
         ("A title without an end\n\nAnd a paragraph that follows it.", 2),
         ("这是第一句话，它说得比较长一点。这是第二句话，它也说得比较长一点！", 2),
         ("Short. Words. Are. Said. Together. Here in one go.", 2),
-        ("*** \n\n --- \n\n ...", 0),
+        ("*** \n\n --- \n\n ... \n\n ______", 0),
+        ("It was written by J.R.R. Tolkien in the year 1937. He served in the U.S. Army for ten years.", 2),
+        ("They met again at 5 p.m. Then they went home, to No. 12 Park Rd. in town.", 2),
+        ("He looked at me and said no. Then he simply left the room. We sat in the hot sun. Nobody spoke.", 4),
+        ("It happened on Jan. 5 in the rain. They met Messrs. Brown and Maj. Tom there.", 2),
+        ("It rained all through the night.[1] The river rose by a metre.[2] People left.", 3),
+        ("1. Take the eggs and the milk. 2. Break them into a bowl.", 2),
+        ("i went home early that day. then i slept until noon.", 2),
+        ("“Yes.” He nodded, and then he left the room.", 1),
+        ("." * 20_000 + "x", 1),
     ],
 )
 def test_sentences(text, expected):
@@ -43,6 +52,7 @@ def test_sentences(text, expected):
     assert len(parts) == expected, parts
     letters = [c for c in text if c.isalnum()]
     assert not parts or [c for part, _ in parts for c in part if c.isalnum()] == letters  # nothing lost
+    assert all(part in " ".join(text.split()) for part, _ in parts)  # nothing changed
 
 
 def test_long_sentences_are_cut():
@@ -52,6 +62,9 @@ def test_long_sentences_are_cut():
         assert 1 < len(parts) and max(len(p) for p, _ in parts) <= narrate.LONGEST
         assert "".join(p for p, _ in parts).replace(" ", "") == text.replace(" ", "")
     assert narrate.sentences(comma)[0][0].endswith("end,")
+    for text in ("word " * 40 + "about 12,345,678 people " * 8, "see http://example.com/a,b for " * 12):
+        for part, _ in narrate.sentences(text):
+            assert all(w in text.split() for w in part.split()), part  # no word is cut
     pauses = [pause for _, pause in narrate.sentences(f"{comma}. And then another one.\n\nA new paragraph.")]
     assert pauses == [0.05, 0.25, 0.7, 0.7]
 
@@ -88,6 +101,13 @@ def test_without_a_voice_the_first_sentence_is_the_voice(generator, monkeypatch)
     assert first.text == narrate.sentences(TEXT)[0][0] and first.speaker == 1 and len(first.codes) == 3
 
 
+def test_endless_speech_is_cut_by_its_own_sentence(generator):
+    texts = ["hello there, hello there.", "How are you today? " * 5]
+    said = [list(narrate.narrate(generator, "\n\n".join(texts), batch=b, seed=1)) for b in (1, 2)]
+    lengths = [[(len(audio) - round(0.7 * 24000)) // 1920 for _, _, audio in s[:1]] for s in said]
+    assert lengths[0] == lengths[1] == [int((3_000 + 200 * len(texts[0])) / 80)]
+
+
 def test_command(folder, generator, tmp_path):
     (tmp_path / "book.txt").write_text(TEXT)
     args = ["--model", str(folder), "--seed", "3", *SHORT]
@@ -98,6 +118,46 @@ def test_command(folder, generator, tmp_path):
     assert sorted(f.name for f in tmp_path.iterdir()) == ["a.wav", "book.txt"]
     csm.main([f"@{tmp_path / 'book.txt'}", str(tmp_path / "b.wav"), "--batch", "3", *args])
     assert np.abs(soundfile.read(tmp_path / "b.wav", dtype="int16")[0].astype(int) - whole).max() <= 1
+
+
+def test_a_mistake_loses_nothing_of_what_is_finished(folder, tmp_path, monkeypatch, capfd):
+    (tmp_path / "book.txt").write_text(TEXT)
+    args = [str(tmp_path / "book.txt"), str(tmp_path / "a.wav"), "--model", str(folder), "--batch", "1", *SHORT]
+    batch = csm.Generator.generate_batch
+
+    def fails_at_the_second(self, texts, *more, seed, **options):
+        if texts[0].startswith("No,"):
+            raise KeyboardInterrupt
+        return batch(self, texts, *more, seed=seed, **options)
+
+    monkeypatch.setattr(csm.Generator, "generate_batch", fails_at_the_second)
+    with pytest.raises(SystemExit) as e:
+        narrate.main(args)
+    assert e.value.code == 130
+    monkeypatch.undo()
+    part = tmp_path / "a.wav.part"
+    before = part.read_bytes()
+    assert any(before) and "goes on from here" in capfd.readouterr().err
+    for wrong in (
+        ["--voice", "typo"],
+        ["--batch", "0"],
+        ["--seed", "-1"],
+        ["--speaker", "-1"],
+        ["--temperature", "0.5"],
+    ):
+        with pytest.raises(SystemExit) as e:
+            narrate.main([*args, *wrong])
+        assert e.value.code == 2 and capfd.readouterr().err.count("\n") == 1 and part.read_bytes() == before
+    (tmp_path / "book.txt").write_text(TEXT.replace("fine", "well"))
+    with pytest.raises(SystemExit):
+        narrate.main(args)
+    assert "of another text or other options" in capfd.readouterr().err and part.read_bytes() == before
+    (tmp_path / "book.txt").write_text(TEXT)
+    part.write_bytes(before[:1000])  # what a crash may leave: begun anew
+    narrate.main(args)
+    whole = soundfile.read(tmp_path / "a.wav", dtype="int16")[0]
+    assert len(whole) == sum(3 * 1920 + int(24000 * p) for _, p in narrate.sentences(TEXT)) and not part.exists()
+    assert (np.abs(whole[: 3 * 1920]) > 0).mean() > 0.5
 
 
 @pytest.mark.parametrize("how", [signal.SIGINT, signal.SIGKILL])
@@ -128,6 +188,8 @@ def test_errors(folder, tmp_path, capfd):
         [tmp_path / "none.txt", tmp_path / "a.wav"],
         [tmp_path / "empty.txt", tmp_path / "a.wav"],
         [tmp_path / "book.txt", tmp_path],
+        [tmp_path / "book.txt", "-"],
+        [tmp_path / "book.txt", "/dev/null"],
         [tmp_path / "book.txt", tmp_path / "a.wav", "--batch", "0"],
         [tmp_path / "book.txt", tmp_path / "a.wav", "--ref-text", "alone"],
     ):
@@ -158,8 +220,61 @@ def test_batch_is_one_at_a_time(generator):
     assert generator.generate_batch([]) == []
     with pytest.raises(ValueError, match="2 texts need as many"):
         generator.generate_batch(["a", "b"], [0])
-    with pytest.raises(ValueError, match="empty"):
-        generator.generate_batch(["a", " "])
+    for wrong in (["a", " "], "hello"):
+        with pytest.raises(ValueError):
+            generator.generate_batch(wrong)
+    for context in (a, [a, "b"], [[a], "b"], [[a]]):
+        with pytest.raises((ValueError, TypeError)):
+            generator.generate_batch(["a", "b"], 0, context)
+    with pytest.raises(ValueError, match="speaker"):
+        generator.generate_batch(["a"], None)
+    iterators = generator.generate_batch(["hello", "hello"], 0, [iter([a]), iter([a])], max_audio_length_ms=160, seed=1)
+    again = generator.generate("hello", 0, [a], max_audio_length_ms=160, seed=2)
+    assert mx.abs(iterators[1] - again).max() < 1e-5
+
+
+def test_long_beside_short_up_to_the_limit(generator):
+    from conftest import clip
+
+    contexts = [[csm.Segment(0, "hello", clip(36))], [csm.Segment(0, "hello", clip(1))]]
+    said = generator.generate_batch(["hello", "yes"], 0, contexts, max_audio_length_ms=8_000, seed=1)
+    for i, (text, context) in enumerate(zip(["hello", "yes"], contexts)):
+        alone = generator.generate(text, 0, context, max_audio_length_ms=8_000, seed=1 + i)
+        assert alone.shape == said[i].shape and mx.abs(alone - said[i]).max() < 1e-4
+    assert len(said[0]) < len(said[1]) == 100 * 1920
+
+
+def test_a_shared_context_is_nobody_elses(generator):
+    """The cache of a context is held and used again: what one goes on with must not reach another."""
+    import threading
+
+    from conftest import clip
+
+    context, options = [csm.Segment(0, "hello there", clip(1))], {"temperature": 0, "max_audio_length_ms": 800}
+    expected = [np.array(generator.generate_codes(text, 0, context, **options)) for text in ("yes", "no no")]
+    frames = [generator.conversation(context).frames(text, 0, **options) for text in ("yes", "no no")]
+    said = list(zip(*frames))  # in turns
+    for i in (0, 1):
+        np.testing.assert_array_equal(np.concatenate([np.array(pair[i]) for pair in said]), expected[i])
+    talk = generator.conversation(context)
+    talk.say("yes", 0, **options)
+    generator.generate("how are you", 0, context, **options)
+    talk.say("yes", 0, **options)
+    fresh = generator.conversation([*context, *talk.turns[1:2]])
+    fresh.say("yes", 0, **options)
+    np.testing.assert_array_equal(talk.turns[-1].codes, fresh.turns[-1].codes)
+    found = {}
+
+    def work(i):
+        found[i] = np.array(generator.generate_codes(("yes", "no no")[i], 0, context, **options))
+
+    threads = [threading.Thread(target=work, args=(i,)) for i in (0, 1)]
+    for t in threads:
+        t.start()
+    for t in threads:
+        t.join()
+    for i in (0, 1):
+        np.testing.assert_array_equal(found[i], expected[i])
 
 
 def test_compiled_or_not_the_codes_are_the_same(tmp_path, monkeypatch):

@@ -498,6 +498,7 @@ class Generator:
         n_ids = mx.arange(model.config.audio_vocab_size)
         self._forbidden = mx.where(n_ids < mimi.config.codebook_size, 0, -mx.inf)  # ids that Mimi lacks
         mx.eval(self._forbidden)
+        self.codec_stream = mx.new_thread_local_stream(mx.default_device())
         self._compiled = {}  # Sampling -> the depth decoder's loop
         self._held = None  # rows and KV cache of the context that was computed last
         self._prompts = {}  # the presets asked for so far, as Segments with codes
@@ -836,9 +837,10 @@ class Conversation:
 
             def decode():
                 nonlocal state, waiting
-                audio, state = mimi.decode_step(mx.stack(waiting, axis=2), state)
-                waiting, piece = [], audio[0, 0]
-                mx.async_eval(piece)
+                with mx.stream(self.generator.codec_stream):  # beside the next frame, not behind it
+                    audio, state = mimi.decode_step(mx.stack(waiting, axis=2), state)
+                    waiting, piece = [], audio[0, 0]
+                    mx.async_eval(piece)
                 return piece
 
             try:

@@ -1002,7 +1002,7 @@ def locate(model):
         return codec.download(*DEFAULT_MODEL)
     if model == "tiny":
         model = Path(__file__).resolve().with_name("tiny")
-        if not model.is_dir():
+        if not (model / "config.json").is_file():
             raise ValueError("the model `tiny` is not in this checkout")
     if Path(model).exists():
         return Path(model)

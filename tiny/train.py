@@ -816,7 +816,7 @@ def lm(args):
     save(args.work / "lm.pt", model.state_dict())
 
 
-def export(args, first=1.5, rest=2.0):
+def export(args, first=2.5, rest=3.5):
     """WORK/transformers, and by convert.py the folder beside this file.
 
     The heads are multiplied by `first` (codebook 0) and `rest`: the usual temperature of 0.9 then draws as carefully as

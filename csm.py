@@ -1167,6 +1167,8 @@ def read_options(args):
     context = [] if args.ref_audio is None else [Segment(args.speaker, args.ref_text, as_samples(args.ref_audio))]
     options = {k: getattr(args, k) for k in ("temperature", "top_k", "top_p", "min_p")}
     Sampling(**options)
+    if not 0 <= (args.seed or 0) < 2**64:
+        raise ValueError(f"seed must lie in 0..2^64 - 1, not {args.seed}")
     return context, options | {"max_audio_length_ms": args.max_audio_length_ms}
 
 

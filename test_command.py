@@ -249,13 +249,18 @@ def test_readme_examples_run(hub, tmp_path):
     assert len(blocks("python")) > 2
     done = subprocess.run([sys.executable, "example.py"], cwd=tmp_path, env=environment, capture_output=True)
     assert done.returncode == 0, done.stderr.decode()
-    lines = [line for b in blocks("sh") for line in b.splitlines() if "csm.py" in line or "mimi.py" in line]
-    assert len(lines) > 5
+    (tmp_path / "chapter.txt").write_text("hello there, how are you today? i am fine, yes i am fine.")
+    (tmp_path / "clips/talk_1").mkdir(parents=True)
+    soundfile.write(tmp_path / "clips/talk_1/001_speaker0_hello.wav", clip(0.5), 24000)
+    (tmp_path / "clips/talk_1/001_speaker0_hello.txt").write_text("hello")
+    ours = ("csm.py", "mimi.py", "narrate.py", "finetune.py")
+    lines = [line.split(" #")[0] for b in blocks("sh") for line in b.splitlines()]
+    lines = [line for line in lines if any(f"python {file}" in line for file in ours)]
+    assert len(lines) > 10
     for line in lines:
-        line = line.replace("python ", f"{sys.executable} ").replace("ffplay", "cat #")
-        line = line.replace("csm.py", f"{HERE / 'csm.py'} --max-audio-length-ms 400").replace(
-            "mimi.py", f"{HERE / 'mimi.py'}"
-        )
+        line = line.replace("ffplay", "cat #").replace("python ", f"{sys.executable} {HERE}/")
+        for file in ("csm.py", "narrate.py"):
+            line = line.replace(f"/{file}", f"/{file} --max-audio-length-ms 400")
         done = subprocess.run(line, shell=True, cwd=tmp_path, env=environment, capture_output=True)
         assert done.returncode == 0, (line, done.stderr.decode())
 

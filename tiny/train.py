@@ -1,7 +1,7 @@
 """Train the tiny CSM of this folder from nothing but a speech synthesiser: data, codec, model, export.
 
     pip install torch transformers wordfreq better-profanity soxr sentencepiece    (and espeak-ng from the system)
-    python tiny/train.py all WORK                      about two hours on two CPU cores; on a GPU raise --turns
+    python tiny/train.py all WORK                      many hours on two CPU cores; a GPU is better
 
 The stages, each resumable, each leaving its result in WORK:
     clips     espeak-ng speaks short sentences in many voices, with the times of its phonemes
@@ -856,7 +856,7 @@ def main():
     p = argparse.ArgumentParser(description="Train the tiny CSM.")
     p.add_argument("stage", choices=("clips", "encoder", "turns", "decoder", "tokenizer", "lm", "export", "all"))
     p.add_argument("work", type=Path, help="folder for what the stages make")
-    p.add_argument("--minutes", type=float, help="of the stages encoder, decoder and lm (defaults: 14, 55, 80)")
+    p.add_argument("--minutes", type=float, help="of the stages encoder, decoder and lm (defaults: 14, 55, 80: too few on a CPU)")
     p.add_argument("--threads", type=int, default=os.cpu_count())
     p.add_argument("--part", type=int, default=0, help="of clips and turns: which of --parts processes this is")
     p.add_argument("--parts", type=int, default=1)

@@ -3,7 +3,7 @@
     pip install torch transformers wordfreq better-profanity soxr sentencepiece    (and espeak-ng from the system)
     python tiny/train.py all WORK                      many hours on two CPU cores; a GPU is better
 
-The stages, each resumable, each leaving its result in WORK:
+The stages, the long ones resumable, each leaving its result in WORK:
     clips     espeak-ng speaks short sentences in many voices, with the times of its phonemes
     encoder   Mimi's encoder and quantizers: log spectrum through a throwaway head, phonemes from codebook 0
     turns     espeak-ng speaks conversations, the encoder turns them to codes; several may run at once
@@ -856,7 +856,7 @@ def main():
     p = argparse.ArgumentParser(description="Train the tiny CSM.")
     p.add_argument("stage", choices=("clips", "encoder", "turns", "decoder", "tokenizer", "lm", "export", "all"))
     p.add_argument("work", type=Path, help="folder for what the stages make")
-    p.add_argument("--minutes", type=float, help="of the stages encoder, decoder and lm (defaults: 14, 55, 80: too few on a CPU)")
+    p.add_argument("--minutes", type=float, help="of encoder, decoder and lm (14, 55, 80: too few on a CPU)")
     p.add_argument("--threads", type=int, default=os.cpu_count())
     p.add_argument("--part", type=int, default=0, help="of clips and turns: which of --parts processes this is")
     p.add_argument("--parts", type=int, default=1)

@@ -45,6 +45,14 @@ def randomize(module):
     return module
 
 
+def transformers_fields(config, codec):
+    """The config.json of transformers for these sizes, which mlx-audio reads too."""
+    import convert
+
+    fields = convert.write_transformers_config(asdict(config), asdict(codec), "float32")
+    return json.loads(json.dumps(fields))  # lists in the place of tuples
+
+
 class Ours:
     def __init__(self, config, codec, dtype, quantize):
         model = randomize(csm.CSM(config))
@@ -99,12 +107,10 @@ class Transformers:
         import torch
         import transformers
 
-        import convert
-
         if quantize:
             raise ValueError("not with --quantize")
         self.torch = torch
-        fields = json.loads(json.dumps(convert.write_transformers_config(asdict(config), asdict(codec), "float32")))
+        fields = transformers_fields(config, codec)
         ids = {"bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 0, "audio_token_id": 3, "audio_eos_token_id": 4}
         fields = {k: v for k, v in fields.items() if k not in ("model_type", "architectures", "dtype")} | ids
         torch.manual_seed(0)
@@ -189,11 +195,9 @@ class MlxAudio(MLXPeer):
         from mlx_audio.codec.models.mimi import mimi as theirs
         from mlx_audio.tts.models.sesame import sesame
 
-        import convert
-
         if quantize:
             raise ValueError("not with --quantize")
-        fields = json.loads(json.dumps(convert.write_transformers_config(asdict(config), asdict(codec), "float32")))
+        fields = transformers_fields(config, codec)
         depth = dict.fromkeys(sesame.DepthDecoderConfig.__dataclass_fields__) | fields["depth_decoder_config"]
         known = dict.fromkeys(sesame.SesameModelArgs.__dataclass_fields__)
         fields = known | {k: v for k, v in fields.items() if k in known} | {"depth_decoder_config": depth}

@@ -111,8 +111,7 @@ def encode(generator, conversations, args):
     """[[Segment]] -> [Talk]. Codes are kept in OUTPUT/codes by what a file holds; bad files stop it or are skipped."""
     place, talks, skipped = args.output_dir / "codes", [], 0
     place.mkdir(parents=True, exist_ok=True)
-    n_frames = int(args.max_audio_length_ms / 1000 * generator.mimi.config.frame_rate)
-    limit = generator.model.config.backbone.max_positions
+    n_frames, limit = generator._max_frames(args.max_audio_length_ms), generator.limit
     for segments in conversations:
         try:
             for s in segments:
@@ -370,14 +369,10 @@ def settings(args, group):
 
 def save(path, arrays, metadata=None):
     """A .safetensors file, put in place whole, after it is on the disk."""
-    part = path.with_name(f".{path.name}.{os.getpid()}.part.safetensors")
-    try:
-        mx.save_safetensors(str(part), arrays, {"format": "mlx", **(metadata or {})})
-        with open(part, "rb") as file:
-            os.fsync(file.fileno())
-        part.replace(path)
-    finally:
-        part.unlink(missing_ok=True)
+    with mimi.replacing(path) as file:
+        mx.save_safetensors(file, arrays, {"format": "mlx", **(metadata or {})})
+        file.flush()
+        os.fsync(file.fileno())
 
 
 def join_heads(weights):

@@ -330,16 +330,11 @@ class CSM(nn.Module):
         y = self.decoder(self.projection(mx.concatenate([h[:, None], x], axis=1)))[:, 1:]
         return mx.stack([self.head(i, y[:, i - 1]) for i in range(1, K)], axis=1)
 
-    def sample_frame(self, h, sample):
-        """h (B, D), the backbone's last hidden state -> one frame of codes (B, K) int32.
+    def sample_rest(self, h, first, sample):
+        """The depth decoder: h (B, D), the backbone's last, and codebook 0's codes (B,) -> the others (B, K - 1) int32.
 
         sample(i, logits (B, V)) -> ids (B,) is asked for each codebook i in turn.
         """
-        first = sample(0, self.head(0, h))
-        return mx.concatenate([first[:, None].astype(mx.int32), self.sample_rest(h, first, sample)], axis=1)
-
-    def sample_rest(self, h, first, sample):
-        """The depth decoder: h (B, D) and codebook 0's codes (B,) -> those of the others (B, K - 1) int32."""
         K = self.config.audio_num_codebooks
         cache = KVCache(self.config.decoder, h.shape[0], K, self.dtype)  # a fresh one every frame
         codes, x = [], mx.stack([h, self.embed_code(0, first)], axis=1)  # (B, 2, D)
@@ -622,7 +617,6 @@ class Generator:
         """
         config, n_codes = self.model.config, self.mimi.config.codebook_size
         K, V = config.audio_num_codebooks, config.audio_vocab_size
-        forbidden = self._forbidden
         rest = self._depth(sampling)
         live, limits = list(range(len(prompts))), [min(n, self.limit - len(p)) for n, p in zip(max_frames, prompts)]
         keys = mx.stack([mx.random.key(seed % 2**64) for seed in seeds])
@@ -636,7 +630,7 @@ class Generator:
                 logits = self.model.head(0, h).astype(mx.float32)
                 for process in sampling.logits_processors:
                     logits = mx.concatenate([process(said[i], logits[i : i + 1]) for i in range(len(live))])
-                first = sampling(logits + forbidden, now[:, 0]).astype(mx.int32)
+                first = sampling(logits + self._forbidden, now[:, 0]).astype(mx.int32)
                 codes = mx.concatenate([first[:, None], rest(h, first, now)], axis=1)
                 if sampling.logits_processors:
                     said = mx.concatenate([said, first[:, None]], axis=1)

@@ -2,13 +2,13 @@
 
     python bench.py --tiny                     # a minute, small random models
     python bench.py --json b.json --png b.png  # CSM-1B's sizes, random weights: minutes, and the memory they take
+    python bench.py --checkpoint my-csm        # those of a folder instead, with the time to load them
     python bench.py --dtype bfloat16 --only ours transformers --quantize 8
 
 Peers, through their own public functions: transformers (its `generate`, torch), csm-mlx (`generate_frame`) and
-mlx-audio (`SesameModel.generate_frame`, its Mimi). One that is not installed gets a row that says so. Weights are
-random and of the same sizes everywhere; nothing is downloaded. A measure is the median over rounds, in which the
-systems take turns. The floor is the time that this machine needs to read a frame's weights once: no batch of one can
-beat it.
+mlx-audio (`SesameModel.generate_frame`, its Mimi). One that is not installed gets a row that says so. Weights are of
+the same sizes everywhere; nothing is downloaded. A measure is the median over rounds, in which the systems take turns.
+The floor is the time that this machine needs to read a frame's weights once: no batch of one can beat it.
 """
 
 import argparse
@@ -19,6 +19,7 @@ import json
 import platform
 import statistics
 import sys
+import tempfile
 import time
 from dataclasses import asdict
 from pathlib import Path
@@ -37,10 +38,23 @@ SMALL_MIMI = mimi.MimiConfig(n_filters=8, dim=64, n_layers=2, n_heads=2, ffn_dim
 PROMPT = 32  # rows before the frames that are timed
 
 
-def randomize(module):
-    """Random parameters, in place."""
-    keys = iter(mx.random.split(mx.random.key(0), 10_000))
-    module.update(tree_map(lambda w: mx.random.normal(w.shape, key=next(keys)) * 0.02, module.parameters()))
+def randomize(module, dtype=mx.float32):
+    """Random parameters, in place: a million of them, over and over."""
+    some = (mx.random.normal((2**20,), key=mx.random.key(0)) * 0.02).astype(dtype)
+
+    def fill(w):
+        n = min(w.size, some.size)
+        return mx.tile(some[:n], -(-w.size // n))[: w.size].reshape(w.shape)
+
+    module.update(tree_map(fill, module.parameters()))
+    mx.eval(module.parameters())
+    return module
+
+
+def fill_from(module, file, dtype):
+    """The weights of a .safetensors file, in place."""
+    module.load_weights(str(file))
+    module.set_dtype(dtype)
     mx.eval(module.parameters())
     return module
 
@@ -54,17 +68,18 @@ def transformers_fields(config, codec):
 
 
 class Ours:
-    def __init__(self, config, codec, dtype, quantize):
-        model = randomize(csm.CSM(config))
-        model.set_dtype(dtype)
+    def __init__(self, config, codec, dtype, quantize, folder):
+        self.sampling = csm.Sampling(top_k=50)
+        if folder:
+            self.generator = csm.load(folder / "ours", dtype=str(dtype).removeprefix("mlx.core."), quantize=quantize)
+            mx.eval(self.generator.model.parameters())
+            return
+        model = randomize(csm.CSM(config), dtype)
         if quantize:
             weights = csm.quantize_weights(dict(tree_flatten(model.parameters())), quantize)
             model = csm.blank(config, weights)
             mimi.fill(model, weights)
-        codec = mimi.Mimi(codec)
-        randomize(codec)
-        self.generator = csm.Generator(model, codec, None)
-        self.sampling = csm.Sampling(top_k=50)
+        self.generator = csm.Generator(model, randomize(mimi.Mimi(codec)), None)
 
     def frames(self, batch, n_rows, n):
         rows = np.zeros((n_rows, self.generator.model.config.audio_num_codebooks + 1), np.int32)
@@ -104,23 +119,26 @@ class Ours:
 class Transformers:
     package = "transformers"
 
-    def __init__(self, config, codec, dtype, quantize):
+    def __init__(self, config, codec, dtype, quantize, folder):
         import torch
         import transformers
 
         if quantize:
             raise ValueError("not with --quantize")
         self.torch = torch
-        fields = transformers_fields(config, codec)
-        ids = {"bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 0, "audio_token_id": 3, "audio_eos_token_id": 4}
-        fields = {k: v for k, v in fields.items() if k not in ("model_type", "architectures", "dtype")} | ids
-        torch.manual_seed(0)
         self.device = "cuda" if torch.cuda.is_available() else "cpu"
-        kind = getattr(torch, str(dtype).removeprefix("mlx.core."))
-        with torch.device(self.device):
-            model = transformers.CsmForConditionalGeneration(transformers.CsmConfig(**fields))
-        self.model = model.to(kind).eval()
-        self.kind = kind
+        self.kind = getattr(torch, str(dtype).removeprefix("mlx.core."))
+        if folder:
+            model = transformers.CsmForConditionalGeneration.from_pretrained(folder / "transformers", dtype=self.kind)
+        else:
+            fields = transformers_fields(config, codec)
+            ids = ("bos_token_id", "eos_token_id", "pad_token_id", "audio_token_id", "audio_eos_token_id")
+            fields = {k: v for k, v in fields.items() if k not in ("model_type", "architectures", "dtype")}
+            fields |= {name: i for i, name in enumerate(ids)}
+            torch.manual_seed(0)
+            with torch.device(self.device):
+                model = transformers.CsmForConditionalGeneration(transformers.CsmConfig(**fields))
+        self.model = model.to(self.device, self.kind).eval()
 
     def frames(self, batch, n_rows, n):
         ids = (self.torch.arange(n_rows, device=self.device) % 400 + 5).repeat(batch, 1)
@@ -171,16 +189,18 @@ class MLXPeer:
 class CsmMlx(MLXPeer):
     package = "csm_mlx"
 
-    def __init__(self, config, codec, dtype, quantize):
+    def __init__(self, config, codec, dtype, quantize, folder):
         import csm_mlx
         from csm_mlx.generation import generate_frame
         from mlx_lm.models.cache import make_prompt_cache
 
-        if config != csm.CSMConfig() or quantize:
-            raise ValueError("CSM-1B's sizes alone, not quantized")
+        if (config.backbone, config.decoder) != (csm.CSMConfig.backbone, csm.CSMConfig.decoder):
+            raise ValueError("CSM-1B's sizes alone")
+        if quantize:
+            raise ValueError("not with --quantize")
         self.K, self.make_cache, self.generate_frame = 32, make_prompt_cache, generate_frame
-        self.model = randomize(csm_mlx.CSM(csm_mlx.csm_1b()))
-        self.model.set_dtype(dtype)
+        model = csm_mlx.CSM(csm_mlx.csm_1b())
+        self.model = fill_from(model, folder / "ours/model.safetensors", dtype) if folder else randomize(model, dtype)
 
     def reset(self):
         self.cache = self.make_cache(self.model.backbone)
@@ -192,19 +212,20 @@ class CsmMlx(MLXPeer):
 class MlxAudio(MLXPeer):
     package = "mlx_audio"
 
-    def __init__(self, config, codec, dtype, quantize):
+    def __init__(self, config, codec, dtype, quantize, folder):
         from mlx_audio.codec.models.mimi import mimi as theirs
         from mlx_audio.tts.models.sesame import sesame
 
         if quantize:
             raise ValueError("not with --quantize")
+        self.K = config.audio_num_codebooks
         fields = transformers_fields(config, codec)
         depth = dict.fromkeys(sesame.DepthDecoderConfig.__dataclass_fields__) | fields["depth_decoder_config"]
+        fields |= {name: getattr(config, name) for name in ("text_vocab_size", "audio_vocab_size")}
+        fields |= {"audio_num_codebooks": self.K, "depth_decoder_config": depth}
         known = dict.fromkeys(sesame.SesameModelArgs.__dataclass_fields__)
-        fields = known | {k: v for k, v in fields.items() if k in known} | {"depth_decoder_config": depth}
-        self.K = config.audio_num_codebooks
-        self.model = randomize(sesame.SesameModel(fields))
-        self.model.set_dtype(dtype)
+        model = sesame.SesameModel(known | {k: v for k, v in fields.items() if k in known})
+        self.model = fill_from(model, folder / "ours/model.safetensors", dtype) if folder else randomize(model, dtype)
         self.codec = None
         if codec == mimi.MimiConfig():
             self.codec = randomize(theirs.Mimi(theirs.mimi_202407(32)))
@@ -255,7 +276,7 @@ def measures(args, K):
     """{name: function of a system -> seconds}"""
     n, rng = args.frames, np.random.default_rng(0)
     audio = (rng.standard_normal(int(args.seconds * 24_000)) * 0.1).astype(np.float32)
-    codes = rng.integers(0, 2048, (K, int(args.seconds * 12.5))).astype(np.int32)
+    codes = rng.integers(0, 256, (K, int(args.seconds * 12.5))).astype(np.int32)
     out = {}
     for batch in args.batch:  # what two more frames cost, and then n more
         out[f"frame, batch of {batch}"] = lambda s, b=batch: (
@@ -271,19 +292,33 @@ def measures(args, K):
     return out
 
 
-def run(args, config, codec):
+def checkpoint(source, work):
+    """`source` in the layouts that the systems read, under the folder `work`. Returns its sizes."""
+    import convert
+
+    convert.convert(source, work / "ours")
+    convert.convert(source, work / "transformers", to="transformers")
+    codec = mimi.load(work / "ours").config
+    return csm.CSMConfig.from_dict(mimi.read_json(work / "ours/config.json")), codec
+
+
+def run(args, config, codec, folder=None):
     """{measure: {system: seconds, or why not}}, and the floor of a frame in seconds."""
     dtype, systems, table, floor = csm.as_dtype(args.dtype), {}, {}, None
+    made = table["load" if folder else "made, with random weights"] = {}
     for name in args.only:
         kind = SYSTEMS[name]
         try:
             if name != "ours" and importlib.util.find_spec(kind.package) is None:
                 raise ImportError("not installed")
             begun = time.perf_counter()
-            systems[name] = kind(config, codec, dtype, args.quantize)
-            print(f"{name}: made in {time.perf_counter() - begun:.1f} s", file=sys.stderr)
-        except (ImportError, ValueError) as e:
-            table.setdefault("made", {})[name] = str(e).splitlines()[0]
+            systems[name] = kind(config, codec, dtype, args.quantize, folder)
+            made[name] = time.perf_counter() - begun
+        except Exception as e:  # a peer may lack anything
+            if name == "ours":
+                raise
+            made[name] = f"{e}".splitlines()[0] or type(e).__name__
+        print(f"{name}: {made[name]}", file=sys.stderr, flush=True)
     if "ours" in systems:
         floor = frame_bytes(systems["ours"].generator.model) / bandwidth()
     for measure, function in measures(args, config.audio_num_codebooks).items():
@@ -345,6 +380,9 @@ def version(name):
 def main(argv=None):
     p = argparse.ArgumentParser(prog="bench.py", description="Speed of ours and of installed peers, side by side.")
     p.add_argument("--tiny", action="store_true", help="small random models: a minute")
+    p.add_argument(
+        "--checkpoint", help="a folder with a Mimi, in any layout that convert.py reads, in place of random weights"
+    )
     p.add_argument("--only", nargs="+", choices=SYSTEMS, default=list(SYSTEMS), help="systems")
     p.add_argument("--dtype", choices=("float32", "bfloat16", "float16"), help="default: what suits the device")
     p.add_argument("--quantize", type=int, choices=(4, 8), help="bits of our weights")
@@ -356,8 +394,12 @@ def main(argv=None):
     p.add_argument("--json", type=Path)
     p.add_argument("--png", type=Path)
     args = p.parse_args(argv)
-    config, codec = (SMALL, SMALL_MIMI) if args.tiny else (csm.CSMConfig(), mimi.MimiConfig())
-    table, floor = run(args, config, codec)
+    with tempfile.TemporaryDirectory() as work:
+        folder = Path(work) if args.checkpoint else None
+        config, codec = (SMALL, SMALL_MIMI) if args.tiny else (csm.CSMConfig(), mimi.MimiConfig())
+        if folder:
+            config, codec = checkpoint(args.checkpoint, folder)
+        table, floor = run(args, config, codec, folder)
     packages = {n: version(n) for n in ("mlx", "torch", "transformers", "csm-mlx", "mlx-audio")}
     about = {"machine": platform.platform(), "device": str(mx.default_device()), "dtype": str(csm.as_dtype(args.dtype)),
              "quantize": args.quantize, "packages": packages, "peak_memory": csm.peak_memory()}  # fmt: skip

@@ -57,7 +57,7 @@ def pitch(wave):
     """The median of the fundamental frequency in Hz, by autocorrelation over 50 ms."""
     found = []
     for i in range(0, len(wave) - 1200, 480):
-        x = wave[i : i + 1200]
+        x = wave[i : i + 1200] - wave[i : i + 1200].mean()
         if np.sqrt((x**2).mean()) > 0.03:
             r = np.correlate(x, x, "full")[1199:]
             k = 55 + int(np.argmax(r[55:400]))  # 60 to 436 Hz

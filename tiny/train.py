@@ -5,7 +5,7 @@
 
 The stages, the long ones resumable, each leaving its result in WORK:
     clips     espeak-ng speaks short sentences in many voices, with the times of its phonemes
-    encoder   Mimi's encoder and quantizers: log spectrum through a throwaway head, phonemes from codebook 0
+    encoder   Mimi's encoder and quantizers: log spectrum and pitch through throwaway heads, phonemes from codebook 0
     turns     espeak-ng speaks conversations, the encoder turns them to codes; several may run at once
     decoder   Mimi's decoder, from the frozen codes back to sound: log spectra at five resolutions
     lm        the CSM itself, on the codes
@@ -49,6 +49,7 @@ PROMPTS = (  # the presets: name, voice, text
     ("old", ("en-us+grandpa", 40, 50, 145, 1.0), "When I was young, we had no such machines."),
 )
 PHONEMES_A_FRAME = 4
+PITCHES = 64  # classes of fundamental frequencies, and one for none
 
 torch.set_flush_denormal(True)
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
@@ -338,6 +339,16 @@ def magnitude(x, n, hop, center=True):
     return torch.stft(x, n, hop, n, window, center=center, pad_mode="constant", return_complex=True).abs()
 
 
+def pitches(x):
+    """(B, S) -> (B, S / 960): 1 .. PITCHES, logarithmically from 60 to 440 Hz by autocorrelation, or 0 for unvoiced."""
+    x = F.pad(x, (480, 480)).unfold(1, 1920, 960)
+    r = torch.fft.irfft(torch.fft.rfft(x - x.mean(-1, keepdim=True), 4096).abs(), 4096)[..., :400]
+    best, lag = r[..., RATE // 440 :].max(-1)
+    kind = 1 + torch.log(RATE / (lag + RATE // 440) / 60) / math.log(440 / 60) * PITCHES
+    voiced = (best > 0.4 * r[..., 0]) & (x.pow(2).mean(-1) > 4e-4)
+    return torch.where(voiced, kind.long().clamp(1, PITCHES), 0)
+
+
 class Codebooks(nn.Module):
     """Residual quantization by n codebooks, learned as moving averages of what falls to each code."""
 
@@ -440,24 +451,29 @@ def encoder(args):
     from transformers import MimiModel
 
     torch.manual_seed(0)
-    data, report = Clips(args.work), Report(100)
+    resumed, data, report = args.work / "encoder-state.pt", Clips(args.work), Report(100)
     mimi = MimiModel(mimi_config()).to(DEVICE)
     q = mimi.quantizer
     splits = (q.semantic_residual_vector_quantizer, q.acoustic_residual_vector_quantizer)
     for name, p in mimi.named_parameters():
         if name.endswith("layer_scale.scale"):
             p.data.fill_(0.1)
-    books = nn.ModuleList([Codebooks(1), Codebooks(K - 1)]).to(DEVICE)
-    # The head sees this frame and the one before, and tells eight spectra a frame: 80 mels and 64 low bins.
+    books = nn.ModuleList([Codebooks(1), Codebooks(K - 1)])
+    # The heads see this frame and the one before. One tells eight spectra a frame: 80 mels and 64 low bins.
     n_out = 80 + 64
     middle = (nn.Conv1d(DIM, 384, 2), nn.GELU(), nn.Conv1d(384, 384, 1), nn.GELU())
     head = nn.Sequential(*middle, nn.Conv1d(384, 8 * n_out, 1))
     phonemes = nn.Conv1d(DIM, PHONEMES_A_FRAME * len(data.names), 1)
-    trained = nn.ModuleList([mimi.encoder, *(p for s in splits for p in (s.input_proj, s.output_proj)), head, phonemes])
-    trained.to(DEVICE)
-    parameters = list(trained.parameters())
+    pitch = nn.Conv1d(DIM, 2 * (PITCHES + 1), 2)
+    everything = nn.ModuleList([mimi, books, head, phonemes, pitch]).to(DEVICE)
+    trained = (mimi.encoder, *(p for s in splits for p in (s.input_proj, s.output_proj)), head, phonemes, pitch)
+    parameters = [p for module in trained for p in module.parameters()]
     optimizer = torch.optim.AdamW(parameters, lr=1e-3, betas=(0.9, 0.98), weight_decay=0.01)
-    clock, waiting, first = Clock(args.minutes or 14, 1e-3), [], 250  # steps before there are codes
+    state = torch.load(resumed, map_location=DEVICE) if resumed.exists() else None
+    if state:
+        everything.load_state_dict(state["everything"])
+        optimizer.load_state_dict(state["optimizer"])
+    clock, waiting, first = Clock(args.minutes or 14, 1e-3, state), [], 250  # steps before there are codes
     while clock.tick(optimizer):
         frames = int(data.rng.choice((12, 16, 20, 24, 30)))
         x, names = data.batch(frames, 120)
@@ -475,14 +491,23 @@ def encoder(args):
         elif first - 60 <= clock.step < first:
             waiting.append([r.detach() for r in raw])
         semantic, acoustic = (s.output_proj(r.view(B, T, -1).transpose(1, 2)) for s, r in zip(splits, latents))
-        y = head(F.pad(semantic + acoustic, (1, 0))).view(B, 8, n_out, T).permute(0, 2, 3, 1).reshape(B, n_out, 8 * T)
+        both = F.pad(semantic + acoustic, (1, 0))
+
+        def classes(y, n):  # (B, n * C, T) -> (B, C, n * T)
+            return y.view(B, n, -1, T).permute(0, 2, 3, 1).reshape(B, -1, n * T)
+
         bins = magnitude(F.pad(x, (392, 392)), 1024, 240, center=False)[..., : 8 * T]
-        spectrum = (y - torch.cat([torch.log(MEL @ bins + 0.02), torch.log(bins[:, :64] + 0.05)], 1)).abs().mean()
-        guess = phonemes(semantic).view(B, PHONEMES_A_FRAME, -1, T).permute(0, 2, 3, 1).reshape(B, len(data.names), -1)
-        phoneme = F.cross_entropy(guess, names)
+        target = torch.cat([torch.log(MEL @ bins + 0.02), torch.log(bins[:, :64] + 0.05)], 1)
+        spectrum = (classes(head(both), 8) - target).abs().mean()
+        phoneme = F.cross_entropy(classes(phonemes(semantic), PHONEMES_A_FRAME), names)
+        tone = F.cross_entropy(classes(pitch(both), 2), pitches(x))
         rms = sum(torch.log(r.pow(2).mean().sqrt() + 1e-6) ** 2 for r in raw)
-        optimize(optimizer, spectrum + 0.1 * phoneme + 0.25 * commit + 0.1 * rms, parameters)
-        report(clock, spectrum=spectrum.detach(), phoneme=phoneme.detach(), commit=commit)
+        optimize(optimizer, spectrum + 0.1 * phoneme + 0.1 * tone + 0.25 * commit + 0.1 * rms, parameters)
+        report(clock, spectrum=spectrum.detach(), phoneme=phoneme.detach(), pitch=tone.detach(), commit=float(commit))
+        if clock.step > first and clock.elapsed > clock.saved + 5:
+            clock.saved = clock.elapsed
+            states = {"everything": everything.state_dict(), "optimizer": optimizer.state_dict()}
+            save(resumed, {**states, **clock.state()})
     with torch.no_grad():
         for split, book in zip(splits, books):
             for i, layer in enumerate(split.layers):
@@ -526,15 +551,20 @@ def decoder(args):
             codes = q.encode(mimi.encoder(x[:, None]).latents).transpose(0, 1)  # (B, K, F)
         y = mimi.decoder(q.decode(codes)).audio_values[:, 0]
         loss = 0
-        for n, hop in ((2048, 480), (1024, 240), (512, 120), (256, 64), (96, 24)):
+        for n, hop, pool in ((2048, 480, 1), (1024, 240, 1), (512, 120, 4), (256, 64, 8), (96, 24, 20)):
             a, b = magnitude(y, n, hop), magnitude(x, n, hop)
             if n == 1024:
                 mel = (torch.log(MEL @ a + 0.096) - torch.log(MEL @ b + 0.096)).abs().mean()
-            a, b = a / n**0.5, b / n**0.5
-            loss = loss + (torch.log(a + 0.01) - torch.log(b + 0.01)).abs().mean() / 5
-            loss = loss + 0.1 * (a - b).abs().mean() / (b.mean() + 0.02)
-        optimize(optimizer, loss + 2 * mel, parameters)
-        report(clock, spectra=loss.detach(), mel=mel.detach())
+            # The codes do not know where in time a pulse of the voice lies, so short windows are pooled over 20 ms:
+            # else a pulse in another place would cost more than none.
+            a, b = (F.avg_pool1d(m.square() / n + 1e-7, pool, max(1, pool // 2)).sqrt() for m in (a, b))
+            far = (torch.log(a + 0.01) - torch.log(b + 0.01)).abs()
+            loss = loss + far.mean() / 5 + 0.1 * (a - b).abs().mean() / (b.mean() + 0.02)
+            if n == 2048:  # below 2 kHz it tells the harmonics apart
+                a, b = a[:, :170], b[:, :170]
+                harmonics = 0.5 * far[:, :170].mean() + 0.3 * (a - b).abs().mean() / (b.mean() + 0.02)
+        optimize(optimizer, loss + mel + harmonics, parameters)
+        report(clock, spectra=loss.detach(), mel=mel.detach(), harmonics=harmonics.detach())
         if clock.elapsed > clock.saved + 5:
             clock.saved = clock.elapsed
             save(resumed, {"mimi": mimi.state_dict(), "optimizer": optimizer.state_dict(), **clock.state()})

@@ -387,14 +387,15 @@ class Sampling:
         order = mx.argpartition(-logits, k - 1, axis=-1)[:, :k]  # sorting all of them is slow
         falling = mx.argsort(-mx.take_along_axis(logits, order, axis=-1), axis=-1)
         order = mx.take_along_axis(order, falling, axis=-1)
-        logp = mx.take_along_axis(logits, order, axis=-1) - mx.logsumexp(logits, axis=-1, keepdims=True)
-        keep = mx.ones(logp.shape, mx.bool_)
-        if nucleus:  # as long as the likelier ones do not fill top_p already
-            keep &= mx.cumsum(mx.exp(logp), axis=-1, inclusive=False) < self.top_p
-        if self.min_p:
-            keep &= (logp >= logp[:, :1] + math.log(self.min_p)) | (mx.arange(k) < self.min_tokens_to_keep)
-        logp = mx.where(keep, logp, -mx.inf)
-        choice = draw(logp / self.temperature, key)
+        kept = mx.take_along_axis(logits, order, axis=-1)
+        if nucleus or self.min_p:
+            logp, keep = kept - mx.logsumexp(logits, axis=-1, keepdims=True), mx.arange(k) >= 0
+            if nucleus:  # as long as the likelier ones do not fill top_p already
+                keep &= mx.cumsum(mx.exp(logp), axis=-1, inclusive=False) < self.top_p
+            if self.min_p:
+                keep &= (logp >= logp[:, :1] + math.log(self.min_p)) | (mx.arange(k) < self.min_tokens_to_keep)
+            kept = mx.where(keep, logp, -mx.inf)
+        choice = draw(kept / self.temperature, key)
         return mx.take_along_axis(order, choice[:, None], axis=-1)[:, 0]
 
 

@@ -387,7 +387,7 @@ def main(argv=None):
     p.add_argument("--dtype", choices=("float32", "bfloat16", "float16"), help="default: what suits the device")
     p.add_argument("--quantize", type=int, choices=(4, 8), help="bits of our weights")
     p.add_argument("--batch", nargs="+", type=int, default=[1, 4, 16])
-    p.add_argument("--prefill", nargs="+", type=int, default=[32, 256, 1024], metavar="ROWS")
+    p.add_argument("--prefill", nargs="*", type=int, default=[32, 256, 1024], metavar="ROWS")
     p.add_argument("--frames", type=int, default=6, help="timed in one go")
     p.add_argument("--seconds", type=float, default=10, help="of audio through Mimi")
     p.add_argument("--rounds", type=int, default=3)

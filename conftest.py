@@ -1,7 +1,6 @@
 """Small random models, made on the spot, for all the tests."""
 
 import json
-from pathlib import Path
 
 import csm  # first: it puts a fast BLAS in place before mlx is imported
 import mimi
@@ -10,9 +9,6 @@ import mlx.core as mx  # isort: skip
 import numpy as np
 import pytest
 import soundfile
-
-# The model in the box is still in training: its tests wait for it.
-collect_ignore = [] if Path(__file__).with_name("tiny").joinpath("config.json").exists() else ["test_tiny.py"]
 
 LLAMA3 = {
     "rope_type": "llama3",

@@ -197,6 +197,9 @@ class Linear(nn.Module):
         if x.size == n and w.size >= TWO_STREAMS and mx.default_device() == mx.cpu and reads_with_one_core():
             half = len(w) // 2
             return mx.concatenate([x @ w[:half].T, mx.matmul(x, w[half:].T, stream=self.second_stream)], axis=-1)
+        rows = x.size // n
+        if 1 < rows <= 64 and mx.default_device() == mx.cpu:  # BLAS is up to twice as fast at few rows this way round
+            return (w @ x.reshape(rows, n).T).T.reshape(*x.shape[:-1], len(w))
         return x @ w.T
 
 

@@ -34,6 +34,7 @@ import mlx.nn as nn
 import mlx.optimizers as optim
 import numpy as np
 from mlx.utils import tree_flatten, tree_map, tree_unflatten
+from tqdm import tqdm
 
 TARGETS = {
     "attn": ("q_proj", "k_proj", "v_proj", "o_proj"),
@@ -43,8 +44,6 @@ TARGETS = {
 }
 OPTIMIZERS = {"adamw": optim.AdamW, "adam": optim.Adam, "sgd": optim.SGD}
 AUDIO = (".wav", ".mp3", ".flac", ".ogg", ".m4a", ".aac", ".opus", ".aiff")
-
-# ---------------------------------------------------------------------------------------------------- data
 
 
 def natural(path):
@@ -60,9 +59,8 @@ def read_folder(folder):
         for clip in sorted((p for p in place.iterdir() if p.suffix.lower() in AUDIO), key=natural):
             speaker, text = re.search(r"speaker_?(\d+)", clip.stem), clip.with_suffix(".txt")
             if not speaker or not text.is_file():
-                raise ValueError(
-                    f"{clip}: " + ("no .txt beside it" if speaker else "no speaker0, speaker1 ... in its name")
-                )
+                missing = "no .txt beside it" if speaker else "no speaker0, speaker1 ... in its name"
+                raise ValueError(f"{clip}: {missing}")
             words = text.read_text(encoding="utf-8").strip()
             talk.append({"text": words, "audio_path": str(clip.resolve()), "speaker": int(speaker[1])})
         if talk:
@@ -109,7 +107,7 @@ class Talk:
 
 def encode(generator, conversations, args):
     """[[Segment]] -> [Talk]. Codes are kept in OUTPUT/codes by what a file holds; bad files stop it or are skipped."""
-    place, talks, skipped = args.output_dir / "codes", [], 0
+    place, talks = args.output_dir / "codes", []
     place.mkdir(parents=True, exist_ok=True)
     n_frames, limit = generator._max_frames(args.max_audio_length_ms), generator.limit
     for segments in conversations:
@@ -132,14 +130,10 @@ def encode(generator, conversations, args):
         except ValueError as e:
             if not args.skip_bad:
                 raise ValueError(f"{e} (--skip-bad leaves such conversations out)") from None
-            skipped += 1
             print(f"skipped: {e}", file=sys.stderr)
     if not talks:
         raise ValueError("nothing is left to learn from")
-    return talks, skipped
-
-
-# ---------------------------------------------------------------------------------------------------- loss
+    return talks
 
 
 def sums(model, rows, first, some):
@@ -170,9 +164,6 @@ def choose(talk, fraction, *seed):
     n = max(1, round(fraction * len(talk.learned)))
     rng = np.random.default_rng(seed)
     return talk.learned if fraction == 1 else np.sort(rng.choice(talk.learned, n, replace=False))
-
-
-# ---------------------------------------------------------------------------------------------------- LoRA
 
 
 class LoRALinear(nn.Module):
@@ -222,15 +213,8 @@ def frozen(name, args):
 class CheckpointedLayer(csm.Layer):
     """A layer whose activations are computed again on the way back, in place of being kept."""
 
-    def __call__(self, x, rope, mask, cache):
-        def layer(parameters, x):
-            self.update(parameters)
-            return csm.Layer.__call__(self, x, rope, mask, cache)
-
-        return mx.checkpoint(layer)(self.trainable_parameters(), x)
-
-
-# ---------------------------------------------------------------------------------------------------- training
+    def __call__(self, x, *rest):
+        return nn.utils.checkpoint(self, lambda x: csm.Layer.__call__(self, x, *rest))(x)
 
 
 class Run:
@@ -317,8 +301,7 @@ class Run:
 
     def save(self):
         """OUTPUT/checkpoint.safetensors: trained weights, optimizer and where the run is; put in place whole."""
-        arrays = {f"model.{k}": v for k, v in tree_flatten(self.model.trainable_parameters())}
-        arrays |= {f"optimizer.{k}": v for k, v in tree_flatten(self.optimizer.state)}
+        arrays = dict(tree_flatten({"model": self.model.trainable_parameters(), "optimizer": self.optimizer.state}))
         where = json.dumps({"step": self.n, "best": self.best, "settings": settings(self.args, self.group)})
         save(self.args.output_dir / "checkpoint.safetensors", arrays, {"run": where})
 
@@ -332,15 +315,10 @@ class Run:
         now, then = settings(self.args, self.group), where["settings"]
         other = [k for k in now if now[k] != then.get(k)]
         if other:
-            raise ValueError(
-                f"{file} is of a run with another {', '.join(other)}; give the same, or another --output-dir"
-            )
-        parts = {"model": [], "optimizer": []}
-        for name, value in arrays.items():
-            part, name = name.split(".", 1)
-            parts[part].append((name, value))
-        self.model.update(tree_unflatten(parts["model"]))
-        self.optimizer.state = tree_unflatten(parts["optimizer"])
+            raise ValueError(f"{file} is of another {', '.join(other)}: give the same, or another --output-dir")
+        held = tree_unflatten(list(arrays.items()))
+        self.model.update(held["model"])
+        self.optimizer.state = held["optimizer"]
         self.n, self.best = where["step"], where["best"]
         mx.eval(self.model.trainable_parameters(), self.optimizer.state)
 
@@ -384,7 +362,7 @@ def join_heads(weights):
 
 def train(args):
     generator = csm.load(args.model, dtype=args.dtype, quantize=args.quantize)
-    talks, _ = encode(generator, read_data(args.data_path), args)
+    talks = encode(generator, read_data(args.data_path), args)
     order = np.random.default_rng([args.seed, 1]).permutation(len(talks))
     n_test = max(1, round(args.validation * len(talks))) if args.validation else 0
     if n_test >= len(talks):
@@ -397,11 +375,9 @@ def train(args):
     if first:
         print(f"{len(talks)} conversations, {run.total} steps, {n_trained / 1e6:.2f} million weights", file=sys.stderr)
     log_file = args.output_dir / "log.jsonl"
-    rows = [json.loads(line) for line in log_file.read_text().splitlines()] if log_file.exists() else []
+    rows = map(json.loads, log_file.read_text().splitlines() if log_file.exists() else [])
     rows = [row for row in rows if row["step"] <= run.n]  # what followed the checkpoint is made again
     begun, since = time.perf_counter(), 0
-    from tqdm import tqdm
-
     with tqdm(total=run.total, initial=run.n, unit="step", disable=None if first else True) as bar:
         while run.n < run.total:
             zero, rest, frames = run.step()
@@ -434,13 +410,11 @@ def train(args):
 def chart(rows, path):
     """The curves, where matplotlib is installed."""
     try:
-        import matplotlib
-
-        matplotlib.use("Agg")
-        from matplotlib import pyplot
+        from matplotlib.figure import Figure
     except ImportError:
         return
-    figure, axes = pyplot.subplots(figsize=(8, 4), layout="constrained")
+    figure = Figure(figsize=(8, 4), layout="constrained")
+    axes = figure.subplots()
     for name in ("first", "rest", "test"):
         points = [(r["step"], r[name]) for r in rows if name in r]
         if points:
@@ -471,18 +445,13 @@ def fuse(args):
     print(f"{args.destination}: {base} with {args.run}")
 
 
-# ---------------------------------------------------------------------------------------------------- the command
-
-
 def main(argv=None):
     p = argparse.ArgumentParser(prog="finetune.py", description="Fine-tune CSM with LoRA, or all of it.")
     commands = p.add_subparsers(dest="command", required=True)
     t = commands.add_parser("train", help="train on conversations")
     t.add_argument("--data-path", type=Path, required=True, help="JSON, or a folder of folders of clips")
     t.add_argument("--output-dir", type=Path, required=True)
-    t.add_argument(
-        "--model", "--pretrained-path", default="csm-1b", help="csm-1b, tiny, a folder, a file, a repository"
-    )
+    t.add_argument("--model", "--pretrained-path", default="csm-1b", help="as csm.py has it")
     t.add_argument("--dtype", choices=("float32", "bfloat16", "float16"), help="default: what suits the device")
     t.add_argument("--quantize", type=int, choices=(4, 8), help="bits of the frozen weights under LoRA")
     t.add_argument("--epochs", type=int, default=10)

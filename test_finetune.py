@@ -93,7 +93,7 @@ def test_gradient_is_transformers(plain, data, tmp_path):
     generator = csm.load(plain, dtype="float32")
     K = generator.model.config.audio_num_codebooks
     args = arguments(output_dir=tmp_path / "o", mask_speaker_ids=[1])
-    talks, _ = finetune.encode(generator, finetune.read_data(data)[:3], args)
+    talks = finetune.encode(generator, finetune.read_data(data)[:3], args)
     convert.convert(plain, tmp_path / "tf", to="transformers", dtype="float32")
     theirs = tf.CsmForConditionalGeneration.from_pretrained(tmp_path / "tf").train()
     n, T = sum(len(t.learned) for t in talks), max(len(t.rows) for t in talks)
@@ -130,7 +130,7 @@ def test_gradient_is_transformers(plain, data, tmp_path):
 
 def test_fraction_is_an_estimate_of_the_whole(plain, data, tmp_path):
     generator = csm.load(plain, dtype="float32")
-    talks, _ = finetune.encode(generator, finetune.read_data(data)[:1], arguments(output_dir=tmp_path))
+    talks = finetune.encode(generator, finetune.read_data(data)[:1], arguments(output_dir=tmp_path))
     whole = finetune.sums(generator.model, *finetune.collate(talks, [talks[0].learned]))[1].item() / len(
         talks[0].learned
     )

@@ -317,7 +317,7 @@ def run(args, config, codec, folder=None):
         except Exception as e:  # a peer may lack anything
             if name == "ours":
                 raise
-            made[name] = f"{e}".splitlines()[0] or type(e).__name__
+            made[name] = (str(e).splitlines() or [type(e).__name__])[0]
         print(f"{name}: {made[name]}", file=sys.stderr, flush=True)
     if "ours" in systems:
         floor = frame_bytes(systems["ours"].generator.model) / bandwidth()

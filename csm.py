@@ -402,6 +402,11 @@ class Sampling:
         return mx.take_along_axis(order, choice[:, None], axis=-1)[:, 0]
 
 
+def check_seed(seed):
+    if not 0 <= seed < 2**64:
+        raise ValueError(f"seed must lie in 0..2^64 - 1, not {seed}")
+
+
 def draw(logits, key):
     """Ids (B,) at random from logits (B, V), by one key for all or, so that a batch changes nothing, one for each."""
     if key.ndim == 1:
@@ -606,8 +611,7 @@ class Generator:
         if seed is None:
             seed = secrets.randbits(32)
             log.info("seed %d", seed)
-        if not 0 <= seed < 2**64:
-            raise ValueError(f"seed must lie in 0..2^64 - 1, not {seed}")
+        check_seed(seed)
         processors = tuple(sampling.get("logits_processors") or ())
         return int(seed), Sampling(**sampling | {"logits_processors": processors})
 
@@ -1165,8 +1169,8 @@ def read_options(args):
     context = [] if args.ref_audio is None else [Segment(args.speaker, args.ref_text, as_samples(args.ref_audio))]
     options = {k: getattr(args, k) for k in ("temperature", "top_k", "top_p", "min_p")}
     Sampling(**options)
-    if not 0 <= (args.seed or 0) < 2**64:
-        raise ValueError(f"seed must lie in 0..2^64 - 1, not {args.seed}")
+    if args.seed is not None:
+        check_seed(args.seed)
     return context, options | {"max_audio_length_ms": args.max_audio_length_ms}
 
 

@@ -470,13 +470,13 @@ def encoder(args):
     head = nn.Sequential(*middle, nn.Conv1d(384, 8 * n_out, 1))
     phonemes = nn.Conv1d(DIM, PHONEMES_A_FRAME * len(data.names), 1)
     pitch = nn.Conv1d(DIM, 2 * (PITCHES + 1), 2)
-    everything = nn.ModuleList([mimi, books, head, phonemes, pitch]).to(DEVICE)
+    whole = nn.ModuleList([mimi, books, head, phonemes, pitch]).to(DEVICE)
     trained = (mimi.encoder, *(p for s in splits for p in (s.input_proj, s.output_proj)), head, phonemes, pitch)
     parameters = [p for module in trained for p in module.parameters()]
     optimizer = torch.optim.AdamW(parameters, lr=1e-3, betas=(0.9, 0.98), weight_decay=0.01)
     state = torch.load(resumed, map_location=DEVICE) if resumed.exists() else None
     if state:
-        everything.load_state_dict(state["everything"])
+        whole.load_state_dict(state["whole"])
         optimizer.load_state_dict(state["optimizer"])
     clock, waiting, first = Clock(args.minutes or 14, 1e-3, state), [], 250  # steps before there are codes
     while clock.tick(optimizer):
@@ -507,8 +507,7 @@ def encoder(args):
         report(clock, spectrum=spectrum.detach(), phoneme=phoneme.detach(), pitch=tone.detach(), commit=float(commit))
         if clock.step > first and clock.elapsed > clock.saved + 5:
             clock.saved = clock.elapsed
-            states = {"everything": everything.state_dict(), "optimizer": optimizer.state_dict()}
-            save(resumed, {**states, **clock.state()})
+            save(resumed, {"whole": whole.state_dict(), "optimizer": optimizer.state_dict(), **clock.state()})
     with torch.no_grad():
         for split, book in zip(splits, books):
             for i, layer in enumerate(split.layers):

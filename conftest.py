@@ -64,16 +64,12 @@ def random_weights(config, seed=0):
     from mlx.utils import tree_flatten
 
     model = csm.CSM(csm.CSMConfig.from_dict(config))
-    key, out, heads = mx.random.key(seed), {}, []
+    key, out = mx.random.key(seed), {}
     for name, w in tree_flatten(model.parameters()):
         key, k = mx.random.split(key)
         scale = 1 if "embeddings" in name else 3 / w.shape[-1] ** 0.5 if "head" in name else 1 / w.shape[-1] ** 0.5
-        value = mx.random.normal(w.shape, key=k) * scale if w.ndim > 1 else mx.ones(w.shape)
-        if name.startswith("audio_head."):
-            heads.append(value.T)
-        else:
-            out[name] = value
-    return out | {"audio_head": mx.stack(heads)}
+        out[name] = mx.random.normal(w.shape, key=k) * scale if w.ndim > 1 else mx.ones(w.shape)
+    return csm.join_heads(out)
 
 
 def random_mimi(K, n_codes, seed=0):

@@ -949,6 +949,13 @@ def split_heads(weights):
     return {k: w for k, w in weights.items() if k != "audio_head"} | heads
 
 
+def join_heads(weights):
+    """The other way: `audio_head.i.weight` as one `audio_head`."""
+    names = sorted((k for k in weights if k.startswith("audio_head.")), key=lambda k: int(k.split(".")[1]))
+    others = {k: w for k, w in weights.items() if k not in names}
+    return others | {"audio_head": mx.stack([weights[k].T for k in names])}
+
+
 def quantize_weights(weights, bits=4, group_size=64):
     """{name: array} of our layout with every matrix quantized, embeddings and audio_head too. ValueError: cannot be."""
     if bits not in (4, 8) or group_size not in (32, 64, 128):

@@ -26,7 +26,8 @@ import sys
 import time
 from pathlib import Path
 
-import csm  # first: it puts a fast BLAS in place before mlx is imported
+import convert
+import csm  # before mlx: it puts a fast BLAS in place
 import mimi
 
 import mlx.core as mx  # isort: skip
@@ -39,35 +40,26 @@ from tqdm import tqdm
 TARGETS = {
     "attn": ("q_proj", "k_proj", "v_proj", "o_proj"),
     "mlp": ("gate_proj", "up_proj", "down_proj"),
-    "projection": ("projection",),
     "head": ("codebook0_head", "audio_head"),
 }
 OPTIMIZERS = {"adamw": optim.AdamW, "adam": optim.Adam, "sgd": optim.SGD}
 AUDIO = (".wav", ".mp3", ".flac", ".ogg", ".m4a", ".aac", ".opus", ".aiff")
 
 
-def natural(path):
-    """A key that sorts 2 before 10."""
-    return [int(part) if part.isdigit() else part for part in re.split(r"(\d+)", str(path).lower())]
-
-
 def read_folder(folder):
     """FOLDER/conversation/001_speaker0_hello.wav with .txt beside it -> conversations as the JSON has them."""
-    talks = []
-    for place in sorted((p for p in Path(folder).iterdir() if p.is_dir()), key=natural):
-        talk = []
-        for clip in sorted((p for p in place.iterdir() if p.suffix.lower() in AUDIO), key=natural):
-            speaker, text = re.search(r"speaker_?(\d+)", clip.stem), clip.with_suffix(".txt")
-            if not speaker or not text.is_file():
-                missing = "no .txt beside it" if speaker else "no speaker0, speaker1 ... in its name"
-                raise ValueError(f"{clip}: {missing}")
-            words = text.read_text(encoding="utf-8").strip()
-            talk.append({"text": words, "audio_path": str(clip.resolve()), "speaker": int(speaker[1])})
-        if talk:
-            talks.append(talk)
+    talks, clips = {}, [p for p in Path(folder).resolve().glob("*/*") if p.suffix.lower() in AUDIO]
+    clips.sort(key=lambda p: [int(x) if x.isdigit() else x for x in re.split(r"(\d+)", str(p).lower())])  # 2 before 10
+    for clip in clips:
+        speaker, text = re.search(r"speaker_?(\d+)", clip.stem), clip.with_suffix(".txt")
+        if not speaker or not text.is_file():
+            missing = "no .txt beside it" if speaker else "no speaker0, speaker1 ... in its name"
+            raise ValueError(f"{clip}: {missing}")
+        words = text.read_text(encoding="utf-8").strip()
+        talks.setdefault(clip.parent, []).append({"text": words, "audio_path": str(clip), "speaker": int(speaker[1])})
     if not talks:
         raise ValueError(f"{folder} has no folders of clips")
-    return talks
+    return list(talks.values())
 
 
 def read_data(path):
@@ -77,11 +69,10 @@ def read_data(path):
         raise ValueError(f"no such file or folder: {path}")
     try:
         talks = read_folder(path) if path.is_dir() else json.loads(path.read_text(encoding="utf-8"))
-        base = path if path.is_dir() else path.parent
         out = []
         for talk in talks:
             speakers = [int(t["speaker"] if "speaker" in t else t["speaker_id"]) for t in talk]
-            files = [base / Path(t["audio_path"]).expanduser() for t in talk]
+            files = [path.parent / Path(t["audio_path"]).expanduser() for t in talk]
             out.append([csm.Segment(s, t["text"], f) for s, t, f in zip(speakers, talk, files)])
     except (KeyError, TypeError, AttributeError, UnicodeDecodeError, json.JSONDecodeError) as e:
         expected = '[[{"text": "...", "audio_path": "a.wav", "speaker": 0}, ...], ...]'
@@ -113,10 +104,9 @@ def encode(generator, conversations, args):
     for segments in conversations:
         try:
             for s in segments:
-                data = Path(s.audio).read_bytes() if Path(s.audio).is_file() else None
-                if data is None:
+                if not s.audio.is_file():
                     raise ValueError(f"no such file: {s.audio}")
-                kept = place / f"{hashlib.sha256(data).hexdigest()[:32]}.npy"
+                kept = place / f"{hashlib.sha256(s.audio.read_bytes()).hexdigest()[:32]}.npy"
                 if not kept.exists():
                     with mimi.replacing(kept) as file:
                         np.save(file, generator.encode(s).codes)
@@ -137,17 +127,17 @@ def encode(generator, conversations, args):
 
 
 def sums(model, rows, first, some):
-    """Cross-entropy, summed: of codebook 0 in the rows `first`, and of the others in the rows `some`.
+    """Cross-entropy (2,), summed: of codebook 0 in the rows `first`, and of the others in the rows `some`.
 
     rows (B, T, K + 1); first, some: indices into the B * T rows, each predicted from the row before it.
     """
     K = model.config.audio_num_codebooks
     h = model(mx.maximum(rows, 0), csm.row_mask(rows))
     h, codes = h.reshape(-1, h.shape[-1]), rows.reshape(-1, K + 1)[:, :K]
-    logits = model.head(0, h[first - 1]).astype(mx.float32)
-    zero = nn.losses.cross_entropy(logits, codes[first, 0], reduction="sum")
-    logits = model.depth_logits(h[some - 1], codes[some]).astype(mx.float32)
-    return zero, nn.losses.cross_entropy(logits, codes[some, 1:], reduction="sum")
+    logits = model.head(0, h[first - 1]), model.depth_logits(h[some - 1], codes[some])
+    aims = codes[first, 0], codes[some, 1:]
+    entropy = nn.losses.cross_entropy
+    return mx.stack([entropy(x.astype(mx.float32), y, reduction="sum") for x, y in zip(logits, aims)])
 
 
 def collate(talks, chosen):
@@ -162,8 +152,7 @@ def collate(talks, chosen):
 def choose(talk, fraction, *seed):
     """A random fraction of a Talk's frames, one at least."""
     n = max(1, round(fraction * len(talk.learned)))
-    rng = np.random.default_rng(seed)
-    return talk.learned if fraction == 1 else np.sort(rng.choice(talk.learned, n, replace=False))
+    return np.sort(np.random.default_rng(seed).choice(talk.learned, n, replace=False))
 
 
 class LoRALinear(nn.Module):
@@ -190,8 +179,7 @@ def add_lora(model, args):
     found, key = [], mx.random.key(args.seed)
     bits = (model.config.quantization or {}).get("bits")
     for name, module in model.named_modules():
-        parts = name.split(".")
-        if isinstance(module, csm.Linear) and names & set(parts) and not frozen(name, args):
+        if isinstance(module, csm.Linear) and names & set(name.split(".")) and not frozen(name, args):
             key, own = mx.random.split(key)
             n_in = module.weight.shape[1] * (32 // bits if "scales" in module else 1)
             found.append((name, LoRALinear(module, n_in, args.lora_rank, args.lora_alpha, args.lora_dropout, own)))
@@ -244,9 +232,8 @@ class Run:
         self.gradient = nn.value_and_grad(self.model, self.loss)
 
     def loss(self, model, rows, first, some, weights):
-        zero, rest = sums(model, rows, first, some)
-        zero, rest = zero * weights[0], rest * weights[1]
-        return self.args.first_codebook_weight_multiplier * zero + rest, (zero, rest)
+        zero, rest = losses = sums(model, rows, first, some) * weights
+        return self.args.first_codebook_weight_multiplier * zero + rest, losses
 
     def rate(self):
         """The learning rate of this step: warm-up, then half a cosine, if asked for."""
@@ -270,9 +257,8 @@ class Run:
         for j in range(0, len(mine), self.args.batch_size):
             part = mine[j : j + self.args.batch_size]
             rows, first, some = collate([self.talks[t] for t in part], [chosen[t] for t in part])
-            (_, parts), gradient = self.gradient(self.model, rows, first, some, weights)
-            total = gradient if total is None else tree_map(mx.add, total, gradient)
-            losses = losses + mx.stack(parts)
+            (_, more), gradient = self.gradient(self.model, rows, first, some, weights)
+            total, losses = tree_map(mx.add, total, gradient) if total else gradient, losses + more
             mx.eval(total, losses)
         if total is None:  # fewer talks than processes in the last batch of an epoch
             total = tree_map(mx.zeros_like, self.model.trainable_parameters())
@@ -295,7 +281,7 @@ class Run:
         weights = mx.array([1 / n, 1 / (n * (self.model.config.audio_num_codebooks - 1))])
         for t in self.test:
             rows, first, some = collate([t], [t.learned])
-            total = total + mx.stack(self.loss(self.model, rows, first, some, weights)[1])
+            total = total + self.loss(self.model, rows, first, some, weights)[1]
             mx.eval(total)
         return total.sum().item()
 
@@ -327,11 +313,10 @@ class Run:
         folder.mkdir(parents=True, exist_ok=True)
         weights = dict(tree_flatten(self.model.trainable_parameters() if self.loras else self.model.parameters()))
         if not self.loras:
-            save(folder / "model.safetensors", join_heads(weights))
+            save(folder / "model.safetensors", csm.join_heads(weights))
             return
-        a = self.args
-        config = {"rank": a.lora_rank, "alpha": a.lora_alpha, "dropout": a.lora_dropout, "model": str(a.model),
-                  "target_modules": a.target_modules}  # fmt: skip
+        config = {name: getattr(self.args, f"lora_{name}") for name in ("rank", "alpha", "dropout")}
+        config |= {"model": str(self.args.model), "target_modules": self.args.target_modules}
         with mimi.replacing(folder / "adapter_config.json") as file:
             file.write(json.dumps(config, indent=2).encode())
         save(folder / "adapters.safetensors", weights)
@@ -351,13 +336,6 @@ def save(path, arrays, metadata=None):
         mx.save_safetensors(file, arrays, {"format": "mlx", **(metadata or {})})
         file.flush()
         os.fsync(file.fileno())
-
-
-def join_heads(weights):
-    """audio_head.i.weight -> one audio_head (K - 1, D, V), as in files."""
-    heads = [k for k in weights if re.fullmatch(r"audio_head\.\d+\.weight", k)]
-    out = {k: v for k, v in weights.items() if k not in heads}
-    return out | {"audio_head": mx.stack([weights[f"audio_head.{i}.weight"].T for i in range(len(heads))])}
 
 
 def train(args):
@@ -415,20 +393,17 @@ def chart(rows, path):
         return
     figure = Figure(figsize=(8, 4), layout="constrained")
     axes = figure.subplots()
-    for name in ("first", "rest", "test"):
+    for name, label in (("first", "codebook 0"), ("rest", "the others"), ("test", "both, test")):
         points = [(r["step"], r[name]) for r in rows if name in r]
         if points:
-            axes.plot(*zip(*points), label={"first": "codebook 0", "rest": "the others", "test": "both, test"}[name])
-    axes.set_xlabel("step")
-    axes.set_ylabel("cross-entropy")
+            axes.plot(*zip(*points), label=label)
+    axes.set(xlabel="step", ylabel="cross-entropy")
     axes.legend()
     figure.savefig(path, dpi=120)
 
 
 def fuse(args):
     """A model folder with what was trained in its weights."""
-    import convert
-
     config = mimi.read_json(args.run / "adapter_config.json")
     base = args.model or config.get("model") or "csm-1b"
     convert.convert(base, args.destination)
@@ -436,11 +411,10 @@ def fuse(args):
     weights = mimi.read_safetensors(file)[0]
     if config:
         fused = csm.apply_adapter(csm.split_heads(weights), args.run)
-        weights = join_heads(fused) if "audio_head" in weights else fused
+        weights = csm.join_heads(fused) if "audio_head" in weights else fused
     else:
         trained = mimi.read_safetensors(args.run / "model.safetensors")[0]
         weights = {k: trained[k].astype(w.dtype) for k, w in weights.items()}
-    mx.eval(weights)
     save(file, weights)
     print(f"{args.destination}: {base} with {args.run}")
 

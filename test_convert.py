@@ -50,9 +50,7 @@ def random_weights(config, dtype=mx.float32):
     """{name: array} of our layout, no two alike."""
     shapes = {n: w.shape for n, w in tree_flatten(csm.CSM(csm.CSMConfig.from_dict(config)).parameters())}
     keys = mx.random.split(mx.random.key(0), len(shapes))
-    weights = {n: mx.random.normal(s, key=k).astype(dtype) for (n, s), k in zip(shapes.items(), keys)}
-    heads = [weights.pop(name) for name in shapes if name.startswith("audio_head.")]
-    return weights | {"audio_head": mx.stack([w.T for w in heads])}
+    return csm.join_heads({n: mx.random.normal(s, key=k).astype(dtype) for (n, s), k in zip(shapes.items(), keys)})
 
 
 def folder(path, weights, config=None, name="model.safetensors", metadata=None):

@@ -121,7 +121,7 @@ def test_gradient_is_transformers(plain, data, tmp_path):
     assert not any(k.startswith("codec_model") for k in named)
     config = json.loads((plain / "config.json").read_text())
     expected = convert.csm_weights({k: mx.array(g.numpy()) for k, g in named.items()}, config)
-    ours = finetune.join_heads(dict(tree_flatten(gradient)))
+    ours = csm.join_heads(dict(tree_flatten(gradient)))
     assert ours.keys() == expected.keys()
     for name, g in ours.items():
         scale = mx.linalg.norm(expected[name]).item()

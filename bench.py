@@ -3,7 +3,7 @@
     python bench.py --tiny                     # a minute, small random models
     python bench.py --json b.json --png b.png  # CSM-1B's sizes, random weights: minutes, and the memory they take
     python bench.py --checkpoint my-csm        # those of a folder instead, with the time to load them
-    python bench.py --dtype bfloat16 --only ours transformers --quantize 8
+    python bench.py --dtype bfloat16 --quantize 8 4 --batch 1 16 50   # on a GPU, our weights in 8 and 4 bits beside
 
 Peers, through their own public functions: transformers (its `generate`, torch), csm-mlx (`generate_frame`) and
 mlx-audio (`SesameModel.generate_frame`, its Mimi). One that is not installed gets a row that says so. Weights are of
@@ -22,6 +22,7 @@ import sys
 import tempfile
 import time
 from dataclasses import asdict
+from functools import partial
 from pathlib import Path
 
 import csm  # first: it puts a fast BLAS in place before mlx is imported
@@ -68,7 +69,7 @@ def transformers_fields(config, codec):
 
 
 class Ours:
-    def __init__(self, config, codec, dtype, quantize, folder):
+    def __init__(self, config, codec, dtype, folder, quantize=None):
         self.sampling = csm.Sampling(top_k=50)
         if folder:
             self.generator = csm.load(folder / "ours", dtype=str(dtype).removeprefix("mlx.core."), quantize=quantize)
@@ -119,12 +120,10 @@ class Ours:
 class Transformers:
     package = "transformers"
 
-    def __init__(self, config, codec, dtype, quantize, folder):
+    def __init__(self, config, codec, dtype, folder):
         import torch
         import transformers
 
-        if quantize:
-            raise ValueError("not with --quantize")
         self.torch = torch
         self.device = "cuda" if torch.cuda.is_available() else "cpu"
         self.kind = getattr(torch, str(dtype).removeprefix("mlx.core."))
@@ -158,6 +157,19 @@ class Transformers:
             self.model.codec_model.decode(self.torch.tensor(codes, device=self.device)[None])
 
 
+class StaticTransformers(Transformers):
+    """With static caches, which transformers compiles on a GPU."""
+
+    def __init__(self, *args):
+        import torch
+
+        if not torch.cuda.is_available():
+            raise ValueError("on an NVIDIA GPU alone")
+        super().__init__(*args)
+        for part in (self.model, self.model.depth_decoder):
+            part.generation_config.cache_implementation = "static"
+
+
 class MLXPeer:
     """What csm-mlx and mlx-audio share: `generate_frame` on rows and masks, and a sampler."""
 
@@ -189,15 +201,13 @@ class MLXPeer:
 class CsmMlx(MLXPeer):
     package = "csm_mlx"
 
-    def __init__(self, config, codec, dtype, quantize, folder):
+    def __init__(self, config, codec, dtype, folder):
         import csm_mlx
         from csm_mlx.generation import generate_frame
         from mlx_lm.models.cache import make_prompt_cache
 
         if (config.backbone, config.decoder) != (csm.CSMConfig.backbone, csm.CSMConfig.decoder):
             raise ValueError("CSM-1B's sizes alone")
-        if quantize:
-            raise ValueError("not with --quantize")
         self.K, self.make_cache, self.generate_frame = 32, make_prompt_cache, generate_frame
         model = csm_mlx.CSM(csm_mlx.csm_1b())
         self.model = fill_from(model, folder / "ours/model.safetensors", dtype) if folder else randomize(model, dtype)
@@ -212,12 +222,10 @@ class CsmMlx(MLXPeer):
 class MlxAudio(MLXPeer):
     package = "mlx_audio"
 
-    def __init__(self, config, codec, dtype, quantize, folder):
+    def __init__(self, config, codec, dtype, folder):
         from mlx_audio.codec.models.mimi import mimi as theirs
         from mlx_audio.tts.models.sesame import sesame
 
-        if quantize:
-            raise ValueError("not with --quantize")
         self.K = config.audio_num_codebooks
         fields = transformers_fields(config, codec)
         depth = dict.fromkeys(sesame.DepthDecoderConfig.__dataclass_fields__) | fields["depth_decoder_config"]
@@ -263,7 +271,10 @@ class Floor:
             self.read(self.streams)
 
 
-SYSTEMS = {"ours": Ours, "transformers": Transformers, "csm-mlx": CsmMlx, "mlx-audio": MlxAudio}
+SYSTEMS = {
+    "ours": Ours, "transformers": Transformers, "transformers-compiled": StaticTransformers, "csm-mlx": CsmMlx,
+    "mlx-audio": MlxAudio,
+}  # fmt: skip
 
 
 def seconds(function, *args):
@@ -316,20 +327,22 @@ def run(args, config, codec, folder=None):
     """{measure: {system: seconds, or why not}}; the floor takes its turns among the systems."""
     dtype, systems, table = csm.as_dtype(args.dtype), {}, {}
     made = table["load" if folder else "made, with random weights"] = {}
-    for name in args.only:
-        kind = SYSTEMS[name]
+    kinds = {name: SYSTEMS[name] for name in args.only}
+    if "ours" in kinds:
+        kinds |= {f"ours, {bits} bits": partial(Ours, quantize=bits) for bits in args.quantize}
+    for name, kind in kinds.items():
         try:
-            if name != "ours" and importlib.util.find_spec(kind.package) is None:
+            if not name.startswith("ours") and importlib.util.find_spec(kind.package) is None:
                 raise ImportError("not installed")
             begun = time.perf_counter()
-            systems[name] = kind(config, codec, dtype, args.quantize, folder)
+            systems[name] = kind(config, codec, dtype, folder)
             made[name] = time.perf_counter() - begun
         except Exception as e:  # a peer may lack anything
-            if name == "ours":
+            if name.startswith("ours"):
                 raise
             made[name] = (str(e).splitlines() or [type(e).__name__])[0]
         print(f"{name}: {made[name]}", file=sys.stderr, flush=True)
-    if "ours" in systems:
+    if "ours" in kinds:
         systems["floor"] = Floor(frame_bytes(systems["ours"].generator.model))
     for measure, function in measures(args, config.audio_num_codebooks).items():
         times = {name: [] for name in systems}
@@ -341,7 +354,11 @@ def run(args, config, codec, folder=None):
                     taken = function(system)
                     if turn:
                         times[name].append(taken)
-                except (AttributeError, NotImplementedError):  # has no such thing
+                except Exception as e:
+                    if name.startswith("ours"):
+                        raise
+                    if not isinstance(e, AttributeError):  # which one that lacks the measure has
+                        print(f"{name}, {measure}: {e}", file=sys.stderr, flush=True)
                     times[name] = None
         table[measure] = {name: statistics.median(t) if t else None for name, t in times.items()}
         print(measure, {k: v and round(v, 4) for k, v in table[measure].items()}, file=sys.stderr, flush=True)
@@ -391,7 +408,7 @@ def main(argv=None):
     )
     p.add_argument("--only", nargs="+", choices=SYSTEMS, default=list(SYSTEMS), help="systems")
     p.add_argument("--dtype", choices=("float32", "bfloat16", "float16"), help="default: what suits the device")
-    p.add_argument("--quantize", type=int, choices=(4, 8), help="bits of our weights")
+    p.add_argument("--quantize", nargs="*", type=int, choices=(4, 8), default=[], help="ours with these bits too")
     p.add_argument("--batch", nargs="+", type=int, default=[1, 4, 16])
     p.add_argument("--prefill", nargs="*", type=int, default=[32, 256, 1024], metavar="ROWS")
     p.add_argument("--frames", type=int, default=6, help="timed in one go")
@@ -409,7 +426,7 @@ def main(argv=None):
     packages = {n: version(n) for n in ("mlx", "torch", "transformers", "csm-mlx", "mlx-audio")}
     about = {"machine": platform.platform(), "device": str(mx.default_device()), "dtype": str(csm.as_dtype(args.dtype)),
              "quantize": args.quantize, "packages": packages, "peak_memory": csm.peak_memory()}  # fmt: skip
-    names = [*args.only, "floor"] if "ours" in args.only else args.only
+    names = [*next(iter(table.values())), *(["floor"] if "ours" in args.only else [])]
     print(markdown(table, names))
     print(f"\n{about['device']}, {about['dtype']}, peak memory of all together {about['peak_memory'] / 1e9:.1f} GB")
     if args.json:

@@ -31,7 +31,6 @@ import zipfile
 from collections.abc import Callable, Iterator
 from contextlib import closing, contextmanager, nullcontext, suppress
 from dataclasses import dataclass, field, fields, replace
-from functools import cache
 from pathlib import Path
 
 import mimi as codec  # before mlx: it puts a fast BLAS in place on Linux
@@ -145,7 +144,7 @@ class KVCache:
         return self.offset if self.gaps is None else self.offset - self.gaps
 
     def mask(self, T):
-        """What T new positions may attend to, for mx.fast.scaled_dot_product_attention."""
+        """What T new positions may attend to, as mx.fast.scaled_dot_product_attention takes it."""
         if self.gaps is None:
             return "causal" if T > 1 else None
         s, t = mx.arange(self.offset + T), self.offset + mx.arange(T)[:, None]
@@ -170,16 +169,6 @@ class KVCache:
             self.gaps = self.gaps[sequences]
 
 
-@cache
-def reads_with_one_core():
-    """Whether MKL multiplies one row with a matrix on one core: it does on AMD, where two such products in parallel are
-    a third faster. Elsewhere they would get into each other's way."""
-    try:
-        return "AuthenticAMD" in Path("/proc/cpuinfo").read_text()
-    except OSError:
-        return False
-
-
 class Linear(nn.Module):
     """(..., in) -> (..., out). weight (out, in), plain; or quantized, with `scales` and `biases` beside it."""
 
@@ -194,11 +183,11 @@ class Linear(nn.Module):
         if "scales" in self:  # whose shapes tell how it was packed
             packing = {"group_size": n // self.scales.shape[-1], "bits": 32 * w.shape[-1] // n}
             return mx.quantized_matmul(x, w, self.scales, self.biases, transpose=True, **packing)
-        if x.size == n and w.size >= TWO_STREAMS and mx.default_device() == mx.cpu and reads_with_one_core():
+        if x.size == n and w.size >= TWO_STREAMS and mx.default_device() == mx.cpu and codec.mkl_on_amd():
             half = len(w) // 2
             return mx.concatenate([x @ w[:half].T, mx.matmul(x, w[half:].T, stream=self.second_stream)], axis=-1)
         rows = x.size // n
-        if 1 < rows <= 64 and mx.default_device() == mx.cpu:  # BLAS is up to twice as fast at few rows this way round
+        if rows > 1 and mx.default_device() == mx.cpu:  # BLAS is up to twice as fast this way round
             return (w @ x.reshape(rows, n).T).T.reshape(*x.shape[:-1], len(w))
         return x @ w.T
 
@@ -227,16 +216,14 @@ class Attention(nn.Module):
         self.v_proj = Linear(c.dim, c.n_kv_heads * c.head_dim)
         self.o_proj = Linear(c.n_heads * c.head_dim, c.dim)
 
-    def __call__(self, x, rope, mask, cache):
-        B, T, _ = x.shape
-        q = self.q_proj(x).reshape(B, T, self.n_heads, self.head_dim).transpose(0, 2, 1, 3)  # (B, H, T, head_dim)
-        k = self.k_proj(x).reshape(B, T, self.n_kv_heads, self.head_dim).transpose(0, 2, 1, 3)
-        v = self.v_proj(x).reshape(B, T, self.n_kv_heads, self.head_dim).transpose(0, 2, 1, 3)
-        q, k = mx.fast.rope(q, self.head_dim, **rope), mx.fast.rope(k, self.head_dim, **rope)
+    def __call__(self, x, B, turn, mask, cache):
+        q = self.q_proj(x).reshape(B, -1, self.n_heads, self.head_dim).transpose(0, 2, 1, 3)  # (B, H, T, head_dim)
+        k = self.k_proj(x).reshape(B, -1, self.n_kv_heads, self.head_dim).transpose(0, 2, 1, 3)
+        v = self.v_proj(x).reshape(B, -1, self.n_kv_heads, self.head_dim).transpose(0, 2, 1, 3)
+        q, k = turn(q), turn(k)
         if cache:
             k, v = cache.update(self.layer, k, v)
-        y = mx.fast.scaled_dot_product_attention(q, k, v, scale=self.head_dim**-0.5, mask=mask)
-        return self.o_proj(y.transpose(0, 2, 1, 3).reshape(B, T, -1))
+        return self.o_proj(codec.attend(q, k, v, mask).transpose(0, 2, 1, 3).reshape(len(x), -1))
 
 
 class MLP(nn.Module):
@@ -247,7 +234,9 @@ class MLP(nn.Module):
         self.down_proj = Linear(c.ffn_dim, c.dim)
 
     def __call__(self, x):
-        return self.down_proj(nn.silu(self.gate_proj(x)) * self.up_proj(x))
+        gate = self.gate_proj(x)
+        silu = nn.silu(gate) if codec.vectorized(gate) else gate / (1 + codec.exp(-gate))
+        return self.down_proj(silu * self.up_proj(x))
 
 
 class Layer(nn.Module):
@@ -258,8 +247,8 @@ class Layer(nn.Module):
         self.post_attention_layernorm = nn.RMSNorm(c.dim, eps=c.norm_eps)
         self.mlp = MLP(c)
 
-    def __call__(self, x, rope, mask, cache):
-        x = x + self.self_attn(self.input_layernorm(x), rope, mask, cache)
+    def __call__(self, x, *rest):
+        x = x + self.self_attn(self.input_layernorm(x), *rest)
         return x + self.mlp(self.post_attention_layernorm(x))
 
 
@@ -274,13 +263,14 @@ class Llama(nn.Module):
         mx.eval(self._periods)  # so that other threads may use it
 
     def __call__(self, x, cache=None):
-        mask = cache.mask(x.shape[1]) if cache else "causal" if x.shape[1] > 1 else None
+        B, T, D = x.shape
+        mask = cache.mask(T) if cache else "causal" if T > 1 else None
         # Interleaved pairs, as Sesame has them (transformers rotates halves, with the rows of q and k permuted).
-        rope = {"traditional": True, "base": None, "scale": 1.0, "freqs": self._periods}
-        rope["offset"] = cache.positions() if cache else 0
+        turn = codec.rope(self._periods, cache.positions() if cache else 0, T)
+        x = x.reshape(B * T, D)  # products of matrices alone: fewer steps
         for layer in self.layers:
-            x = layer(x, rope, mask, cache)
-        return self.norm(x)
+            x = layer(x, B, turn, mask, cache)
+        return self.norm(x).reshape(B, T, D)
 
 
 def row_mask(rows):
@@ -633,6 +623,7 @@ class Generator:
         said, n, before = mx.zeros((len(live), 0), mx.int32), 0, None
         while True:
             if n < max(limits[i] for i in live):
+                codec.use_threads(for_small=len(live) == 1)
                 now = split(keys)  # (b, K + 1, 2)
                 keys = now[:, K]
                 logits = self.model.head(0, h).astype(mx.float32)
@@ -658,7 +649,7 @@ class Generator:
                         log.warning("the speech was cut off at the model's %d positions", self.limit)
                 stay = [i for i in speaking if n < limits[live[i]]]
                 if not stay:
-                    return
+                    return codec.use_threads(for_small=False)
                 if len(stay) < len(live):
                     live, stay = [live[i] for i in stay], mx.array(stay)
                     codes, h, keys, said = (x[stay] for x in (codes, h, keys, said))
@@ -700,6 +691,7 @@ class Generator:
             if gaps.any():
                 cache.prefix, cache.gaps = cache.offset, mx.array(gaps, mx.int32)
                 cache.limit += int(gaps.max())  # which count for nobody's positions
+        codec.use_threads(for_small=False)
         T, n = max(map(len, prompts)), cache.offset
         rows = np.stack([np.pad(p[n:], [(T - len(p), 0), (0, 0)], constant_values=NO_TEXT) for p in prompts])
         for i in range(0, rows.shape[1], PREFILL):

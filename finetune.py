@@ -249,6 +249,7 @@ class Run:
         chosen = {t: choose(self.talks[t], self.args.depth_fraction, self.args.seed, self.n, t) for t in batch}
         # Every process knows the whole batch, so each can weigh its own part as a part of the mean over all.
         n_first, n_some = sum(len(self.talks[t].learned) for t in batch), sum(map(len, chosen.values()))
+        mimi.use_threads(for_small=False)
         size, K = self.group.size(), self.model.config.audio_num_codebooks
         weights = mx.array([size / n_first, size / (n_some * (K - 1))])
         for j, lora in enumerate(self.loras):

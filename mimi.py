@@ -22,8 +22,9 @@ import os
 import platform
 import re
 import sys
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
+from functools import cache
 from pathlib import Path
 from typing import NamedTuple
 
@@ -53,7 +54,31 @@ def load_fast_blas():
     return None
 
 
-load_fast_blas()
+BLAS = load_fast_blas()
+with suppress(AttributeError, OSError, TypeError):  # glibc alone: keep what is freed, since new pages are slow
+    for setting, size in ((-3, 2**25), (-1, 2**28)):  # M_MMAP_THRESHOLD, the most it takes, and M_TRIM_THRESHOLD
+        ctypes.CDLL(None).mallopt(setting, size)
+
+
+@cache
+def mkl_on_amd():
+    """(MKL, its number of threads), if it is the BLAS of this process and the CPU AMD's; else None.
+
+    There it multiplies one row with a matrix on one core, so that two such products at once are a third faster, and its
+    threads make a small product up to forty times slower. Elsewhere it decides well by itself.
+    """
+    with suppress(OSError):
+        if BLAS and "mkl" in BLAS and "AuthenticAMD" in Path("/proc/cpuinfo").read_text():
+            mkl = ctypes.CDLL(BLAS)
+            return mkl, mkl.MKL_Get_Max_Threads()
+
+
+def use_threads(for_small):
+    """Give the BLAS one thread, before the small products of a frame, or all of them."""
+    if found := mkl_on_amd():
+        mkl, n = found
+        mkl.MKL_Set_Num_Threads(1 if for_small else n)
+
 
 import mlx.core as mx
 import mlx.nn as nn
@@ -155,18 +180,30 @@ class Upsample(nn.Module):
         return y.reshape(B, 2 * T, D), x[:, T:, 0]
 
 
+EXP2 = np.polynomial.Chebyshev.interpolate(np.exp2, 5, [-0.5, 0.5]).convert(kind=np.polynomial.Polynomial).coef.tolist()
+
+
+def vectorized(x):
+    """Whether MLX's own exp, and what is built on it, is fast for x. On a CPU it is only where x is small."""
+    return mx.default_device() == mx.gpu or x.size <= 2**14
+
+
+def exp(x):
+    """e^x, where MLX's is slow by a polynomial within 2e-7 of it (x <= 0): it is most of Mimi's arithmetic."""
+    if vectorized(x):
+        return mx.exp(x)
+    y = mx.clip(x.astype(mx.float32), -87, 88) * math.log2(math.e)
+    shift = 1.5 * 2**23 + 127  # a float so large has its integer, 127 more than y's, in the lowest bits
+    whole = mx.stop_gradient(y + shift)
+    part = y - (whole - shift)  # e^x = 2^whole * 2^part, -0.5 <= part <= 0.5
+    p = part * EXP2[5]
+    for c in EXP2[4:0:-1]:
+        p = (p + c) * part
+    return ((p + EXP2[0]) * mx.stop_gradient((whole.view(mx.int32) << 23).view(mx.float32))).astype(x.dtype)
+
+
 def elu(x):
-    # exp(x) - 1 where x < 0, within 2e-7: MLX's CPU backend has no vectorised exp, and this is most of the decoder's
-    # arithmetic there. q = exp(x / 32) - 1 by its series, then doubled five times, exp(2a) - 1 = q * (q + 2).
-    if mx.default_device() == mx.gpu:
-        return nn.elu(x)
-    z = mx.maximum(mx.minimum(x, 0), -16) * (1 / 32)
-    q = z * (1 / 720)
-    for n in (120, 24, 6, 2, 1):
-        q = (q + 1 / n) * z
-    for _ in range(5):
-        q = q * (q + 2)
-    return mx.maximum(x, q)
+    return nn.elu(x) if mx.default_device() == mx.gpu else mx.maximum(x, exp(mx.minimum(x, 0)) - 1)
 
 
 class ELU(nn.Module):
@@ -235,39 +272,90 @@ class SEANetDecoder(nn.Module):
 # ---------------------------------------------------------------------------------------------------- transformer
 
 
+def rope(periods, offset, T):
+    """A function that turns interleaved pairs of (B, H, T, head_dim) by position / periods (head_dim / 2,).
+
+    offset: an int or (B,), the first of the T positions.
+    """
+    if mx.default_device() == mx.gpu:
+        kind = {"traditional": True, "base": None, "scale": 1.0, "offset": offset, "freqs": periods}
+        return lambda x: mx.fast.rope(x, x.shape[-1], **kind)
+    angles = (mx.array(offset).reshape(-1, 1, 1, 1) + mx.arange(T)[:, None]) / periods  # (1 or B, 1, T, head_dim / 2)
+    cos, sin = mx.cos(angles), mx.sin(angles)
+    cos, sin = mx.stack([cos, cos], axis=-1), mx.stack([-sin, sin], axis=-1)
+
+    def turn(x):
+        pairs = x.reshape(*x.shape[:-1], -1, 2)
+        return (pairs * cos + pairs[..., ::-1] * sin).reshape(x.shape).astype(x.dtype)
+
+    return turn
+
+
+def attend(q, k, v, mask=None):
+    """mx.fast.scaled_dot_product_attention of q (B, H, T, d) to k, v (B, H_kv, S, d), on a CPU with our `exp`."""
+    (B, H, T, d), (n, S) = q.shape, k.shape[1:3]
+    if mx.default_device() == mx.gpu or B * H * T * S <= 2**14:
+        return mx.fast.scaled_dot_product_attention(q, k, v, scale=d**-0.5, mask=mask)
+    if isinstance(mask, str):
+        mask = mx.arange(S) <= mx.arange(S - T, S)[:, None]
+    bias = 0 if mask is None else mx.where(mask, 0, -mx.inf)[..., None, :, :]
+    q, out = (q * d**-0.5).reshape(B, n, -1, d), []
+    step = max(1, n * 2**20 // (B * H * T * S))  # heads at a time: what they need stays in the cache
+    for i in range(0, n, step):
+        part = slice(i, i + step)
+        scores = (q[:, part] @ k[:, part].swapaxes(-1, -2)).reshape(B, -1, H // n, T, S) + bias
+        weights = exp(scores - mx.stop_gradient(scores.max(axis=-1, keepdims=True)))
+        y = weights.reshape(B, -1, H // n * T, S) @ v[:, part]
+        out.append(y.reshape(B, -1, T, d) / weights.sum(axis=-1, keepdims=True).reshape(B, -1, T, 1))
+    return mx.concatenate(out, axis=1).astype(v.dtype)
+
+
 class TransformerLayer(nn.Module):
-    """Pre-norm layer with layer scale; attention is causal over the last `context` positions. past: (k, v, offset)."""
+    """Pre-norm layer with layer scale. past: the keys and values held, (k, v)."""
 
     def __init__(self, c):
         super().__init__()
-        self.n_heads, self.context, self.rope_theta = c.n_heads, c.context, c.rope_theta
+        self.n_heads, self.context = c.n_heads, c.context
         self.norm1, self.norm2 = nn.LayerNorm(c.dim, eps=c.norm_eps), nn.LayerNorm(c.dim, eps=c.norm_eps)
         self.in_proj, self.out_proj = mx.zeros((3 * c.dim, c.dim)), mx.zeros((c.dim, c.dim))
         self.linear1, self.linear2 = mx.zeros((c.ffn_dim, c.dim)), mx.zeros((c.dim, c.ffn_dim))
         self.scale1, self.scale2 = mx.zeros((c.dim,)), mx.zeros((c.dim,))
 
-    def attention(self, x, past):
+    def __call__(self, x, past, turn, mask):
         B, T, D = x.shape
-        head_dim = D // self.n_heads
-        k_past, v_past, offset = past or (None, None, 0)
-        qkv = (x @ self.in_proj.T).reshape(B, T, 3, self.n_heads, head_dim)
+        qkv = (self.norm1(x) @ self.in_proj.T).reshape(B, T, 3, self.n_heads, D // self.n_heads)
         q, k, v = qkv.transpose(2, 0, 3, 1, 4)  # each (B, H, T, head_dim)
-        rope = {"traditional": True, "base": self.rope_theta, "scale": 1, "offset": offset}  # interleaved pairs
-        q, k = mx.fast.rope(q, head_dim, **rope), mx.fast.rope(k, head_dim, **rope)
+        q, k = turn(q), turn(k)
         if past:
-            k, v = mx.concatenate([k_past, k], axis=2), mx.concatenate([v_past, v], axis=2)
-        n = k.shape[2]
-        age = mx.arange(n - T, n)[:, None] - mx.arange(n)  # (T, n): how far back each key lies
-        mask = (age >= 0) & (age < self.context)
-        y = mx.fast.scaled_dot_product_attention(q, k, v, scale=head_dim**-0.5, mask=mask)
-        y = y.transpose(0, 2, 1, 3).reshape(B, T, D) @ self.out_proj.T
-        start = max(0, n - self.context + 1)
-        return y, (k[:, :, start:], v[:, :, start:], offset + T)
+            k, v = (mx.concatenate([held, new], axis=2) for held, new in zip(past, (k, v)))
+        y = attend(q, k, v, mask).transpose(0, 2, 1, 3).reshape(B, T, D)
+        x = x + self.scale1 * (y @ self.out_proj.T)
+        start = max(0, k.shape[2] - self.context + 1)
+        past = k[:, :, start:], v[:, :, start:]
+        return x + self.scale2 * (nn.gelu(self.norm2(x) @ self.linear1.T) @ self.linear2.T), past
+
+
+class Transformer(nn.Module):
+    """(B, T, D) -> (B, T, D), causal over the last `context` positions. past: (each layer's, positions seen)."""
+
+    def __init__(self, c):
+        super().__init__()
+        self.layers, self.context = [TransformerLayer(c) for _ in range(c.n_layers)], c.context
+        head_dim = c.dim // c.n_heads
+        self._periods = mx.array((c.rope_theta ** (np.arange(0, head_dim, 2) / head_dim)).astype(np.float32))
+        mx.eval(self._periods)  # so that other threads may use it
 
     def __call__(self, x, past):
-        y, past = self.attention(self.norm1(x), past)
-        x = x + self.scale1 * y
-        return x + self.scale2 * (nn.gelu(self.norm2(x) @ self.linear1.T) @ self.linear2.T), past
+        past, offset = past or ([None] * len(self.layers), 0)
+        T = x.shape[1]
+        n = min(offset, self.context - 1) + T
+        age = mx.arange(n - T, n)[:, None] - mx.arange(n)  # (T, n): how far back each key lies
+        mask, turn = (age >= 0) & (age < self.context), rope(self._periods, offset, T)
+        after = []
+        for layer, p in zip(self.layers, past):
+            x, p = layer(x, p, turn, mask)
+            after.append(p)
+        return x, (after, offset + T)
 
 
 # ---------------------------------------------------------------------------------------------------- quantizer
@@ -315,12 +403,12 @@ class Mimi(nn.Module):
         super().__init__()
         self.config = c = config
         self.encoder = SEANetEncoder(c)
-        self.encoder_transformer = [TransformerLayer(c) for _ in range(c.n_layers)]
+        self.encoder_transformer = Transformer(c)
         self.downsample = Conv(c.dim, c.dim, 4, stride=2, bias=False, pad="first")
         self.first = RVQ(c, c.n_semantic)
         self.rest = RVQ(c, c.n_codebooks - c.n_semantic) if c.n_codebooks > c.n_semantic else None
         self.upsample = Upsample(c.dim)
-        self.decoder_transformer = [TransformerLayer(c) for _ in range(c.n_layers)]
+        self.decoder_transformer = Transformer(c)
         self.decoder = SEANetDecoder(c)
 
     @property
@@ -349,7 +437,8 @@ class Mimi(nn.Module):
         x, rest = x[:, : n_frames * self.frame_size], x[:, n_frames * self.frame_size :]
         if n_frames == 0:
             return mx.zeros((state.batch, self.n_codebooks, 0), mx.int32), state._replace(rest=rest)
-        layers = [self.encoder, *self.encoder_transformer, self.downsample]
+        use_threads(for_small=n_frames < 4)
+        layers = [self.encoder, self.encoder_transformer, self.downsample]
         x, past = run(layers, x[..., None], state.encoder)  # (B, F, D)
         codes = self.first.encode(x)
         if self.rest is not None:
@@ -365,11 +454,12 @@ class Mimi(nn.Module):
             raise ValueError(f"codes must be ({state.batch}, 1 to {self.n_codebooks}, frames), not {codes.shape}")
         if codes.shape[2] == 0:
             return mx.zeros((state.batch, 1, 0)), state
+        use_threads(for_small=codes.shape[2] < 4)
         n = self.config.n_semantic
         x = self.first.decode(codes[:, :n])  # (B, F, D)
         if codes.shape[1] > n:
             x = x + self.rest.decode(codes[:, n:])
-        layers = [self.upsample, *self.decoder_transformer, self.decoder]
+        layers = [self.upsample, self.decoder_transformer, self.decoder]
         x, past = run(layers, x, state.decoder)  # (B, S, 1)
         audio, state = x.transpose(0, 2, 1), state._replace(decoder=past)
         mx.async_eval(audio, state)
@@ -403,6 +493,7 @@ class Mimi(nn.Module):
             y, state = step(x[:, :, i : i + chunk], state)
             mx.eval(y, state)  # else the graph of a long clip keeps every activation alive
             out.append(y)
+        use_threads(for_small=False)
         return mx.concatenate(out, axis=2)
 
 
@@ -411,7 +502,7 @@ class Mimi(nn.Module):
 # kyutai's tensor names -> ours
 RENAME = [
     (r"\.conv\.conv\.(conv\.)?|\.convtr\.convtr\.(convtr\.)?", "."),
-    (r"_transformer\.transformer\.layers\.", "_transformer."),
+    (r"_transformer\.transformer\.", "_transformer."),
     (r"\.self_attn\.(in|out)_proj(s\.0\.weight|[_.]weight)$", r".\1_proj"),
     (r"\.(linear[12]|input_proj|output_proj)\.weight$", r".\1"),
     (r"\.layer_scale_([12])\.scale$", r".scale\1"),

@@ -238,7 +238,8 @@ def test_stream_is_generate_in_pieces(generator):
 def test_two_cpu_streams_change_nothing(generator, monkeypatch):
     plain = generator.generate_codes("hello there", **GREEDY)
     monkeypatch.setattr(csm, "TWO_STREAMS", 0)
-    monkeypatch.setattr(csm, "reads_with_one_core", lambda: True)
+    monkeypatch.setattr(mimi, "mkl_on_amd", lambda: True)
+    monkeypatch.setattr(mimi, "use_threads", lambda for_small: None)
     np.testing.assert_array_equal(generator.generate_codes("hello there", **GREEDY), plain)
     layer, x = csm.Linear(24, 67), mx.random.normal((1, 1, 24), key=mx.random.key(0))
     layer.weight = mx.random.normal((67, 24), key=mx.random.key(1))

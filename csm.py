@@ -226,6 +226,17 @@ class Attention(nn.Module):
         return self.o_proj(codec.attend(q, k, v, mask).transpose(0, 2, 1, 3).reshape(len(x), -1))
 
 
+@mx.custom_function
+def large_silu(x):  # on a CPU
+    return x / (1 + codec.exp(-x))
+
+
+@large_silu.vjp
+def large_silu_vjp(x, cotangent, y):
+    gate = 1 / (1 + codec.exp(-x))
+    return cotangent * (gate + y * (1 - gate))
+
+
 class MLP(nn.Module):
     def __init__(self, c):
         super().__init__()
@@ -235,8 +246,8 @@ class MLP(nn.Module):
 
     def __call__(self, x):
         gate = self.gate_proj(x)
-        silu = nn.silu(gate) if codec.vectorized(gate) else gate / (1 + codec.exp(-gate))
-        return self.down_proj(silu * self.up_proj(x))
+        silu = nn.silu if codec.vectorized(gate) else large_silu
+        return self.down_proj(silu(gate) * self.up_proj(x))
 
 
 class Layer(nn.Module):

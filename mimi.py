@@ -188,18 +188,24 @@ def vectorized(x):
     return mx.default_device() == mx.gpu or x.size <= 2**14
 
 
+@mx.custom_function
 def exp(x):
     """e^x, where MLX's is slow by a polynomial within 2e-7 of it (x <= 0): it is most of Mimi's arithmetic."""
     if vectorized(x):
         return mx.exp(x)
     y = mx.clip(x.astype(mx.float32), -87, 88) * math.log2(math.e)
     shift = 1.5 * 2**23 + 127  # a float so large has its integer, 127 more than y's, in the lowest bits
-    whole = mx.stop_gradient(y + shift)
+    whole = y + shift
     part = y - (whole - shift)  # e^x = 2^whole * 2^part, -0.5 <= part <= 0.5
     p = part * EXP2[5]
     for c in EXP2[4:0:-1]:
         p = (p + c) * part
-    return ((p + EXP2[0]) * mx.stop_gradient((whole.view(mx.int32) << 23).view(mx.float32))).astype(x.dtype)
+    return ((p + EXP2[0]) * (whole.view(mx.int32) << 23).view(mx.float32)).astype(x.dtype)
+
+
+@exp.vjp
+def exp_vjp(x, cotangent, y):  # so that training keeps nothing but y
+    return cotangent * y
 
 
 def elu(x):

@@ -246,7 +246,7 @@ class MLP(nn.Module):
 
     def __call__(self, x):
         gate = self.gate_proj(x)
-        silu = nn.silu if codec.vectorized(gate) else large_silu
+        silu = nn.silu if codec.vectorized(gate.size) else large_silu
         return self.down_proj(silu(gate) * self.up_proj(x))
 
 

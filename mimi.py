@@ -183,15 +183,15 @@ class Upsample(nn.Module):
 EXP2 = np.polynomial.Chebyshev.interpolate(np.exp2, 5, [-0.5, 0.5]).convert(kind=np.polynomial.Polynomial).coef.tolist()
 
 
-def vectorized(x):
-    """Whether MLX's own exp, and what is built on it, is fast for x. On a CPU it is only where x is small."""
-    return mx.default_device() == mx.gpu or x.size <= 2**14
+def vectorized(size):
+    """Whether MLX's own exp, and what is built on it, is fast for so many elements. On a CPU it is for few alone."""
+    return mx.default_device() == mx.gpu or size <= 2**14
 
 
 @mx.custom_function
 def exp(x):
     """e^x, where MLX's is slow by a polynomial within 2e-7 of it (x <= 0): it is most of Mimi's arithmetic."""
-    if vectorized(x):
+    if vectorized(x.size):
         return mx.exp(x)
     y = mx.clip(x.astype(mx.float32), -87, 88) * math.log2(math.e)
     shift = 1.5 * 2**23 + 127  # a float so large has its integer, 127 more than y's, in the lowest bits
@@ -217,12 +217,12 @@ class ELU(nn.Module):
         return elu(x), None
 
 
-def run(layers, x, past):
-    """x through layers that each take and return (x, past). Returns (x, list of pasts)."""
+def run(layers, x, past, *shared):
+    """x through layers that each take (x, past, *shared) and return (x, past). Returns (x, list of pasts)."""
     past = past or [None] * len(layers)
     after = []
     for layer, p in zip(layers, past):
-        x, p = layer(x, p)
+        x, p = layer(x, p, *shared)
         after.append(p)
     return x, after
 
@@ -300,7 +300,7 @@ def rope(periods, offset, T):
 def attend(q, k, v, mask=None):
     """mx.fast.scaled_dot_product_attention of q (B, H, T, d) to k, v (B, H_kv, S, d), on a CPU with our `exp`."""
     (B, H, T, d), (n, S) = q.shape, k.shape[1:3]
-    if mx.default_device() == mx.gpu or B * H * T * S <= 2**14:
+    if vectorized(B * H * T * S):
         return mx.fast.scaled_dot_product_attention(q, k, v, scale=d**-0.5, mask=mask)
     if isinstance(mask, str):
         mask = mx.arange(S) <= mx.arange(S - T, S)[:, None]
@@ -352,16 +352,13 @@ class Transformer(nn.Module):
         mx.eval(self._periods)  # so that other threads may use it
 
     def __call__(self, x, past):
-        past, offset = past or ([None] * len(self.layers), 0)
+        past, offset = past or (None, 0)
         T = x.shape[1]
         n = min(offset, self.context - 1) + T
         age = mx.arange(n - T, n)[:, None] - mx.arange(n)  # (T, n): how far back each key lies
         mask, turn = (age >= 0) & (age < self.context), rope(self._periods, offset, T)
-        after = []
-        for layer, p in zip(self.layers, past):
-            x, p = layer(x, p, turn, mask)
-            after.append(p)
-        return x, (after, offset + T)
+        x, past = run(self.layers, x, past, turn, mask)
+        return x, (past, offset + T)
 
 
 # ---------------------------------------------------------------------------------------------------- quantizer

@@ -100,8 +100,8 @@ class Ours:
         rows = mx.zeros((1, 1, model.config.audio_num_codebooks + 1), mx.int32)
         begun = time.perf_counter()
         h = self.generator._step(rows, cache)
-        first = self.sampling(model.head(0, h), mx.random.key(0))
-        model.sample_rest(h, first, lambda i, logits: self.sampling(logits, mx.random.key(i)))
+        keys = mx.random.split(mx.random.key(0), rows.shape[2])[None]
+        self.generator._depth(self.sampling)(h, self.sampling(model.head(0, h), keys[:, 0]).astype(mx.int32), keys)
         return time.perf_counter() - begun
 
     def encode(self, audio):

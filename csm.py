@@ -46,7 +46,7 @@ DEFAULT_VOICES = ("conversational_a", "conversational_b", *(f"read_speech_{x}" f
 NO_TEXT = -1  # in the text column of an audio row; the mask is told from it
 # of a Hub repository, whatever its weights are called
 BESIDE = ("*.json", "tokenizer.model", "mimi.safetensors", "tokenizer-*.safetensors", "prompts/*")
-TWO_STREAMS = 2_000_000  # weights from which a matrix-vector product is worth two CPU streams
+TWO_STREAMS = 2_000_000  # weights from which a matrix-vector product is worth two CPU streams, and a model compiling
 PREFILL = 256  # rows per pass over a prompt: bounds the memory of long ones
 CACHE_STEP = 256  # positions by which a KV cache grows
 
@@ -300,6 +300,8 @@ class CSM(nn.Module):
         self.decoder = Llama(c.decoder)
         self.text_embeddings = Embedding(c.text_vocab_size, D)
         self.audio_embeddings = Embedding(V * K, D)  # code i of codebook k is row i + V * k
+        self._offsets = V * mx.arange(K)  # an array: each number by itself would be a kernel to compile
+        mx.eval(self._offsets)
         self.projection = Linear(D, c.decoder.dim)
         self.codebook0_head = Linear(D, V)
         self.audio_head = [Linear(c.decoder.dim, V) for _ in range(K - 1)]
@@ -310,8 +312,8 @@ class CSM(nn.Module):
 
     def embed(self, rows, mask):
         """rows (B, T, K + 1) int, mask alike bool -> (B, T, D), the sum of the embeddings kept."""
-        K, V = self.config.audio_num_codebooks, self.config.audio_vocab_size
-        audio = self.audio_embeddings(rows[..., :K] + V * mx.arange(K))  # (B, T, K, D)
+        K = self.config.audio_num_codebooks
+        audio = self.audio_embeddings(rows[..., :K] + self._offsets)  # (B, T, K, D)
         text = self.text_embeddings(rows[..., K:])  # (B, T, 1, D)
         return (mx.concatenate([audio, text], axis=-2) * mask[..., None]).sum(axis=-2)
 
@@ -325,7 +327,7 @@ class CSM(nn.Module):
 
     def embed_code(self, i, codes):
         """Codes (...) of codebook i -> (..., D)."""
-        return self.audio_embeddings(codes + i * self.config.audio_vocab_size)
+        return self.audio_embeddings(codes + self._offsets[i])
 
     def depth_logits(self, h, codes):
         """Teacher-forced: h (N, D) hidden states, codes (N, K) of their frames -> logits (N, K - 1, V) of codes 1.."""
@@ -670,7 +672,7 @@ class Generator:
     def _depth(self, sampling):
         """CSM.sample_rest as a function of arrays, h (B, D), first (B,), keys (B, K + 1, 2) -> (B, K - 1).
 
-        Compiled on a GPU, which is then asked for a few large things in place of thousands of small ones.
+        Compiled, its thousands of small operations are fewer, and are built by C++.
         """
 
         def rest(h, first, keys):
@@ -679,7 +681,7 @@ class Generator:
 
             return self.model.sample_rest(h, first, sample)
 
-        if not compiles() or sampling.sampler is not None:
+        if not compiles(self.model) or sampling.sampler is not None:
             return rest
         sampling = replace(sampling, logits_processors=())  # which are for the first codebook
         return self._compiled.setdefault(sampling, mx.compile(rest))
@@ -929,9 +931,12 @@ class Conversation:
             self.cache.trim(self.cache.offset - sum(map(len, self.blocks[: self.n_kept])))
 
 
-def compiles():
-    """Whether mx.compile pays: on a CPU it needs a C++ compiler and a minute, and gains nothing."""
-    return mx.default_device() == mx.gpu
+def compiles(model):
+    """Whether mx.compile pays. On a CPU it takes 10 s once, by the C++ compiler, and saves a tenth of a large frame.
+
+    Without a compiler it leaves functions as they are.
+    """
+    return mx.default_device() == mx.gpu or model.projection.weight.size >= TWO_STREAMS
 
 
 def join(pieces):

@@ -284,7 +284,7 @@ def test_compiled_or_not_the_codes_are_the_same(tmp_path, monkeypatch):
     options = {"max_audio_length_ms": 640, "seed": 2, "voice": "none"}
     kinds = ({"temperature": 0}, {"top_k": 5}, {"top_p": 0.8, "min_p": 0.01})
     plain = [np.array(generator.generate_codes("hello there", **options, **kind)) for kind in kinds]
-    monkeypatch.setattr(csm, "compiles", lambda: True)
+    monkeypatch.setattr(csm, "compiles", lambda model: True)
     for kind, codes in zip(kinds, plain):
         for _ in range(2):  # the second time from the trace that is kept
             np.testing.assert_array_equal(generator.generate_codes("hello there", **options, **kind), codes)

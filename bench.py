@@ -96,7 +96,8 @@ class Ours:
 
     def graph(self):
         """Seconds to build a frame's graph, nothing computed."""
-        model, cache = self.generator.model, csm.KVCache(self.generator.model.config.backbone)
+        model = self.generator.model
+        cache = csm.KVCache(model.config.backbone, dtype=model.dtype)
         rows = mx.zeros((1, 1, model.config.audio_num_codebooks + 1), mx.int32)
         begun = time.perf_counter()
         h = self.generator._step(rows, cache)
@@ -293,17 +294,17 @@ def frame_bytes(model):
     return once + (model.config.audio_num_codebooks - 1) * size(model.decoder, model.projection)
 
 
-def measures(args, K):
+def measures(args, config):
     """{name: function of a system -> seconds}"""
     n, rng = args.frames, np.random.default_rng(0)
     audio = (rng.standard_normal(int(args.seconds * 24_000)) * 0.1).astype(np.float32)
-    codes = rng.integers(0, 256, (K, int(args.seconds * 12.5))).astype(np.int32)
+    codes = rng.integers(0, 256, (config.audio_num_codebooks, int(args.seconds * 12.5))).astype(np.int32)
     out = {}
     for batch in args.batch:  # what two more frames cost, and then n more
         out[f"frame, batch of {batch}"] = lambda s, b=batch: (
             (seconds(s.frames, b, PROMPT, 2 + n) - seconds(s.frames, b, PROMPT, 2)) / n
         )
-    for rows in args.prefill:
+    for rows in (r for r in args.prefill if r < config.backbone.max_positions):
         out[f"prompt of {rows} rows and a frame"] = lambda s, rows=rows: seconds(s.frames, 1, rows, 1)
     out["first audio"] = lambda s: seconds(s.first_audio)
     out["graph of a frame, not computed"] = lambda s: s.graph()
@@ -344,7 +345,7 @@ def run(args, config, codec, folder=None):
         print(f"{name}: {made[name]}", file=sys.stderr, flush=True)
     if "ours" in kinds:
         systems["floor"] = Floor(frame_bytes(systems["ours"].generator.model))
-    for measure, function in measures(args, config.audio_num_codebooks).items():
+    for measure, function in measures(args, config).items():
         times = {name: [] for name in systems}
         for turn in range(args.rounds + 1):  # the first warms up
             for name, system in systems.items():

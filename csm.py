@@ -27,10 +27,10 @@ import secrets
 import struct
 import sys
 import time
-import zipfile
 from collections.abc import Callable, Iterator
-from contextlib import closing, contextmanager, nullcontext, suppress
+from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import dataclass, field, fields, replace
+from itertools import islice
 from pathlib import Path
 
 import mimi as codec  # before mlx: it puts a fast BLAS in place on Linux
@@ -510,14 +510,12 @@ class Generator:
         self._held = None  # rows and KV cache of the context that was computed last
         self._prompts = {}  # the presets asked for so far, as Segments with codes
         self.voices = voices or {}  # name -> folder of its .wav and .txt; None: on the Hub
+        self.sample_rate = mimi.sample_rate
+        self.limit = model.config.backbone.max_positions  # positions that the model has
         if mimi.n_codebooks < model.config.audio_num_codebooks:
             raise ValueError(
                 f"the model writes {model.config.audio_num_codebooks} codebooks, its Mimi has {mimi.n_codebooks}"
             )
-
-    @property
-    def sample_rate(self):
-        return self.mimi.sample_rate
 
     def conversation(self, context=(), *, voice=None):
         """A Conversation that starts with `context`, or without one with a preset voice for whoever speaks first."""
@@ -590,12 +588,7 @@ class Generator:
 
     def decode(self, codes) -> mx.array:
         """Codes (F, K) -> (samples,) float32, in bounded memory."""
-        state, pieces = self.mimi.init_state(1), []
-        for i in range(0, len(codes), 125):
-            audio, state = self.mimi.decode_step(codes[None, i : i + 125].swapaxes(1, 2), state)
-            pieces.append(audio[0, 0])
-            mx.async_eval(pieces[-1])
-        return join(pieces)
+        return join([self.mimi.decode(codes.T[None])[0, 0]])
 
     def encode(self, segment):
         """The Segment with its codes."""
@@ -649,11 +642,11 @@ class Generator:
                 if n + 1 < max(limits[i] for i in live):
                     row = mx.pad(mx.clip(codes, 0, V - 1), [(0, 0), (0, 1)], constant_values=NO_TEXT)
                     h = self._step(row[:, None], cache)
-                mx.async_eval(codes, h, keys)
+                mx.async_eval(codes, h, keys, said)
             if before is not None:
                 ids = np.array(before)
-                if ids.max() >= n_codes:
-                    raise ValueError(f"the sampler gave {ids.max()}, and Mimi has {n_codes} codes")
+                if (wrong := ids[(ids < 0) | (ids >= n_codes)]).size:
+                    raise ValueError(f"the sampler gave {wrong[0]}, and Mimi has {n_codes} codes")
                 speaking = np.flatnonzero(ids.any(axis=1)).tolist()
                 if len(speaking):
                     yield [live[i] for i in speaking], before[mx.array(speaking)]
@@ -684,6 +677,8 @@ class Generator:
         if not compiles(self.model) or sampling.sampler is not None:
             return rest
         sampling = replace(sampling, logits_processors=())  # which are for the first codebook
+        if sampling not in self._compiled and len(self._compiled) > 7:
+            self._compiled.clear()  # each holds a trace for every size of batch
         return self._compiled.setdefault(sampling, mx.compile(rest))
 
     def _prefill(self, prompts, cache, n_shared=0):
@@ -716,20 +711,16 @@ class Generator:
         """rows (B, T, K + 1) through the backbone -> the last hidden state (B, D)."""
         return self.model(mx.maximum(rows, 0), row_mask(rows), cache)[:, -1]
 
-    @property
-    def limit(self):
-        """Positions that the model has."""
-        return self.model.config.backbone.max_positions
-
     def _open(self, speaker, context, voice, voice_match):
         """A Conversation, and the Segment that the new turn continues, if any."""
         if not voice_match:
             return self.conversation(context, voice=voice), None
         context = list(context) or [replace(s, speaker=speaker) for s in self.voice_prompt(voice)]
-        mine = [s for s in context if s.speaker == speaker][-1:]
+        mine = [i for i, s in enumerate(context) if s.speaker == speaker]
         if not mine:
             raise ValueError(f"voice_match continues a clip of speaker {speaker}, and the context has none")
-        return Conversation(self, [s for s in context if s is not mine[0]]), mine[0]
+        clip = context.pop(mine[-1])
+        return Conversation(self, context), clip
 
     def voice_prompt(self, voice=None):
         """The preset `voice` as a list of one Segment, or [] for none."""
@@ -739,32 +730,23 @@ class Generator:
         if name not in self.voices:
             known = ", ".join(sorted(self.voices)) or "none at all"
             raise ValueError(f"unknown voice {name!r}; this model has: {known}")
-        if name in self._prompts:
-            return [self._prompts[name]]
-        try:
-            folder = self.voices[name]
-            wav, txt = (
-                codec.download(DEFAULT_PROMPTS, f"prompts/{name}.{kind}")
-                if folder is None
-                else folder / f"{name}.{kind}"
-                for kind in ("wav", "txt")
-            )
-            segment = Segment(0, Path(txt).read_text(encoding="utf-8").strip(), wav, self._kept_codes(Path(wav)))
-        except FileNotFoundError as e:
-            raise ValueError(f"voice {name} has no clip or no transcript: {e}") from None
-        self._prompts[name] = segment
-        return [segment]
+        if name not in self._prompts:
+            folder, files = self.voices[name], (f"{name}.wav", f"{name}.txt")
+            try:
+                wav, txt = (folder / f if folder else codec.download(DEFAULT_PROMPTS, f"prompts/{f}") for f in files)
+                text = txt.read_text(encoding="utf-8").strip()
+                self._prompts[name] = Segment(0, text, wav, self._kept_codes(wav))
+            except FileNotFoundError as e:
+                raise ValueError(f"voice {name} has no clip or no transcript: {e}") from None
+        return [self._prompts[name]]
 
     def _kept_codes(self, wav):
         """The codes (F, K) of a preset's clip, from a file beside it if that was made of the same clip by this Mimi."""
         kept = wav.with_suffix(".npz")
         mark = hashlib.sha256(wav.read_bytes() + np.array(self.mimi.first.norms).tobytes()).hexdigest()
-        try:
-            with np.load(kept) as file:
-                if file["mark"] == mark:
-                    return file["codes"]
-        except (OSError, ValueError, KeyError, EOFError, TypeError, AttributeError, zipfile.BadZipFile):
-            pass  # absent, or something else
+        with suppress(Exception), np.load(kept) as file:  # absent, or something else
+            if file["mark"] == mark:
+                return file["codes"]
         codes = self.encode(Segment(0, "", wav)).codes
         with suppress(OSError, ValueError), codec.replacing(kept) as part:  # the folder may be read-only
             np.savez(part, codes=codes, mark=mark)
@@ -840,26 +822,25 @@ class Conversation:
         frames = self.frames(text, speaker, **options)
 
         def pieces():
-            state, waiting, interrupt = mimi.init_state(1), [], None
-
-            def decode():
-                nonlocal state, waiting
-                with mx.stream(self.generator.codec_stream):  # beside the next frame, not behind it
-                    audio, state = mimi.decode_step(mx.stack(waiting, axis=2), state)
-                    waiting, piece = [], audio[0, 0]
-                    mx.async_eval(piece)
-                return piece
-
+            state, interrupt, more = mimi.init_state(1), None, True
             try:
-                with closing(frames):
-                    for codes in frames:
-                        waiting.append(codes)
-                        if len(waiting) == size:
-                            yield decode()
-            except KeyboardInterrupt as e:
-                interrupt = e
-            if waiting:  # what is finished is handed out before an interruption goes on
-                yield decode()
+                while more:
+                    waiting = []
+                    try:
+                        waiting.extend(islice(frames, size))
+                    except KeyboardInterrupt as e:  # what is finished is handed out before it goes on
+                        interrupt = e
+                    more = len(waiting) == size and not interrupt
+                    if waiting:
+                        with mx.stream(self.generator.codec_stream):  # beside the next frame, not behind it
+                            audio, state = mimi.decode_step(mx.stack(waiting, axis=2), state)
+                            piece = audio[0, 0]
+                            mx.async_eval(piece)
+                        codec.use_threads(for_small=more)
+                        yield piece
+            finally:
+                frames.close()
+                codec.use_threads(for_small=False)
             if interrupt:
                 raise interrupt
 
@@ -878,12 +859,11 @@ class Conversation:
         rows = self.generator.text_rows(text if opening is None else f"{opening.text} {text}", speaker)
         if opening is not None:
             rows = np.concatenate([rows, self.generator.audio_rows(opening, end=False)])
-        for segment in [replace(s, speaker=speaker) for s in self.voice]:
-            self.turns.insert(0, segment)
-            self.blocks.insert(0, self.generator.segment_rows(segment))
-            self.n_kept += 1
-        self.voice = []
-        self._check_length(len(rows))
+        voice = [replace(s, speaker=speaker) for s in self.voice]
+        blocks = [self.generator.segment_rows(s) for s in voice]
+        self._check_length(sum(map(len, blocks)) + len(rows))
+        self.turns, self.blocks, self.voice = voice + self.turns, blocks + self.blocks, []
+        self.n_kept += len(voice)
         return rows
 
     def frames(self, text, speaker=0, *, opening=None, max_audio_length_ms=90_000, seed=None, **sampling):
@@ -904,21 +884,22 @@ class Conversation:
         self._check_free()
         self._make_room(len(rows), max_frames)
         prompt, start, said, self.busy = np.concatenate([*self.blocks, rows]), self.cache.offset, [], True
-        self.prefilled += len(prompt) - start
         try:
+            self.prefilled += len(prompt) - start
             n_context = sum(map(len, self.blocks[: self.n_kept]))
             for _, codes in self.generator.frames([prompt], self.cache, [max_frames], [seed], sampling, n_context):
                 said.append(codes)
                 yield codes
+            turn.codes = mx.concatenate(said) if said else mx.zeros((0, prompt.shape[1] - 1), mx.int32)
+            mx.eval(turn.codes)
+            block = np.concatenate([rows, self.generator.audio_rows(turn)])
         except BaseException:  # also GeneratorExit: the stream was closed
             self.cache.trim(self.cache.offset - start)
             raise
         finally:
             self.busy = False
         self.cache.trim(self.cache.offset - len(prompt) - len(said) - 1)  # the frame of zeros stays, what followed goes
-        turn.codes = mx.concatenate(said) if said else mx.zeros((0, prompt.shape[1] - 1), mx.int32)
-        mx.eval(turn.codes)
-        self.blocks.append(np.concatenate([rows, self.generator.audio_rows(turn)]))
+        self.blocks.append(block)
         self.turns.append(turn)
 
     def _make_room(self, n_rows, max_frames):
@@ -936,7 +917,7 @@ def compiles(model):
 
     Without a compiler it leaves functions as they are.
     """
-    return mx.default_device() == mx.gpu or model.projection.weight.size >= TWO_STREAMS
+    return mx.default_device() == mx.gpu or model.config.backbone.dim * model.config.decoder.dim >= TWO_STREAMS
 
 
 def join(pieces):
@@ -1003,10 +984,9 @@ def apply_adapter(weights, folder):
 def blank(config, weights):
     """A CSM of zeros to take `weights`: with quantized matrices where they are."""
     model = CSM(config)
-    modules = dict(model.named_modules())
-    for base in [name.removesuffix(".scales") for name in weights if name.endswith(".scales")]:
-        packed, scales = (weights[f"{base}.{part}"].shape[-1] for part in ("weight", "scales"))
-        if (m := modules.get(base)) is not None:
+    for name, m in model.named_modules():
+        if {f"{name}.weight", f"{name}.scales"} <= weights.keys():
+            packed, scales = (weights[f"{name}.{part}"].shape[-1] for part in ("weight", "scales"))
             n = len(m.weight)
             m.weight = mx.zeros((n, packed), mx.uint32)
             m.scales = m.biases = mx.zeros((n, scales))
@@ -1065,11 +1045,8 @@ def load(model="csm-1b", *, dtype=None, quantize=None, group_size=64, adapter=No
     network = blank(config, weights)
     codec.fill(network, split_heads(weights))
     del weights
-    if mimi is not None:
-        mimi = codec.from_weights(mimi[1], mimi[0])
-    else:
-        beside = codec.locate(folder)  # a file, or the folder itself where it has none
-        mimi = codec.load(beside if beside != folder else None)
+    beside = codec.locate(folder)  # a file, or the folder itself where it has none
+    mimi = codec.from_weights(mimi[1], mimi[0]) if mimi else codec.load(beside if beside != folder else None)
     tokenizer = next((f for f in (folder / "tokenizer.json", folder / "tokenizer.model") if f.is_file()), None)
     if tokenizer is None:
         tokenizer = codec.download(config.text_tokenizer or DEFAULT_TOKENIZER, "tokenizer.json")
@@ -1139,16 +1116,12 @@ def read_dialogue(path):
 
 def read_context(path):
     """JSON, a list of {"speaker", "text", "audio": path beside the JSON} -> Segments."""
+    context = []
     try:
-        turns = json.loads(read_text(f"@{path}"))
-        return [
-            Segment(
-                int(t["speaker"] if "speaker" in t else t["speaker_id"]),
-                t["text"],
-                Path(path).parent / (t.get("audio") or t["audio_path"]),
-            )
-            for t in turns
-        ]
+        for t in json.loads(read_text(f"@{path}")):
+            speaker, audio = t["speaker"] if "speaker" in t else t["speaker_id"], t.get("audio") or t["audio_path"]
+            context.append(Segment(int(speaker), t["text"], Path(path).parent / audio))
+        return context
     except (KeyError, TypeError, AttributeError, ArithmeticError, RecursionError, json.JSONDecodeError) as e:
         expected = '[{"speaker": 0, "text": "...", "audio": "file.wav"}, ...]'
         raise ValueError(f"{path}: expected {expected} ({type(e).__name__}: {e})") from None
@@ -1244,18 +1217,14 @@ def spoken(generator, args, turns, context, options, seed):
             raise ValueError("--batch needs narrate.py beside csm.py") from None
         (speaker, text), arguments = turns[0], options | {"voice": args.voice, "batch": args.batch, "seed": seed}
         return (audio for _, _, audio in narrate.narrate(generator, text, speaker, context, **arguments))
-    conversation, opening = generator._open(turns[0][0], context, args.voice, args.voice_match)
-    interval = args.streaming_interval if args.stream or args.play or args.out == "-" else 2.0
-
-    def pieces():
-        nonlocal opening
-        for i, (speaker, text) in enumerate(turns):
-            yield from conversation.stream(
-                text, speaker, streaming_interval=interval, opening=opening, seed=(seed + i) % 2**64, **options
-            )
-            opening = None
-
-    return pieces()
+    talk, opening = generator._open(turns[0][0], context, args.voice, args.voice_match)
+    live = args.stream or args.play or args.out == "-"
+    options = options | {"streaming_interval": args.streaming_interval if live else 2.0}
+    return (
+        audio
+        for i, (speaker, text) in enumerate(turns)
+        for audio in talk.stream(text, speaker, opening=None if i else opening, seed=(seed + i) % 2**64, **options)
+    )
 
 
 @contextmanager
@@ -1269,7 +1238,7 @@ def player(rate, on):
 
         speaker = sounddevice.OutputStream(samplerate=rate, channels=1, dtype="float32")
     except Exception as e:  # no package, no PortAudio, no device
-        raise ValueError(f"--play needs `pip install sounddevice` and a sound card: {str(e).splitlines()[0]}") from None
+        raise ValueError(f"--play needs `pip install sounddevice` and a sound card: {e or type(e).__name__}") from None
     with speaker:
         yield lambda audio: speaker.write(audio[:, None])
 
@@ -1311,7 +1280,7 @@ def main(argv=None):
     except (ValueError, OSError) as e:
         p.exit(2, f"csm.py: error: {' '.join(str(e).split())}\n")
     except KeyboardInterrupt:
-        p.exit(130, "interrupted: nothing was written\n")
+        p.exit(130, "interrupted: no file was written\n")
 
 
 if __name__ == "__main__":

@@ -53,8 +53,7 @@ def read_folder(folder):
     for clip in clips:
         speaker, text = re.search(r"speaker_?(\d+)", clip.stem), clip.with_suffix(".txt")
         if not speaker or not text.is_file():
-            missing = "no .txt beside it" if speaker else "no speaker0, speaker1 ... in its name"
-            raise ValueError(f"{clip}: {missing}")
+            raise ValueError(f"{clip}: no {'.txt beside it' if speaker else 'speaker0, speaker1 ... in its name'}")
         words = text.read_text(encoding="utf-8").strip()
         talks.setdefault(clip.parent, []).append({"text": words, "audio_path": str(clip), "speaker": int(speaker[1])})
     if not talks:
@@ -299,9 +298,8 @@ class Run:
             return
         arrays, metadata = mimi.read_safetensors(file)
         where = json.loads(metadata["run"])
-        now, then = settings(self.args, self.group), where["settings"]
-        other = [k for k in now if now[k] != then.get(k)]
-        if other:
+        then = where["settings"]
+        if other := [k for k, now in settings(self.args, self.group).items() if now != then.get(k)]:
             raise ValueError(f"{file} is of another {', '.join(other)}: give the same, or another --output-dir")
         held = tree_unflatten(list(arrays.items()))
         self.model.update(held["model"])
@@ -392,31 +390,33 @@ def chart(rows, path):
         from matplotlib.figure import Figure
     except ImportError:
         return
-    figure = Figure(figsize=(8, 4), layout="constrained")
-    axes = figure.subplots()
+    axes = Figure(figsize=(8, 4), layout="constrained").subplots()
     for name, label in (("first", "codebook 0"), ("rest", "the others"), ("test", "both, test")):
-        points = [(r["step"], r[name]) for r in rows if name in r]
-        if points:
+        if points := [(r["step"], r[name]) for r in rows if name in r]:
             axes.plot(*zip(*points), label=label)
     axes.set(xlabel="step", ylabel="cross-entropy")
     axes.legend()
-    figure.savefig(path, dpi=120)
+    axes.figure.savefig(path, dpi=120)
 
 
 def fuse(args):
     """A model folder with what was trained in its weights."""
     config = mimi.read_json(args.run / "adapter_config.json")
     base = args.model or config.get("model") or "csm-1b"
+
+    def fused(weights):
+        if not config:
+            trained = mimi.read_safetensors(args.run / "model.safetensors")[0]
+            if any(trained.get(k, mx.array(0)).shape != w.shape for k, w in weights.items()):
+                raise ValueError(f"{args.run} was trained from another model than {base}")
+            return {k: trained[k].astype(w.dtype) for k, w in weights.items()}
+        sums = csm.apply_adapter(csm.split_heads(weights), args.run)
+        return csm.join_heads(sums) if "audio_head" in weights else sums
+
+    fused(convert.read(csm.locate(base))[1])  # what does not fit is said before anything is written
     convert.convert(base, args.destination)
     file = args.destination / "model.safetensors"
-    weights = mimi.read_safetensors(file)[0]
-    if config:
-        fused = csm.apply_adapter(csm.split_heads(weights), args.run)
-        weights = csm.join_heads(fused) if "audio_head" in weights else fused
-    else:
-        trained = mimi.read_safetensors(args.run / "model.safetensors")[0]
-        weights = {k: trained[k].astype(w.dtype) for k, w in weights.items()}
-    save(file, weights)
+    save(file, fused(mimi.read_safetensors(file)[0]))
     print(f"{args.destination}: {base} with {args.run}")
 
 

@@ -202,6 +202,8 @@ def main(argv=None):
             raise ValueError("OUT must be a file: use csm.py --batch for a pipe")
         context, options = csm.read_options(args)
         mark = {k: v for k, v in vars(args).items() if k not in ("out", "batch", "seed")} | {"text": text}
+        used = [f for p in (args.model, args.adapter) if p for f in (Path(p), *sorted(Path(p).glob("*.safetensors")))]
+        mark["files"] = [(f.name, f.stat().st_size, f.stat().st_mtime_ns) for f in used if f.is_file()]
         mark = hashlib.sha256(json.dumps(mark).encode() + b"".join(s.audio.tobytes() for s in context)).hexdigest()
         generator = csm.load(args.model, dtype=args.dtype, quantize=args.quantize, adapter=args.adapter)
         options |= {"speaker": args.speaker, "context": context, "voice": args.voice, "batch": args.batch}

@@ -356,9 +356,12 @@ def test_voice_match_continues_the_clip_and_keeps_the_turns(generator, monkeypat
         csm.Segment(1, "yes", clip(0.4, 1)),
         csm.Segment(0, "no", clip(0.4, 2)),
     ]
-    for speaker, rest, ref in ((1, [turns[0], turns[2]], turns[1]), (0, turns[:2], turns[2])):
+    again = [turns[0], turns[1], turns[0]]  # the same clip twice: one of them stays
+    for speaker, context, rest, ref in (
+        (1, turns, [turns[0], turns[2]], turns[1]), (0, turns, turns[:2], turns[2]), (0, again, again[:2], turns[0])
+    ):  # fmt: skip
         with pytest.raises(ZeroDivisionError):
-            generator.generate("there", speaker, turns, voice_match=True)
+            generator.generate("there", speaker, context, voice_match=True)
         joined = [generator.text_rows(f"{ref.text} there", speaker), generator.audio_rows(ref)[:-1]]  # no end frame
         np.testing.assert_array_equal(prompts[-1], np.concatenate([*map(generator.segment_rows, rest), *joined]))
     with pytest.raises(ValueError, match="no"):

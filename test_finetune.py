@@ -262,6 +262,9 @@ def test_adapter_in_every_way(plain, data, tmp_path, capfd):
     base, tuned = csm.load(plain, dtype="float32"), csm.load(plain, dtype="float32", adapter=tmp_path / "o")
     codes = np.array(tuned.generate_codes("hello there", 0, **options))
     assert not np.array_equal(codes, base.generate_codes("hello there", 0, **options))
+    with pytest.raises(SystemExit):  # of another size
+        finetune.main(["fuse", str(tmp_path / "o"), str(tmp_path / "no"), "--model", str(HERE / "tiny")])
+    assert "does not fit" in capfd.readouterr().err and not (tmp_path / "no").exists()
     finetune.main(["fuse", str(tmp_path / "o"), str(tmp_path / "m")])
     np.testing.assert_array_equal(
         csm.load(tmp_path / "m", dtype="float32").generate_codes("hello there", 0, **options), codes

@@ -277,6 +277,37 @@ def test_a_shared_context_is_nobody_elses(generator):
         np.testing.assert_array_equal(found[i], expected[i])
 
 
+def test_every_piece_may_be_taken_by_another_thread(generator):
+    from concurrent.futures import ThreadPoolExecutor
+
+    def elsewhere(function, *args):
+        with ThreadPoolExecutor(1) as pool:
+            return pool.submit(function, *args).result()
+
+    options = {"max_audio_length_ms": 400, "seed": 3, "logits_processors": [lambda ids, logits: logits - ids.sum() * 0]}
+    pieces, said = generator.stream("hello there", streaming_interval=0.08, **options), []
+    while (piece := elsewhere(next, pieces, None)) is not None:
+        said.append(np.array(piece))
+    np.testing.assert_allclose(np.concatenate(said), generator.generate("hello there", **options), atol=1e-5)
+
+    mimi = generator.mimi
+    audio = np.linspace(-1, 1, 2 * mimi.frame_size, dtype=np.float32)[None, None]
+    state = elsewhere(mimi.init_state, 1)
+    few, state = elsewhere(mimi.encode_step, audio[..., :100], state)
+    codes, _ = elsewhere(mimi.encode_step, audio[..., 100:], state)
+    assert few.shape[2] == 0
+    np.testing.assert_array_equal(codes, mimi.encode(audio))
+
+
+def test_a_failed_turn_leaves_the_conversation_as_it_was(generator):
+    talk = generator.conversation(voice="none")
+    options = {"max_audio_length_ms": 240, "seed": 1}
+    with pytest.raises(ValueError, match="sampler"):
+        talk.say("hello", 0, sampler=lambda logp: mx.full(logp.shape[:1], -1), **options)
+    fresh = generator.conversation(voice="none")
+    np.testing.assert_array_equal(talk.say("yes", 1, **options), fresh.say("yes", 1, **options))
+
+
 def test_compiled_or_not_the_codes_are_the_same(tmp_path, monkeypatch):
     from conftest import write_model
 

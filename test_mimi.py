@@ -406,6 +406,16 @@ def test_exp_is_mlx_s():
     assert mimi.exp(x.astype(mx.bfloat16)).dtype == mx.bfloat16
 
 
+def test_gelu_is_mlx_s():
+    import mlx.nn as nn
+
+    x = mx.linspace(-90, 90, 200_001)
+    assert not mimi.vectorized(x.size)
+    assert (mx.abs(mimi.gelu(x) - nn.gelu(x)) / mx.maximum(mx.abs(x), 1)).max() < 4e-7
+    slopes = [mx.grad(lambda x, f=f: f(x).sum())(x) for f in (mimi.gelu, nn.gelu)]
+    assert mx.abs(slopes[0] - slopes[1]).max() < 2e-6
+
+
 @pytest.mark.parametrize("B, H, n, T, S, d", [(1, 8, 8, 24, 70, 16), (2, 6, 2, 40, 40, 8), (1, 32, 8, 256, 300, 4)])
 def test_attention_is_mlx_s(B, H, n, T, S, d):
     keys = mx.random.split(mx.random.key(1), 3)

@@ -665,7 +665,8 @@ class Generator:
     def _depth(self, sampling):
         """CSM.sample_rest as a function of arrays, h (B, D), first (B,), keys (B, K + 1, 2) -> (B, K - 1).
 
-        Compiled, its thousands of small operations are fewer, and are built by C++.
+        Compiled, it has fewer of its thousands of small operations, and C++ builds them. The weights are inputs, and so
+        may change.
         """
 
         def rest(h, first, keys):
@@ -679,7 +680,7 @@ class Generator:
         sampling = replace(sampling, logits_processors=())  # which are for the first codebook
         if sampling not in self._compiled and len(self._compiled) > 7:
             self._compiled.clear()  # each holds a trace for every size of batch
-        return self._compiled.setdefault(sampling, mx.compile(rest))
+        return self._compiled.setdefault(sampling, mx.compile(rest, inputs=self.model.state))
 
     def _prefill(self, prompts, cache, n_shared=0):
         """Rows of the prompts (T, K + 1) that the cache lacks through the backbone; returns the last hidden (B, D).

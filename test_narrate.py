@@ -320,6 +320,8 @@ def test_compiled_or_not_the_codes_are_the_same(tmp_path, monkeypatch):
         for _ in range(2):  # the second time from the trace that is kept
             np.testing.assert_array_equal(generator.generate_codes("hello there", **options, **kind), codes)
     assert len(generator._compiled) == len(kinds)
+    generator.model.audio_head[0].weight = -generator.model.audio_head[0].weight
+    assert not np.array_equal(generator.generate_codes("hello there", **options, **kinds[0]), plain[0])  # not kept
 
 
 def test_context_is_computed_once(generator, monkeypatch):

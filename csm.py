@@ -837,7 +837,7 @@ class Conversation:
                             audio, state = mimi.decode_step(mx.stack(waiting, axis=2), state)
                             piece = audio[0, 0]
                             mx.async_eval(piece)
-                        codec.use_threads(for_small=more)
+                        codec.use_threads(for_small=more)  # the next frame's again, not the codec's
                         yield piece
             finally:
                 frames.close()

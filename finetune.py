@@ -410,8 +410,8 @@ def fuse(args):
             if any(trained.get(k, mx.array(0)).shape != w.shape for k, w in weights.items()):
                 raise ValueError(f"{args.run} was trained from another model than {base}")
             return {k: trained[k].astype(w.dtype) for k, w in weights.items()}
-        sums = csm.apply_adapter(csm.split_heads(weights), args.run)
-        return csm.join_heads(sums) if "audio_head" in weights else sums
+        changed = csm.apply_adapter(csm.split_heads(weights), args.run)
+        return csm.join_heads(changed) if "audio_head" in weights else changed
 
     fused(convert.read(csm.locate(base))[1])  # what does not fit is said before anything is written
     convert.convert(base, args.destination)

@@ -1,0 +1,1 @@
+"""Programs on top of csm.py, each run as `python -m csm_tools.NAME`."""

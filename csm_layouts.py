@@ -185,7 +185,7 @@ def part_config(config, weights, part, csm_1b):
         return known[name] | (given | told if agrees else {}), None if name == named else name
     if not told:
         raise ValueError(
-            f"the config does not say what heads the {part} has, and no known model is like it: {found['n_layers']} "
+            f"config.json does not say what heads the {part} has, and no known model is like it: {found['n_layers']} "
             f"layers of {found['dim']} with MLPs of {found['ffn_dim']}, q of {found['q']} and k of {found['k']} rows "
             f"(known: {', '.join(known)})"
         )
@@ -198,7 +198,7 @@ def csm_config(config, weights, csm_1b):
     parts = {part: part_config(config, weights, part, csm_1b) for part in ("backbone", "decoder")}
     if filled := [name for _, name in parts.values() if name]:
         level = logging.WARNING if config else logging.INFO
-        log.log(level, "the sizes are the tensors', heads and RoPE, which no config tells, %s's", " and ".join(filled))
+        log.log(level, "sizes are told by the tensors; heads and RoPE are those of %s", " and ".join(filled))
     native = {"model_type": "csm", "layout": "native", **{part: fields for part, (fields, _) in parts.items()}}
     rows = [weights[f"{name}.weight"].shape[0] for name in ("text_embeddings", "codebook0_head", "audio_embeddings")]
     native |= {"text_vocab_size": rows[0], "audio_vocab_size": rows[1], "audio_num_codebooks": rows[2] // rows[1]}
@@ -333,6 +333,30 @@ def to_transformers(config, weights, mimi_config, mimi_weights):
         },
         "chat_template.jinja": CHAT_TEMPLATE.replace("SPACE", " " if config.get("speaker_prefix_space") else ""),
     }  # fmt: skip
+
+
+def to_transformers_tokenizer(tokenizer, settings, bos, eos):
+    """tokenizer.json and tokenizer_config.json as CsmProcessor wants them, and their ids for config.json.
+
+    bos, eos: the ids of what stands before and after a text, or None. Frames of audio need two tokens of their own: the
+    stock Llama tokenizer's first reserved ones, as in sesame/csm-1b. Where there are none, so it stays.
+    """
+    tokens = {token["content"]: token for token in tokenizer.get("added_tokens", ())}
+    ids = {"bos_token_id": bos, "eos_token_id": None}  # that of CsmConfig ends the audio
+    for i, (field, name) in enumerate((("audio_token", "<|AUDIO|>"), ("audio_eos_token", "<|audio_eos|>"))):
+        if token := tokens.get(name) or tokens.get(f"<|reserved_special_token_{i}|>"):
+            token["content"], ids[f"{field}_id"] = name, token["id"]
+    names = {token["id"]: token["content"] for token in tokens.values()}
+    marks = {"bos_token": names.get(bos), "eos_token": names.get(eos)}
+    settings = {"tokenizer_class": "PreTrainedTokenizerFast"} | settings | {k: v for k, v in marks.items() if v}
+    settings.pop("added_tokens_decoder", None)  # which says the same as added_tokens, under the old names
+    if bos is None or eos is None:
+        return tokenizer, settings, ids
+    text = {"Sequence": {"id": "A", "type_id": 0}}
+    before, after = ({"SpecialToken": {"id": names[i], "type_id": 0}} for i in (bos, eos))
+    special = {names[i]: {"id": names[i], "ids": [i], "tokens": [names[i]]} for i in (bos, eos)}
+    template = {"single": [before, text, after], "pair": [before, text, after], "special_tokens": special}
+    return tokenizer | {"post_processor": {"type": "TemplateProcessing"} | template}, settings, ids
 
 
 def mimi_table(layers):

@@ -346,16 +346,17 @@ def to_transformers_tokenizer(tokenizer, settings, bos, eos):
     for i, (field, name) in enumerate((("audio_token", "<|AUDIO|>"), ("audio_eos_token", "<|audio_eos|>"))):
         if token := tokens.get(name) or tokens.get(f"<|reserved_special_token_{i}|>"):
             token["content"], ids[f"{field}_id"] = name, token["id"]
+    ids["pad_token_id"] = ids.get("audio_token_id")
     names = {token["id"]: token["content"] for token in tokens.values()}
     marks = {"bos_token": names.get(bos), "eos_token": names.get(eos)}
     settings = {"tokenizer_class": "PreTrainedTokenizerFast"} | settings | {k: v for k, v in marks.items() if v}
     settings.pop("added_tokens_decoder", None)  # which says the same as added_tokens, under the old names
-    if bos is None or eos is None:
+    if not {bos, eos} <= names.keys():
         return tokenizer, settings, ids
-    text = {"Sequence": {"id": "A", "type_id": 0}}
+    text, other = ({"Sequence": {"id": x, "type_id": 0}} for x in "AB")
     before, after = ({"SpecialToken": {"id": names[i], "type_id": 0}} for i in (bos, eos))
     special = {names[i]: {"id": names[i], "ids": [i], "tokens": [names[i]]} for i in (bos, eos)}
-    template = {"single": [before, text, after], "pair": [before, text, after], "special_tokens": special}
+    template = {"single": [before, text, after], "pair": [before, text, other, after], "special_tokens": special}
     return tokenizer | {"post_processor": {"type": "TemplateProcessing"} | template}, settings, ids
 
 

@@ -4,7 +4,7 @@ Layouts, told apart by their key names:
   sesame        sesame/csm-1b, MisoTTS, Marvis' .pt files: torchtune names (attn, mlp.w1, sa_norm.scale)
   mlx           senstella/csm-1b-mlx, the MLX community: the same tensors under MLX names. Our native layout
   transformers  CsmForConditionalGeneration: half-split RoPE, the tied audio embedding stored once, Mimi inside
-  Mimi          kyutai's, which is our native one (interleaved RoPE, q|k|v fused), and transformers' (half-split RoPE)
+  Mimi          kyutai's (interleaved RoPE, q|k|v fused), transformers' (half-split RoPE), and ours, as mimi.py computes
 
 RoPE turns pairs of rows of q and k: rows (2i, 2i + 1) of a head if interleaved, (i, i + head_dim / 2) if half-split, so
 one becomes the other by reordering rows. Sizes come from the tensors' shapes, which a config may lack or contradict;
@@ -54,6 +54,12 @@ MIMI_TRANSFORMERS = (  # after the rows of mimi_table
     ("downsample.conv.", "downsample.conv.conv."), ("upsample.conv.", "upsample.convtr.convtr."),
     (".convtr.", ".convtr.convtr."), (".conv.", ".conv.conv."),
     ("encoder.layers.", "encoder.model."), ("decoder.layers.", "decoder.model."),
+)
+KYUTAI = (  # regular expressions on kyutai's names of Mimi's tensors -> ours
+    (r"^(en|de)coder\.model\.", r"\1coder."), (r"\.conv\.conv\.(conv\.)?|\.convtr\.convtr\.(convtr\.)?", "."),
+    (r"_transformer\.transformer\.", "_transformer."), (r"\.self_attn\.in_proj_weight$", ".in_proj"),
+    (r"\.self_attn\.out_proj\.weight$", ".out_proj"), (r"\.(linear[12]|input_proj|output_proj)\.weight$", r".\1"),
+    (r"\.layer_scale_([12])\.scale$", r".scale\1"), (r"^quantizer\.rvq_(first|rest)\.", r"\1."),
 )
 TIED = ("backbone_model.embed_tokens.embed_audio_tokens.", "depth_decoder.model.embed_tokens.")  # one may be there
 SPELLINGS = (  # moshi's newer names -> those of the published checkpoint
@@ -293,7 +299,7 @@ def csm_to_native(config, weights, csm_1b):
     """
     weights = bare(weights)
     inside = {name: w for name, w in weights.items() if name.startswith("codec_model.")}
-    mimi = mimi_to_native(config.get("codec_config") or {}, inside) if inside else None
+    mimi = mimi_to_native(config, inside) if inside else None
     weights = {name: w for name, w in weights.items() if name not in inside}
     theirs = any(name.startswith("backbone_model.") for name in weights)
     if theirs:
@@ -375,14 +381,23 @@ def numbers(weights, pattern):
 
 
 def mimi_to_native(config, weights):
-    """A Mimi in any layout -> (config, weights) in ours. Of the config, what the shapes do not tell, as far as given.
+    """A Mimi in transformers' layout or kyutai's, perhaps inside a CSM -> (config, weights) in ours, lazily.
 
-    config: transformers' MimiConfig, or the codec_config of a whole CSM. Raises ValueError as csm_to_native does.
+    config: what is known of it: transformers' MimiConfig, the config.json of a whole CSM, or our own fields. Sizes come
+    from the shapes. Raises ValueError where these are not a Mimi's tensors, or the config asks for what it does not do.
     """
-    weights = rename(bare(weights), (("codec_model.", ""), *SPELLINGS))
+    config = config.get("codec_config") or config
+    weights = {name.removeprefix("codec_model."): w for name, w in rename(bare(weights), SPELLINGS).items()}
+    native = {f: config[f] for f, _ in MIMI_FIELDS if f in config} if "n_filters" in config else {}
+    if numbers(weights, r"decoder\.layers\.(\d+)\."):
+        native, weights = from_transformers_mimi(config, weights)
+    sizes = mimi_sizes(weights)
+    return native | sizes, from_kyutai(sizes, weights)
+
+
+def from_transformers_mimi(config, weights):
+    """transformers' layout -> (of the config, what shapes do not tell; weights in kyutai's)."""
     layers = numbers(weights, r"decoder\.layers\.(\d+)\.conv\.")[1:-1]  # before and behind them are plain ones
-    if not layers:
-        return {}, weights
     rope = config | (config.get("rope_parameters") or {})
     refuse_other(rope, MIMI_FIXED | {"rope_scaling": None, "rope_type": "default"})
     native = {ours: config[theirs] for ours, theirs in MIMI_FIELDS[:5] if config.get(theirs) is not None}
@@ -398,9 +413,106 @@ def mimi_to_native(config, weights):
     return native, weights
 
 
+def mimi_sizes(weights):
+    """The sizes of a Mimi from kyutai's tensors, as fields of its config. Raises ValueError: they are none."""
+
+    def shapes(pattern):  # of the tensors that match, in the order of their first numbers
+        found = ((re.fullmatch(pattern, k), w.shape) for k, w in weights.items())
+        return [shape for _, shape in sorted((int(m[1]), shape) for m, shape in found if m)]
+
+    convs = shapes(r"encoder\.model\.(\d+)\.conv\.conv\.weight")  # (out, in, kernel)
+    residual = shapes(r"encoder\.model\.(\d+)\.block\.1\.conv\.conv\.weight")
+    convtrs = shapes(r"decoder\.model\.(\d+)\.convtr\.convtr\.weight")
+    linears = shapes(r"encoder_transformer\.transformer\.layers\.(\d+)\.linear1\.weight")
+    first, rest = (
+        shapes(rf"quantizer\.rvq_{part}\.vq\.layers\.(\d+)\._codebook\.embedding_sum") for part in ("first", "rest")
+    )
+    if not (convs and residual and convtrs and linears and first):
+        raise ValueError(f"not a Mimi: the checkpoint has {', '.join(sorted(weights)[:3]) or 'nothing'} ...")
+    return {
+        "n_filters": convs[0][0], "ratios": [kernel // 2 for _, _, kernel in convtrs], "kernel_size": convs[0][2],
+        "residual_kernel_size": residual[0][2], "last_kernel_size": convs[-1][2],
+        "compress": residual[0][1] // residual[0][0], "n_residual_layers": len(residual) // len(convtrs),
+        "dim": linears[0][1], "n_layers": len(linears), "ffn_dim": linears[0][0], "codebook_size": first[0][0],
+        "codebook_dim": first[0][1], "n_codebooks": len(first) + len(rest), "n_semantic": len(first),
+    }  # fmt: skip
+
+
+def strides(config):
+    """Ours: name of a convolution that is not of stride 1 -> its stride, or minus that if it is a transposed one."""
+    step = 2 + config["n_residual_layers"]
+    down = {f"encoder.{step * (i + 1)}": r for i, r in enumerate(reversed(config["ratios"]))}
+    return down | {f"decoder.{2 + step * i}": -r for i, r in enumerate(config["ratios"])} | {"downsample": 2}
+
+
+def from_kyutai(config, weights):
+    """kyutai's names and shapes -> ours: matrices as mimi.py multiplies by them, codebooks in one array."""
+    stride, books, out = strides(config), {}, {}
+    for name, w in weights.items():
+        key = name
+        for pattern, new in KYUTAI:
+            key = re.sub(pattern, new, key)
+        stem, kind = key.rpartition(".")[::2]
+        s = stride.get(stem, 1)
+        if m := re.fullmatch(r"(first|rest)\.vq\.layers\.(\d+)\._codebook\.(\w+)", key):
+            if m[3] != "_initialized":
+                books.setdefault(f"{m[1]}.{m[3]}", {})[int(m[2])] = w
+            continue
+        if kind == "bias" and s < 0:
+            w = mx.tile(w, -s)
+        elif w.ndim == 3 and stem == "upsample":  # (D, 1, 4) -> (taps, 2, D)
+            w = w[:, 0].T.reshape(2, 2, -1)[::-1]
+        elif w.ndim == 3 and s < 0:  # (C, O, kernel) -> (taps, C, u * O), the newest input's tap last
+            C, O, _ = w.shape
+            w = w.transpose(2, 0, 1).reshape(-1, -s, C, O)[::-1].swapaxes(1, 2).reshape(-1, C, -s * O)
+        elif w.ndim == 3:  # (O, C, kernel) -> (taps, s * C, O); a projection's kernel is 1
+            w = w[..., 0] if kind.endswith("proj") else w.transpose(2, 1, 0).reshape(-1, w.shape[1] * s, w.shape[0])
+        out[key] = w
+    for key, each in books.items():
+        if sorted(each) != list(range(len(each))) or len({w.shape for w in each.values()}) > 1:
+            raise ValueError(f"the checkpoint does not fit the model: {key} is there for codebooks {sorted(each)}")
+        out[key] = mx.stack([each[i] for i in range(len(each))])
+    return out
+
+
+def to_kyutai(config, weights):
+    """The other way. config: with all fields."""
+    stride, out = strides(config), {}
+    for key, w in weights.items():
+        stem, kind = key.rpartition(".")[::2]
+        s = stride.get(stem, 1)
+        conv = "convtr.convtr" if s < 0 else "conv.conv"
+        if stem in ("first", "rest") and not kind.endswith("proj"):
+            for i, book in enumerate(w):
+                out[f"quantizer.rvq_{stem}.vq.layers.{i}._codebook.{kind}"] = book
+                out[f"quantizer.rvq_{stem}.vq.layers.{i}._codebook._initialized"] = mx.ones((1,), book.dtype)
+        elif stem in ("first", "rest"):
+            out[f"quantizer.rvq_{stem}.{kind}.weight"] = w[..., None]
+        elif stem == "upsample":
+            out["upsample.convtr.convtr.convtr.weight"] = w[::-1].reshape(4, -1).T[:, None]
+        elif stem == "downsample":
+            out["downsample.conv.conv.conv.weight"] = w.reshape(4, -1, w.shape[-1]).transpose(2, 1, 0)
+        elif "_transformer." in key:
+            names = {"in_proj": "self_attn.in_proj_weight", "out_proj": "self_attn.out_proj.weight",
+                     "linear1": "linear1.weight", "linear2": "linear2.weight",
+                     "scale1": "layer_scale_1.scale", "scale2": "layer_scale_2.scale"}  # fmt: skip
+            out[f"{stem}.{names.get(kind, kind)}".replace("_transformer.", "_transformer.transformer.")] = w
+        else:
+            if kind == "bias" and s < 0:
+                w = w[: len(w) // -s]
+            elif s < 0:
+                taps, C, _ = w.shape
+                w = w.reshape(taps, C, -s, -1).swapaxes(1, 2)[::-1].reshape(-s * taps, C, -1).transpose(1, 2, 0)
+            elif kind == "weight":
+                w = w.reshape(len(w) * s, -1, w.shape[-1]).transpose(2, 1, 0)
+            part, rest = stem.split(".", 1)
+            out[f"{part}.model.{rest}.{conv}.{kind}"] = w
+    return out
+
+
 def mimi_to_transformers(config, weights):
-    """Native -> transformers' names, shapes and RoPE."""
-    weights, heads = dict(weights), config["n_heads"]
+    """Ours -> transformers' names, shapes and RoPE."""
+    weights, heads = to_kyutai(config, weights), config["n_heads"]
     for fused in [name for name in weights if name.endswith(".in_proj_weight")]:
         q, k, v = mx.split(weights.pop(fused), 3)
         rows = {"q": reorder(q, heads, split=True), "k": reorder(k, heads, split=True), "v": v}

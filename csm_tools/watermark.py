@@ -19,12 +19,10 @@ pieces of one mark, each by its own statistics. The symbols run on from piece to
 Glossary: T frames, F bins, I and O channels in and out.
 """
 
-import argparse
 import sys
 from pathlib import Path
 from typing import NamedTuple
 
-import csm_layouts
 import mimi as codec
 
 import mlx.core as mx  # isort: skip
@@ -36,6 +34,7 @@ SESAME = (212, 211, 146, 56, 201)  # the message in CSM's speech
 RATE = 44_100  # Hz: the network's
 HOP = 2048  # samples from frame to frame; a frame is two hops long
 BAND = 1024  # bins that carry the message, of HOP + 1
+LEAST = 0.5  # of the symbols must agree: of symbols drawn at random, in four marks or more, fewer do
 PERIOD = 21  # frames a mark: twenty symbols and an end
 MARK = PERIOD * HOP  # samples: 0.975 s
 WHOLE = 32  # marks (31 s) that are taken as a whole: 0.5 GB
@@ -88,20 +87,17 @@ def convolve(x, weight, bias):
 
 
 class Layer:
-    """BatchNorm(conv(x) * sigmoid(gate(x))), by the statistics of x itself. Frames come and go in tiles (t, F, I)."""
+    """BatchNorm(conv(x) * sigmoid(gate(x))), by the statistics of x itself. x comes and goes in tiles (t, F, C)."""
 
-    def __init__(self, w, name, c_in, c_out, k=3):
-        shape = (c_out, c_in, k, k)  # O, I, bins, frames
-        for part in ("conv", "gate"):
-            if w[f"{name}.{part}.weight"].shape != shape:
-                raise KeyError(f"{name}.{part}.weight of shape {shape}")
-        both = mx.concatenate([w[f"{name}.conv.weight"], w[f"{name}.gate.weight"]])
+    def __init__(self, weights, name):
+        w = {key: weights[f"{name}.{key}"] for key in ("conv.weight", "gate.weight", "conv.bias", "gate.bias")}
+        both = mx.concatenate([w["conv.weight"], w["gate.weight"]])  # (2 O, I, bins, frames)
         self.weight = mx.contiguous(both.transpose(3, 2, 1, 0))
-        self.bias = mx.concatenate([w[f"{name}.conv.bias"], w[f"{name}.gate.bias"]])
-        self.scale, self.shift = w[f"{name}.bn.weight"], w[f"{name}.bn.bias"]
+        self.bias = mx.concatenate([w["conv.bias"], w["gate.bias"]])
+        self.scale, self.shift = weights[f"{name}.bn.weight"], weights[f"{name}.bn.bias"]
 
     def __call__(self, tiles):
-        """Takes the tiles out of the list as it goes, so that one layer's are held at a time."""
+        """Takes the tiles out of the list as it goes, so that memory holds one layer of a clip."""
         r = self.weight.shape[0] // 2
         edge = mx.zeros((r, *tiles[0].shape[1:]))
         out, means, variances, before = [], [], [], edge
@@ -110,13 +106,13 @@ class Layer:
             after = tiles[0][:r] if tiles else edge
             padded = mx.pad(mx.concatenate([before, x, after]), ((0, 0), (r, r), (0, 0)))
             value, gate = mx.split(convolve(padded, self.weight, self.bias), 2, axis=-1)
-            y = value * mx.sigmoid(gate)
+            y = value * mx.sigmoid(gate)  # (t, F, O)
             means.append(mx.mean(y, axis=(0, 1)))
             variances.append(mx.var(y, axis=(0, 1)))
             mx.eval(y, means[-1], variances[-1])
             out.append(y)
             before = x[len(x) - r :]
-        share = mx.array([len(y) for y in out])[:, None] / sum(len(y) for y in out)
+        share = mx.array([[len(y)] for y in out]) / sum(len(y) for y in out)
         mean = mx.sum(share * mx.stack(means), axis=0)
         variance = mx.sum(share * (mx.stack(variances) + (mx.stack(means) - mean) ** 2), axis=0)
         scale = self.scale * mx.rsqrt(variance + 1e-5)
@@ -124,26 +120,27 @@ class Layer:
 
 
 class Watermark:
-    """The networks. enc, dec, det: the tensors of enc_c.ckpt, dec_c.ckpt and dec_m_0.ckpt, as read_pt gives them."""
+    """The networks. encoder, decoder, detector: the tensors of enc_c, dec_c and dec_m_0, in PyTorch's shapes."""
 
-    def __init__(self, enc, dec, det):
-        self.encoder = [Layer(enc, f"main.{i}", c, 32) for i, c in enumerate((1, 32, 32))]
-        self.symbols = enc["linear.weight"].T + enc["linear.bias"]  # (5, BAND)
-        # of the 96 channels that go in, 32 are the carrier and 32 the message, each the same 32 times
-        self.decoder = [Layer(dec, f"main.{i}", 96, 96) for i in range(3)] + [Layer(dec, "main.3", 96, 1, k=1)]
+    def __init__(self, encoder, decoder, detector):
+        self.encoder = [Layer(encoder, f"main.{i}") for i in range(3)]
+        self.symbols = encoder["linear.weight"].T + encoder["linear.bias"]  # (5, BAND)
+        self.decoder = [Layer(decoder, f"main.{i}") for i in range(4)]
+        # a third of the channels that go in are the encoder's, a third the carrier, a third the message, repeated
         encoded, carrier, message = mx.split(self.decoder[0].weight, 3, axis=2)
-        same = [w.sum(axis=2, keepdims=True) for w in (carrier, message)]
-        self.decoder[0].weight = mx.concatenate([encoded, *same], axis=2)  # (3, 3, 34, O)
-        sizes = [1] + [128] * 9 + [5]
-        self.detector = [Layer(det, f"main.{2 * i + 1}", *sizes[i : i + 2]) for i in range(10)]
-        self.bins, self.bias = det["linear.weight"][0], det["linear.bias"]  # (BAND,), (1,)
+        once = [w.sum(axis=2, keepdims=True) for w in (carrier, message)]
+        self.decoder[0].weight = mx.concatenate([encoded, *once], axis=2)  # (3, 3, 32 + 2, O)
+        self.detector = [Layer(detector, f"main.{i}") for i in range(1, 20, 2)]
+        self.bins, self.bias = detector["linear.weight"][0], detector["linear.bias"]  # (BAND,), (1,)
 
     def embed(self, audio, sample_rate=24_000, message=SESAME, sdr=36.0):
         """(samples,) -> (samples,) float32 NumPy, marked. sdr: decibels from the sound down to the mark.
 
-        Silence stays as it is. Raises ValueError where the message is not five bytes.
+        Silence stays silence, and what is above 22 kHz is lost. Raises ValueError.
         """
-        return np.concatenate([*self.embed_stream([audio], sample_rate, message, sdr, WHOLE)])
+        size = 10 * RATE
+        pieces = (audio[i : i + size] for i in range(0, len(audio), size))
+        return np.concatenate([np.zeros(0, np.float32), *self.embed_stream(pieces, sample_rate, message, sdr, WHOLE)])
 
     def embed_stream(self, pieces, sample_rate=24_000, message=SESAME, sdr=36.0, marks=1):
         """Pieces (samples,) of any length -> pieces, as many samples in all, about `marks` * 0.975 s behind."""
@@ -155,60 +152,110 @@ class Watermark:
             for piece in pieces:
                 piece = np.asarray(piece, np.float32)
                 if piece.ndim != 1 or not np.isfinite(piece).all():
-                    raise ValueError(f"cannot mark audio of shape {piece.shape}, or of NaN: it must be (samples,)")
+                    raise ValueError(f"audio to mark must be (samples,), without NaN; this is {piece.shape}")
                 taken += len(piece)
                 yield piece
 
-        clips = clip(resample(checked(), sample_rate, RATE), marks * MARK)
-        for marked in resample((self.mark(y, symbols, sdr) for y in clips), RATE, sample_rate):
-            marked = marked[: taken - given]  # rounding up twice can make one too many
+        clips = cut(resample(checked(), sample_rate, RATE), marks * MARK)
+        for marked in resample((self.mark(clip, symbols, sdr) for clip in clips), RATE, sample_rate):
+            marked = marked[: taken - given]  # two roundings up can make one sample too many
             given += len(marked)
             yield marked
 
-    def mark(self, audio, symbols, sdr):
-        """One clip (n,) at 44.1 kHz, marked from its first sample on."""
-        power = np.mean(audio**2)
+    def mark(self, clip, symbols, sdr):
+        """(n,) at 44.1 kHz -> the same, marked from its first sample on."""
+        power = np.mean(clip**2)
         if power == 0:
-            return audio
-        spectrum = stft(audio * np.sqrt(POWER / power))
+            return clip
+        spectrum = stft(clip * np.sqrt(POWER / power))
         carrier = np.abs(spectrum)  # (T, F)
         info = np.abs(self.info(carrier, np.resize(symbols, len(carrier))))
         info[:, BAND:] = 0
-        info *= 10 ** (-sdr / 20) * np.sqrt(np.mean(carrier**2)) / np.sqrt(np.mean(info**2, axis=1, keepdims=True))
+        info *= 10 ** (-sdr / 20) * np.sqrt(np.mean(carrier**2) / np.mean(info**2, axis=1, keepdims=True))
         spectrum *= np.maximum(carrier - info, 0) / np.maximum(carrier, 1e-30)
-        return istft(spectrum, len(audio)) * np.sqrt(power / POWER)
+        return istft(spectrum, len(clip)) * np.sqrt(power / POWER)
 
     def info(self, carrier, symbols):
         """Magnitudes (T, F), symbols (T,) -> what the decoder makes of them, (T, F)."""
         carrier = to_tiles(mx.array(carrier))
+        message = to_tiles(mx.pad(self.symbols[mx.array(symbols)], ((0, 0), (0, HOP + 1 - BAND))))
         tiles = list(carrier)
         for layer in self.encoder:
-            tiles = layer(tiles)  # (t, F, 32)
-        message = to_tiles(mx.pad(self.symbols[mx.array(symbols)], ((0, 0), (0, HOP + 1 - BAND))))
+            tiles = layer(tiles)
         tiles = [mx.concatenate(parts, axis=-1) for parts in zip(tiles, carrier, message)]
         for layer in self.decoder:
             tiles = layer(tiles)
         return np.array(mx.concatenate(tiles)[:, :, 0])
 
-    def logits(self, audio):
-        """One clip (n,) at 44.1 kHz -> (T, 5), of the symbols."""
-        tiles = to_tiles(mx.array(np.abs(stft(audio))[:, :BAND]))
-        for layer in self.detector:
-            tiles = layer(tiles)  # (t, BAND, C)
-        return np.array(mx.einsum("tfs,f->ts", mx.concatenate(tiles), self.bins) + self.bias)
+    def detect(self, audio, sample_rate=24_000):
+        """(samples,) -> the Detection, or None where there is no mark. Raises ValueError.
+
+        Where a mark begins at the first sample it is read there. Else the beginnings of a frame are tried, on the
+        loudest two seconds, every 256 samples and then finer about the best.
+        """
+        audio = np.asarray(audio, np.float32)
+        if audio.ndim != 1 or not np.isfinite(audio).all():
+            raise ValueError(f"audio to look at must be (samples,), without NaN; this is {audio.shape}")
+        audio = np.concatenate([*resample([audio], sample_rate, RATE), np.zeros(0, np.float32)])
+        found, clarity = self.read(audio)
+        if len(audio) < MARK or (found and found.confidence >= 0.9 and len(audio) >= 2 * MARK):
+            return found
+        energy = [np.sum(clip**2) for clip in cut([audio], MARK)]
+        loudest = int(np.argmax(np.convolve(energy, [1, 1])[1:])) * MARK  # where it and the next are
+        excerpt = audio[loudest : loudest + 2 * MARK + HOP]
+        scores = {shift: self.read(excerpt[shift:])[1] for shift in range(0, HOP, 256)}
+        for step in (128, 64):
+            best = max(scores, key=scores.get)
+            scores |= {shift: self.read(excerpt[shift:])[1] for shift in (best - step, best + step) if shift >= 0}
+        other, clearer = self.read(audio[max(scores, key=scores.get) :])
+        return other if clearer > clarity else found
 
     def read(self, audio):
-        """(n,) at 44.1 kHz, a mark beginning at its first sample or a multiple of HOP from it -> Detection or None."""
-        logits = [self.logits(y)[: WHOLE * PERIOD] for y in clip([audio], WHOLE * MARK)]
-        symbols = np.concatenate(logits).argmax(axis=1)  # TODO
-        rows = symbols[: len(symbols) // PERIOD * PERIOD].reshape(-1, PERIOD)
-        counts = (rows[:, :, None] == np.arange(5)).sum(axis=0)  # (PERIOD, 5)
-        mode = counts.argmax(axis=1)
-        if (mode == 0).sum() != 1:
-            return None
-        bits = np.roll(mode, -mode.argmin() - 1)[:-1] - 1
-        message = tuple(int(b) for b in bits.reshape(5, 4) @ [64, 16, 4, 1])
-        return Detection(message, float(np.mean(rows == mode)))
+        """(n,) at 44.1 kHz, a frame beginning at its first sample -> Detection or None; how clear the symbols are."""
+        logits = np.concatenate([self.logits(clip)[: WHOLE * PERIOD] for clip in cut([audio], WHOLE * MARK)])
+        logits = logits[: len(logits) // PERIOD * PERIOD].reshape(-1, PERIOD, 5)  # a row for each mark
+        if not len(logits):
+            return None, 0.0
+        probabilities = np.exp(logits - logits.max(axis=-1, keepdims=True))
+        probabilities /= probabilities.sum(axis=-1, keepdims=True)
+        clarity = float(probabilities.mean(axis=0).max(axis=-1).mean())
+        rows = logits.argmax(axis=-1)
+        mode = (rows[:, :, None] == np.arange(5)).sum(axis=0).argmax(axis=-1)  # (PERIOD,)
+        confidence = float(np.mean(rows == mode))
+        if (mode == 0).sum() != 1 or confidence < LEAST:
+            return None, clarity
+        pairs = np.roll(mode, -1 - mode.argmin())[:-1] - 1  # from after the end
+        return Detection(tuple((pairs.reshape(5, 4) @ [64, 16, 4, 1]).tolist()), confidence), clarity
+
+    def logits(self, clip):
+        """(n,) at 44.1 kHz -> (T, 5), of the symbols."""
+        clip = clip * np.sqrt(POWER / max(np.mean(clip**2), 1e-30))
+        tiles = to_tiles(mx.array(np.abs(stft(clip))[:, :BAND]))
+        for layer in self.detector:
+            tiles = layer(tiles)
+        return np.array(mx.einsum("tfs,f->ts", mx.concatenate(tiles), self.bins) + self.bias)
+
+
+def load(path_or_repo=REPO):
+    """The networks, from a folder or a Hub repository with SilentCipher's 44.1 kHz model. Raises ValueError."""
+    import csm_layouts
+
+    folder = Path(path_or_repo)
+    if not folder.is_dir():
+        try:
+            folder = codec.download(str(path_or_repo), *(f"{FOLDER}/{name}" for name in FILES))
+        except (ValueError, OSError) as error:
+            raise ValueError(f"the watermark's weights cannot be had: {error}") from None
+    if (folder / FOLDER).is_dir():
+        folder = folder / FOLDER
+    weights = [csm_layouts.read_pt(folder / name) for name in FILES]
+    try:
+        mark = Watermark(*weights)
+    except (KeyError, ValueError) as error:
+        raise ValueError(f"{folder} does not hold a SilentCipher: {error}") from None
+    if mark.symbols.shape != (5, BAND) or mark.bins.shape != (BAND,):
+        raise ValueError(f"{folder} holds another SilentCipher than that of 44.1 kHz")
+    return mark
 
 
 # ---------------------------------------------------------------------------------------------------- small parts
@@ -244,7 +291,7 @@ def resample(pieces, old, new):
     yield np.pad(rest, (0, max(0, n - len(rest))))[:n]
 
 
-def clip(pieces, size):
+def cut(pieces, size):
     """Pieces (samples,) -> pieces of `size` and what is left."""
     held = np.zeros(0, np.float32)
     for piece in pieces:
@@ -254,3 +301,56 @@ def clip(pieces, size):
             held = held[size:]
     if len(held):
         yield held
+
+
+# ---------------------------------------------------------------------------------------------------- command
+
+
+def embed_file(args):
+    import soundfile
+
+    mark = load(args.weights)
+    try:
+        rate = soundfile.info(args.input).samplerate
+    except soundfile.LibsndfileError:  # no such file, or one for ffmpeg: read_audio says
+        rate = 24_000
+    audio = codec.read_audio(args.input, rate)
+    with codec.audio_writer(args.output, rate) as write:
+        for piece in mark.embed_stream([audio], rate, args.message, args.sdr, marks=WHOLE):
+            write(piece)
+
+
+def detect_file(args):
+    found = load(args.weights).detect(codec.read_audio(args.input, RATE), RATE)
+    if not found:
+        print("no mark")
+        return 1
+    whose = "CSM's mark" if found.message == SESAME else "a mark, not CSM's"
+    print(f"{whose}: message {','.join(map(str, found.message))}, confidence {found.confidence:.2f}")
+    return 0
+
+
+def numbers(text):
+    return tuple(int(n) for n in text.split(","))
+
+
+def main(argv=None):
+    import csm  # late: it imports this file, by name, and then may run as __main__
+
+    p = csm.parser_for("watermark", description="Mark speech inaudibly, or find the mark (exit status 1: none).")
+    commands = p.add_subparsers(required=True, metavar="embed | detect")
+    embed = commands.add_parser("embed", help="IN -> OUT, mono, at IN's sample rate")
+    detect = commands.add_parser("detect", help="whether a file is marked, and with what")
+    for sub, function in ((embed, embed_file), (detect, detect_file)):
+        sub.set_defaults(function=function)
+        sub.add_argument("input", metavar="IN", help="an audio file")
+        sub.add_argument("--weights", default=REPO, metavar="W", help=f"a folder or a Hub repository (default {REPO})")
+    embed.add_argument("output", metavar="OUT", help="a .wav, .flac, .mp3, .ogg or .opus file")
+    embed.add_argument("--sdr", type=float, default=36.0, help="decibels from the sound down to the mark (default 36)")
+    embed.add_argument("--message", type=numbers, default=SESAME, metavar="N,N,N,N,N", help="default: CSM's own")
+    args = p.parse_args(argv)
+    return csm.run(p, args.function, args)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

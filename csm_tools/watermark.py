@@ -72,7 +72,7 @@ def istft(spectrum, n):
 
 def convolve(x, weight, bias):
     """x (t + k - 1, F + k - 1, I), weight (k, k, I, O) -> (t, F, O)."""
-    k, _, I, O = weight.shape
+    k = len(weight)
     if mx.default_device() == mx.gpu:
         return mx.conv2d(x[None], weight.transpose(3, 0, 1, 2))[0] + bias
     # MLX's convolution is slow on a CPU, and its matrix products are not: one for each tap, on shifted bins

@@ -38,7 +38,6 @@ LEAST = 0.5  # of the symbols must agree: of symbols drawn at random, in four ma
 PERIOD = 21  # frames a mark: twenty symbols and an end
 MARK = PERIOD * HOP  # samples: 0.975 s
 WHOLE = 32  # marks (31 s) that are taken as a whole: 0.5 GB
-TILE = 1  # frames that go through a layer at once
 POWER = 0.002837200844477648  # the mean square that the network was trained on
 
 
@@ -47,7 +46,7 @@ class Detection(NamedTuple):
     confidence: float  # share of the symbols that agree with their repetitions; 1.0 where there are none (below 1.95 s)
 
 
-# ---------------------------------------------------------------------------------------------------- spectrogram
+# ---------------------------------------------------------------------------------------------------- sound
 
 
 WINDOW = np.hanning(2 * HOP + 1)[:-1].astype(np.float32)  # periodic Hann
@@ -67,56 +66,86 @@ def istft(spectrum, n):
     return ((frames[:-1, HOP:] + frames[1:, :HOP]) / envelope).reshape(-1)[:n]
 
 
+def resample(pieces, old, new):
+    """Pieces (samples,) at one rate -> pieces at another, a few seconds at most, rounded up to whole samples in all."""
+    import soxr
+
+    stream, taken, given = soxr.ResampleStream(old, new, 1, dtype="float32", quality="HQ"), 0, 0
+    for piece in pieces:
+        piece = np.asarray(piece, np.float32)
+        if piece.ndim != 1 or not np.isfinite(piece).all():
+            raise ValueError(f"audio must be (samples,), without NaN; this is {piece.shape}")
+        for i in range(0, len(piece), MARK):
+            part = piece[i : i + MARK]
+            out = part if old == new else stream.resample_chunk(part)
+            taken, given = taken + len(part), given + len(out)
+            yield out
+    rest = stream.resample_chunk(np.zeros(0, np.float32), last=True)
+    n = -(-taken * new // old) - given
+    yield np.pad(rest, (0, max(0, n - len(rest))))[:n]
+
+
+def cut(pieces, size):
+    """Pieces (samples,) -> pieces of `size` and what is left."""
+    held = np.zeros(0, np.float32)
+    for piece in pieces:
+        held = np.concatenate([held, piece])
+        while len(held) >= size:
+            yield held[:size]
+            held = held[size:]
+    if len(held):
+        yield held
+
+
 # ---------------------------------------------------------------------------------------------------- network
 
 
-def convolve(x, weight, bias):
-    """x (t + k - 1, F + k - 1, I), weight (k, k, I, O) -> (t, F, O)."""
-    k = len(weight)
+def to_symbols(message):
+    """Five bytes -> a mark's 21 symbols: two bits each, the high ones first, counted from 1; then the end, 0."""
+    if len(message) != 5 or not all(0 <= byte < 256 for byte in message):
+        raise ValueError(f"a watermark's message is five numbers from 0 to 255, not {message}")
+    return [(byte >> shift & 3) + 1 for byte in message for shift in (6, 4, 2, 0)] + [0]
+
+
+def convolve(frames, weight, bias):
+    """Frames [(F, I)] * k, weight (k, k, I, O) -> the middle one's (F, O), zeros beyond the bins."""
+    k, n = len(weight), len(frames[0])
+    x = mx.pad(mx.stack(frames), ((0, 0), (k // 2, k // 2), (0, 0)))
     if mx.default_device() == mx.gpu:
-        return mx.conv2d(x[None], weight.transpose(3, 0, 1, 2))[0] + bias
-    # MLX's convolution is slow on a CPU, and its matrix products are not: one for each tap, on shifted bins
-    frames = []
-    for t in range(x.shape[0] - k + 1):
-        y = bias
-        for i in range(k):
-            for j in range(k):
-                y = mx.addmm(y, x[t + i, j : x.shape[1] - k + 1 + j], weight[i, j])
-        frames.append(y)
-    return mx.stack(frames)
+        return mx.conv2d(x[None], weight.transpose(3, 0, 1, 2))[0, 0] + bias
+    y = bias  # MLX's convolution is slow on a CPU, its products are not: one for each tap
+    for i in range(k):
+        for j in range(k):
+            y = mx.addmm(y, x[i, j : j + n], weight[i, j])
+    return y
 
 
 class Layer:
-    """BatchNorm(conv(x) * sigmoid(gate(x))), by the statistics of x itself. x comes and goes in tiles (t, F, C)."""
+    """BatchNorm(conv(x) * sigmoid(gate(x))), by the statistics of x itself."""
 
     def __init__(self, weights, name):
-        w = {key: weights[f"{name}.{key}"] for key in ("conv.weight", "gate.weight", "conv.bias", "gate.bias")}
-        both = mx.concatenate([w["conv.weight"], w["gate.weight"]])  # (2 O, I, bins, frames)
-        self.weight = mx.contiguous(both.transpose(3, 2, 1, 0))
-        self.bias = mx.concatenate([w["conv.bias"], w["gate.bias"]])
+        conv, gate = (weights[f"{name}.{part}.weight"] for part in ("conv", "gate"))  # (O, I, bins, frames)
+        self.weight = mx.contiguous(mx.concatenate([conv, gate]).transpose(3, 2, 1, 0))
+        self.bias = mx.concatenate([weights[f"{name}.conv.bias"], weights[f"{name}.gate.bias"]])
         self.scale, self.shift = weights[f"{name}.bn.weight"], weights[f"{name}.bn.bias"]
 
-    def __call__(self, tiles):
-        """Takes the tiles out of the list as it goes, so that memory holds one layer of a clip."""
-        r = self.weight.shape[0] // 2
-        edge = mx.zeros((r, *tiles[0].shape[1:]))
-        out, means, variances, before = [], [], [], edge
-        while tiles:
-            x = tiles.pop(0)
-            after = tiles[0][:r] if tiles else edge
-            padded = mx.pad(mx.concatenate([before, x, after]), ((0, 0), (r, r), (0, 0)))
-            value, gate = mx.split(convolve(padded, self.weight, self.bias), 2, axis=-1)
-            y = value * mx.sigmoid(gate)  # (t, F, O)
-            means.append(mx.mean(y, axis=(0, 1)))
-            variances.append(mx.var(y, axis=(0, 1)))
-            mx.eval(y, means[-1], variances[-1])
-            out.append(y)
-            before = x[len(x) - r :]
-        share = mx.array([[len(y)] for y in out]) / sum(len(y) for y in out)
-        mean = mx.sum(share * mx.stack(means), axis=0)
-        variance = mx.sum(share * (mx.stack(variances) + (mx.stack(means) - mean) ** 2), axis=0)
-        scale = self.scale * mx.rsqrt(variance + 1e-5)
-        return [(y - mean) * scale + self.shift for y in out]
+    def __call__(self, frames):
+        """[(F, I)] * T -> [(F, O)] * T. Takes from the list as it goes: memory holds one layer of a clip."""
+        r = len(self.weight) // 2
+        edge = mx.zeros_like(frames[0])
+        near = [edge] * r + [frames.pop(0) for _ in range(r)]
+        out, means, variances = [], [], []
+        for _ in range(len(frames) + r):
+            near.append(frames.pop(0) if frames else edge)
+            value, gate = mx.split(convolve(near, self.weight, self.bias), 2, axis=-1)
+            out.append(value * mx.sigmoid(gate))
+            means.append(mx.mean(out[-1], axis=0))
+            variances.append(mx.var(out[-1], axis=0))
+            mx.eval(out[-1], means[-1], variances[-1])
+            near.pop(0)
+        means = mx.stack(means)
+        mean, variance = mx.mean(means, axis=0), mx.mean(mx.stack(variances), axis=0) + mx.var(means, axis=0)
+        return [(y - mean) * (self.scale * mx.rsqrt(variance + 1e-5)) + self.shift for y in out]
 
 
 class Watermark:
@@ -138,25 +167,20 @@ class Watermark:
 
         Silence stays silence, and what is above 22 kHz is lost. Raises ValueError.
         """
-        size = 10 * RATE
-        pieces = (audio[i : i + size] for i in range(0, len(audio), size))
-        return np.concatenate([np.zeros(0, np.float32), *self.embed_stream(pieces, sample_rate, message, sdr, WHOLE)])
+        return np.concatenate([*self.embed_stream([audio], sample_rate, message, sdr, WHOLE)])
 
     def embed_stream(self, pieces, sample_rate=24_000, message=SESAME, sdr=36.0, marks=1):
         """Pieces (samples,) of any length -> pieces, as many samples in all, about `marks` * 0.975 s behind."""
         symbols = to_symbols(message)
         taken = given = 0
 
-        def checked():
+        def counted():
             nonlocal taken
             for piece in pieces:
-                piece = np.asarray(piece, np.float32)
-                if piece.ndim != 1 or not np.isfinite(piece).all():
-                    raise ValueError(f"audio to mark must be (samples,), without NaN; this is {piece.shape}")
                 taken += len(piece)
                 yield piece
 
-        clips = cut(resample(checked(), sample_rate, RATE), marks * MARK)
+        clips = cut(resample(counted(), sample_rate, RATE), marks * MARK)
         for marked in resample((self.mark(clip, symbols, sdr) for clip in clips), RATE, sample_rate):
             marked = marked[: taken - given]  # two roundings up can make one sample too many
             given += len(marked)
@@ -177,15 +201,15 @@ class Watermark:
 
     def info(self, carrier, symbols):
         """Magnitudes (T, F), symbols (T,) -> what the decoder makes of them, (T, F)."""
-        carrier = to_tiles(mx.array(carrier))
-        message = to_tiles(mx.pad(self.symbols[mx.array(symbols)], ((0, 0), (0, HOP + 1 - BAND))))
-        tiles = list(carrier)
+        carrier = [*mx.array(carrier)[:, :, None]]
+        message = [*mx.pad(self.symbols[mx.array(symbols)], ((0, 0), (0, HOP + 1 - BAND)))[:, :, None]]
+        frames = carrier[:]
         for layer in self.encoder:
-            tiles = layer(tiles)
-        tiles = [mx.concatenate(parts, axis=-1) for parts in zip(tiles, carrier, message)]
+            frames = layer(frames)
+        frames = [mx.concatenate(parts, axis=1) for parts in zip(frames, carrier, message)]
         for layer in self.decoder:
-            tiles = layer(tiles)
-        return np.array(mx.concatenate(tiles)[:, :, 0])
+            frames = layer(frames)
+        return np.array(mx.stack(frames)[:, :, 0])
 
     def detect(self, audio, sample_rate=24_000):
         """(samples,) -> the Detection, or None where there is no mark. Raises ValueError.
@@ -193,21 +217,20 @@ class Watermark:
         Where a mark begins at the first sample it is read there. Else the beginnings of a frame are tried, on the
         loudest two seconds, every 256 samples and then finer about the best.
         """
-        audio = np.asarray(audio, np.float32)
-        if audio.ndim != 1 or not np.isfinite(audio).all():
-            raise ValueError(f"audio to look at must be (samples,), without NaN; this is {audio.shape}")
-        audio = np.concatenate([*resample([audio], sample_rate, RATE), np.zeros(0, np.float32)])
+        audio = np.concatenate([*resample([audio], sample_rate, RATE)])
         found, clarity = self.read(audio)
         if len(audio) < MARK or (found and found.confidence >= 0.9 and len(audio) >= 2 * MARK):
             return found
         energy = [np.sum(clip**2) for clip in cut([audio], MARK)]
         loudest = int(np.argmax(np.convolve(energy, [1, 1])[1:])) * MARK  # where it and the next are
         excerpt = audio[loudest : loudest + 2 * MARK + HOP]
-        scores = {shift: self.read(excerpt[shift:])[1] for shift in range(0, HOP, 256)}
-        for step in (128, 64):
-            best = max(scores, key=scores.get)
-            scores |= {shift: self.read(excerpt[shift:])[1] for shift in (best - step, best + step) if shift >= 0}
-        other, clearer = self.read(audio[max(scores, key=scores.get) :])
+
+        def score(shift):
+            return self.read(excerpt[shift:])[1]
+
+        best = max(range(0, HOP, 256), key=score)
+        best = max(((best + step) % HOP for step in (0, -128, -64, 64, 128)), key=score)
+        other, clearer = self.read(audio[best:])
         return other if clearer > clarity else found
 
     def read(self, audio):
@@ -230,10 +253,10 @@ class Watermark:
     def logits(self, clip):
         """(n,) at 44.1 kHz -> (T, 5), of the symbols."""
         clip = clip * np.sqrt(POWER / max(np.mean(clip**2), 1e-30))
-        tiles = to_tiles(mx.array(np.abs(stft(clip))[:, :BAND]))
+        frames = [*mx.array(np.abs(stft(clip))[:, :BAND, None])]
         for layer in self.detector:
-            tiles = layer(tiles)
-        return np.array(mx.einsum("tfs,f->ts", mx.concatenate(tiles), self.bins) + self.bias)
+            frames = layer(frames)
+        return np.array(mx.einsum("tfs,f->ts", mx.stack(frames), self.bins) + self.bias)
 
 
 def load(path_or_repo=REPO):
@@ -248,85 +271,38 @@ def load(path_or_repo=REPO):
             raise ValueError(f"the watermark's weights cannot be had: {error}") from None
     if (folder / FOLDER).is_dir():
         folder = folder / FOLDER
-    weights = [csm_layouts.read_pt(folder / name) for name in FILES]
+    parts = [csm_layouts.read_pt(folder / name) for name in FILES]
     try:
-        mark = Watermark(*weights)
+        mark = Watermark(*parts)
     except (KeyError, ValueError) as error:
         raise ValueError(f"{folder} does not hold a SilentCipher: {error}") from None
     if mark.symbols.shape != (5, BAND) or mark.bins.shape != (BAND,):
-        raise ValueError(f"{folder} holds another SilentCipher than that of 44.1 kHz")
+        raise ValueError(f"{folder} holds a SilentCipher of another rate than 44.1 kHz")
     return mark
-
-
-# ---------------------------------------------------------------------------------------------------- small parts
-
-
-def to_tiles(x):
-    """(T, F) -> [(t, F, 1)]"""
-    return [x[i : i + TILE, :, None] for i in range(0, len(x), TILE)]
-
-
-def to_symbols(message):
-    """Five bytes -> a mark's 21 symbols: two bits each, the high ones first, counted from 1; then the end, 0."""
-    if len(message) != 5 or not all(0 <= byte < 256 for byte in message):
-        raise ValueError(f"a watermark's message is five numbers from 0 to 255, not {message}")
-    return [(byte >> shift & 3) + 1 for byte in message for shift in (6, 4, 2, 0)] + [0]
-
-
-def resample(pieces, old, new):
-    """Pieces (samples,) at one rate -> pieces at another, rounded up to whole samples in all."""
-    import soxr
-
-    if old == new:
-        yield from pieces
-        return
-    stream, taken, given = soxr.ResampleStream(old, new, 1, dtype="float32", quality="HQ"), 0, 0
-    for piece in pieces:
-        taken += len(piece)
-        out = stream.resample_chunk(piece)
-        given += len(out)
-        yield out
-    rest = stream.resample_chunk(np.zeros(0, np.float32), last=True)
-    n = -(-taken * new // old) - given
-    yield np.pad(rest, (0, max(0, n - len(rest))))[:n]
-
-
-def cut(pieces, size):
-    """Pieces (samples,) -> pieces of `size` and what is left."""
-    held = np.zeros(0, np.float32)
-    for piece in pieces:
-        held = np.concatenate([held, piece])
-        while len(held) >= size:
-            yield held[:size]
-            held = held[size:]
-    if len(held):
-        yield held
 
 
 # ---------------------------------------------------------------------------------------------------- command
 
 
-def embed_file(args):
+def command(args):
     import soundfile
 
+    if (args.action == "embed") != (args.output is not None):
+        raise ValueError("it is `embed IN OUT` and `detect IN`")
     mark = load(args.weights)
+    if args.action == "detect":
+        found = mark.detect(codec.read_audio(args.input, RATE), RATE)
+        whose = "no mark" if not found else "CSM's mark" if found.message == SESAME else "a mark, not CSM's"
+        print(whose + (f": {','.join(map(str, found.message))}, confidence {found.confidence:.2f}" if found else ""))
+        return 0 if found else 1
     try:
         rate = soundfile.info(args.input).samplerate
     except soundfile.LibsndfileError:  # no such file, or one for ffmpeg: read_audio says
         rate = 24_000
     audio = codec.read_audio(args.input, rate)
     with codec.audio_writer(args.output, rate) as write:
-        for piece in mark.embed_stream([audio], rate, args.message, args.sdr, marks=WHOLE):
+        for piece in mark.embed_stream([audio], rate, args.message, args.sdr, WHOLE):
             write(piece)
-
-
-def detect_file(args):
-    found = load(args.weights).detect(codec.read_audio(args.input, RATE), RATE)
-    if not found:
-        print("no mark")
-        return 1
-    whose = "CSM's mark" if found.message == SESAME else "a mark, not CSM's"
-    print(f"{whose}: message {','.join(map(str, found.message))}, confidence {found.confidence:.2f}")
     return 0
 
 
@@ -335,21 +311,16 @@ def numbers(text):
 
 
 def main(argv=None):
-    import csm  # late: it imports this file, by name, and then may run as __main__
+    import csm  # late: csm.py loads this file, and then may be called __main__
 
-    p = csm.parser_for("watermark", description="Mark speech inaudibly, or find the mark (exit status 1: none).")
-    commands = p.add_subparsers(required=True, metavar="embed | detect")
-    embed = commands.add_parser("embed", help="IN -> OUT, mono, at IN's sample rate")
-    detect = commands.add_parser("detect", help="whether a file is marked, and with what")
-    for sub, function in ((embed, embed_file), (detect, detect_file)):
-        sub.set_defaults(function=function)
-        sub.add_argument("input", metavar="IN", help="an audio file")
-        sub.add_argument("--weights", default=REPO, metavar="W", help=f"a folder or a Hub repository (default {REPO})")
-    embed.add_argument("output", metavar="OUT", help="a .wav, .flac, .mp3, .ogg or .opus file")
-    embed.add_argument("--sdr", type=float, default=36.0, help="decibels from the sound down to the mark (default 36)")
-    embed.add_argument("--message", type=numbers, default=SESAME, metavar="N,N,N,N,N", help="default: CSM's own")
-    args = p.parse_args(argv)
-    return csm.run(p, args.function, args)
+    p = csm.parser_for("watermark", description="Mark speech inaudibly, or find a mark (exit status 1: none).")
+    p.add_argument("action", choices=("embed", "detect"))
+    p.add_argument("input", metavar="IN", help="an audio file")
+    p.add_argument("output", metavar="OUT", nargs="?", help="embed: a .wav, .flac, .mp3, .ogg or .opus file, mono")
+    p.add_argument("--weights", default=REPO, metavar="W", help=f"a folder or a Hub repository (default {REPO})")
+    p.add_argument("--sdr", type=float, default=36.0, help="decibels from the sound down to the mark (default 36)")
+    p.add_argument("--message", type=numbers, default=SESAME, metavar="N,N,N,N,N", help="five bytes (default: CSM's)")
+    return csm.run(p, command, p.parse_args(argv))
 
 
 if __name__ == "__main__":

@@ -9,7 +9,7 @@ import sys
 from pathlib import Path
 
 import csm  # first: it puts a fast BLAS in place before mlx is imported
-import finetune
+from csm_tools import finetune, tuning_data
 
 import mlx.core as mx  # isort: skip
 import mlx.nn as nn
@@ -20,7 +20,7 @@ from mlx.utils import tree_flatten
 
 from conftest import clip, write_model
 
-HERE = Path(__file__).parent
+HERE = Path(__file__).resolve().parents[1]
 
 
 def write_data(folder, n=6, seconds=0.5):
@@ -93,7 +93,7 @@ def test_gradient_is_transformers(plain, data, tmp_path):
     generator = csm.load(plain, dtype="float32")
     K = generator.model.config.audio_num_codebooks
     args = arguments(output_dir=tmp_path / "o", mask_speaker_ids=[1])
-    talks = finetune.encode(generator, finetune.read_data(data)[:3], args)
+    talks = tuning_data.encode(generator, tuning_data.read_data(data)[:3], args)
     convert.convert(plain, tmp_path / "tf", to="transformers", dtype="float32")
     theirs = tf.CsmForConditionalGeneration.from_pretrained(tmp_path / "tf").train()
     n, T = sum(len(t.learned) for t in talks), max(len(t.rows) for t in talks)
@@ -112,7 +112,7 @@ def test_gradient_is_transformers(plain, data, tmp_path):
     weights = mx.array([1 / n, 1 / (n * (K - 1))])
 
     def loss(model):
-        first, rest = finetune.sums(model, *finetune.collate(talks, [t.learned for t in talks]))
+        first, rest = finetune.sums(model, *tuning_data.collate(talks, [t.learned for t in talks]))
         return (mx.stack([first, rest]) * weights).sum()
 
     value, gradient = nn.value_and_grad(generator.model, loss)(generator.model)
@@ -130,15 +130,15 @@ def test_gradient_is_transformers(plain, data, tmp_path):
 
 def test_fraction_is_an_estimate_of_the_whole(plain, data, tmp_path):
     generator = csm.load(plain, dtype="float32")
-    talks = finetune.encode(generator, finetune.read_data(data)[:1], arguments(output_dir=tmp_path))
-    whole = finetune.sums(generator.model, *finetune.collate(talks, [talks[0].learned]))[1].item() / len(
+    talks = tuning_data.encode(generator, tuning_data.read_data(data)[:1], arguments(output_dir=tmp_path))
+    whole = finetune.sums(generator.model, *tuning_data.collate(talks, [talks[0].learned]))[1].item() / len(
         talks[0].learned
     )
     parts = []
     for seed in range(40):
-        some = finetune.choose(talks[0], 0.25, seed)
+        some = tuning_data.choose(talks[0], 0.25, seed)
         assert len(some) == round(0.25 * len(talks[0].learned)) and set(some) <= set(talks[0].learned)
-        parts.append(finetune.sums(generator.model, *finetune.collate(talks, [some]))[1].item() / len(some))
+        parts.append(finetune.sums(generator.model, *tuning_data.collate(talks, [some]))[1].item() / len(some))
     assert abs(np.mean(parts) - whole) < 3 * np.std(parts) / 40**0.5 + 1e-6 and np.std(parts) > 0
 
 
@@ -176,7 +176,8 @@ def test_killed_while_writing(plain, data, tmp_path):
     """Ten times, at any moment: the run goes on."""
     command = [
         sys.executable,
-        str(HERE / "finetune.py"),
+        "-m",
+        "csm_tools.finetune",
         "train",
         "--model",
         plain,
@@ -205,7 +206,7 @@ def test_killed_while_writing(plain, data, tmp_path):
 def test_two_processes_are_one_with_the_doubled_batch(plain, data, tmp_path):
     one = train(plain, data, tmp_path / "one", "--batch-size", 4, "--lr", 1e-3, "--depth-fraction", 0.5)
     launch = Path(sys.executable).with_name("mlx.launch")
-    command = [launch, "-n", "2", "--python", sys.executable, HERE / "finetune.py", "train", "--model", plain]
+    command = [launch, "-n", "2", "--python", sys.executable, "-m", "csm_tools.finetune", "train", "--model", plain]
     command += [
         "--data-path",
         data,
@@ -245,7 +246,7 @@ def test_overfits_until_it_says_the_very_codes(plain, tmp_path):
 
     finetune.main(["fuse", str(tmp_path / "o"), str(tmp_path / "m"), "--model", str(plain)])
     generator = csm.load(tmp_path / "m", dtype="float32")
-    for (turn,) in finetune.read_data(data):
+    for (turn,) in tuning_data.read_data(data):
         codes = generator.generate_codes(turn.text, turn.speaker, temperature=0, max_audio_length_ms=4000)
         np.testing.assert_array_equal(codes, generator.encode(turn).codes)  # and it ends where the clip ends
         assert len(codes) > 8
@@ -296,9 +297,9 @@ def test_folders_are_read_in_natural_order(tmp_path, capfd):
         soundfile.write(place / f"{n}_speaker{speaker}_x.wav", clip(0.2), 24000)
         (place / f"{n}_speaker{speaker}_x.txt").write_text(f"text {n}\n")
     finetune.main(["dataset", str(tmp_path / "raw"), str(tmp_path / "d.json")])
-    (talk,) = finetune.read_data(tmp_path / "d.json")
+    (talk,) = tuning_data.read_data(tmp_path / "d.json")
     assert [(s.text, s.speaker) for s in talk] == [("text 1", 0), ("text 2", 12), ("text 10", 0)]
-    assert [[(s.text, s.speaker) for s in t] for t in finetune.read_data(tmp_path / "raw")] == [
+    assert [[(s.text, s.speaker) for s in t] for t in tuning_data.read_data(tmp_path / "raw")] == [
         [(s.text, s.speaker) for s in talk]
     ]
     (place / "3_speaker1_y.wav").write_bytes(b"")

@@ -27,7 +27,6 @@ choice come from the seed and the number of the step, and a checkpoint is one fi
 Shapes: B conversations, T positions, N frames, K codebooks, D hidden size.
 """
 
-import argparse
 import hashlib
 import json
 import math
@@ -35,9 +34,9 @@ import os
 import shutil
 import sys
 import time
+from dataclasses import asdict
 from pathlib import Path
 
-import convert
 import csm  # before mlx: it puts a fast BLAS in place
 import mimi
 from csm_tools import tuning_data
@@ -365,7 +364,15 @@ class Run:
 
 def settings(args, group):
     """What must be the same for a run to go on."""
-    other = ("output_dir", "ckpt_freq", "log_freq", "keep", "sample_texts", "epochs" if not args.cosine else "")
+    other = (
+        "output_dir",
+        "ckpt_freq",
+        "log_freq",
+        "keep",
+        "sample_texts",
+        "function",
+        "epochs" if not args.cosine else "",
+    )
     shared = {k: v if isinstance(v, (int, float, list, type(None))) else str(v) for k, v in vars(args).items()}
     shared["batch_size"] *= group.size()  # however it is spread
     return {k: v for k, v in shared.items() if k not in other}
@@ -380,6 +387,7 @@ def save(path, arrays, metadata=None):
 
 
 def train(args):
+    check(args)
     generator = csm.load(args.model, dtype=args.dtype, quantize=args.quantize)
     examples = tuning_data.encode(generator, tuning_data.read_data(args.data_path, args.command), args)
     if args.val_data_path:
@@ -438,8 +446,7 @@ def speak(generator, texts, folder, seed):
     """What the model says by now: FOLDER/0.wav, 1.wav ..., of the texts that are not empty."""
     folder.mkdir(parents=True, exist_ok=True)
     texts = [t for t in texts if t.strip()]
-    lengths = [3000 + 200 * len(t) for t in texts]
-    for i, audio in enumerate(generator.generate_batch(texts, seed=seed, max_audio_length_ms=lengths)):
+    for i, audio in enumerate(generator.generate_batch(texts, seed=seed)):
         mimi.write_audio(folder / f"{i}.wav", audio)
 
 
@@ -461,31 +468,38 @@ def chart(rows, path):
 
 
 def fuse(args):
-    """A model folder with what was trained in its weights."""
+    """A model folder with what was trained in its weights, in the base's type; whole, or not there at all."""
     config = mimi.read_json(args.run / "adapter_config.json")
     base = args.model or config.get("model") or "csm-1b"
-
-    def fused(weights):
-        if not config:
-            trained = mimi.read_safetensors(args.run / "model.safetensors")[0]
-            if any(trained.get(k, mx.array(0)).shape != w.shape for k, w in weights.items()):
-                raise ValueError(f"{args.run} was trained from another model than {base}")
-            return {k: trained[k].astype(w.dtype) for k, w in weights.items()}
-        changed = csm.apply_adapter(csm.split_heads(weights), args.run)
-        return csm.join_heads(changed) if "audio_head" in weights else changed
-
-    fused(convert.read(csm.locate(base))[1])  # what does not fit is said before anything is written
-    convert.convert(base, args.destination)
-    file = args.destination / "model.safetensors"
-    save(file, fused(mimi.read_safetensors(file)[0]))
+    dtype = csm.read(csm.locate(base))[1]["backbone.norm.weight"].dtype
+    generator = csm.load(base, dtype=dtype, adapter=args.run if config else None)
+    if not config:
+        trained = mimi.read_safetensors(args.run / "model.safetensors")[0]
+        mimi.fill(generator.model, csm.split_heads({k: w.astype(dtype) for k, w in trained.items()}))
+    generator.save(args.destination)
     print(f"{args.destination}: {base} with {args.run}")
+
+
+def export(args):
+    """An adapter of ours as PEFT's, for transformers' CSM."""
+    import csm_layouts
+
+    adapter = mimi.read_json(args.run / "adapter_config.json")
+    if not adapter:
+        raise ValueError(f"{args.run} has no adapter_config.json: what trained all weights is fused, and converted")
+    config = csm.CSMConfig.from_dict(csm.read(csm.locate(args.model or adapter["model"]))[0])
+    tensors = mimi.read_safetensors(args.run / "adapters.safetensors")[0]
+    theirs, tensors = csm_layouts.adapter_to_peft(asdict(config), adapter, tensors)
+    files = {"adapter_config.json": theirs, "adapter_model.safetensors": (tensors, {"format": "pt"})}
+    csm.write_folder(args.destination, files)
+    print(f"{args.destination}: {args.run} for PEFT")
 
 
 # ---------------------------------------------------------------------------------------------------- command
 
 
 def main(argv=None):
-    p = argparse.ArgumentParser(prog="finetune.py", description="Fine-tune CSM: LoRA, DoRA or all of it.")
+    p = csm.parser_for("finetune", description="Fine-tune CSM: LoRA, DoRA or all of it.")
     commands = p.add_subparsers(dest="command", required=True)
     add_training(commands.add_parser("train", help="train on conversations"), "train")
     add_training(commands.add_parser("dpo", help="train on pairs of a chosen and a rejected speech"), "dpo")
@@ -497,38 +511,39 @@ def main(argv=None):
     g.add_argument("--out", type=Path, required=True, help="folder of pairs.json")
     g.add_argument("--samples", type=int, default=4, help="of each text (default 4)")
     g.add_argument("--batch", type=int, default=16, help="samplings at once (default 16)")
-    g.add_argument("--margin", type=float, default=0.0, help="of the scores, above which they make a pair (default 0)")
+    g.add_argument(
+        "--margin", type=float, default=0.1, help="of the scores, above which they make a pair (default 0.1)"
+    )
     g.add_argument("--judge", metavar="COMMAND", help='such as "judge {audio} {text}": prints a number, more is better '
                    "(default: length against the text, silence, repetition, no end)")  # fmt: skip
     csm.add_options(g)
     g.set_defaults(seed=0)
+    g.set_defaults(function=tuning_data.pairs)
     f = commands.add_parser("fuse", help="write a model folder with what was trained")
-    f.add_argument("run", type=Path)
-    f.add_argument("destination", type=Path)
-    f.add_argument("--model", help="what was trained, if it is elsewhere now")
+    f.set_defaults(function=fuse)
+    e = commands.add_parser("export", help="write an adapter for other programs")
+    e.add_argument("--to", choices=("peft",), default="peft")
+    e.set_defaults(function=export)
+    for parser in (f, e):
+        parser.add_argument("run", type=Path, metavar="RUN")
+        parser.add_argument("destination", type=Path, metavar="DEST")
+        parser.add_argument("--model", help="what was trained, if it is elsewhere now")
     d = commands.add_parser("dataset", aliases=["convert"], help="folders of clips -> JSON")
     d.add_argument("folder", type=Path)
     d.add_argument("out", type=Path)
-    for parser in (p, *commands.choices.values()):
-        parser.error = lambda message: p.exit(2, f"finetune.py: error: {message}\n")
+    d.set_defaults(function=dataset)
+    for parser in commands.choices.values():
+        parser.error = p.error
     args = p.parse_args(argv)
-    try:
-        if args.command in ("train", "dpo", "kto"):
-            check(args)
-            train(args)
-        elif args.command == "pairs":
-            tuning_data.pairs(args)
-        elif args.command == "fuse":
-            fuse(args)
-        else:
-            talks = tuning_data.read_folder(args.folder)
-            with mimi.replacing(args.out) as file:
-                file.write(json.dumps(talks, indent=2, ensure_ascii=False).encode())
-            print(f"{args.out}: {len(talks)} conversations")
-    except (ValueError, OSError) as e:
-        p.exit(2, f"finetune.py: error: {' '.join(str(e).split())}\n")
-    except KeyboardInterrupt:
-        p.exit(130, "interrupted: the same command goes on from what is finished\n")
+    return csm.run(p, args.function, args, "interrupted: the same command goes on from what is finished")
+
+
+def dataset(args):
+    """Folders of clips as the JSON that lists them."""
+    talks = tuning_data.read_folder(args.folder)
+    with mimi.replacing(args.out) as file:
+        file.write(json.dumps(talks, indent=2, ensure_ascii=False).encode())
+    print(f"{args.out}: {len(talks)} conversations")
 
 
 def add_training(t, command):
@@ -579,7 +594,7 @@ def add_training(t, command):
     t.add_argument("--seed", type=int, default=0)
     if command != "train":
         t.add_argument("--beta", type=float, default=0.1, help="how far the model may go from itself: less is farther")
-    t.set_defaults(reference_free=command == "train")
+    t.set_defaults(reference_free=command == "train", function=train)
     if command == "dpo":
         t.add_argument("--reference-free", action="store_true", help="as if all speech were as likely at first")
     if command == "kto":
@@ -602,4 +617,4 @@ def check(args):
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

@@ -312,7 +312,7 @@ def command(args):
 
 
 def main(argv=None):
-    p = csm.parser_for("csm-narrate", description="A book to one sound file, resumable; or many texts, one each.")
+    p = csm.parser_for("narrate", description="A book to one sound file, resumable; or many texts, one each.")
     p.add_argument("paths", nargs="+", metavar="TEXT OUT", help="a text file (- is standard input) and a sound file")
     p.add_argument("--out-dir", type=Path, metavar="D", help="every path is a text: write D/NAME.wav of each")
     p.add_argument("--format", default="wav", help="of the files in D: wav (default), flac, mp3, ogg, opus")

@@ -13,6 +13,7 @@ import re
 import shlex
 import subprocess
 import sys
+from collections import deque
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -163,7 +164,7 @@ def with_codes(generator, segment, args):
         codes = np.load(kept)
     except (OSError, EOFError) as e:
         raise ValueError(f"{kept} is not an .npy of codes: {e}") from None
-    n_frames = generator._max_frames(args.max_audio_length_ms)
+    n_frames = generator.max_frames(args.max_audio_length_ms)
     if not 0 < len(codes) <= n_frames and not segment.codes:  # an empty or endless sampling is one to reject
         raise ValueError(f"{file}: {len(codes) * 80} ms, and at most {n_frames * 80} are wanted")
     return replace(segment, codes=codes)
@@ -213,7 +214,7 @@ def pairs(args):
     if args.samples < 2 or args.batch < 1:
         raise ValueError("--samples is 2 or more, --batch 1 or more")
     context, options = csm.read_options(args)
-    marked = {k: str(v) for k, v in vars(args).items() if k not in ("out", "batch", "command")}
+    marked = {k: str(v) for k, v in vars(args).items() if k not in ("out", "batch", "command", "function")}
     marked["texts"] = hashlib.sha256("\n".join(texts).encode()).hexdigest()
     args.out.mkdir(parents=True, exist_ok=True)
     log_file = args.out / "scores.jsonl"
@@ -225,14 +226,13 @@ def pairs(args):
     with mimi.replacing(log_file) as file:
         file.write("".join(json.dumps(line) + "\n" for line in lines or [marked]).encode())
     done = lines[1:]
-    generator = csm.load(args.model, dtype=args.dtype, quantize=args.quantize, adapter=args.adapter)
+    generator = csm.load_for(args)
     context = [generator.encode(s) for s in context]
     context = context or [replace(s, speaker=args.speaker) for s in generator.voice_prompt(args.voice)]
     for i, s in enumerate(context):
         np.save(args.out / f"context_{i}.npy", s.codes)
-    options = options | {"speaker": args.speaker, "context": context}
     with open(log_file, "a") as log, tqdm(total=len(texts), initial=len(done), unit="text", disable=None) as bar:
-        for i, said in samplings(generator, texts, len(done), args, options):
+        for i, said in samplings(generator, texts, len(done), args, context, options):
             scores = []
             for j, (codes, ended) in enumerate(said):
                 audio = np.array(generator.decode(mx.array(codes)))
@@ -265,36 +265,38 @@ def pairs(args):
     print(f"{args.out / 'pairs.json'}: {len(found)} pairs of {len(texts)} texts", file=sys.stderr)
 
 
-def samplings(generator, texts, start, args, options):
-    """Yields (i, [(codes (F, K), whether it ended by itself)] * --samples) of each text from `start` on.
+def samplings(generator, texts, start, args, context, options):
+    """Yields (i, [(codes (F, K), whether it ended by itself)] * --samples) of each text from `start` on, in order.
 
     Sampling j of text i is drawn with seed + i * samples + j, whatever the batch.
     """
-    (seed, sampling), at_once = (
-        generator._options(args.seed, {k: options[k] for k in ("temperature", "top_k", "top_p", "min_p")}),
-        max(1, args.batch // args.samples),
-    )
-    before = [generator.segment_rows(s) for s in options["context"]]
-    for i in range(start, len(texts), at_once):
-        some = [(k, j) for k in range(i, min(i + at_once, len(texts))) for j in range(args.samples)]
-        prompts = [np.concatenate([*before, generator.text_rows(texts[k], args.speaker)]) for k, _ in some]
-        frames = [
-            generator._max_frames(min(options["max_audio_length_ms"], 3000 + 200 * len(texts[k]))) for k, _ in some
-        ]
-        seeds = [seed + k * args.samples + j for k, j in some]
-        cache = csm.KVCache(generator.model.config.backbone, 1, dtype=generator.model.dtype)
-        said = [[] for _ in some]
-        n_shared = sum(map(len, before))
-        for live, codes in generator.frames(prompts, cache, frames, seeds, sampling, n_shared):
-            for at, row in zip(live, np.array(codes)):
-                said[at].append(row)
-        said = [(np.array(s, np.int32).reshape(len(s), -1), len(s) < n) for s, n in zip(said, frames)]
-        for n in range(0, len(some), args.samples):
-            yield some[n][0], said[n : n + args.samples]
+    K, longest = generator.model.config.audio_num_codebooks, options.pop("max_audio_length_ms")
+    seed, sampling = generator.options(args.seed, options)
+    before = [generator.segment_rows(s) for s in context]
+    cache = generator.prefill(np.concatenate([np.zeros((0, K + 1), np.int32), *before]))
+    waiting = deque(itertools.product(range(start, len(texts)), range(args.samples)))
+    batch, running, said = generator.batch(), {}, {}
+    while waiting or running:
+        while waiting and len(running) < args.batch:
+            i, j = waiting.popleft()
+            rows, n = generator.text_rows(texts[i], args.speaker), generator.max_frames(longest, texts[i])
+            uid = batch.insert(rows, n, (seed + i * args.samples + j) % 2**64, sampling, cache)
+            running[uid] = i, j, n, []
+        for uid, codes in batch.next():
+            i, j, n, frames = running[uid]
+            if codes is not None:
+                frames.append(codes)
+                continue
+            del running[uid]
+            said.setdefault(i, {})[j] = np.array(frames, np.int32).reshape(-1, K), len(frames) < n
+        while len(said.get(start, ())) == args.samples:
+            yield start, [said[start][j] for j in range(args.samples)]
+            del said[start]
+            start += 1
 
 
 def judged(text, codes, audio, ended):
-    """How good a sampling seems, 0 at best: its length against the text's, silence, repetition, no end."""
+    """How bad a sampling is, below 0: its length beside the text's, silence, repetition, no end. 0: nothing is odd."""
     if not len(codes):
         return -5.0
     seconds, usual = 0.08 * len(codes), 0.4 + 0.07 * len(text.encode())  # 14 letters a second
@@ -302,7 +304,8 @@ def judged(text, codes, audio, ended):
     silent = (loud < 0.02 * loud.max() + 1e-4).mean()
     fours = np.lib.stride_tricks.sliding_window_view(codes[:, 0], min(4, len(codes)))
     repeated = 1 - len(np.unique(fours, axis=0)) / len(fours)
-    return -float(abs(math.log(seconds / usual)) + silent + repeated + 2 * (not ended))
+    odd = max(0, abs(math.log(seconds / usual)) - math.log(1.5)), max(0, silent - 0.3), max(0, repeated - 0.2)
+    return -float(sum(odd) + 2 * (not ended))
 
 
 def asked(command, wav, text):

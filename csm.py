@@ -595,7 +595,8 @@ class Batch:
             return
         for i, u in enumerate(self.live):
             if u.keep and i not in rows:
-                self.kept[u.uid] = self.cache.filter([i])
+                self.kept[u.uid] = kept = self.cache.filter([i])
+                mx.async_eval(kept.keys, kept.values)  # so that another thread may go on with them
         self.live = [self.live[i] for i in rows]
         self.cache = self.cache.filter(rows) if rows else None
         self.h, self.keys, self.options = (

@@ -1,0 +1,535 @@
+"""A speech server with OpenAI's API: many requests on one model, said together, and streamed as they are made.
+
+    python -m csm_tools.serve --model tiny --port 8000
+
+POST /v1/audio/speech takes the fields of `Request` below: OpenAI's, and more. `/` is a page to try it, `/health` is for
+what watches it.
+
+One thread owns the model and runs a csm.Batch: a request joins before the next frame, and leaves when it has ended or
+its client has gone. Mimi decodes the frames of all in one pass. The rest happens on the event loop: HTTP, limits, and
+the encoding of files.
+"""
+
+import argparse
+import asyncio
+import base64
+import hashlib
+import io
+import json
+import logging
+import math
+import os
+import secrets
+import socket
+import sys
+import time
+from collections import OrderedDict, deque
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import asynccontextmanager
+from dataclasses import dataclass, field, replace
+from fractions import Fraction
+from functools import partial
+from pathlib import Path
+from typing import Annotated, Literal
+
+import csm
+import mimi as codec
+from csm_tools.narrate import sentences
+
+import mlx.core as mx  # isort: skip
+import anyio
+import av
+import numpy as np
+import soundfile
+import soxr
+import uvicorn
+from pydantic import Base64Bytes, BaseModel, Field, ValidationError, model_validator
+from starlette.applications import Starlette
+from starlette.exceptions import HTTPException
+from starlette.responses import FileResponse, JSONResponse
+from starlette.routing import Route
+
+# response_format -> media type, container, encoder, bits a second, the container's options
+FORMATS = {
+    "mp3": ("audio/mpeg", "mp3", "libmp3lame", 64_000, {"write_xing": "0", "id3v2_version": "0"}),
+    "opus": ("audio/ogg", "ogg", "libopus", 48_000, {"page_duration": "80000"}),  # microseconds
+    "aac": ("audio/aac", "adts", "aac", 64_000, {}),
+    "flac": ("audio/flac", "flac", "flac", None, {}),
+    "wav": ("audio/wav", "wav", "pcm_s16le", None, {"fflags": "+bitexact"}),  # a header of 44 bytes
+    "pcm": ("audio/pcm", "s16le", "pcm_s16le", None, {}),
+}
+OPENAI_VOICES = "alloy ash ballad cedar coral echo fable marin nova onyx sage shimmer verse".split()
+LARGEST = 16 * 2**20  # bytes of a request
+LONGEST_CLIP = 60  # seconds
+AHEAD = 30  # seconds of sound that a client may leave unread before the next sentence of its text waits for it
+STALLED = 60  # seconds without reading after which a client is dropped
+KEPT = 8192  # positions of voices and contexts whose KV caches are kept
+
+log = logging.getLogger("csm.serve")
+
+# ---------------------------------------------------------------------------------------------------- requests
+
+
+class Refused(Exception):
+    """Why a request fails, as OpenAI says it: which field is wrong, the HTTP status, a code."""
+
+    def __init__(self, message, param=None, status=400, code=None, headers=None):
+        kind = "server_error" if status >= 500 else "rate_limit_error" if status == 429 else "invalid_request_error"
+        self.body = {"error": {"message": message, "type": kind, "param": param, "code": code}}
+        self.status, self.headers = status, headers
+
+
+class Turn(BaseModel):
+    """What was said before."""
+
+    speaker: int = Field(0, ge=0)
+    text: str = Field(min_length=1)
+    audio: Base64Bytes  # an audio file
+
+    def segment(self):
+        try:
+            with soundfile.SoundFile(io.BytesIO(self.audio)) as file:
+                if file.frames > LONGEST_CLIP * file.samplerate:
+                    raise Refused(f"a clip may last {LONGEST_CLIP} s", "ref_audio")
+                audio, rate = file.read(dtype="float32", always_2d=True).mean(axis=1), file.samplerate
+            return csm.Segment(self.speaker, self.text, csm.as_samples(soxr.resample(audio, rate, 24_000)))
+        except (ValueError, TypeError, soundfile.LibsndfileError):
+            raise Refused("the clip is no audio file (WAV, FLAC, MP3, OGG)", "ref_audio") from None
+
+
+class Request(BaseModel):
+    """OpenAI's fields (platform.openai.com/docs/api-reference/audio/createSpeech), and from `speaker` on our own.
+
+    `model` and `instructions` are taken and change nothing. What is null counts as absent.
+    """
+
+    input: str
+    voice: str | dict[Literal["id"], str] | None = None
+    response_format: Literal[*FORMATS] = "mp3"
+    speed: Annotated[float, Field(ge=0.25, le=4)] = 1
+    stream_format: Literal["audio", "sse"] = "audio"
+    speaker: int = Field(0, ge=0)
+    seed: int = Field(default_factory=lambda: secrets.randbits(32), ge=0, lt=2**64)
+    temperature: float | None = None
+    top_k: int | None = None
+    top_p: float | None = None
+    min_p: float | None = None
+    ref_audio: Base64Bytes | None = None  # a clip of the voice to speak with, an audio file
+    ref_text: str | None = None  # what that clip says
+    context: list[Turn] = []
+
+    @model_validator(mode="before")
+    def drop_nulls(fields):
+        return {name: x for name, x in fields.items() if x is not None} if isinstance(fields, dict) else fields
+
+
+@dataclass(eq=False)
+class Speech:
+    """What is said on a Request, and how far it is."""
+
+    request: Request
+    voice: str | None  # a name that the model knows; None: its default
+    sampling: csm.Sampling
+    context: list  # csm.Segments, in place of the voice
+    key: tuple  # by which the cache of voice or context is kept
+    parts: list  # [(text, seconds of silence after it)]
+    pieces: asyncio.Queue = field(default_factory=asyncio.Queue)  # (samples,) int16; None: the end; a Refused
+    cache: csm.KVCache | None = None  # of the voice or context
+    part: int = 0  # the one that is said now, or next
+    tries: int = 0  # of it that gave nothing
+    codes: list = field(default_factory=list)  # of it so far, (K,) each
+    made: int = 0  # samples
+    taken: int = 0  # of them, by the client
+    gone: bool = False  # nobody listens any more
+
+
+def read_request(body, voices, longest):
+    """A request's bytes -> Speech. voices: {name: the model's}; longest: of an input, characters. Raises Refused."""
+    try:
+        r = Request.model_validate_json(body)
+        options = {name: getattr(r, name) for name in ("temperature", "top_k", "top_p", "min_p")}
+        sampling = csm.Sampling(**{name: x for name, x in options.items() if x is not None})
+    except ValidationError as e:
+        field = ".".join(map(str, e.errors()[0]["loc"]))
+        raise Refused(f"{field or 'the body'}: {e.errors()[0]['msg']}", field or None) from None
+    except ValueError as e:
+        raise Refused(str(e)) from None
+    if not r.input.strip():
+        raise Refused("`input` is empty", "input")
+    if len(r.input) > longest:
+        raise Refused(f"`input` has {len(r.input)} characters, and may have {longest}", "input")
+    voice = r.voice["id"] if isinstance(r.voice, dict) else r.voice
+    if voice is not None and voice not in voices:
+        raise Refused(f"unknown voice {voice!r}; there are: {', '.join(voices)}", "voice")
+    if not r.ref_audio != (not r.ref_text):
+        raise Refused("`ref_audio` and `ref_text` go together: a clip needs its transcript", "ref_audio")
+    turns = [Turn(speaker=r.speaker, text=r.ref_text, audio=r.ref_audio)] if r.ref_audio else []
+    turns += r.context
+    key = r.speaker, hashlib.sha256(repr(turns).encode()).digest() if turns else voices.get(voice)
+    parts = sentences(r.input)
+    parts = parts if len(parts) > 1 else [(r.input, 0)]
+    return Speech(r, voices.get(voice), sampling, [turn.segment() for turn in turns], key, parts)
+
+
+# ------------------------------------------------------------------------------------------------------ the model
+
+
+class Engine:
+    """Says max_batch Speeches at once; max_waiting more wait in their order. Its thread owns the model."""
+
+    def __init__(self, generator, max_batch, max_waiting):
+        self.generator, self.max_batch, self.max_waiting = generator, max_batch, max_waiting
+        self.thread = ThreadPoolExecutor(1, "model")
+        self.changed = asyncio.Event()  # there may be something to do
+        self.waiting = []  # Speeches; those between two sentences stand in front
+        self.batch, self.live = generator.batch(), {}  # uid -> Speech
+        self.decoded, self.state = [], None  # uids, and Mimi's state of their streams
+        self.prefixes = OrderedDict()  # Speech.key -> KVCache or None, the one used last at the end
+        self.steps = deque([(0, 0.0)], maxlen=125)  # (frames, seconds) of each
+        self.seconds = 1.0  # that a speech takes, a running mean
+
+    def submit(self, speech):
+        """Queue a Speech. Raises Refused where there is no room."""
+        if len(self.waiting) >= self.max_waiting + self.max_batch - len(self.live):
+            later = {"Retry-After": str(math.ceil(self.seconds))}
+            raise Refused("the server is busy: try again later", None, 429, "rate_limit_exceeded", later)
+        self.waiting.append(speech)
+        self.changed.set()
+
+    def health(self):
+        """real_time_factor: seconds a second of each stream's sound, below 1 where none has to wait for it."""
+        frames, seconds = map(sum, zip(*self.steps))
+        factor = seconds / len(self.steps) * self.generator.mimi.config.frame_rate
+        speed = {"frames_per_second": round(frames / (seconds or 1), 1), "real_time_factor": round(factor, 3)}
+        return {"status": "ok", "live": len(self.live), "waiting": len(self.waiting)} | speed
+
+    async def run(self):
+        loop, ahead = asyncio.get_running_loop(), AHEAD * self.generator.sample_rate
+        while True:
+            self.changed.clear()
+            self.waiting = [speech for speech in self.waiting if not speech.gone]
+            ready = [speech for speech in self.waiting if speech.made - speech.taken <= ahead]
+            joining = ready[: self.max_batch - len(self.live)]
+            if not joining and not self.live:
+                await self.changed.wait()
+                continue
+            self.waiting = [speech for speech in self.waiting if speech not in joining]
+            try:
+                pieces = await loop.run_in_executor(self.thread, self.step, joining)
+            except Exception:
+                log.exception("a frame failed, and with it all that was being said")
+                lost = [*self.live.values(), *joining]
+                pieces = [(speech, Refused("generation failed", None, 500)) for speech in lost]
+                self.batch, self.live, self.decoded = self.generator.batch(), {}, []
+            for speech, piece in pieces:
+                speech.pieces.put_nowait(piece)
+
+    def step(self, joining):
+        """Let them join, and say a frame of each that is live -> [(Speech, a piece of it)]."""
+        start, pieces = time.perf_counter(), []
+        for speech in joining:
+            try:
+                self.live[self.begin(speech)] = speech
+            except ValueError as e:
+                pieces.append((speech, Refused(str(e))))
+        for uid in [uid for uid, speech in self.live.items() if speech.gone]:
+            self.batch.remove(uid)
+            del self.live[uid]
+        frames = dict(self.batch.next()) if self.live else {}
+        ended = [self.live.pop(uid) for uid, codes in frames.items() if codes is None]
+        frames = {uid: codes for uid, codes in frames.items() if codes is not None}
+        if frames:
+            for (uid, codes), audio in zip(frames.items(), self.decode(frames)):
+                speech = self.live[uid]
+                speech.codes.append(codes)
+                speech.made += len(audio)
+                pieces.append((speech, audio))
+            self.steps.append((len(frames), time.perf_counter() - start))
+        return pieces + [piece for speech in ended for piece in self.after_part(speech)]
+
+    def begin(self, speech):
+        """Put the next part of a Speech into the batch -> its uid. Raises ValueError."""
+        text, _ = speech.parts[speech.part]
+        if speech.part == 0:
+            speech.cache = self.prefix(speech)
+        rows = self.generator.text_rows(text, speech.request.speaker)
+        limit = int(min(90, 3 + 0.2 * len(text)) * self.generator.mimi.config.frame_rate)
+        seed = (speech.request.seed + speech.part + speech.tries * 2**32) % 2**64
+        return self.batch.insert(rows, limit, seed, speech.sampling, cache=speech.cache)
+
+    def prefix(self, speech):
+        """The KV cache of a Speech's context or voice; None: it has none."""
+        if speech.key not in self.prefixes:
+            voice = [] if speech.context else self.generator.voice_prompt(speech.voice)
+            turns = speech.context or [replace(turn, speaker=speech.request.speaker) for turn in voice]
+            rows = [self.generator.segment_rows(turn) for turn in turns]
+            self.prefixes[speech.key] = self.generator.prefill(np.concatenate(rows)) if rows else None
+        self.prefixes.move_to_end(speech.key)
+        while len(self.prefixes) > 1 and sum(cache.offset for cache in self.prefixes.values() if cache) > KEPT:
+            self.prefixes.popitem(last=False)
+        return self.prefixes[speech.key]
+
+    def decode(self, frames):
+        """{uid: codes (K,)} -> (B, 1920) int16, each stream going on from its own state."""
+        mimi = self.generator.mimi
+        if list(frames) != self.decoded:
+            states = dict(zip(self.decoded, codec.split_state(self.state))) if self.decoded else {}
+            self.state = codec.join_states([states.get(uid) or mimi.init_state(1) for uid in frames])
+            self.decoded = list(frames)
+        with mx.stream(self.generator.codec_stream):  # beside the next frame, not behind it
+            audio, self.state = mimi.decode_step(np.stack(list(frames.values()))[:, :, None], self.state)
+        return codec.to_pcm16(audio[:, 0])
+
+    def after_part(self, speech):
+        """Let the next part of a Speech wait in front -> [(Speech, the silence before it, or None after the last)]."""
+        text, pause = speech.parts[speech.part]
+        if not speech.codes and speech.tries < 3:  # it ended at once: again with another seed, as narrate does
+            speech.tries += 1
+            self.waiting.insert(0, speech)
+            return []
+        if speech.codes and speech.cache is None and len(speech.parts) > 1:  # this sentence's voice is the others'
+            turn = csm.Segment(speech.request.speaker, text, codes=np.stack(speech.codes))
+            speech.cache = self.generator.prefill(self.generator.segment_rows(turn))
+        speech.part, speech.tries, speech.codes = speech.part + 1, 0, []
+        if speech.part == len(speech.parts):
+            nothing = Refused("the model ended the speech at once: try another seed", None, 500)
+            return [(speech, None if speech.made else nothing)]
+        self.waiting.insert(0, speech)
+        silence = np.zeros(int(pause * self.generator.sample_rate), np.int16)
+        speech.made += len(silence)
+        return [(speech, silence)]
+
+
+# ------------------------------------------------------------------------------------------------------ files
+
+
+class Encoder:
+    """Pieces of sound -> pieces of one file. speed: how much faster than it was said, the pitch kept."""
+
+    def __init__(self, format, rate, speed):
+        _, container, encoder, bits, options = FORMATS[format]
+        self.rate, self.samples, self.data = rate, 0, bytearray()
+        # into an object that can only be written to, so that no header is gone back to
+        self.file = av.open(self, "w", format=container, options=options | {"flush_packets": "1"})
+        self.track = self.file.add_stream(encoder, rate=rate, layout="mono")
+        if bits:
+            self.track.bit_rate = bits
+        self.file.start_encoding()
+        factors = [] if speed == 1 else [speed] if speed >= 0.5 else [0.5, speed / 0.5]  # atempo takes 0.5 and more
+        self.graph = av.filter.Graph()
+        source = self.graph.add_abuffer(sample_rate=rate, format="s16", layout="mono", time_base=Fraction(1, rate))
+        tempo = [self.graph.add("atempo", str(factor)) for factor in factors]
+        self.graph.link_nodes(source, *tempo, self.graph.add("abuffersink")).configure()
+
+    def write(self, data):
+        self.data += data
+        return len(data)
+
+    def __call__(self, audio):
+        """(samples,) int16, or None after the last -> the bytes that are ready."""
+        frame = None
+        if audio is not None:
+            frame = av.AudioFrame.from_ndarray(audio[None], format="s16", layout="mono")
+            frame.rate, frame.pts, frame.time_base = self.rate, self.samples, Fraction(1, self.rate)
+            self.samples += len(audio)
+        self.graph.push(frame)
+        while True:
+            try:
+                self.file.mux(self.track.encode(self.graph.pull()))
+            except (av.BlockingIOError, av.EOFError):
+                break
+        if audio is None:
+            self.file.mux(self.track.encode(None))
+            self.file.close()
+        data, self.data = bytes(self.data), bytearray()
+        return data
+
+
+# ------------------------------------------------------------------------------------------------------ HTTP
+
+
+def make_app(engine, args, address):
+    """The Starlette application of an Engine. args: of the command."""
+    generator, rate = engine.generator, engine.generator.sample_rate
+    own = sorted(generator.voices)
+    voices = {name: own[i % len(own)] if own else "none" for i, name in enumerate(OPENAI_VOICES)}
+    voices |= {name: name for name in (*own, "none")}
+
+    def check_key(request):
+        given = request.headers.get("authorization", "").removeprefix("Bearer ")
+        if args.api_key and not secrets.compare_digest(given.encode(), args.api_key.encode()):
+            raise Refused("the API key is missing or wrong", None, 401, "invalid_api_key")
+
+    async def speak(request):
+        check_key(request)
+        body = bytearray()
+        async for piece in request.stream():
+            body += piece
+            if len(body) > LARGEST:
+                raise Refused(f"the request is larger than {LARGEST} bytes", None, 413)
+        speech = await asyncio.to_thread(read_request, bytes(body), voices, args.max_characters)  # a clip takes a while
+        engine.submit(speech)
+        return partial(answer, speech)
+
+    async def answer(speech, scope, receive, send):
+        """The response, as an ASGI application. It breaks off where the client leaves or stops reading."""
+
+        async def watch():
+            while (await receive())["type"] != "http.disconnect":
+                pass
+            tasks.cancel_scope.cancel()
+
+        try:
+            async with anyio.create_task_group() as tasks:
+                tasks.start_soon(watch)
+                try:
+                    await tell(speech, scope, receive, send)
+                except TimeoutError:
+                    log.error("dropped a client that read nothing for %d s", STALLED)
+                tasks.cancel_scope.cancel()
+        finally:
+            speech.gone = True
+            engine.changed.set()
+
+    async def tell(speech, scope, receive, send):
+        r, start, piece = speech.request, time.perf_counter(), await speech.pieces.get()
+        first = time.perf_counter() - start
+        if isinstance(piece, Refused):
+            return await JSONResponse(piece.body, piece.status)(scope, receive, send)
+        sse = r.stream_format == "sse"
+        headers = {"content-type": "text/event-stream" if sse else FORMATS[r.response_format][0], "x-seed": str(r.seed)}
+        headers |= {"cache-control": "no-store", "x-accel-buffering": "no"}
+        headers = [(name.encode(), value.encode()) for name, value in headers.items()]
+        await send({"type": "http.response.start", "status": 200, "headers": headers})
+        encode = Encoder(r.response_format, rate, r.speed)
+        while not isinstance(piece, Refused):
+            data = encode(piece)
+            if sse:
+                data = event("speech.audio.delta", audio=base64.b64encode(data).decode()) if data else b""
+                data += event("speech.audio.done", usage=usage(speech)) if piece is None else b""
+            with anyio.fail_after(STALLED):
+                await send({"type": "http.response.body", "body": data, "more_body": piece is not None})
+            if piece is None:
+                taken = time.perf_counter() - start
+                engine.seconds += (taken - engine.seconds) / 8
+                line = "%.2f s of %s in %.2f s, the first after %.2f s, voice %s, seed %d"
+                log.info(line, speech.made / rate, r.response_format, taken, first, speech.voice, r.seed)
+                return log.info("%s", r.input) if args.log_text else None
+            speech.taken += len(piece)
+            engine.changed.set()
+            piece = await speech.pieces.get()
+        if sse:
+            await send({"type": "http.response.body", "body": event("error", **piece.body), "more_body": True})
+        # Without a last piece: so the client sees that the file is not whole.
+
+    def usage(speech):
+        said = sum(len(generator.text_rows(text, speech.request.speaker)) for text, _ in speech.parts)
+        frames = round(speech.made / rate * generator.mimi.config.frame_rate)
+        return {"input_tokens": said, "output_tokens": frames, "total_tokens": said + frames}
+
+    def event(kind, **fields):
+        return f"data: {json.dumps({'type': kind} | fields)}\n\n".encode()
+
+    async def models(request):
+        check_key(request)
+        model = {"id": args.model, "object": "model", "created": 0, "owned_by": "csm"}
+        return JSONResponse({"object": "list", "data": [model]})
+
+    async def speech_models(request):  # this and the voices without a key: Open WebUI sends none
+        return JSONResponse({"models": [{"id": args.model}]})
+
+    async def speech_voices(request):
+        return JSONResponse({"voices": [{"id": name, "name": name} for name in (*own, "none")]})
+
+    async def health(request):
+        return JSONResponse(engine.health())
+
+    async def page(request):
+        inline = "script-src 'unsafe-inline'; style-src 'unsafe-inline'"
+        policy = f"default-src 'none'; connect-src 'self'; media-src blob:; {inline}"
+        return FileResponse(Path(__file__).with_name("serve.html"), headers={"content-security-policy": policy})
+
+    async def refuse(request, e):
+        if isinstance(e, HTTPException):
+            e = Refused(e.detail, None, e.status_code, headers=e.headers)
+        elif not isinstance(e, Refused):
+            e = Refused("internal error", None, 500)
+        return JSONResponse(e.body, e.status, e.headers)
+
+    @asynccontextmanager
+    async def lifespan(app):
+        running = asyncio.create_task(engine.run())
+        print(f"ready: {address}", file=sys.stderr, flush=True)
+        yield
+        running.cancel()
+        engine.thread.submit(mx.clear_streams)  # or the process may not end well
+        engine.thread.shutdown()
+
+    routes = [
+        Route("/v1/audio/speech", speak, methods=["POST"]),
+        Route("/v1/models", models),
+        Route("/v1/audio/models", speech_models),
+        Route("/v1/audio/voices", speech_voices),
+        Route("/health", health),
+        Route("/", page),
+    ]
+    handlers = dict.fromkeys((Refused, HTTPException, Exception), refuse)
+    return Starlette(routes=routes, exception_handlers=handlers, lifespan=lifespan)
+
+
+# ------------------------------------------------------------------------------------------------------ command
+
+
+def make_parser():
+    p = argparse.ArgumentParser(prog="csm-serve", description="A speech server with OpenAI's API.")
+    p.add_argument("--model", default="csm-1b", help="csm-1b, tiny, a folder, a weights file or a Hugging Face repo")
+    p.add_argument("--host", default="127.0.0.1", help="address to listen on (default 127.0.0.1: this machine alone)")
+    p.add_argument("--port", type=int, default=8000, help="0: any that is free (default 8000)")
+    p.add_argument("--api-key", default=os.environ.get("CSM_API_KEY"), help="asked of clients (default: $CSM_API_KEY)")
+    p.add_argument("--voices", metavar="DIR", help="clips to speak like: name.wav with name.txt beside it")
+    p.add_argument("--max-batch", type=int, default=16, metavar="N", help="requests spoken at once (default 16)")
+    p.add_argument("--max-waiting", type=int, default=64, metavar="N", help="that wait beyond those (default 64)")
+    p.add_argument("--max-characters", type=int, default=4096, metavar="N", help="of an input (default 4096)")
+    p.add_argument("--grace", type=int, default=30, metavar="S", help="seconds that SIGTERM leaves what is under way")
+    p.add_argument("--log-text", action="store_true", help="log what is said")
+    p.add_argument("--quantize", type=int, choices=(4, 8), help="bits of the weights")
+    p.add_argument("--dtype", choices=("float32", "bfloat16", "float16"), help="default: what suits the device")
+    p.add_argument("--adapter", metavar="DIR", help="what finetune trained")
+    return p
+
+
+def serve(args):
+    if args.max_batch < 1 or args.max_waiting < 0:
+        raise ValueError("--max-batch is 1 or more, --max-waiting 0 or more")
+    six = ":" in args.host
+    with socket.socket(socket.AF_INET6 if six else socket.AF_INET) as listener:
+        listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        listener.bind((args.host, args.port))
+        generator = csm.load(args.model, dtype=args.dtype, quantize=args.quantize, adapter=args.adapter)
+        if args.voices:
+            clips = [f for f in Path(args.voices).glob("*.wav") if f.with_suffix(".txt").is_file()]
+            if not clips:
+                raise ValueError(f"{args.voices} holds no clips (name.wav) with their transcripts (name.txt)")
+            generator.voices |= {f.stem: f.parent for f in clips}
+        generator.generate("Hello.", max_audio_length_ms=200, seed=0)  # what compiles does so now
+        logging.basicConfig(format="%(asctime)s %(message)s")
+        log.setLevel(logging.INFO)
+        host = f"[{args.host}]" if six else args.host
+        engine = Engine(generator, args.max_batch, args.max_waiting)
+        app = make_app(engine, args, f"http://{host}:{listener.getsockname()[1]}")
+        listener.listen(128)
+        config = uvicorn.Config(app, log_level="warning", access_log=False, timeout_graceful_shutdown=args.grace)
+        uvicorn.Server(config).run(sockets=[listener])
+
+
+def main(argv=None):
+    p = make_parser()
+    p.error = lambda message: p.exit(2, f"csm-serve: error: {message}\n")
+    try:
+        serve(p.parse_args(argv))
+    except (ValueError, OSError, OverflowError) as e:
+        p.exit(2, f"csm-serve: error: {' '.join(str(e).split())}\n")
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -105,7 +105,7 @@ class Request(BaseModel):
 
     input: str
     voice: str | dict[Literal["id"], str] | None = None
-    response_format: Literal[*FORMATS] = "mp3"
+    response_format: Literal[tuple(FORMATS)] = "mp3"
     speed: Annotated[float, Field(ge=0.25, le=4)] = 1
     stream_format: Literal["audio", "sse"] = "audio"
     speaker: int = Field(0, ge=0)
@@ -116,7 +116,7 @@ class Request(BaseModel):
     min_p: float | None = None
     ref_audio: Base64Bytes | None = None  # a clip of the voice to speak with, an audio file
     ref_text: str | None = None  # what that clip says
-    context: list[Turn] = []
+    context: list[Turn] = []  # what was said since
 
     @model_validator(mode="before")
     def drop_nulls(fields):
@@ -130,11 +130,12 @@ class Speech:
     request: Request
     voice: str | None  # a name that the model knows; None: its default
     sampling: csm.Sampling
-    context: list  # csm.Segments, in place of the voice
-    key: tuple  # by which the cache of voice or context is kept
+    clip: list  # a csm.Segment in place of the voice, or none
+    context: list  # csm.Segments said since
+    key: tuple  # by which the cache of all that is kept
     parts: list  # [(text, seconds of silence after it)]
     pieces: asyncio.Queue = field(default_factory=asyncio.Queue)  # (samples,) int16; None: the end; a Refused
-    cache: csm.KVCache | None = None  # of the voice or context
+    cache: csm.KVCache | None = None  # of what goes before
     part: int = 0  # the one that is said now, or next
     tries: int = 0  # of it that gave nothing
     codes: list = field(default_factory=list)  # of it so far, (K,) each
@@ -161,14 +162,14 @@ def read_request(body, voices, longest):
     voice = r.voice["id"] if isinstance(r.voice, dict) else r.voice
     if voice is not None and voice not in voices:
         raise Refused(f"unknown voice {voice!r}; there are: {', '.join(voices)}", "voice")
-    if not r.ref_audio != (not r.ref_text):
+    if bool(r.ref_audio) != bool(r.ref_text):
         raise Refused("`ref_audio` and `ref_text` go together: a clip needs its transcript", "ref_audio")
-    turns = [Turn(speaker=r.speaker, text=r.ref_text, audio=r.ref_audio)] if r.ref_audio else []
-    turns += r.context
-    key = r.speaker, hashlib.sha256(repr(turns).encode()).digest() if turns else voices.get(voice)
+    clip = [Turn.model_construct(speaker=r.speaker, text=r.ref_text, audio=r.ref_audio)] if r.ref_audio else []
+    key = voices.get(voice), r.speaker, hashlib.sha256(repr(clip + r.context).encode()).digest()
     parts = sentences(r.input)
     parts = parts if len(parts) > 1 else [(r.input, 0)]
-    return Speech(r, voices.get(voice), sampling, [turn.segment() for turn in turns], key, parts)
+    segments = [turn.segment() for turn in clip + r.context]
+    return Speech(r, voices.get(voice), sampling, segments[: len(clip)], segments[len(clip) :], key, parts)
 
 
 # ------------------------------------------------------------------------------------------------------ the model
@@ -258,11 +259,11 @@ class Engine:
         return self.batch.insert(rows, limit, seed, speech.sampling, cache=speech.cache)
 
     def prefix(self, speech):
-        """The KV cache of a Speech's context or voice; None: it has none."""
+        """The KV cache of a Speech's voice and context; None: it has none."""
         if speech.key not in self.prefixes:
-            voice = [] if speech.context else self.generator.voice_prompt(speech.voice)
-            turns = speech.context or [replace(turn, speaker=speech.request.speaker) for turn in voice]
-            rows = [self.generator.segment_rows(turn) for turn in turns]
+            first = speech.context[0].speaker if speech.context else speech.request.speaker
+            voice = speech.clip or [replace(s, speaker=first) for s in self.generator.voice_prompt(speech.voice)]
+            rows = [self.generator.segment_rows(turn) for turn in voice + speech.context]
             self.prefixes[speech.key] = self.generator.prefill(np.concatenate(rows)) if rows else None
         self.prefixes.move_to_end(speech.key)
         while len(self.prefixes) > 1 and sum(cache.offset for cache in self.prefixes.values() if cache) > KEPT:
@@ -446,7 +447,7 @@ def make_app(engine, args, address):
 
     async def page(request):
         inline = "script-src 'unsafe-inline'; style-src 'unsafe-inline'"
-        policy = f"default-src 'none'; connect-src 'self'; media-src blob:; {inline}"
+        policy = f"default-src 'none'; connect-src 'self'; media-src blob:; img-src data:; {inline}"
         return FileResponse(Path(__file__).with_name("serve.html"), headers={"content-security-policy": policy})
 
     async def refuse(request, e):

@@ -213,7 +213,7 @@ def test_speed_keeps_the_pitch(address):
 
 
 def test_requests_as_programs_send_them(address):
-    """As the sources have them: Open WebUI's routers/audio.py, LiveKit's and Pipecat's openai tts.py, wyoming_openai."""
+    """Open WebUI, LiveKit, Pipecat and wyoming_openai, from their sources."""
     url, headers = f"{address}/v1", {"Authorization": "Bearer sk-unused"}
     # Open WebUI: lists, without a key; then the whole body into a .mp3
     assert httpx.get(f"{url}/audio/models").json()["models"][0]["id"] == "tiny"

@@ -10,10 +10,8 @@ its client has gone. Mimi decodes the frames of all in one pass. The rest happen
 the encoding of files.
 """
 
-import argparse
 import asyncio
 import base64
-import hashlib
 import io
 import json
 import logging
@@ -23,7 +21,7 @@ import secrets
 import socket
 import sys
 import time
-from collections import OrderedDict, deque
+from collections import deque
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field, replace
@@ -63,7 +61,8 @@ LARGEST = 16 * 2**20  # bytes of a request
 LONGEST_CLIP = 60  # seconds
 AHEAD = 30  # seconds of sound that a client may leave unread before the next sentence of its text waits for it
 STALLED = 60  # seconds without reading after which a client is dropped
-KEPT = 8192  # positions of voices and contexts whose KV caches are kept
+KEPT = 16  # voices and contexts whose KV caches are kept
+SAMPLING = ("temperature", "top_k", "top_p", "min_p")
 
 log = logging.getLogger("csm.serve")
 
@@ -119,7 +118,8 @@ class Request(BaseModel):
     context: list[Turn] = []  # what was said since
 
     @model_validator(mode="before")
-    def drop_nulls(fields):
+    @classmethod
+    def drop_nulls(cls, fields):
         return {name: x for name, x in fields.items() if x is not None} if isinstance(fields, dict) else fields
 
 
@@ -130,12 +130,9 @@ class Speech:
     request: Request
     voice: str | None  # a name that the model knows; None: its default
     sampling: csm.Sampling
-    clip: list  # a csm.Segment in place of the voice, or none
-    context: list  # csm.Segments said since
-    key: tuple  # by which the cache of all that is kept
+    context: list  # csm.Segments that go before; where there are any, they set the voice
     parts: list  # [(text, seconds of silence after it)]
     pieces: asyncio.Queue = field(default_factory=asyncio.Queue)  # (samples,) int16; None: the end; a Refused
-    cache: csm.KVCache | None = None  # of what goes before
     part: int = 0  # the one that is said now, or next
     tries: int = 0  # of it that gave nothing
     codes: list = field(default_factory=list)  # of it so far, (K,) each
@@ -144,12 +141,11 @@ class Speech:
     gone: bool = False  # nobody listens any more
 
 
-def read_request(body, voices, longest):
+def read_request(body, voices, generator, longest):
     """A request's bytes -> Speech. voices: {name: the model's}; longest: of an input, characters. Raises Refused."""
     try:
         r = Request.model_validate_json(body)
-        options = {name: getattr(r, name) for name in ("temperature", "top_k", "top_p", "min_p")}
-        sampling = csm.Sampling(**{name: x for name, x in options.items() if x is not None})
+        _, sampling = generator.options(r.seed, {name: getattr(r, name) for name in SAMPLING})
     except ValidationError as e:
         field = ".".join(map(str, e.errors()[0]["loc"]))
         raise Refused(f"{field or 'the body'}: {e.errors()[0]['msg']}", field or None) from None
@@ -165,11 +161,9 @@ def read_request(body, voices, longest):
     if bool(r.ref_audio) != bool(r.ref_text):
         raise Refused("`ref_audio` and `ref_text` go together: a clip needs its transcript", "ref_audio")
     clip = [Turn.model_construct(speaker=r.speaker, text=r.ref_text, audio=r.ref_audio)] if r.ref_audio else []
-    key = voices.get(voice), r.speaker, hashlib.sha256(repr(clip + r.context).encode()).digest()
     parts = sentences(r.input)
     parts = parts if len(parts) > 1 else [(r.input, 0)]
-    segments = [turn.segment() for turn in clip + r.context]
-    return Speech(r, voices.get(voice), sampling, segments[: len(clip)], segments[len(clip) :], key, parts)
+    return Speech(r, voices.get(voice), sampling, [turn.segment() for turn in clip + r.context], parts)
 
 
 # ------------------------------------------------------------------------------------------------------ the model
@@ -185,7 +179,6 @@ class Engine:
         self.waiting = []  # Speeches; those between two sentences stand in front
         self.batch, self.live = generator.batch(), {}  # uid -> Speech
         self.decoded, self.state = [], None  # uids, and Mimi's state of their streams
-        self.prefixes = OrderedDict()  # Speech.key -> KVCache or None, the one used last at the end
         self.steps = deque([(0, 0.0)], maxlen=125)  # (frames, seconds) of each
         self.seconds = 1.0  # that a speech takes, a running mean
 
@@ -236,9 +229,8 @@ class Engine:
         for uid in [uid for uid, speech in self.live.items() if speech.gone]:
             self.batch.remove(uid)
             del self.live[uid]
-        frames = dict(self.batch.next()) if self.live else {}
-        ended = [self.live.pop(uid) for uid, codes in frames.items() if codes is None]
-        frames = {uid: codes for uid, codes in frames.items() if codes is not None}
+        said = self.batch.next() if self.live else []
+        frames = {uid: codes for uid, codes in said if codes is not None}
         if frames:
             for (uid, codes), audio in zip(frames.items(), self.decode(frames)):
                 speech = self.live[uid]
@@ -246,29 +238,21 @@ class Engine:
                 speech.made += len(audio)
                 pieces.append((speech, audio))
             self.steps.append((len(frames), time.perf_counter() - start))
+        ended = [self.live.pop(uid) for uid, codes in said if codes is None]
         return pieces + [piece for speech in ended for piece in self.after_part(speech)]
 
     def begin(self, speech):
         """Put the next part of a Speech into the batch -> its uid. Raises ValueError."""
-        text, _ = speech.parts[speech.part]
-        if speech.part == 0:
-            speech.cache = self.prefix(speech)
-        rows = self.generator.text_rows(text, speech.request.speaker)
-        limit = int(min(90, 3 + 0.2 * len(text)) * self.generator.mimi.config.frame_rate)
-        seed = (speech.request.seed + speech.part + speech.tries * 2**32) % 2**64
-        return self.batch.insert(rows, limit, seed, speech.sampling, cache=speech.cache)
-
-    def prefix(self, speech):
-        """The KV cache of a Speech's voice and context; None: it has none."""
-        if speech.key not in self.prefixes:
-            first = speech.context[0].speaker if speech.context else speech.request.speaker
-            voice = speech.clip or [replace(s, speaker=first) for s in self.generator.voice_prompt(speech.voice)]
-            rows = [self.generator.segment_rows(turn) for turn in voice + speech.context]
-            self.prefixes[speech.key] = self.generator.prefill(np.concatenate(rows)) if rows else None
-        self.prefixes.move_to_end(speech.key)
-        while len(self.prefixes) > 1 and sum(cache.offset for cache in self.prefixes.values() if cache) > KEPT:
-            self.prefixes.popitem(last=False)
-        return self.prefixes[speech.key]
+        r, (text, _), generator = speech.request, speech.parts[speech.part], self.generator
+        if speech.part == speech.tries == 0:
+            if r.context and not r.ref_audio:  # the turns follow the voice of whoever speaks first
+                voice = generator.voice_prompt(speech.voice)
+                speech.context = [replace(s, speaker=r.context[0].speaker) for s in voice] + speech.context
+            speech.context = [generator.encode(segment) for segment in speech.context]
+        before, rows = generator.prompt(text, r.speaker, speech.context, speech.voice)
+        seed = (r.seed + speech.part + speech.tries * 2**32) % 2**64
+        cache = generator.prefill(before)
+        return self.batch.insert(rows, generator.max_frames(None, text), seed, speech.sampling, cache)
 
     def decode(self, frames):
         """{uid: codes (K,)} -> (B, 1920) int16, each stream going on from its own state."""
@@ -288,9 +272,8 @@ class Engine:
             speech.tries += 1
             self.waiting.insert(0, speech)
             return []
-        if speech.codes and speech.cache is None and len(speech.parts) > 1:  # this sentence's voice is the others'
-            turn = csm.Segment(speech.request.speaker, text, codes=np.stack(speech.codes))
-            speech.cache = self.generator.prefill(self.generator.segment_rows(turn))
+        if speech.codes and not speech.context and speech.voice == "none":  # this sentence's voice is the others'
+            speech.context = [csm.Segment(speech.request.speaker, text, codes=np.stack(speech.codes))]
         speech.part, speech.tries, speech.codes = speech.part + 1, 0, []
         if speech.part == len(speech.parts):
             nothing = Refused("the model ended the speech at once: try another seed", None, 500)
@@ -351,7 +334,7 @@ class Encoder:
 
 def make_app(engine, args, address):
     """The Starlette application of an Engine. args: of the command."""
-    generator, rate = engine.generator, engine.generator.sample_rate
+    generator, rate, name = engine.generator, engine.generator.sample_rate, args.model or "csm-1b"
     own = sorted(generator.voices)
     voices = {name: own[i % len(own)] if own else "none" for i, name in enumerate(OPENAI_VOICES)}
     voices |= {name: name for name in (*own, "none")}
@@ -368,7 +351,8 @@ def make_app(engine, args, address):
             body += piece
             if len(body) > LARGEST:
                 raise Refused(f"the request is larger than {LARGEST} bytes", None, 413)
-        speech = await asyncio.to_thread(read_request, bytes(body), voices, args.max_characters)  # a clip takes a while
+        # in another thread, since a clip takes a while
+        speech = await asyncio.to_thread(read_request, bytes(body), voices, generator, args.max_characters)
         engine.submit(speech)
         return partial(answer, speech)
 
@@ -433,11 +417,11 @@ def make_app(engine, args, address):
 
     async def models(request):
         check_key(request)
-        model = {"id": args.model, "object": "model", "created": 0, "owned_by": "csm"}
+        model = {"id": name, "object": "model", "created": 0, "owned_by": "csm"}
         return JSONResponse({"object": "list", "data": [model]})
 
     async def speech_models(request):  # this and the voices without a key: Open WebUI sends none
-        return JSONResponse({"models": [{"id": args.model}]})
+        return JSONResponse({"models": [{"id": name}]})
 
     async def speech_voices(request):
         return JSONResponse({"voices": [{"id": name, "name": name} for name in (*own, "none")]})
@@ -481,9 +465,35 @@ def make_app(engine, args, address):
 # ------------------------------------------------------------------------------------------------------ command
 
 
+def serve(args):
+    if args.max_batch < 1 or args.max_waiting < 0 or not 0 <= args.port < 2**16:
+        raise ValueError("--max-batch is 1 or more, --max-waiting 0 or more, --port 0 to 65535")
+    six = ":" in args.host
+    with socket.socket(socket.AF_INET6 if six else socket.AF_INET) as listener:
+        listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        listener.bind((args.host, args.port))
+        generator = csm.load_for(args)
+        generator.kept = KEPT
+        if args.voices:
+            clips = [f for f in Path(args.voices).glob("*.wav") if f.with_suffix(".txt").is_file()]
+            if not clips:
+                raise ValueError(f"{args.voices} holds no clips (name.wav) with their transcripts (name.txt)")
+            generator.voices |= {f.stem: f.parent for f in clips}
+        engine = Engine(generator, args.max_batch, args.max_waiting)
+        # what compiles does so now, and in the thread that it is for
+        engine.thread.submit(generator.generate, "Hello.", max_audio_length_ms=200, seed=0).result()
+        logging.basicConfig(format="%(asctime)s %(message)s")
+        log.setLevel(logging.INFO)
+        host = f"[{args.host}]" if six else args.host
+        app = make_app(engine, args, f"http://{host}:{listener.getsockname()[1]}")
+        listener.listen(128)
+        config = uvicorn.Config(app, log_level="warning", access_log=False, timeout_graceful_shutdown=args.grace)
+        uvicorn.Server(config).run(sockets=[listener])
+
+
 def make_parser():
-    p = argparse.ArgumentParser(prog="csm-serve", description="A speech server with OpenAI's API.")
-    p.add_argument("--model", default="csm-1b", help="csm-1b, tiny, a folder, a weights file or a Hugging Face repo")
+    p = csm.parser_for("csm_tools.serve", description="A speech server with OpenAI's API.")
+    csm.add_model_options(p)
     p.add_argument("--host", default="127.0.0.1", help="address to listen on (default 127.0.0.1: this machine alone)")
     p.add_argument("--port", type=int, default=8000, help="0: any that is free (default 8000)")
     p.add_argument("--api-key", default=os.environ.get("CSM_API_KEY"), help="asked of clients (default: $CSM_API_KEY)")
@@ -493,43 +503,12 @@ def make_parser():
     p.add_argument("--max-characters", type=int, default=4096, metavar="N", help="of an input (default 4096)")
     p.add_argument("--grace", type=int, default=30, metavar="S", help="seconds that SIGTERM leaves what is under way")
     p.add_argument("--log-text", action="store_true", help="log what is said")
-    p.add_argument("--quantize", type=int, choices=(4, 8), help="bits of the weights")
-    p.add_argument("--dtype", choices=("float32", "bfloat16", "float16"), help="default: what suits the device")
-    p.add_argument("--adapter", metavar="DIR", help="what finetune trained")
     return p
-
-
-def serve(args):
-    if args.max_batch < 1 or args.max_waiting < 0:
-        raise ValueError("--max-batch is 1 or more, --max-waiting 0 or more")
-    six = ":" in args.host
-    with socket.socket(socket.AF_INET6 if six else socket.AF_INET) as listener:
-        listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        listener.bind((args.host, args.port))
-        generator = csm.load(args.model, dtype=args.dtype, quantize=args.quantize, adapter=args.adapter)
-        if args.voices:
-            clips = [f for f in Path(args.voices).glob("*.wav") if f.with_suffix(".txt").is_file()]
-            if not clips:
-                raise ValueError(f"{args.voices} holds no clips (name.wav) with their transcripts (name.txt)")
-            generator.voices |= {f.stem: f.parent for f in clips}
-        generator.generate("Hello.", max_audio_length_ms=200, seed=0)  # what compiles does so now
-        logging.basicConfig(format="%(asctime)s %(message)s")
-        log.setLevel(logging.INFO)
-        host = f"[{args.host}]" if six else args.host
-        engine = Engine(generator, args.max_batch, args.max_waiting)
-        app = make_app(engine, args, f"http://{host}:{listener.getsockname()[1]}")
-        listener.listen(128)
-        config = uvicorn.Config(app, log_level="warning", access_log=False, timeout_graceful_shutdown=args.grace)
-        uvicorn.Server(config).run(sockets=[listener])
 
 
 def main(argv=None):
     p = make_parser()
-    p.error = lambda message: p.exit(2, f"csm-serve: error: {message}\n")
-    try:
-        serve(p.parse_args(argv))
-    except (ValueError, OSError, OverflowError) as e:
-        p.exit(2, f"csm-serve: error: {' '.join(str(e).split())}\n")
+    return csm.run(p, serve, p.parse_args(argv), "stopped")
 
 
 if __name__ == "__main__":

@@ -13,7 +13,6 @@ import mlx.core as mx  # isort: skip
 import numpy as np
 import pytest
 import soundfile
-
 from conftest import clip, write_model
 
 HERE = Path(__file__).parent.parent

@@ -11,27 +11,24 @@ import csm  # first: it puts a fast BLAS in place before mlx is imported
 
 import mlx.core as mx  # isort: skip
 import pytest
-from mlx.utils import tree_flatten
-
-import convert
-import csm_layouts
-import mimi
 from conftest import random_mimi, write_tokenizer
 from test_layouts import (
     CONFIG,
     CSM_1B,
-    DEPTH,
     GREEDY,
     LLAMA3,
     MIMI,
     NATIVE,
     as_transformers,
     folder,
-    native,
     random_weights,
     same,
     sesame_names,
-)  # noqa: F401
+)
+
+import convert
+import csm_layouts
+import mimi
 
 HERE = Path(__file__).parents[1]
 

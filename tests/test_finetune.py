@@ -8,17 +8,17 @@ import subprocess
 import sys
 from pathlib import Path
 
-import csm  # first: it puts a fast BLAS in place before mlx is imported
 import finetune
+
+import csm  # first: it puts a fast BLAS in place before mlx is imported
 
 import mlx.core as mx  # isort: skip
 import mlx.nn as nn
 import numpy as np
 import pytest
 import soundfile
-from mlx.utils import tree_flatten
-
 from conftest import clip, write_model
+from mlx.utils import tree_flatten
 
 HERE = Path(__file__).parent.parent
 

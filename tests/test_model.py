@@ -15,7 +15,6 @@ import mlx.core as mx  # isort: skip
 import numpy as np
 import pytest
 import soundfile
-
 from conftest import SHAPES, clip, write_model, write_tokenizer
 
 MIMI = {

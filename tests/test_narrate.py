@@ -7,8 +7,9 @@ import subprocess
 import sys
 from pathlib import Path
 
-import csm  # first: it puts a fast BLAS in place before mlx is imported
 import narrate
+
+import csm  # first: it puts a fast BLAS in place before mlx is imported
 
 import mlx.core as mx  # isort: skip
 import numpy as np

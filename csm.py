@@ -107,6 +107,7 @@ class CSMConfig:
     def from_dict(cls, d):
         d = {f.name: d[f.name] for f in fields(cls) if d.get(f.name) is not None}
         try:
+            Sampling(**d.get("sampling", {}))
             return cls(**d | {part: LlamaConfig(**d[part]) for part in ("backbone", "decoder") if part in d})
         except TypeError as e:
             raise ValueError(f"config.json is not one of ours: {e}") from None
@@ -595,7 +596,8 @@ class Batch:
             return
         for i, u in enumerate(self.live):
             if u.keep and i not in rows:
-                self.kept[u.uid] = self.cache.filter([i])
+                self.kept[u.uid] = kept = self.cache.filter([i])
+                mx.async_eval(kept.keys, kept.values)  # so that another thread may go on with them
         self.live = [self.live[i] for i in rows]
         self.cache = self.cache.filter(rows) if rows else None
         self.h, self.keys, self.options = (
@@ -902,7 +904,7 @@ class Generator:
                 self._prompts[name] = self.encode(self._clip(name))
             except (ValueError, FileNotFoundError) as e:
                 if voice:
-                    raise ValueError(f"voice {name}: {e}") from None
+                    raise ValueError(str(e)) from None
                 log.warning("speaking without the default voice %s: %s", name, e)
                 return []
         return [self._prompts[name]]
@@ -916,7 +918,7 @@ class Generator:
         wav = self.voices[name] / f"{name}.wav" if name in self.voices else Path(name)
         if not wav.is_file():
             known = ", ".join(sorted(self.voices)) or "none at all"
-            raise ValueError(f"no such voice, nor a clip of that name; this model has: {known}")
+            raise ValueError(f"unknown voice {name!r}; this model has: {known}; or name a clip, with a .txt beside it")
         return Segment(0, read_text(f"@{wav.with_suffix('.txt')}"), wav)
 
     def text_rows(self, text, speaker):

@@ -15,7 +15,6 @@ import base64
 import io
 import json
 import logging
-import math
 import os
 import secrets
 import socket
@@ -62,7 +61,6 @@ LONGEST_CLIP = 60  # seconds
 AHEAD = 30  # seconds of sound that a client may leave unread before the next sentence of its text waits for it
 STALLED = 60  # seconds without reading after which a client is dropped
 KEPT = 16  # voices and contexts whose KV caches are kept
-SAMPLING = ("temperature", "top_k", "top_p", "min_p")
 
 log = logging.getLogger("csm.serve")
 
@@ -145,7 +143,7 @@ def read_request(body, voices, generator, longest):
     """A request's bytes -> Speech. voices: {name: the model's}; longest: of an input, characters. Raises Refused."""
     try:
         r = Request.model_validate_json(body)
-        _, sampling = generator.options(r.seed, {name: getattr(r, name) for name in SAMPLING})
+        sampling = generator.options(r.seed, r.model_dump(include={"temperature", "top_k", "top_p", "min_p"}))[1]
     except ValidationError as e:
         field = ".".join(map(str, e.errors()[0]["loc"]))
         raise Refused(f"{field or 'the body'}: {e.errors()[0]['msg']}", field or None) from None
@@ -180,13 +178,11 @@ class Engine:
         self.batch, self.live = generator.batch(), {}  # uid -> Speech
         self.decoded, self.state = [], None  # uids, and Mimi's state of their streams
         self.steps = deque([(0, 0.0)], maxlen=125)  # (frames, seconds) of each
-        self.seconds = 1.0  # that a speech takes, a running mean
 
     def submit(self, speech):
         """Queue a Speech. Raises Refused where there is no room."""
         if len(self.waiting) >= self.max_waiting + self.max_batch - len(self.live):
-            later = {"Retry-After": str(math.ceil(self.seconds))}
-            raise Refused("the server is busy: try again later", None, 429, "rate_limit_exceeded", later)
+            raise Refused("the server is busy", None, 429, "rate_limit_exceeded", {"Retry-After": "1"})
         self.waiting.append(speech)
         self.changed.set()
 
@@ -226,6 +222,9 @@ class Engine:
                 self.live[self.begin(speech)] = speech
             except ValueError as e:
                 pieces.append((speech, Refused(str(e))))
+            except Exception:
+                log.exception("a request failed")
+                pieces.append((speech, Refused("generation failed", None, 500)))
         for uid in [uid for uid, speech in self.live.items() if speech.gone]:
             self.batch.remove(uid)
             del self.live[uid]
@@ -272,7 +271,8 @@ class Engine:
             speech.tries += 1
             self.waiting.insert(0, speech)
             return []
-        if speech.codes and not speech.context and speech.voice == "none":  # this sentence's voice is the others'
+        voice = speech.context or self.generator.voice_prompt(speech.voice)
+        if not voice and speech.codes:  # then this sentence's is the others'
             speech.context = [csm.Segment(speech.request.speaker, text, codes=np.stack(speech.codes))]
         speech.part, speech.tries, speech.codes = speech.part + 1, 0, []
         if speech.part == len(speech.parts):
@@ -395,10 +395,8 @@ def make_app(engine, args, address):
             with anyio.fail_after(STALLED):
                 await send({"type": "http.response.body", "body": data, "more_body": piece is not None})
             if piece is None:
-                taken = time.perf_counter() - start
-                engine.seconds += (taken - engine.seconds) / 8
-                line = "%.2f s of %s in %.2f s, the first after %.2f s, voice %s, seed %d"
-                log.info(line, speech.made / rate, r.response_format, taken, first, speech.voice, r.seed)
+                what = speech.made / rate, r.response_format, time.perf_counter() - start, first, speech.voice, r.seed
+                log.info("%.2f s of %s in %.2f s, the first after %.2f s, voice %s, seed %d", *what)
                 return log.info("%s", r.input) if args.log_text else None
             speech.taken += len(piece)
             engine.changed.set()
@@ -415,21 +413,16 @@ def make_app(engine, args, address):
     def event(kind, **fields):
         return f"data: {json.dumps({'type': kind} | fields)}\n\n".encode()
 
-    async def models(request):
+    def models(request):
         check_key(request)
-        model = {"id": name, "object": "model", "created": 0, "owned_by": "csm"}
-        return JSONResponse({"object": "list", "data": [model]})
+        return JSONResponse(
+            {"object": "list", "data": [{"id": name, "object": "model", "created": 0, "owned_by": "csm"}]}
+        )
 
-    async def speech_models(request):  # this and the voices without a key: Open WebUI sends none
-        return JSONResponse({"models": [{"id": name}]})
+    def voice_list(request):
+        return JSONResponse({"voices": [{"id": voice, "name": voice} for voice in (*own, "none")]})
 
-    async def speech_voices(request):
-        return JSONResponse({"voices": [{"id": name, "name": name} for name in (*own, "none")]})
-
-    async def health(request):
-        return JSONResponse(engine.health())
-
-    async def page(request):
+    def page(request):
         inline = "script-src 'unsafe-inline'; style-src 'unsafe-inline'"
         policy = f"default-src 'none'; connect-src 'self'; media-src blob:; img-src data:; {inline}"
         return FileResponse(Path(__file__).with_name("serve.html"), headers={"content-security-policy": policy})
@@ -453,9 +446,9 @@ def make_app(engine, args, address):
     routes = [
         Route("/v1/audio/speech", speak, methods=["POST"]),
         Route("/v1/models", models),
-        Route("/v1/audio/models", speech_models),
-        Route("/v1/audio/voices", speech_voices),
-        Route("/health", health),
+        Route("/v1/audio/models", lambda request: JSONResponse({"models": [{"id": name}]})),  # this and the voices
+        Route("/v1/audio/voices", voice_list),  # without a key: Open WebUI sends none
+        Route("/health", lambda request: JSONResponse(engine.health())),
         Route("/", page),
     ]
     handlers = dict.fromkeys((Refused, HTTPException, Exception), refuse)
@@ -468,30 +461,27 @@ def make_app(engine, args, address):
 def serve(args):
     if args.max_batch < 1 or args.max_waiting < 0 or not 0 <= args.port < 2**16:
         raise ValueError("--max-batch is 1 or more, --max-waiting 0 or more, --port 0 to 65535")
-    six = ":" in args.host
-    with socket.socket(socket.AF_INET6 if six else socket.AF_INET) as listener:
-        listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        listener.bind((args.host, args.port))
-        generator = csm.load_for(args)
-        generator.kept = KEPT
-        if args.voices:
-            clips = [f for f in Path(args.voices).glob("*.wav") if f.with_suffix(".txt").is_file()]
-            if not clips:
-                raise ValueError(f"{args.voices} holds no clips (name.wav) with their transcripts (name.txt)")
-            generator.voices |= {f.stem: f.parent for f in clips}
-        engine = Engine(generator, args.max_batch, args.max_waiting)
-        # what compiles does so now, and in the thread that it is for
-        engine.thread.submit(generator.generate, "Hello.", max_audio_length_ms=200, seed=0).result()
-        logging.basicConfig(format="%(asctime)s %(message)s")
-        log.setLevel(logging.INFO)
-        host = f"[{args.host}]" if six else args.host
+    generator = csm.load_for(args)
+    generator.kept = KEPT
+    if args.voices:
+        clips = [f for f in Path(args.voices).glob("*.wav") if f.with_suffix(".txt").is_file()]
+        if not clips:
+            raise ValueError(f"{args.voices} holds no clips (name.wav) with their transcripts (name.txt)")
+        generator.voices |= {f.stem: f.parent for f in clips}
+    engine = Engine(generator, args.max_batch, args.max_waiting)
+    # what compiles does so now, and in the thread that it is for
+    engine.thread.submit(generator.generate, "Hello.", max_audio_length_ms=200, seed=0).result()
+    logging.basicConfig(format="%(asctime)s %(message)s")
+    log.setLevel(logging.INFO)
+    family = socket.AF_INET6 if ":" in args.host else socket.AF_INET
+    with socket.create_server((args.host, args.port), family=family) as listener:
+        host = f"[{args.host}]" if ":" in args.host else args.host
         app = make_app(engine, args, f"http://{host}:{listener.getsockname()[1]}")
-        listener.listen(128)
         config = uvicorn.Config(app, log_level="warning", access_log=False, timeout_graceful_shutdown=args.grace)
         uvicorn.Server(config).run(sockets=[listener])
 
 
-def make_parser():
+def main(argv=None):
     p = csm.parser_for("csm_tools.serve", description="A speech server with OpenAI's API.")
     csm.add_model_options(p)
     p.add_argument("--host", default="127.0.0.1", help="address to listen on (default 127.0.0.1: this machine alone)")
@@ -503,11 +493,6 @@ def make_parser():
     p.add_argument("--max-characters", type=int, default=4096, metavar="N", help="of an input (default 4096)")
     p.add_argument("--grace", type=int, default=30, metavar="S", help="seconds that SIGTERM leaves what is under way")
     p.add_argument("--log-text", action="store_true", help="log what is said")
-    return p
-
-
-def main(argv=None):
-    p = make_parser()
     return csm.run(p, serve, p.parse_args(argv), "stopped")
 
 

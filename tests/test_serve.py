@@ -10,6 +10,7 @@ import socket
 import subprocess
 import sys
 import time
+from argparse import Namespace
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
@@ -323,7 +324,7 @@ def test_a_command_that_cannot_start(tmp_path):
         return p.stderr
 
     with socket.create_server(("127.0.0.1", 0)) as taken:
-        assert "in use" in fails("--port", taken.getsockname()[1])
+        assert "in use" in fails("--model", "tiny", "--port", taken.getsockname()[1])
     assert "no such model" in fails("--port", 0, "--model", tmp_path / "none")
     assert "transcripts" in fails("--port", 0, "--model", "tiny", "--voices", tmp_path)
     assert "--max-batch" in fails("--port", 0, "--model", "tiny", "--max-batch", 0)
@@ -428,6 +429,9 @@ def ask(app, body, send):
     return asyncio.create_task(app(scope, receive, send))
 
 
+ARGUMENTS = Namespace(model="tiny", api_key=None, max_characters=4096, log_text=False)
+
+
 def collector():
     messages = []
 
@@ -452,7 +456,7 @@ def test_a_reader_who_stops_holds_nobody_up(engine, monkeypatch, caplog):
 
     async def scenario():
         e = engine()
-        app = serve.make_app(e, serve.make_parser().parse_args([]), "")
+        app = serve.make_app(e, ARGUMENTS, "")
         running = asyncio.create_task(e.run())
         slow = ask(app, {"input": LONG * 3}, stuck)
         while not (e.waiting and not e.live):  # it has enough to read, and has given up its place
@@ -472,7 +476,7 @@ def test_a_reader_who_stops_holds_nobody_up(engine, monkeypatch, caplog):
 def test_what_fails_fails_alone(engine, monkeypatch):
     async def scenario():
         e = engine()
-        app = serve.make_app(e, serve.make_parser().parse_args([]), "")
+        app = serve.make_app(e, ARGUMENTS, "")
         running = asyncio.create_task(e.run())
         first, last = collector(), collector()
         monkeypatch.setattr(e, "decode", lambda frames: 1 / 0)

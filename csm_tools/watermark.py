@@ -218,8 +218,10 @@ class Watermark:
         loudest two seconds, every 256 samples and then finer about the best.
         """
         audio = np.concatenate([*resample([audio], sample_rate, RATE)])
+        if len(audio) < MARK:
+            return None
         found, clarity = self.read(audio)
-        if len(audio) < MARK or (found and found.confidence >= 0.9 and len(audio) >= 2 * MARK):
+        if found and found.confidence >= 0.9 and len(audio) >= 2 * MARK:
             return found
         energy = [np.sum(clip**2) for clip in cut([audio], MARK)]
         loudest = int(np.argmax(np.convolve(energy, [1, 1])[1:])) * MARK  # where it and the next are
@@ -237,8 +239,6 @@ class Watermark:
         """(n,) at 44.1 kHz, a frame beginning at its first sample -> Detection or None; how clear the symbols are."""
         logits = np.concatenate([self.logits(clip)[: WHOLE * PERIOD] for clip in cut([audio], WHOLE * MARK)])
         logits = logits[: len(logits) // PERIOD * PERIOD].reshape(-1, PERIOD, 5)  # a row for each mark
-        if not len(logits):
-            return None, 0.0
         probabilities = np.exp(logits - logits.max(axis=-1, keepdims=True))
         probabilities /= probabilities.sum(axis=-1, keepdims=True)
         clarity = float(probabilities.mean(axis=0).max(axis=-1).mean())

@@ -369,11 +369,11 @@ def test_mistakes(small, weights, tmp_path):
         small.embed(np.zeros((2, 100)))
     with pytest.raises(ValueError, match="NaN"):
         small.detect(np.full(100, np.nan))
-    with pytest.raises(ValueError, match="no such file"):
+    with pytest.raises(ValueError, match=r"no weights for the watermark in .* no such file"):
         watermark.load(tmp_path)
     for name in PARTS:
         (tmp_path / f"{name}.ckpt").write_bytes((weights / watermark.FOLDER / "enc_c.ckpt").read_bytes())
-    with pytest.raises(ValueError, match="does not hold a SilentCipher"):
+    with pytest.raises(ValueError, match="no weights for the watermark"):
         watermark.load(tmp_path)
 
 
@@ -383,18 +383,18 @@ def test_command(weights, tmp_path, capsys):
     assert watermark.main(["embed", str(clear), str(marked), "--weights", str(weights)]) == 0
     assert (soundfile.info(marked).samplerate, soundfile.info(marked).frames) == (24_000, len(speech()))
     assert watermark.main(["detect", str(marked), "--weights", str(weights)]) == 0
-    assert "CSM's mark: 212,211,146,56,201, confidence 0.9" in capsys.readouterr().out
+    assert "CSM's mark: 212 211 146 56 201, confidence 0.9" in capsys.readouterr().out
     assert watermark.main(["detect", str(clear), "--weights", str(weights)]) == 1
     assert capsys.readouterr().out == "no mark\n"
-    watermark.main(["embed", str(clear), str(marked), "--weights", str(weights), "--message", "1,2,3,4,5"])
+    watermark.main(["embed", str(clear), str(marked), "--weights", str(weights), "--message", *"12345"])
     watermark.main(["detect", str(marked), "--weights", str(weights)])
-    assert "a mark, not CSM's: 1,2,3,4,5" in capsys.readouterr().out
+    assert "a mark, not CSM's: 1 2 3 4 5" in capsys.readouterr().out
     for arguments, match in (
         (["detect", str(tmp_path / "none.wav")], "no such file"),
         (["embed", str(clear)], "embed IN OUT"),
         (["embed", str(clear), str(tmp_path / "a.xyz")], "suffix"),
-        (["embed", str(clear), str(tmp_path / "a.wav"), "--message", "1,2"], "five numbers"),
-        (["embed", str(clear), str(tmp_path / "a.wav"), "--message", "one"], "--message"),
+        (["embed", str(clear), str(tmp_path / "a.wav"), "--message", "1", "2", "3", "4", "256"], "five numbers"),
+        (["embed", str(clear), str(tmp_path / "a.wav"), "--message", "1"], "--message"),
     ):
         with pytest.raises(SystemExit) as e:
             watermark.main([*arguments, "--weights", str(weights)])
@@ -410,7 +410,9 @@ def test_without_the_weights_there_is_an_error_and_no_file(tmp_path):
         cwd=HERE, env=os.environ | {"HF_HUB_OFFLINE": "1", "HF_HOME": str(tmp_path / "hub")}, text=True,
         capture_output=True,
     )  # fmt: skip
-    assert ran.returncode == 2 and "the watermark's weights cannot be had" in ran.stderr.splitlines()[-1], ran.stderr
+    assert ran.returncode == 2 and "no weights for the watermark in sony/silentcipher" in ran.stderr.splitlines()[-1], (
+        ran.stderr
+    )
     assert not (tmp_path / "marked.wav").exists()
 
 

@@ -11,9 +11,9 @@ How: sound at 44.1 kHz becomes a spectrogram. The message, five bytes, becomes t
 the end: one a frame, again every 21 frames (0.975 s). Two networks look at both and say by how much to lower each
 magnitude, on the whole `sdr` decibels below the sound; the phase is kept. A third reads a symbol off each frame.
 
-Every normalization takes its mean and variance from the clip at hand, as in the original, whose BatchNorm is never put
-into evaluation. So up to 31 s are marked as one; what is longer in pieces of so many, a stream in pieces of one mark,
-each by its own statistics. The symbols run on from piece to piece. Glossary: T frames, F bins, I and O channels.
+Each normalization takes the mean and variance of the clip at hand, as in the original, whose BatchNorm never goes into
+evaluation. So up to 31 s are marked as one; what is longer in pieces of so many, a stream in pieces of one mark, and
+the symbols run on from piece to piece. Glossary: T frames, F bins, I and O channels.
 """
 
 import sys
@@ -198,10 +198,9 @@ class Watermark:
         return istft(spectrum, len(clip)) * np.sqrt(power / POWER)
 
     def detect(self, audio, sample_rate=24_000):
-        """(samples,) -> the Detection, or None where there is no mark. Raises ValueError.
+        """(samples,) -> the Detection, or None where there is no mark.
 
-        Where a mark begins at the first sample it is read there. Else the beginnings of a frame are tried, on the
-        loudest two seconds, every 256 samples and then finer about the best.
+        It is read from the first sample on; where that fails, other beginnings of a frame are tried on two seconds.
         """
         audio = np.concatenate([*resample([audio], sample_rate, RATE)])
         if len(audio) < MARK:
@@ -210,7 +209,7 @@ class Watermark:
         if found and found.confidence >= 0.9 and len(audio) >= 2 * MARK:
             return found
         energy = [np.sum(clip**2) for clip in cut([audio], MARK)]
-        loudest = int(np.argmax(np.convolve(energy, [1, 1])[1:])) * MARK  # where it and the next are
+        loudest = int(np.argmax(np.convolve(energy, [1, 1])[1:])) * MARK  # and the mark after it
         excerpt = audio[loudest : loudest + 2 * MARK + HOP]
         clearest = partial(max, key=lambda shift: self.read(excerpt[shift:])[1])
         best = clearest(range(0, HOP, 256))

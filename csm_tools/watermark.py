@@ -1,7 +1,6 @@
 """SilentCipher, the inaudible mark that Sesame's own code puts into all that CSM says, on MLX.
 
-    python -m csm_tools.watermark embed speech.wav marked.wav
-    python -m csm_tools.watermark detect marked.wav
+    python -m csm_tools.watermark embed speech.wav marked.wav    # and: detect marked.wav
 
 Source: Singh et al., "SilentCipher: Deep Audio Watermarking" (2024, arXiv 2406.03822), and Sony's package
 `silentcipher` 1.0.5 (MIT), which finds our marks as we find its. The weights are Sony's, on the Hub at

@@ -9,9 +9,9 @@ import csm_layouts
 import mlx.core as mx  # isort: skip
 import numpy as np
 import pytest
-from conftest import random_mimi, write_model, write_tokenizer
+from conftest import random_mimi, random_weights, write_model, write_tokenizer
 from test_adapters import our_adapter
-from test_layouts import CSM_1B, NATIVE, as_transformers, folder, random_weights, same, sesame_names
+from test_layouts import CSM_1B, NATIVE, as_transformers, folder, same, sesame_names
 
 GREEDY = {"voice": "none", "temperature": 0, "max_audio_length_ms": 400}
 WIDE = {"dim": 64, "n_layers": 2, "n_heads": 4, "n_kv_heads": 2, "head_dim": 32, "ffn_dim": 128}

@@ -230,7 +230,7 @@ def test_each_finds_the_others_mark(whole):
     theirs, ours = whole
     audio = speech("bright")
     message = (7, 77, 177, 0, 255)
-    for marked in (ours.embed(audio, message=message), theirs.encode_wav(audio, 24_000, list(message), 36)[0]):
+    for marked in (ours.embed(audio, message=message), theirs.encode_wav(audio, 24_000, list(message), 36, False)[0]):
         found = ours.detect(marked)
         expected = theirs.decode_wav(marked, 24_000, phase_shift_decoding=False)
         assert found.message == message == tuple(expected["messages"][0])

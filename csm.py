@@ -1490,7 +1490,7 @@ def parser_for(name, **kind):
     """An ArgumentParser that calls itself as it was called, and says a mistake in one line."""
     import argparse
 
-    called = Path(sys.argv[0]).stem
+    called = Path(sys.argv[0]).name.removesuffix(".exe")
     p = argparse.ArgumentParser(prog=called if called == "csm" or called.startswith("csm-") else name, **kind)
     p.error = lambda message: p.exit(2, f"{p.prog}: error: {message}\n")
     return p

@@ -20,6 +20,7 @@ no more than a short one (Meng et al. 2405.14734).
     dpo    -log sigmoid(r of the chosen - r of the rejected)                              (Rafailov et al. 2305.18290)
     kto    w (1 - sigmoid(+-(r - KL))), + where the speech is wanted, KL = max(0, mean r of texts with the speech of
            others), which has no gradient                                                 (Ethayarajh et al. 2402.01306)
+--sft-weight adds so much of the L of what is chosen or wanted (Pang et al. 2404.19733), lest all become unlikely.
 The L of the model before training is computed once, frame by frame, and kept in the run's folder.
 
 A run continues where it stopped, to the very weights that it would have reached: the order of the data and every random
@@ -94,10 +95,11 @@ def objective(args, losses, reference, wanted, kl):
     if args.command == "train":
         return weighted(args, losses)
     r = args.beta * weighted(args, reference - losses)  # of dpo the chosen and the rejected in turn
+    own = args.sft_weight * weighted(args, losses)
     if args.command == "dpo":
-        return mx.logaddexp(0, r[1::2] - r[::2])
+        return mx.logaddexp(0, r[1::2] - r[::2]) + own[::2]
     weight = mx.where(wanted > 0, args.desirable_weight, args.undesirable_weight)
-    return weight * (1 - mx.sigmoid(wanted * (r - kl)))
+    return weight * (1 - mx.sigmoid(wanted * (r - kl))) + mx.where(wanted > 0, own, 0)
 
 
 # ---------------------------------------------------------------------------------------------------- LoRA
@@ -594,6 +596,7 @@ def add_training(t, command):
     t.add_argument("--seed", type=int, default=0)
     if command != "train":
         t.add_argument("--beta", type=float, default=0.1, help="how far the model may go from itself: less is farther")
+        t.add_argument("--sft-weight", type=float, default=0.0, help="of the L of what is chosen, beside (default 0)")
     t.set_defaults(reference_free=command == "train", function=train)
     if command == "dpo":
         t.add_argument("--reference-free", action="store_true", help="as if all speech were as likely at first")

@@ -18,9 +18,8 @@ import mlx.nn as nn
 import numpy as np
 import pytest
 import soundfile
-from mlx.utils import tree_flatten
-
 from conftest import clip, write_model
+from mlx.utils import tree_flatten
 
 HERE = Path(__file__).resolve().parents[1]
 
@@ -96,8 +95,8 @@ def preferences(tmp_path_factory):
 def test_gradient_is_that_of_transformers_and_torch(plain, data, preferences, tmp_path, command):
     """Each loss and its gradient, of a model that has moved from its reference, beside plain PyTorch."""
     torch, tf = pytest.importorskip("torch"), pytest.importorskip("transformers")
-    import csm_layouts
     import convert
+    import csm_layouts
 
     weights = mx.load(str(plain / "model.safetensors"))
     key = mx.random.key(3)  # with which KTO's divergence is above 0
@@ -118,7 +117,7 @@ def test_gradient_is_that_of_transformers_and_torch(plain, data, preferences, tm
         args.mask_speaker_ids = [1]
     else:
         args.beta, args.desirable_weight, args.undesirable_weight = 2.0, 1.5, 0.5
-        args.first_codebook_weight_multiplier = 3.0
+        args.first_codebook_weight_multiplier, args.sft_weight = 3.0, 0.3
     source = data if command == "train" else preferences
     examples = tuning_data.encode(generator, tuning_data.read_data(source, command)[:5], args)
     if command == "kto":
@@ -153,7 +152,8 @@ def test_gradient_is_that_of_transformers_and_torch(plain, data, preferences, tm
     elif command == "dpo":
         assert all(len(t.learned) == len(t.segments[1].codes) + 1 for e in examples for t in e.talks)  # not the context
         margins = torch.stack([reward(e.talks[0]) - reward(e.talks[1]) for e in examples])
-        loss = -torch.log(torch.sigmoid(margins)).mean()
+        own = torch.stack([nats(theirs[0], e.talks[0]) for e in examples])
+        loss = (0.3 * own - torch.log(torch.sigmoid(margins))).mean()
         assert row["margin"] == pytest.approx(margins.mean().item(), rel=1e-3)
         assert row["accuracy"] == pytest.approx((margins > 0).float().mean().item())
     else:
@@ -162,7 +162,8 @@ def test_gradient_is_that_of_transformers_and_torch(plain, data, preferences, tm
         parts = []
         for e in examples:
             r = reward(e.talks[0])
-            parts.append(1.5 * (1 - torch.sigmoid(r - kl)) if e.wanted == 1 else 0.5 * (1 - torch.sigmoid(kl - r)))
+            wanted = 1.5 * (1 - torch.sigmoid(r - kl)) + 0.3 * nats(theirs[0], e.talks[0])
+            parts.append(wanted if e.wanted == 1 else 0.5 * (1 - torch.sigmoid(kl - r)))
         loss = torch.stack(parts).mean()
         assert row["kl"] == pytest.approx(kl.item(), rel=1e-3) and kl > 0.01
     loss.backward()

@@ -300,7 +300,7 @@ def test_a_mistake_of_a_process_is_named(folder, tmp_path):
     args = "-m", "csm_tools.narrate", "book.txt", "a.wav", "--model", str(folder), "--voice", "typo"
     where = {"cwd": tmp_path, "env": os.environ | {"PYTHONPATH": str(HERE)}}
     done = subprocess.run([*launcher, *args], **where, capture_output=True, text=True)
-    assert re.search(r"narrate, process \d of 2: error: voice typo", done.stderr), done.stderr
+    assert re.search(r"narrate, process \d of 2: error: .*typo", done.stderr), done.stderr
     assert [f.name for f in tmp_path.iterdir()] == ["book.txt"]
 
 

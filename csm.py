@@ -716,7 +716,7 @@ class Generator:
         mx.eval(self.forbidden)
         self.codec_stream = mx.new_thread_local_stream(mx.default_device())
         self._compiled, self._lock = [], threading.Lock()  # the depth decoder's loop is the last of them
-        self._contexts = {}  # rows, as bytes -> KVCache of the contexts used last
+        self._contexts, self.kept = {}, 4  # rows, as bytes -> KVCache of the contexts used last; how many of them
         self._prompts = {}  # the voices asked for so far, as Segments with codes
 
     def batch(self):
@@ -872,7 +872,7 @@ class Generator:
         key = rows.tobytes()
         cache = self._contexts.pop(key, None) or prefill(self.model, [rows])[1]
         self._contexts[key] = cache  # the last of them
-        for old in list(self._contexts)[:-4]:
+        for old in list(self._contexts)[: -self.kept]:
             self._contexts.pop(old, None)
         return cache
 
@@ -1343,9 +1343,19 @@ def read_context(path):
         raise ValueError(f"{path}: expected {expected} ({type(e).__name__}: {e})") from None
 
 
+def add_model_options(p):
+    """What `load_for` reads."""
+    p.add_argument("--model", help="csm-1b, tiny, a folder, a weights file or a Hugging Face repo (default: csm-1b)")
+    p.add_argument("--quantize", type=lambda x: int(x) if x.isdigit() else x, choices=(4, 6, 8, *MODES), help="weights")
+    p.add_argument("--dtype", choices=("float32", "bfloat16", "float16"), help="default: what suits the device")
+    p.add_argument(
+        "--adapter", metavar="DIR[=FACTOR]", action="append", help="of finetune, PEFT or csm-mlx; repeatable"
+    )
+
+
 def add_options(p):
     """The options of the command that other programs have as well."""
-    p.add_argument("--model", help="csm-1b, tiny, a folder, a weights file or a Hugging Face repo (default: csm-1b)")
+    add_model_options(p)
     p.add_argument("--speaker", type=int, default=0, help="speaker id of the text (default 0)")
     p.add_argument("--voice", help="preset, clip.wav with clip.txt beside it, or none (default: the model's own)")
     p.add_argument("--ref-audio", metavar="F", help="a clip of the voice to speak with")
@@ -1356,11 +1366,6 @@ def add_options(p):
     p.add_argument("--min-p", type=float, help="0 is off (default)")
     p.add_argument("--seed", type=int, help="for the same speech again (default: drawn, and printed)")
     p.add_argument("--max-audio-length-ms", type=float, metavar="MS", help="a turn's (default: what its text can take)")
-    p.add_argument("--quantize", type=lambda x: int(x) if x.isdigit() else x, choices=(4, 6, 8, *MODES), help="weights")
-    p.add_argument("--dtype", choices=("float32", "bfloat16", "float16"), help="default: what suits the device")
-    p.add_argument(
-        "--adapter", metavar="DIR[=FACTOR]", action="append", help="of finetune, PEFT or csm-mlx; repeatable"
-    )
     p.add_argument("--watermark", action="store_true", help="mark the sound as generated (csm_tools.watermark)")
 
 
@@ -1485,7 +1490,7 @@ def parser_for(name, **kind):
     """An ArgumentParser that calls itself as it was called, and says a mistake in one line."""
     import argparse
 
-    called = Path(sys.argv[0]).stem
+    called = Path(sys.argv[0]).name.removesuffix(".exe")
     p = argparse.ArgumentParser(prog=called if called == "csm" or called.startswith("csm-") else name, **kind)
     p.error = lambda message: p.exit(2, f"{p.prog}: error: {message}\n")
     return p

@@ -115,9 +115,9 @@ TRANSCRIPTS = {  # what the clips say that Sesame published beside CSM-1B, as it
     "with this not like a panic but like a",
     "conversational_b": "like a super Mario level. Like it's very like high detail. And like, once you get into the "
     "park, it just like, everything looks like a computer game and they have all these, like, you know, if, if there's "
-    "like a, you know, like in a Mario game, they will have like a question block. And if you like, you know, punch it, "
-    "a coin will come out. So like everyone, when they come into the park, they get like this little bracelet and then "
-    "you can go punching question blocks around.",
+    "like a, you know, like in a Mario game, they will have like a question block. And if you like, you know, punch "
+    "it, a coin will come out. So like everyone, when they come into the park, they get like this little bracelet and "
+    "then you can go punching question blocks around.",
 }
 # fmt: on
 
@@ -400,7 +400,8 @@ def mimi_to_native(config, weights):
     """
     config = config.get("codec_config") or config
     weights = {name.removeprefix("codec_model."): w for name, w in rename(bare(weights), SPELLINGS).items()}
-    native = {f: config[f] for f, _ in MIMI_FIELDS if f in config} if "n_filters" in config else {}
+    ours = [f for f, _ in MIMI_FIELDS] + ["rope_theta"] if "n_filters" in config else []
+    native = {f: config[f] for f in ours if f in config}
     if numbers(weights, r"decoder\.layers\.(\d+)\."):
         native, weights = from_transformers_mimi(config, weights)
     sizes = mimi_sizes(weights)

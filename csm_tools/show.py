@@ -116,8 +116,7 @@ def draw(run, generator, layer=None):
             axes[i].set_xlim(0, end)
 
     kind = np.zeros((K + 1, S), int)  # of each cell, of KINDS
-    kind[-1, text], kind[:-1, ~text], kind[:-1, T:] = 1, 2, 3
-    kind[:-1, ~text & ~codes.any(axis=1)] = 4
+    kind[-1, text], kind[:-1, ~text], kind[:-1, T:], kind[:-1, ~text & ~codes.any(axis=1)] = 1, 2, 3, 4
     patches = [Patch(color=color) for color in KINDS.values()]
     fig.legend(patches, KINDS, loc="outside upper center", ncols=5, frameon=False, title=run.title, title_fontsize=13)
     axes[0].pcolormesh(kind, cmap=ListedColormap([*KINDS.values()]), vmin=0, vmax=4, ec="w", lw=0.5 * (S <= 120))
@@ -131,8 +130,8 @@ def draw(run, generator, layer=None):
     area = {"extent": (0, end, K - 0.5, -0.5), "aspect": "auto", "interpolation": "nearest", "vmin": 0}
     image = axes[1].imshow(codes[T:].T, vmax=c.codebook_size - 1, **area)
     for (f, k), code in np.ndenumerate(codes[T:] if F <= 36 and K <= 16 else []):
-        look = {"color": "wk"[2 * code > c.codebook_size], "ha": "center", "va": "center", "fontsize": 8}
-        axes[1].text((f + 0.5) / c.frame_rate, k, code, **look)
+        ink = "k" if code > c.codebook_size / 2 else "w"
+        axes[1].text((f + 0.5) / c.frame_rate, k, code, color=ink, ha="center", va="center", fontsize=8)
     ending = "the column of zeros is the end (dashed)" if run.ended else "cut off: no column of zeros came"
     panel(1, f"codes: a column is a frame, a colour the number of a code; {ending}", "codebook", image, "code")
     image, most = axes[2].imshow(run.entropy.T, cmap="magma", **area), f"{np.log2(c.codebook_size):g} bits no idea"

@@ -1,8 +1,8 @@
 """Small random models, made on the spot, for all the tests.
 
 They compute in float32, whatever the device; CSM_TEST_DTYPE=bfloat16 or float16 is for a GPU. Codes are identical, and
-logits within 1e-4, on a CPU in float32. Elsewhere (a GPU's float32 products may be of TF32) the bounds are wider, and of
-codes the first frame has to agree in most: after that one other code changes all that follow.
+logits within 1e-4, on a CPU in float32. Elsewhere (a GPU's float32 products may be of TF32) the bounds are wider, and
+of codes the first frame has to agree in most: after that one other code changes all that follow.
 """
 
 import json

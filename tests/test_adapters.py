@@ -9,9 +9,9 @@ import mlx.core as mx  # isort: skip
 import mlx.nn as nn
 import numpy as np
 import pytest
-from test_layouts import CONFIG, CSM_1B, LLAMA3, NATIVE, random_weights, same
 
 import csm_layouts
+from test_layouts import CONFIG, CSM_1B, LLAMA3, NATIVE, random_weights, same
 
 ROPE = {"rope_theta": 7000.0, "rope_scaling": LLAMA3}
 ALL = [

@@ -4,10 +4,10 @@ import _thread
 import threading
 import time
 
-import csm
 import numpy as np
 import pytest
 
+import csm
 from conftest import EXACT, clip, same_codes, write_model
 
 OPTIONS = (

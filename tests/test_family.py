@@ -9,6 +9,7 @@ import csm_layouts
 import mlx.core as mx  # isort: skip
 import numpy as np
 import pytest
+
 from conftest import random_mimi, random_weights, write_model, write_tokenizer
 from test_adapters import our_adapter
 from test_layouts import CSM_1B, NATIVE, as_transformers, folder, same, sesame_names

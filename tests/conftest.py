@@ -8,7 +8,7 @@ of codes the first frame has to agree in most: after that one other code changes
 import json
 import os
 
-import csm  # first: it puts a fast BLAS in place before mlx is imported
+import csm  # before mlx
 import mimi
 
 import mlx.core as mx  # isort: skip

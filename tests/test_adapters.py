@@ -3,7 +3,7 @@
 import copy
 import json
 
-import csm  # first: it puts a fast BLAS in place before mlx is imported
+import csm  # before mlx
 
 import mlx.core as mx  # isort: skip
 import mlx.nn as nn

@@ -7,7 +7,7 @@ import sys
 from dataclasses import asdict
 from pathlib import Path
 
-import csm  # first: it puts a fast BLAS in place before mlx is imported
+import csm  # before mlx
 
 import mlx.core as mx  # isort: skip
 import pytest

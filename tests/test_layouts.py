@@ -4,7 +4,7 @@ import json
 import logging
 from dataclasses import asdict
 
-import csm  # first: it puts a fast BLAS in place before mlx is imported
+import csm  # before mlx
 
 import mlx.core as mx  # isort: skip
 import pytest

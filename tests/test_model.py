@@ -8,7 +8,7 @@ Weights are random and small (conftest.py), scaled so that a greedy choice is no
 import json
 import threading
 
-import csm  # first: it puts a fast BLAS in place before mlx is imported
+import csm  # before mlx
 import mimi
 
 import mlx.core as mx  # isort: skip

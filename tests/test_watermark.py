@@ -10,7 +10,7 @@ import subprocess
 import sys
 from pathlib import Path
 
-import mimi  # first: it puts a fast BLAS in place before mlx is imported
+import mimi  # before mlx
 
 import mlx.core as mx  # isort: skip
 import numpy as np

@@ -55,14 +55,14 @@ log = logging.getLogger("mlx_cpu")
 
 @contextmanager
 def environment(**variables):
-    """These variables for a while, for libraries that read them when they are loaded; what the user has set stays."""
-    added = {k: v for k, v in variables.items() if k not in os.environ}
-    os.environ.update(added)
+    """These variables for a while, for what reads them when it is loaded."""
+    before = {k: os.environ.get(k) for k in variables}
+    os.environ.update(variables)
     try:
         yield
     finally:
-        for k in added:
-            del os.environ[k]
+        for k, value in before.items():
+            os.environ.pop(k) if value is None else os.environ.update({k: value})
 
 
 def cpu_info():
@@ -96,23 +96,24 @@ def compiled(info):
     if not cc or not source.is_file():
         return None
     flags = ["-O3", "-pthread", "-shared", "-fPIC", *(["-march=native"] if os.uname().machine == "x86_64" else [])]
-    cc = os.path.realpath(cc)
-    key = "\n".join([source.read_text(), *flags, cc, str(os.stat(cc).st_mtime), info])
+    key = "\n".join([source.read_text(), *flags, os.path.realpath(cc), str(os.stat(cc).st_mtime), info])
     name = f"mlx_cpu-{hashlib.sha256(key.encode()).hexdigest()[:16]}.so"
-    cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "csm"
+    cache = Path(os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")) / "csm"
+
+    def build(folder):
+        with tempfile.TemporaryDirectory(dir=folder) as work, environment(TMPDIR=work):
+            subprocess.run([cc, *flags, "-o", f"{work}/{name}", source], check=True, capture_output=True, timeout=60)
+            os.replace(f"{work}/{name}", folder / name)  # whole, however many processes do the same
+        return ctypes.CDLL(str(folder / name))
+
+    failures = OSError, subprocess.SubprocessError
     with suppress(OSError):
         return ctypes.CDLL(str(cache / name))
-    with tempfile.TemporaryDirectory() as private:  # from where a library may be loaded though its file goes
-        for folder in (cache, Path(private)):
-            with suppress(OSError, subprocess.SubprocessError):
-                folder.mkdir(parents=True, exist_ok=True)
-                part = folder / f"{name}.{os.getpid()}"
-                try:
-                    subprocess.run([cc, *flags, "-o", part, source], check=True, capture_output=True, timeout=60)
-                    os.replace(part, folder / name)  # whole, however many processes do the same
-                finally:
-                    part.unlink(missing_ok=True)
-                return ctypes.CDLL(str(folder / name))
+    with suppress(*failures):
+        cache.mkdir(parents=True, exist_ok=True)
+        return build(cache)
+    with suppress(*failures), tempfile.TemporaryDirectory() as private:  # what is loaded may lose its file
+        return build(Path(private))
     return None
 
 
@@ -122,8 +123,10 @@ def load_blas():
     avx512 = all(f" avx512{kind}" in info for kind in ("f", "cd", "bw", "dq", "vl"))
     ours = compiled(info)
     # Slices of a product come from our threads, so the library has none. OpenBLAS takes no AMD for one with AVX-512.
-    once = {"OPENBLAS_NUM_THREADS": "1"} if ours else {}
-    with environment(**once, **({"OPENBLAS_CORETYPE": "SkylakeX"} if avx512 else {})):
+    variables = {"OPENBLAS_NUM_THREADS": "1"} if ours else {}
+    if avx512:
+        variables["OPENBLAS_CORETYPE"] = os.environ.get("OPENBLAS_CORETYPE", "SkylakeX")
+    with environment(**variables):
         for path in libraries(info):
             with suppress(OSError, AttributeError):
                 library = ctypes.CDLL(path, mode=ctypes.RTLD_LOCAL if ours else ctypes.RTLD_GLOBAL)

@@ -39,7 +39,7 @@ import mimi as codec  # before mlx, as mimi.py says
 import mlx.core as mx  # isort: skip
 import mlx.nn as nn
 import numpy as np
-from mlx.utils import tree_flatten, tree_map
+from mlx.utils import tree_flatten
 
 DEFAULT_MODEL = ("senstella/csm-1b-mlx", "ckpt.safetensors")
 DEFAULT_TOKENIZER = "unsloth/Llama-3.2-1B"
@@ -123,8 +123,8 @@ class KVCache:
     RoPE counts. What lies before is never attended to.
     """
 
-    def __init__(self, config, dtype=mx.float32, capacity=0):
-        self.config, self.dtype, self.capacity = config, dtype, capacity
+    def __init__(self, config, dtype=mx.float32, step=CACHE_STEP):
+        self.dtype, self.step = dtype, step
         self.keys, self.values = [None] * config.n_layers, [None] * config.n_layers
         self.offset, self.pad = 0, np.zeros(1, np.int32)
 
@@ -133,10 +133,9 @@ class KVCache:
         end = self.offset + k.shape[2]
         for held, new in ((self.keys, k), (self.values, v)):
             if held[layer] is None:
-                held[layer] = mx.zeros((*k.shape[:2], self.capacity, k.shape[3]), self.dtype)
-            short = end - held[layer].shape[2]
-            if short > 0:
-                room = -(-short // CACHE_STEP) * CACHE_STEP
+                held[layer] = mx.zeros((*k.shape[:2], 0, k.shape[3]), self.dtype)
+            if (short := end - held[layer].shape[2]) > 0:
+                room = -(-short // self.step) * self.step
                 held[layer] = mx.pad(held[layer], [(0, 0), (0, 0), (0, room), (0, 0)])
             held[layer][:, :, self.offset : end] = new
         if layer == len(self.keys) - 1:
@@ -158,42 +157,30 @@ class KVCache:
         """Forget the last n positions."""
         self.offset -= max(0, min(n, self.offset))
 
-    def map(self, f):
-        """A new cache, with f of each array."""
-        other = copy.copy(self)
-        other.keys, other.values = ([x if x is None else f(x) for x in xs] for xs in (self.keys, self.values))
-        return other
-
     def filter(self, rows):
         """A new cache of these sequences alone, a list of indices; one may occur more than once."""
-        pad, at = self.pad[rows], mx.array(rows)
+        pad, at, other = self.pad[rows], mx.array(rows), copy.copy(self)
         start = int(pad.min())  # what lies before all of them goes
-        other = self.map(lambda x: x[at, :, start : self.offset])
+        held = (self.keys, self.values)
+        other.keys, other.values = ([x[at, :, start : self.offset] for x in xs] for xs in held)
         other.offset, other.pad = self.offset - start, pad - start
         return other
 
-    def extend(self, other):
-        """A new cache of these sequences and the other's below them, the shorter moved to end where the longest do."""
-        end = max(self.offset, other.offset)
+    @staticmethod
+    def join(caches):
+        """A new cache of all their sequences side by side, the shorter moved to end where the longest do."""
+        end, whole = max(c.offset for c in caches), copy.copy(caches[0])
 
-        def moved(cache):
-            left = [(0, 0), (0, 0), (end - cache.offset, 0), (0, 0)]
-            return cache.map(lambda x: mx.pad(x[:, :, : cache.offset], left))
+        def joined(arrays):  # of one layer
+            moved = zip(arrays, caches)
+            return mx.concatenate(
+                [mx.pad(x[:, :, : c.offset], [(0, 0), (0, 0), (end - c.offset, 0), (0, 0)]) for x, c in moved]
+            )
 
-        a, b = moved(self), moved(other)
-        a.keys, a.values = ([mx.concatenate(x) for x in zip(*xs)] for xs in ((a.keys, b.keys), (a.values, b.values)))
-        a.offset, a.pad = end, np.concatenate([c.pad + end - c.offset for c in (self, other)])
-        return a
-
-    def align(self, spare):
-        """A new cache in which sequence b, whose last spare[b] positions do not count, ends where the others do."""
-        if not any(spare):
-            return self
-        index = mx.arange(self.offset) - mx.array(spare)[:, None]  # (B, S): where from
-        index = mx.maximum(index, 0)[:, None, :, None]
-        other = self.map(lambda x: mx.take_along_axis(x, index, axis=2))
-        other.pad = self.pad + np.array(spare, np.int32)
-        return other
+        whole.keys = [joined(xs) for xs in zip(*(c.keys for c in caches))]
+        whole.values = [joined(xs) for xs in zip(*(c.values for c in caches))]
+        whole.offset, whole.pad = end, np.concatenate([c.pad + end - c.offset for c in caches])
+        return whole
 
 
 class Linear(nn.Module):
@@ -358,7 +345,7 @@ class CSM(nn.Module):
         sample(i, logits (B, V)) -> ids (B,) is asked for each codebook i in turn. n: stop after the first n codebooks.
         """
         K = n or self.config.audio_num_codebooks
-        cache = KVCache(self.config.decoder, self.dtype, capacity=K)  # a fresh one every frame
+        cache = KVCache(self.config.decoder, self.dtype, step=K)  # a fresh one every frame
         codes, x = [], mx.stack([h, self.embed_code(0, first)], axis=1)  # (B, 2, D)
         for i in range(1, K):
             y = self.decoder(self.projection(x), cache)[:, -1]
@@ -531,20 +518,14 @@ class Utterance:
     said: list = field(default_factory=list)  # codes of codebook 0, for logits processors
 
 
-def prefill(model, prompts, cache=None):
-    """Prompts [(T, K + 1)] after what `cache`, of a batch of one, holds -> last hidden (B, D), KVCache of all."""
-    B, n, T = len(prompts), np.array([len(p) for p in prompts]), max(len(p) for p in prompts)
-    cache = cache.filter([0] * B) if cache else KVCache(model.config.backbone, model.dtype)
-    cache.pad, h = np.zeros(B, np.int32), None
-    rows = np.stack([np.pad(p, [(0, T - len(p)), (0, 0)]) for p in prompts])  # causal: what is behind changes nothing
-    for i in range(0, T, PREFILL):
-        part = mx.array(rows[:, i : i + PREFILL])
-        y = model(mx.maximum(part, 0), row_mask(part), cache)  # (B, t, D)
-        last = mx.array(np.clip(n - 1 - i, 0, y.shape[1] - 1))[:, None, None]
-        y = mx.take_along_axis(y, last, axis=1)[:, 0]
-        h = y if h is None else mx.where(mx.array(n > i)[:, None], y, h)
+def prefill(model, rows, cache=None):
+    """Rows (T, K + 1) behind those that `cache`, which is not altered, holds -> last hidden (1, D), KVCache of all."""
+    cache = cache.filter([0]) if cache else KVCache(model.config.backbone, model.dtype)
+    for i in range(0, len(rows), PREFILL):
+        part = mx.array(rows[None, i : i + PREFILL])
+        h = model(mx.maximum(part, 0), row_mask(part), cache)[:, -1]
         mx.eval(h, cache.keys, cache.values)
-    return h, cache.align(T - n)
+    return h, cache
 
 
 class Batch:
@@ -619,21 +600,20 @@ class Batch:
         )
 
     def _join(self):
-        """Those that wait into the arrays. Prompts that the same goes before pass through the backbone together."""
-        for cache in {id(u.cache): u.cache for u in self.waiting}.values():
-            new = [u for u in self.waiting if u.cache is cache]
-            distinct = list({u.rows.tobytes(): u.rows for u in new}.values())  # a prompt of many is computed once
-            h, after = prefill(self.model, distinct, cache)
-            which = [next(i for i, rows in enumerate(distinct) if np.array_equal(rows, u.rows)) for u in new]
-            keys = mx.stack([mx.random.key(u.seed) for u in new])
-            joining = h[mx.array(which)], keys, mx.array([u.sampling.numbers() for u in new])
-            if len(distinct) < len(new):
-                after = after.filter(which)
-            if self.live:
-                old = (self.h, self.keys, self.options)
-                joining, after = [mx.concatenate(x) for x in zip(old, joining)], self.cache.extend(after)
-            (self.h, self.keys, self.options), self.cache = joining, after
-            self.live += new
+        """Those that wait into the arrays. A prompt that several have is computed once."""
+        done, joining, caches = {}, [], [self.cache] * bool(self.live)
+        for u in self.waiting:
+            what = u.rows.tobytes(), id(u.cache)
+            if what not in done:
+                done[what] = prefill(self.model, u.rows, u.cache)
+            h, cache = done[what]
+            joining.append((h, mx.random.key(u.seed)[None], mx.array([u.sampling.numbers()])))
+            caches.append(cache)
+        if joining:
+            old = [(self.h, self.keys, self.options)] * bool(self.live)
+            self.h, self.keys, self.options = (mx.concatenate(x) for x in zip(*old, *joining))
+            self.cache = KVCache.join(caches)
+        self.live += self.waiting
         self.waiting = []
 
     def _launch(self):
@@ -741,17 +721,17 @@ class Generator:
         """A Batch, empty."""
         return Batch(self)
 
-    def conversation(self, context=(), *, voice=None):
-        """A Conversation that starts with `context`, or without one with a voice for whoever speaks first."""
-        context = list(context)
-        return Conversation(self, context, [] if context else self.voice_prompt(voice))
+    def conversation(self, context=(), *, voice=None, voice_match=False):
+        """A Conversation that starts with `context`, or without one with a voice for whoever speaks first.
 
-    def stream(
-        self, text, speaker=0, context=(), *, voice=None, voice_match=None, streaming_interval=0.5, **options
-    ) -> Iterator[mx.array]:
-        """Speech for `text` in pieces of `streaming_interval` seconds, (samples,) float32 each; joined, `generate`."""
-        conversation, opening = self._open(speaker, context, voice, voice_match)
-        return conversation.stream(text, speaker, streaming_interval=streaming_interval, opening=opening, **options)
+        voice_match: whether its first turn continues a clip, as `generate` has it.
+        """
+        context = list(context)
+        return Conversation(self, context, [] if context else self.voice_prompt(voice), voice_match)
+
+    def stream(self, text, speaker=0, context=(), *, voice=None, voice_match=None, **options) -> Iterator[mx.array]:
+        """Speech for `text` in pieces of streaming_interval=0.5 seconds, (samples,) float32 each; joined, `generate`."""
+        return self.conversation(context, voice=voice, voice_match=voice_match).stream(text, speaker, **options)
 
     def generate(self, text, speaker=0, context=(), **options) -> mx.array:
         """Speech for `text`: (samples,) float32 at `sample_rate`; empty if the model ends at once."""
@@ -759,10 +739,10 @@ class Generator:
 
     def generate_codes(self, text, speaker=0, context=(), *, voice=None, voice_match=None, **options) -> mx.array:
         """The codes of the speech: (F, K) int32."""
-        conversation, opening = self._open(speaker, context, voice, voice_match)
-        for _ in conversation.frames(text, speaker, opening=opening, **options):
+        talk = self.conversation(context, voice=voice, voice_match=voice_match)
+        for _ in talk.frames(text, speaker, **options):
             pass
-        return conversation.turns[-1].codes
+        return talk.turns[-1].codes
 
     def generate_batch(
         self, texts, speaker=0, context=(), *, voice=None, voice_match=None, max_audio_length_ms=None, seed=None,
@@ -776,30 +756,23 @@ class Generator:
         if isinstance(texts, str):
             raise ValueError("texts must be a list of texts, not one")
         texts, context = list(texts), list(context)
-        own = bool(context) and not isinstance(context[0], Segment)
-        try:
-            speakers = [speaker] * len(texts) if isinstance(speaker, (int, np.integer)) else list(speaker)
-            lengths = max_audio_length_ms
-            lengths = [lengths] * len(texts) if isinstance(lengths, (int, float, np.number, type(None))) else [*lengths]
-            contexts = [list(c) for c in context] if own else [context] * len(texts)
-        except TypeError as e:
-            raise ValueError(f"speaker, context or max_audio_length_ms: {e}") from None
+        speakers, lengths = ([x] * len(texts) if np.ndim(x) == 0 else x for x in (speaker, max_audio_length_ms))
+        if context and not isinstance(context[0], Segment):
+            contexts = [[self.encode(s) for s in own] for own in context]
+        else:
+            contexts = [[self.encode(s) for s in context]] * len(texts)
         if not len(speakers) == len(lengths) == len(contexts) == len(texts):
             raise ValueError(f"{len(texts)} texts need as many speakers, contexts and lengths, or one for all")
-        if not all(isinstance(s, Segment) for c in contexts for s in c):
-            raise ValueError("a context is a list of Segments")
         seed, sampling = self.options(seed, sampling)
-        encoded = {id(s): s for c in contexts for s in c}
-        encoded = {i: self.encode(s) for i, s in encoded.items()}  # each once
         batch, codes = self.batch(), {}
         for i, (text, speaker, context, ms) in enumerate(zip(texts, speakers, contexts, lengths)):
-            before, rows = self.prompt(text, speaker, [encoded[id(s)] for s in context], voice, voice_match)
+            before, rows = self.prompt(text, speaker, context, voice, voice_match)
             frames = self.max_frames(ms, text)
             codes[batch.insert(rows, frames, (seed + i) % 2**64, sampling, self.prefill(before))] = []
         while len(batch):
             for uid, frame in batch.next():
                 codes[uid] += [] if frame is None else [frame]
-        return [self.decode(mx.array(np.stack(c)) if c else mx.zeros((0, 1), mx.int32)) for c in codes.values()]
+        return [self.decode(mx.array(np.array(c, np.int32).reshape(-1, self.codebooks))) for c in codes.values()]
 
     def decode(self, codes) -> mx.array:
         """Codes (F, K) -> (samples,) float32, in bounded memory."""
@@ -807,10 +780,12 @@ class Generator:
 
     def encode(self, segment):
         """The Segment with its codes."""
+        if not isinstance(segment, Segment):
+            raise ValueError(f"a context is a list of Segments, not of {segment!r}")
         if segment.codes is not None:
             return segment
         n = min(self.mimi.n_codebooks, self.model.config.audio_num_codebooks)
-        return replace(segment, codes=self.audio_rows(segment, end=False)[:, :n])
+        return replace(segment, codes=self.audio_rows(segment)[:-1, :n])
 
     def save(self, folder):
         """Write the model as a folder in our own layout, which needs nothing else; whole or not at all. ValueError."""
@@ -863,7 +838,7 @@ class Generator:
             return model.sample_rest(h, first, draw, noise.shape[1] + 1)
 
         def traced(weights, *arrays):
-            model = twin(self.model)  # it holds tracers afterwards; the shared one never does
+            model = copy.deepcopy(self.model)  # of the same arrays; it holds tracers afterwards, the shared one never
             model.update(weights)
             return rest(model, *arrays)
 
@@ -897,21 +872,9 @@ class Generator:
 
     def prompt(self, text, speaker=0, context=(), voice=None, voice_match=None):
         """The rows of the context, to be prefilled, and the rows (T, K + 1) after them: what Batch.insert takes."""
-        conversation, opening = self._open(speaker, context, voice, voice_match)
-        rows = conversation.prompt(text, speaker, opening)
-        return np.concatenate([rows[:0], *conversation.blocks]), rows
-
-    def _open(self, speaker, context, voice, voice_match):
-        """A Conversation, and the Segment that the new turn continues, if any."""
-        asked, context = voice_match, list(context)
-        if not (self.model.config.voice_match if asked is None else asked):
-            return self.conversation(context, voice=voice), None
-        context = context or [replace(s, speaker=speaker) for s in self.voice_prompt(voice)]
-        mine = [i for i, s in enumerate(context) if s.speaker == speaker]
-        if not mine and asked:
-            raise ValueError(f"voice_match continues a clip of speaker {speaker}, and the context has none")
-        clip = context.pop(mine[-1]) if mine else None
-        return Conversation(self, context), clip
+        talk = self.conversation(context, voice=voice, voice_match=voice_match)
+        rows = talk.prompt(text, speaker)
+        return np.concatenate([rows[:0], *talk.blocks]), rows
 
     def voice_prompt(self, voice=None):
         """A voice as a list of one Segment with codes, or [] for none."""
@@ -959,8 +922,8 @@ class Generator:
         rows[:, -1] = ids
         return rows
 
-    def audio_rows(self, segment, end=True):
-        """(F + 1, K + 1) int32 for one turn's audio: its frames and, if `end`, the frame of zeros that ends it.
+    def audio_rows(self, segment):
+        """(F + 1, K + 1) int32 for one turn's audio: its frames and the frame of zeros that ends it.
 
         The text column holds NO_TEXT, and so do those of codebooks that the codes, (F, 1 to K), do not have.
         """
@@ -975,7 +938,7 @@ class Generator:
             raise ValueError(f"codes must be (frames, {K}), not {codes.shape}")
         if codes.size and not 0 <= codes.min() <= codes.max() < V:
             raise ValueError(f"codes must lie in 0..{V - 1}")
-        rows = np.pad(codes.astype(np.int32), [(0, int(end)), (0, 0)])
+        rows = np.pad(codes.astype(np.int32), [(0, 1), (0, 0)])
         return np.pad(rows, [(0, 0), (0, K + 1 - rows.shape[1])], constant_values=NO_TEXT)
 
     def segment_rows(self, segment):
@@ -990,12 +953,13 @@ class Conversation:
     and warns on the logger "csm". A turn whose stream is abandoned, or fails, is not part of the conversation.
     """
 
-    def __init__(self, generator, context=(), voice=()):
+    def __init__(self, generator, context=(), voice=(), voice_match=False):
         self.generator = generator
-        self.voice = list(voice)  # Segments to put first, in the voice of whoever speaks first
         self.turns = list(context)  # Segments
         self.blocks = [generator.segment_rows(s) for s in self.turns]  # the rows of each turn
         self.n_kept = len(self.blocks)  # the context, or the voice prompt, is never forgotten
+        self.voice, self.voice_match = list(voice), voice_match  # Segments to put first; both of who speaks first
+        self.opening = None  # what the first turn continues: its text, and its frames as rows
         self.cache = None  # of the rows that went through the backbone
         self.prefilled = 0  # rows that went through it as prompt, in all
         self.busy = False
@@ -1043,23 +1007,32 @@ class Conversation:
         self.blocks.append(rows)
         self.turns.append(segment)
 
-    def prompt(self, text, speaker=0, opening=None):
+    def prompt(self, text, speaker=0):
         """The rows (T, K + 1) of the next turn before its speech; `blocks` go before them. ValueError: too many."""
-        rows = self.generator.text_rows(text if opening is None else f"{opening.text} {text}", speaker)
-        if opening is not None:
-            rows = np.concatenate([rows, self.generator.audio_rows(opening, end=False)])
+        rows = self.generator.text_rows(text, speaker)
         voice = [replace(s, speaker=speaker) for s in self.voice]
-        blocks = [self.generator.segment_rows(s) for s in voice]
-        self._check_length(sum(map(len, blocks)) + len(rows))
-        self.turns, self.blocks, self.voice = voice + self.turns, blocks + self.blocks, []
-        self.n_kept += len(voice)
+        self.turns, self.blocks = voice + self.turns, [self.generator.segment_rows(s) for s in voice] + self.blocks
+        self.n_kept, self.voice = self.n_kept + len(voice), []
+        if self.generator.model.config.voice_match if self.voice_match is None else self.voice_match:
+            mine = [i for i, s in enumerate(self.turns[: self.n_kept]) if s.speaker == speaker]
+            if mine:
+                clip, block = self.turns.pop(mine[-1]), self.blocks.pop(mine[-1])
+                self.opening = clip.text, block[block[:, -1] == NO_TEXT][:-1]
+                self.n_kept -= 1
+            elif self.voice_match:
+                raise ValueError(f"voice_match continues a clip of speaker {speaker}, and the context has none")
+        self.voice_match = False
+        if self.opening:
+            said, frames = self.opening
+            rows = np.concatenate([self.generator.text_rows(f"{said} {text}", speaker), frames])
+        self._check_length(len(rows))
         return rows
 
-    def frames(self, text, speaker=0, *, opening=None, max_audio_length_ms=None, seed=None, **sampling):
+    def frames(self, text, speaker=0, *, max_audio_length_ms=None, seed=None, **sampling):
         """Say the next turn as frames of codes, (K,) int32 each. Arguments are checked at once, not at the first."""
         seed, sampling = self.generator.options(seed, sampling)
         max_frames = self.generator.max_frames(max_audio_length_ms, str(text))
-        return self._frames(Segment(speaker, text), self.prompt(text, speaker, opening), max_frames, seed, sampling)
+        return self._frames(Segment(speaker, text), self.prompt(text, speaker), max_frames, seed, sampling)
 
     def _check_free(self):
         if self.busy:
@@ -1097,21 +1070,22 @@ class Conversation:
             self.busy = False
         cache.trim(cache.offset - len(prompt) - len(said) - 1)  # the frame of zeros stays, what followed goes
         self.cache = cache
+        self.opening = None
         self.blocks.append(block)
         self.turns.append(turn)
 
     def _make_room(self, n_rows, max_frames):
         """Forget old turns where the prompt leaves no room for the speech, or a quarter of the positions."""
-        limit, need = self.generator.limit, n_rows + min(max_frames, self.generator.limit // 4)
-        sizes, n_kept = [len(b) for b in self.blocks], self.n_kept
-        if sum(sizes) + need <= limit or len(sizes) == n_kept:
+        limit, n = self.generator.limit, 0
+        if sum(map(len, self.blocks)) + n_rows + min(max_frames, limit // 4) <= limit:
             return
-        n = 0  # down to half of them at once, so that the next turns find their cache again
-        while n_kept + n < len(sizes) and sum(sizes[:n_kept]) + sum(sizes[n_kept + n :]) + n_rows > limit // 2:
+        # Down to half of them at once, so that the next turns find their cache again.
+        while len(self.blocks) > self.n_kept and sum(map(len, self.blocks)) + n_rows > limit // 2:
+            del self.blocks[self.n_kept], self.turns[self.n_kept]
             n += 1
-        del self.blocks[n_kept : n_kept + n], self.turns[n_kept : n_kept + n]
-        log.warning("%d old turns forgotten: the model has %d positions", n, limit)
-        self.cache = None
+        if n:
+            log.warning("%d old turns forgotten: the model has %d positions", n, limit)
+            self.cache = None
 
 
 def on_gpu():
@@ -1126,15 +1100,6 @@ def compiles(model):
     """
     asked = os.environ.get("CSM_COMPILE", "")
     return asked == "1" if asked else on_gpu() or model.config.backbone.dim * model.config.decoder.dim >= 2e6
-
-
-def twin(module):
-    """A module of the same arrays, which can be given others without the first one noticing."""
-    other = copy.copy(module)
-    for name, child in module.items():
-        kind = {"is_leaf": lambda m: isinstance(m, nn.Module)}
-        other[name] = tree_map(lambda m: twin(m) if isinstance(m, nn.Module) else m, child, **kind)
-    return other
 
 
 def join(pieces):
@@ -1477,11 +1442,11 @@ def command(args):
     with codec.audio_writer(args.out) as write, player(args.play) as play, progress() as bar:  # which check OUT
         generator = load_for(args)
         rate, start = generator.sample_rate, time.perf_counter()
-        talk, opening = generator._open(turns[0][0], context, args.voice, args.voice_match)
+        talk = generator.conversation(context, voice=args.voice, voice_match=args.voice_match)
         pieces = (
             audio
             for i, (speaker, text) in enumerate(turns)
-            for audio in talk.stream(text, speaker, opening=None if i else opening, seed=(seed + i) % 2**64, **options)
+            for audio in talk.stream(text, speaker, seed=(seed + i) % 2**64, **options)
         )
         try:
             for audio in marked(pieces, rate) if args.watermark else pieces:

@@ -411,7 +411,7 @@ def test_embeddings_are_added_up_in_float32(tmp_path):
 
 def test_voice_match_continues_the_clip_and_keeps_the_turns(generator, monkeypatch):
     prompts = []
-    monkeypatch.setattr(csm, "prefill", lambda model, rows, cache=None: prompts.append(rows[0]) or 1 / 0)
+    monkeypatch.setattr(csm, "prefill", lambda model, rows, cache=None: prompts.append(rows) or 1 / 0)
     monkeypatch.setattr(csm.Generator, "prefill", lambda self, rows: prompts.append(rows) and None)
     turns = [
         csm.Segment(0, "hello", clip(0.4)),

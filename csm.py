@@ -50,7 +50,6 @@ WEIGHTS = ("model.safetensors", "model.safetensors.index.json", "ckpt.safetensor
            "ckpt.pt", "*.pt", "*.pth")  # of a folder, the first that there is  # fmt: skip
 BESIDE = ("*.json", "tokenizer.model", *codec.FILES, "prompts/*")  # what else of a Hub repository is wanted
 TOKENIZER = ("tokenizer.json", "tokenizer.model", "tokenizer_config.json", "special_tokens_map.json")
-MODES = {"mxfp4": (32, 4), "nvfp4": (16, 4), "mxfp8": (32, 8)}  # MLX's other ways to quantize: group size, bits
 PREFILL = 256  # rows per pass over a prompt: bounds the memory of long ones
 CACHE_STEP = 256  # positions by which a KV cache grows
 
@@ -215,7 +214,7 @@ class Embedding(nn.Module):
 def packing(module, n_in):
     """How a matrix with rows of n_in numbers was quantized, told from its shapes: arguments of mx.quantized_matmul."""
     bits, group_size = 32 * module.weight.shape[-1] // n_in, n_in // module.scales.shape[-1]
-    mode = "affine" if "biases" in module else next((m for m, how in MODES.items() if how == (group_size, bits)), "")
+    mode = "affine" if "biases" in module else "nvfp4" if group_size == 16 else f"mxfp{bits}"
     return {"group_size": group_size, "bits": bits, "mode": mode}
 
 
@@ -706,9 +705,8 @@ class Generator:
         if not 2 <= self.codebooks <= model.config.audio_num_codebooks:
             raise ValueError(f"codebooks must be 2 to {model.config.audio_num_codebooks}, not {codebooks}")
         if mimi.n_codebooks < self.codebooks:
-            raise ValueError(
-                f"the model writes {self.codebooks} codebooks, its Mimi has {mimi.n_codebooks} (--codebooks: fewer)"
-            )
+            n = mimi.n_codebooks
+            raise ValueError(f"the model writes {self.codebooks} codebooks, its Mimi has {n} (--codebooks: fewer)")
         n_ids = mx.arange(model.config.audio_vocab_size)
         self.forbidden = mx.where(n_ids < mimi.config.codebook_size, 0, -mx.inf)  # ids that Mimi lacks
         mx.eval(self.forbidden)
@@ -730,7 +728,7 @@ class Generator:
         return Conversation(self, context, [] if context else self.voice_prompt(voice), voice_match)
 
     def stream(self, text, speaker=0, context=(), *, voice=None, voice_match=None, **options) -> Iterator[mx.array]:
-        """Speech for `text` in pieces of streaming_interval=0.5 seconds, (samples,) float32 each; joined, `generate`."""
+        """What `generate` gives, in pieces of streaming_interval=0.5 seconds: (samples,) float32 each."""
         return self.conversation(context, voice=voice, voice_match=voice_match).stream(text, speaker, **options)
 
     def generate(self, text, speaker=0, context=(), **options) -> mx.array:
@@ -864,7 +862,7 @@ class Generator:
         if not len(rows):
             return None
         key = rows.tobytes()
-        cache = self._contexts.pop(key, None) or prefill(self.model, [rows])[1]
+        cache = self._contexts.pop(key, None) or prefill(self.model, rows)[1]
         self._contexts[key] = cache  # the last of them
         for old in list(self._contexts)[: -self.kept]:
             self._contexts.pop(old, None)
@@ -910,10 +908,9 @@ class Generator:
         if not isinstance(text, str) or not text.strip():
             raise ValueError("the text is empty" if isinstance(text, str) else f"text must be a str, not {text!r}")
         c = self.model.config
+        mark = f"[{speaker}] {text.lstrip()}" if c.speaker_prefix_space else f"[{speaker}]{text}"
         try:
-            ids = self.tokenizer.encode(
-                f"[{speaker}] {text.lstrip()}" if c.speaker_prefix_space else f"[{speaker}]{text}"
-            )
+            ids = self.tokenizer.encode(mark)
         except (UnicodeError, TypeError):  # lone surrogates, which is what Python makes of a wrong byte
             raise ValueError("the text is not UTF-8") from None
         if max(ids) >= c.text_vocab_size:
@@ -1041,10 +1038,8 @@ class Conversation:
     def _check_length(self, n_rows):
         n, limit = sum(map(len, self.blocks[: self.n_kept])) + n_rows, self.generator.limit
         if n >= limit:
-            raise ValueError(
-                f"the prompt takes {n} positions, and the model has {limit}: shorten context or text (a long text: "
-                "python -m csm_tools.narrate)"
-            )
+            hint = "shorten context or text (a long text: python -m csm_tools.narrate)"
+            raise ValueError(f"the prompt takes {n} positions, and the model has {limit}: {hint}")
 
     def _frames(self, turn, rows, max_frames, seed, sampling):
         self._check_free()
@@ -1129,39 +1124,11 @@ def join_heads(weights):
     return others | {"audio_head": mx.stack([weights[k].T for k in names])}
 
 
-def quantization(how, group_size=64):
-    """4, 6 or 8 bits, in groups of group_size, or one of MODES, which has its own -> arguments of mx.quantize."""
-    if how not in (4, 6, 8, *MODES) or group_size not in (32, 64, 128):
-        raise ValueError(f"quantize takes 4, 6, 8 or {', '.join(MODES)}, in groups of 32, 64 or 128, not {how}")
-    group_size, bits = MODES.get(how, (group_size, how))
-    return {"group_size": group_size, "bits": bits, "mode": how if how in MODES else "affine"}
-
-
-def quantize_weights(weights, how=4, group_size=64):
-    """{name: array} of our layout with every matrix quantized, embeddings and audio_head too. ValueError: cannot be.
-
-    how, group_size: see `quantization`.
-    """
-    if any(name.endswith(".scales") for name in weights):
-        raise ValueError("the model is quantized already")
-    kind, out, weights = quantization(how, group_size), {}, split_heads(weights)
-    for name, w in weights.items():
-        if w.ndim < 2 or w.shape[-1] % kind["group_size"]:
-            out[name] = w
-        else:
-            base = name.removesuffix(".weight")
-            names = (name, f"{base}.scales", f"{base}.biases")
-            out |= zip(names, mx.quantize(w, **kind))
-    if len(out) == len(weights):
-        raise ValueError(f"no matrix of the model can be cut into groups of {kind['group_size']}")
-    return out
-
-
 def dequantize_weights(config, weights, names=None):
     """{name: array} with the quantized matrices, or those of them in `names`, plain again."""
     weights, plain = dict(weights), dict(CSM(config).named_modules())
     for name, m in blank(config, weights).named_modules():
-        if f"{name}.scales" in weights and (names is None or name in names):
+        if "scales" in m and (names is None or name in names):
             parts = [weights.pop(f"{name}.{part}", None) for part in ("weight", "scales", "biases")]
             weights[f"{name}.weight"] = mx.dequantize(*parts, **packing(m, plain[name].weight.shape[1]))
     return weights
@@ -1173,33 +1140,22 @@ def blank(config, weights):
     for name, m in model.named_modules():
         if f"{name}.scales" in weights:
             for part in ("weight", "scales", "biases"):
-                if f"{name}.{part}" in weights:
-                    w = weights[f"{name}.{part}"]
+                if (w := weights.get(f"{name}.{part}")) is not None:
                     m[part] = mx.zeros((len(m.weight), *w.shape[1:]), w.dtype)
     return model
 
 
 def locate(model):
-    """What `load` was given -> the path of a local folder or file, downloaded if need be."""
+    """What `load` was given -> the path of a local folder or file, downloaded if need be. Raises ValueError."""
     if model == "csm-1b":
         return codec.download(*DEFAULT_MODEL)
-    if model == "tiny":
+    if model == "tiny":  # beside csm.py, or, installed, in the package
         here = Path(__file__).resolve().parent
-        model = next((f for f in (here / "tiny", here / "csm_tools/tiny") if (f / "config.json").is_file()), None)
-        if model is None:  # beside csm.py, or, installed, in the package
-            raise ValueError("the model `tiny` is not beside csm.py")
-    if Path(model).exists():
-        return Path(model)
-    if re.fullmatch(r"[\w.-]+/[\w.-]+", str(model)):
-        # A repository may hold its weights in several layouts: the MLX or Sesame ones first, in one file.
-        for weights in (("model*.safetensors*", "ckpt.safetensors"), ("*.safetensors*",), ("*.pt",)):
-            folder = codec.download(str(model), *weights, *BESIDE)
-            if any(f.name not in BESIDE for pattern in weights for f in folder.glob(pattern)):
-                break
-        return folder
-    raise ValueError(
-        f"no such model: {model} (csm-1b, tiny, a folder, a .safetensors file or a Hugging Face repository)"
-    )
+        places = [place for place in (here / "tiny", here / "csm_tools/tiny") if (place / "config.json").is_file()]
+        return places[0] if places else here / "tiny"
+    # A repository may hold its weights in several layouts: the MLX or Sesame ones first, in one file.
+    kinds = ("model*.safetensors*", "ckpt.safetensors"), ("*.safetensors*",), ("*.pt",)
+    return codec.local(model, *kinds, beside=BESIDE, known="csm-1b, tiny, ")
 
 
 def read(path):
@@ -1213,29 +1169,22 @@ def read(path):
     return codec.layouts(path).csm_to_native(config, weights, asdict(CSMConfig()))
 
 
-def apply_adapters(config, weights, adapters):
-    """{name: array} with what each folder or Hub repository, or (that, factor), changes. ValueError: one does not fit.
+def adapted(config, weights, folder, factor=1.0):
+    """{name: array} with `factor` times what the adapter in a folder or Hub repository changes. Raises ValueError.
 
     Quantized matrices that are changed become plain.
     """
-    weights = split_heads(weights)
-    for adapter in [adapters] if isinstance(adapters, (str, os.PathLike, tuple)) else adapters:
-        folder, factor = adapter if isinstance(adapter, tuple) else (adapter, 1.0)
-        names = "adapters.safetensors", "adapter.safetensors", "adapter_model.safetensors"  # csm-mlx's, ours; PEFT's
-        place = Path(folder)
-        if not place.exists() and re.fullmatch(r"[\w.-]+/[\w.-]+", str(folder)):
-            place = codec.download(str(folder), "adapter_config.json", *names)
-        kind, file = codec.read_json(place / "adapter_config.json"), codec.find(place, *names)
-        if not kind or not file:
-            raise ValueError(f"{folder} has no adapter_config.json and {names[0]} or {names[2]}")
-        layouts = codec.layouts(folder)
-        try:
-            changes = layouts.adapter_to_native(asdict(config), kind, codec.read_safetensors(file)[0])
-            weights = dequantize_weights(config, weights, {name.rpartition(".")[0] for name in changes})
-            weights = layouts.apply_adapter(weights, changes, factor)
-        except ValueError as e:
-            raise ValueError(f"the adapter {folder}: {e}") from None
-    return weights
+    files = "adapters.safetensors", "adapter.safetensors", "adapter_model.safetensors"  # csm-mlx's, ours; PEFT's
+    place, layouts = codec.local(folder, files, beside=("adapter_config.json",)), codec.layouts(folder)
+    kind, file = codec.read_json(place / "adapter_config.json"), codec.find(place, *files)
+    if not kind or not file:
+        raise ValueError(f"{folder} has no adapter_config.json and {files[0]} or {files[2]}")
+    try:
+        changes = layouts.adapter_to_native(asdict(config), kind, codec.read_safetensors(file)[0])
+        names = {name.rpartition(".")[0] for name in changes}
+        return layouts.apply_adapter(dequantize_weights(config, weights, names), changes, factor)
+    except ValueError as e:
+        raise ValueError(f"the adapter {folder}: {e}") from None
 
 
 def load(model="csm-1b", *, dtype=None, quantize=None, group_size=64, adapter=None, codebooks=None):
@@ -1243,24 +1192,24 @@ def load(model="csm-1b", *, dtype=None, quantize=None, group_size=64, adapter=No
 
     model: "csm-1b", "tiny", a folder, a weights file or a Hugging Face repository, in our layout or any that
     csm_layouts.py knows. dtype: of the computation, "float32", "bfloat16" or "float16"; None: bfloat16 on a GPU,
-    float32 on the CPU, where the other types are slow. quantize: see `quantization`. adapter: a folder or repository
-    that finetune, PEFT or csm-mlx wrote, or a list of them and of (folder, factor). codebooks: speak the first so many,
-    None for all; fewer are quicker and sound worse. What a folder lacks (Mimi, tokenizer) is taken from the default
-    downloads. Raises ValueError.
+    float32 on the CPU, where the other types are slow. quantize: 4, 6 or 8 bits, mxfp4, nvfp4 or mxfp8. adapter: a
+    folder or repository that finetune, PEFT or csm-mlx wrote, or a list of them and of (folder, factor). codebooks:
+    speak the first so many, None for all; fewer are quicker and sound worse. What a folder lacks (Mimi, tokenizer) is
+    taken from the default downloads. Raises ValueError.
     """
     path = locate(model)
     folder = path if path.is_dir() else path.parent
     fields, weights, mimi = read(path)
-    config = CSMConfig.from_dict(fields)
-    if adapter:
-        weights = apply_adapters(config, weights, adapter)
+    config, weights = CSMConfig.from_dict(fields), split_heads(weights)
+    for one in adapter if isinstance(adapter, list) else [adapter] if adapter else []:
+        weights = adapted(config, weights, *(one if isinstance(one, tuple) else (one,)))
     if quantize:
-        weights = quantize_weights(weights, quantize, group_size)
-        config = replace(config, quantization=quantization(quantize, group_size))
+        weights, kind = codec.layouts("what is quantized here").quantize(weights, quantize, group_size)
+        config = replace(config, quantization=kind)
     dtype = as_dtype(dtype)
     weights = {k: w.astype(dtype) if mx.issubdtype(w.dtype, mx.floating) else w for k, w in weights.items()}
     network = blank(config, weights)
-    codec.fill(network, split_heads(weights))
+    codec.fill(network, weights)
     del weights
     beside = codec.find(folder, *codec.FILES)
     mimi = codec.load(beside) if beside else codec.from_weights(mimi[1], mimi[0]) if mimi else codec.load()
@@ -1298,9 +1247,6 @@ def write_folder(folder, files):
             else:
                 text = content if isinstance(content, str) else json.dumps(content, indent=2) + "\n"
                 path.write_text(text, encoding="utf-8")
-        if not folder.exists():
-            staging.rename(folder)
-            return
         for name in files:  # all are whole by now, and on the same disk
             (folder / name).parent.mkdir(parents=True, exist_ok=True)
             (staging / name).replace(folder / name)
@@ -1328,12 +1274,10 @@ def read_dialogue(path):
     """Lines "0: Hello." -> [(speaker, text)]."""
     turns = []
     for n, line in enumerate(read_text(f"@{path}").splitlines(), 1):
-        if not line.strip():
-            continue
-        m = re.match(r"\s*\[?(\d+)\]?\s*:\s*(\S.*)", line)
-        if not m:
+        if m := re.match(r"\s*\[?(\d+)\]?\s*:\s*(\S.*)", line):
+            turns.append((int(m[1]), m[2].strip()))
+        elif line.strip():
             raise ValueError(f"{path}, line {n}: expected `speaker: text`, such as `0: Hello.`")
-        turns.append((int(m[1]), m[2].strip()))
     if not turns:
         raise ValueError(f"{path} holds no turns")
     return turns
@@ -1345,7 +1289,7 @@ def read_context(path):
     try:
         for t in json.loads(read_text(f"@{path}")):
             speaker, audio = t["speaker"] if "speaker" in t else t["speaker_id"], t.get("audio") or t["audio_path"]
-            context.append(Segment(int(speaker), t["text"], Path(path).parent / audio))
+            context.append(Segment(int(speaker), t["text"], as_samples(Path(path).parent / audio)))
         return context
     except (KeyError, TypeError, AttributeError, ArithmeticError, RecursionError, json.JSONDecodeError) as e:
         expected = '[{"speaker": 0, "text": "...", "audio": "file.wav"}, ...]'
@@ -1354,9 +1298,15 @@ def read_context(path):
 
 QUANTIZE = {  # the option of that name
     "type": lambda x: int(x) if x.isdigit() else x,
-    "choices": (4, 6, 8, *MODES),
+    "choices": (4, 6, 8, "mxfp4", "nvfp4", "mxfp8"),
     "help": "bits of the weights, or another of MLX's ways",
 }
+
+
+def adapter(argument):
+    """DIR or DIR=FACTOR -> (folder, factor)."""
+    folder, _, factor = argument.rpartition("=")
+    return (folder, float(factor)) if folder else (argument, 1.0)
 
 
 def add_model_options(p):
@@ -1364,9 +1314,8 @@ def add_model_options(p):
     p.add_argument("--model", help="csm-1b, tiny, a folder, a weights file or a Hugging Face repo (default: csm-1b)")
     p.add_argument("--quantize", **QUANTIZE)
     p.add_argument("--dtype", choices=("float32", "bfloat16", "float16"), help="default: what suits the device")
-    p.add_argument(
-        "--adapter", metavar="DIR[=FACTOR]", action="append", help="of finetune, PEFT or csm-mlx; repeatable"
-    )
+    how = {"metavar": "DIR[=FACTOR]", "action": "append", "type": adapter}
+    p.add_argument("--adapter", **how, help="of finetune, PEFT or csm-mlx; repeatable")
     p.add_argument("--codebooks", type=int, metavar="N", help="speak the first N only: quicker, and sounds worse")
 
 
@@ -1400,10 +1349,7 @@ def read_options(args):
 
 def load_for(args):
     """The Generator that the options name; without --model CSM-1B, or, where it cannot be had, the one in the box."""
-    adapters = [
-        (a, 1.0) if "=" not in a else (a.rpartition("=")[0], float(a.rpartition("=")[2])) for a in args.adapter or ()
-    ]
-    how = {name: getattr(args, name) for name in ("dtype", "quantize", "codebooks")} | {"adapter": adapters}
+    how = {name: getattr(args, name) for name in ("dtype", "quantize", "adapter", "codebooks")}
     try:
         return load(args.model or "csm-1b", **how)
     except codec.DownloadError as e:
@@ -1425,18 +1371,14 @@ def marked(pieces, rate):
 
 
 def command(args):
-    if args.dialogue and args.text is not None:
-        raise ValueError("give a text or --dialogue, not both")
-    if not args.dialogue and args.text is None:
-        raise ValueError("give TEXT and OUT")
+    if (args.dialogue is None) == (args.text is None):
+        raise ValueError("give TEXT and OUT, or --dialogue and OUT, and not both")
     turns = read_dialogue(args.dialogue) if args.dialogue else [(args.speaker, read_text(args.text))]
-    if not all(text.strip() for _, text in turns):
-        raise ValueError("the text is empty")
     context, options = read_options(args)
-    if args.context:
-        context += [replace(s, audio=as_samples(s.audio)) for s in read_context(args.context)]
+    context += read_context(args.context) if args.context else []
     seed = secrets.randbits(32) if args.seed is None else args.seed
-    options["streaming_interval"] = args.streaming_interval if args.stream or args.play or args.out == "-" else 2.0
+    live = args.stream or args.play or args.out == "-"
+    options["streaming_interval"] = args.streaming_interval if live else 2.0
 
     n_samples, first, stopped = 0, None, False
     with codec.audio_writer(args.out) as write, player(args.play) as play, progress() as bar:  # which check OUT
@@ -1536,10 +1478,8 @@ def main(argv=None):
     p.add_argument("out", metavar="OUT", help="a .wav, .flac, .mp3, .ogg or .opus file; - is standard output, as WAV")
     add_options(p)
     p.add_argument("--context", metavar="JSON", help='earlier turns: [{"speaker", "text", "audio"}, ...]')
-    how = argparse.BooleanOptionalAction
-    p.add_argument(
-        "--voice-match", action=how, help="continue the speaker's last clip (default: as the model's config)"
-    )
+    how = {"action": argparse.BooleanOptionalAction}
+    p.add_argument("--voice-match", **how, help="continue the speaker's last clip (default: as the model's config)")
     p.add_argument("--dialogue", metavar="F", help='speak a script: lines "0: Hello."')
     p.add_argument("--stream", action="store_true", help="write every --streaming-interval seconds")
     p.add_argument("--streaming-interval", type=float, default=0.5, metavar="S")

@@ -492,23 +492,37 @@ INSIDE = ("model.safetensors", "*.index.json", "*.safetensors")  # in transforme
 
 def locate(path_or_repo=None):
     """A Mimi's local file; downloaded if need be. Raises ValueError."""
-    path = download(DEFAULT_REPO, DEFAULT_FILE) if path_or_repo is None else Path(path_or_repo)
-    if not path.exists():
-        if not re.fullmatch(r"[\w.-]+/[\w.-]+", str(path_or_repo)):
-            raise ValueError(f"no such file or folder: {path_or_repo}")
-        for files in (FILES, ("*.json", *INSIDE)):
-            path = download(str(path_or_repo), *files)
-            if any(f for pattern in files[-2:] for f in path.glob(pattern)):
-                break
+    path = download(DEFAULT_REPO, DEFAULT_FILE) if path_or_repo is None else local(path_or_repo, FILES, INSIDE)
     file = find(path, *FILES, *INSIDE) if path.is_dir() else path
     if file is None:
         raise ValueError(f"no Mimi in {path}")
     return file
 
 
+def local(source, *kinds, beside=("*.json",), known=""):
+    """The path of a file or folder as it is; or a Hugging Face repository, downloaded: a folder. Raises ValueError.
+
+    kinds: patterns of the files wanted; the first kind that there is will do. beside: of what else to bring.
+    """
+    if Path(source).exists():
+        return Path(source)
+    if not re.fullmatch(r"[\w.-]+/[\w.-]+", str(source)):
+        raise ValueError(f"no such model: {source} ({known}a folder, a file or a Hugging Face repository)")
+    for patterns in kinds:
+        folder = download(str(source), *patterns, *beside)
+        if set(find_all(folder, *patterns)) - set(find_all(folder, *beside)):
+            break
+    return folder
+
+
+def find_all(folder, *patterns):
+    """The files in `folder` that fit, those of the first pattern first."""
+    return [f for pattern in patterns for f in sorted(Path(folder).glob(pattern))]
+
+
 def find(folder, *patterns):
     """The first file in `folder` that fits a pattern, of the first pattern that any fits; or None."""
-    return next((f for pattern in patterns for f in sorted(Path(folder).glob(pattern))), None)
+    return next(iter(find_all(folder, *patterns)), None)
 
 
 def read_weights(path):

@@ -29,7 +29,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from dataclasses import asdict, dataclass, field, fields, replace
 from itertools import count, islice
 from pathlib import Path
@@ -131,11 +131,10 @@ class KVCache:
         """Put k, v (B, H_kv, T, head_dim) behind what is held; return all held by then. The last layer moves on."""
         end = self.offset + k.shape[2]
         for held, new in ((self.keys, k), (self.values, v)):
-            if held[layer] is None:
-                held[layer] = mx.zeros((*k.shape[:2], 0, k.shape[3]), self.dtype)
-            if (short := end - held[layer].shape[2]) > 0:
+            old = new[:, :, :0] if held[layer] is None else held[layer]
+            if (short := end - old.shape[2]) > 0:
                 room = -(-short // self.step) * self.step
-                held[layer] = mx.pad(held[layer], [(0, 0), (0, 0), (0, room), (0, 0)])
+                held[layer] = mx.pad(old.astype(self.dtype), [(0, 0), (0, 0), (0, room), (0, 0)])
             held[layer][:, :, self.offset : end] = new
         if layer == len(self.keys) - 1:
             self.offset = end
@@ -158,27 +157,25 @@ class KVCache:
 
     def filter(self, rows):
         """A new cache of these sequences alone, a list of indices; one may occur more than once."""
-        pad, at, other = self.pad[rows], mx.array(rows), copy.copy(self)
-        start = int(pad.min())  # what lies before all of them goes
+        other, start, at = copy.copy(self), int(self.pad[rows].min()), mx.array(rows)  # what lies before all goes
+        other.offset, other.pad = self.offset - start, self.pad[rows] - start
         held = (self.keys, self.values)
-        other.keys, other.values = ([x[at, :, start : self.offset] for x in xs] for xs in held)
-        other.offset, other.pad = self.offset - start, pad - start
+        other.keys, other.values = ([x[at, :, start : self.offset] for x in layers] for layers in held)
         return other
 
     @staticmethod
     def join(caches):
         """A new cache of all their sequences side by side, the shorter moved to end where the longest do."""
-        end, whole = max(c.offset for c in caches), copy.copy(caches[0])
+        whole, end = copy.copy(caches[0]), max(c.offset for c in caches)
+        left = [end - c.offset for c in caches]
+        whole.offset, whole.pad = end, np.concatenate([c.pad + n for c, n in zip(caches, left)])
 
         def joined(arrays):  # of one layer
-            moved = zip(arrays, caches)
-            return mx.concatenate(
-                [mx.pad(x[:, :, : c.offset], [(0, 0), (0, 0), (end - c.offset, 0), (0, 0)]) for x, c in moved]
-            )
+            ends = [mx.pad(x[:, :, : end - n], [(0, 0), (0, 0), (n, 0), (0, 0)]) for x, n in zip(arrays, left)]
+            return mx.concatenate(ends)
 
-        whole.keys = [joined(xs) for xs in zip(*(c.keys for c in caches))]
-        whole.values = [joined(xs) for xs in zip(*(c.values for c in caches))]
-        whole.offset, whole.pad = end, np.concatenate([c.pad + end - c.offset for c in caches])
+        whole.keys = [joined(arrays) for arrays in zip(*(c.keys for c in caches))]
+        whole.values = [joined(arrays) for arrays in zip(*(c.values for c in caches))]
         return whole
 
 
@@ -369,15 +366,11 @@ class Sampling:
     logits_processors: tuple = ()  # of codebook 0: (ids so far (F,), logits (1, V)) -> logits
 
     def __post_init__(self):
-        for name, good, range in (
-            ("temperature", 0 <= self.temperature < math.inf, "0 or more"),
-            ("top_k", (self.top_k or 0) >= 0, "0 (off) or more"),
-            ("top_p", 0 <= self.top_p <= 1, "in 0..1"),
-            ("min_p", 0 <= self.min_p <= 1, "in 0..1"),
-            ("min_tokens_to_keep", self.min_tokens_to_keep >= 1, "1 or more"),
-        ):
-            if not good:
-                raise ValueError(f"{name} must be {range}, not {getattr(self, name)}")
+        limits = {"temperature": (0, 1e9), "top_p": (0, 1), "min_p": (0, 1)}
+        limits |= {"top_k": (0, math.inf), "min_tokens_to_keep": (1, math.inf)}
+        for name, (low, high) in limits.items():
+            if not low <= (getattr(self, name) or 0) <= high:
+                raise ValueError(f"{name} must lie in {low:g}..{high:g}, not {getattr(self, name)}")
 
     @property
     def greedy(self):
@@ -432,9 +425,8 @@ class Segment:
 class Tokenizer:
     """Text -> ids, from `tokenizer.json` (by `tokenizers`) or `tokenizer.model` (by `sentencepiece`)."""
 
-    MARKS = (  # usual names of what stands before and after a text
-        ("<|begin_of_text|>", "<|end_of_text|>"), ("<bos>", "<eos>"), ("<s>", "</s>"), ("<|im_start|>", "<|im_end|>")
-    )  # fmt: skip
+    # Usual names of what stands before and after a text.
+    MARKS = ("<|begin_of_text|> <|end_of_text|>", "<bos> <eos>", "<s> </s>", "<|im_start|> <|im_end|>")
 
     def __init__(self, path):
         self.path = Path(path)
@@ -465,12 +457,12 @@ class Tokenizer:
         whole, text = t.encode("a").ids, t.encode("a", add_special_tokens=False).ids
         if len(whole) == len(text) + 2 and whole[1:-1] == text:
             return whole[0], whole[-1]
-        given = codec.read_json(self.path.with_name("tokenizer_config.json"))
-        given = [given.get(name) or "" for name in ("bos_token", "eos_token")]
-        given = [token["content"] if isinstance(token, dict) else token for token in given]
-        pairs = [[t.token_to_id(name) for name in pair] for pair in (given, *self.MARKS)]
-        both = [(bos, eos) for bos, eos in pairs if None not in (bos, eos) and bos != eos]  # else one ends documents
-        return both[0] if both else max(pairs, key=lambda pair: 2 - pair.count(None))
+        own = codec.read_json(self.path.with_name("tokenizer_config.json"))
+        own = [own.get(name) or "" for name in ("bos_token", "eos_token")]
+        own = [token["content"] if isinstance(token, dict) else token for token in own]
+        pairs = [[t.token_to_id(name) for name in pair] for pair in (own, *(marks.split() for marks in self.MARKS))]
+        # The first that there is whole. Where both are one token, that ends documents.
+        return max(pairs, key=lambda pair: (None not in pair and pair[0] != pair[1], -pair.count(None)))
 
     def encode(self, text):
         """text -> [bos, ..., eos]: CSM's template has both, once each."""
@@ -485,8 +477,8 @@ def as_samples(audio):
         audio = audio.astype(mx.float32)
     audio = np.array(audio)
     if np.issubdtype(audio.dtype, np.integer):
-        half = (np.iinfo(audio.dtype).max + 1) / (2 if np.issubdtype(audio.dtype, np.unsignedinteger) else 1)
-        audio = audio / half - (1 if np.issubdtype(audio.dtype, np.unsignedinteger) else 0)
+        low, high = np.iinfo(audio.dtype).min, np.iinfo(audio.dtype).max + 1
+        audio = (audio - (low + high) / 2) / ((high - low) / 2)
     if audio.ndim == 2:  # (channels, samples) or (samples, channels)
         audio = audio.mean(axis=int(np.argmin(audio.shape)))
     if audio.ndim != 1 or not audio.size:
@@ -510,7 +502,6 @@ class Utterance:
     sampling: Sampling
     cache: KVCache | None  # of what goes before; afterwards of all, if `keep`
     keep: bool
-    at_end: bool  # whether the limit is the model's own, not the caller's
     launched: int = 0  # frames
     seen: int = 0  # frames
     over: bool = False  # whether it has ended, or was removed
@@ -538,8 +529,10 @@ class Batch:
         self.ids = count()
         self.waiting, self.live = [], []  # Utterances; the live ones in the order of the arrays' rows
         self.kept = {}  # uid -> the KVCache of one that was inserted with keep, once it has ended
-        self.cache = None
-        self.h, self.keys, self.options = None, None, None  # (B, D) last hidden; (B, 2) randomness; (B, 5) sampling
+        self.cache = None  # KVCache of the live ones
+        self.h = mx.zeros((0, self.model.config.backbone.dim), self.model.dtype)  # (B, D) last hidden
+        self.keys = mx.zeros((0, 2), mx.uint32)  # (B, 2) randomness
+        mx.eval(self.h, self.keys)  # so that another thread may go on with them
         self.flying = None  # the frame under way: its Utterances and codes (B, K)
 
     def __len__(self):
@@ -558,8 +551,8 @@ class Batch:
         room = self.generator.limit - n
         if not len(prompt_rows) or room < 1:
             raise ValueError(f"the prompt takes {n} positions, and the model has {self.generator.limit}")
-        limit, uid = min(max_frames, room), next(self.ids)
-        self.waiting.append(Utterance(uid, prompt_rows, limit, seed, sampling, cache, keep, room <= max_frames))
+        uid = next(self.ids)
+        self.waiting.append(Utterance(uid, prompt_rows, min(max_frames, room), seed, sampling, cache, keep))
         return uid
 
     def next(self):
@@ -592,28 +585,21 @@ class Batch:
             if u.keep and i not in rows:
                 self.kept[u.uid] = kept = self.cache.filter([i])
                 mx.async_eval(kept.keys, kept.values)  # so that another thread may go on with them
-        self.live = [self.live[i] for i in rows]
-        self.cache = self.cache.filter(rows) if rows else None
-        self.h, self.keys, self.options = (
-            x[mx.array(rows)] if rows else None for x in (self.h, self.keys, self.options)
-        )
+        at, self.live = mx.array(rows, mx.int32), [self.live[i] for i in rows]
+        self.h, self.keys, self.cache = self.h[at], self.keys[at], self.cache.filter(rows) if rows else None
 
     def _join(self):
         """Those that wait into the arrays. A prompt that several have is computed once."""
-        done, joining, caches = {}, [], [self.cache] * bool(self.live)
+        done, starts = {}, []
         for u in self.waiting:
             what = u.rows.tobytes(), id(u.cache)
-            if what not in done:
-                done[what] = prefill(self.model, u.rows, u.cache)
-            h, cache = done[what]
-            joining.append((h, mx.random.key(u.seed)[None], mx.array([u.sampling.numbers()])))
-            caches.append(cache)
-        if joining:
-            old = [(self.h, self.keys, self.options)] * bool(self.live)
-            self.h, self.keys, self.options = (mx.concatenate(x) for x in zip(*old, *joining))
-            self.cache = KVCache.join(caches)
-        self.live += self.waiting
-        self.waiting = []
+            done[what] = done.get(what) or prefill(self.model, u.rows, u.cache)
+            starts.append(done[what])
+        if starts:
+            self.h = mx.concatenate([self.h, *(h for h, _ in starts)])
+            self.keys = mx.concatenate([self.keys, *(mx.random.key(u.seed)[None] for u in self.waiting)])
+            self.cache = KVCache.join([self.cache] * bool(self.live) + [cache for _, cache in starts])
+            self.live, self.waiting = self.live + self.waiting, []
 
     def _launch(self):
         """The next frame of all under way -> (Utterances, codes (B, K))."""
@@ -631,8 +617,9 @@ class Batch:
                 logits = mx.concatenate([logits[:i], row, logits[i + 1 :]])
         logits = logits + self.generator.forbidden
         own = [(i, u.sampling.sampler) for i, u in enumerate(live) if u.sampling.sampler]
-        first = by_samplers(own, logits, sample(logits, noise[:, 0], self.options))
-        codes = self.generator.depth(self.h, first, noise[:, 1:], self.options, own)
+        options = mx.array([u.sampling.numbers() for u in live])  # (B, 5)
+        first = by_samplers(own, logits, sample(logits, noise[:, 0], options))
+        codes = self.generator.depth(self.h, first, noise[:, 1:], options, own)
         codes = mx.concatenate([first[:, None], codes], axis=1)
         for u in live:
             u.launched += 1
@@ -652,20 +639,16 @@ class Batch:
         for u, ids in zip(utterances, np.array(codes)):
             if u.over:
                 continue
-            if ids.min() < 0 or ids.max() >= n_codes:
+            wrong = ids[(ids < 0) | (ids >= n_codes)]
+            if len(wrong):
                 self.remove(u.uid)
-                raise ValueError(
-                    f"the sampler gave {ids[(ids < 0) | (ids >= n_codes)][0]}, and Mimi has {n_codes} codes"
-                )
+                raise ValueError(f"the sampler gave {wrong[0]}, and Mimi has {n_codes} codes")
             u.seen += 1
+            u.over = u.seen == u.limit or not ids.any()
             if ids.any():
                 out.append((u.uid, ids))
-                u.over = u.seen == u.limit
                 if u.over:
-                    where = f"the model's {self.generator.limit} positions" if u.at_end else f"{u.limit} frames"
-                    log.warning("the speech was cut off at %s", where)
-            else:
-                u.over = True
+                    log.warning("the speech was cut off at %d frames", u.limit)
             if u.over:
                 out.append((u.uid, None))
         return out
@@ -879,15 +862,14 @@ class Generator:
         if voice == "none" or (voice is None and not (self.voices and self.model.config.use_default_voice_prompt)):
             return []
         name = str(voice or ("conversational_a" if "conversational_a" in self.voices else min(self.voices)))
-        if name not in self._prompts:
-            try:
-                self._prompts[name] = self.encode(self._clip(name))
-            except (ValueError, FileNotFoundError) as e:
-                if voice:
-                    raise ValueError(str(e)) from None
-                log.warning("speaking without the default voice %s: %s", name, e)
-                return []
-        return [self._prompts[name]]
+        try:
+            self._prompts[name] = self._prompts.get(name) or self.encode(self._clip(name))
+            return [self._prompts[name]]
+        except (ValueError, FileNotFoundError) as e:
+            if voice:
+                raise ValueError(str(e)) from None
+            log.warning("speaking without the default voice %s: %s", name, e)
+            return []
 
     def _clip(self, name):
         """A voice's clip and what it says, as a Segment."""
@@ -925,10 +907,9 @@ class Generator:
         The text column holds NO_TEXT, and so do those of codebooks that the codes, (F, 1 to K), do not have.
         """
         K, V = self.model.config.audio_num_codebooks, self.model.config.audio_vocab_size
-        codes = segment.codes
-        if codes is None:
-            if segment.audio is None:
-                raise ValueError(f"a turn of the context has a text but no audio: {segment.text[:40]!r}")
+        if segment.codes is None and segment.audio is None:
+            raise ValueError(f"a turn of the context has a text but no audio: {segment.text[:40]!r}")
+        if (codes := segment.codes) is None:
             codes = self.mimi.encode(mx.array(as_samples(segment.audio))[None, None])[0, :K].T
         codes = np.array(codes)
         if codes.ndim != 2 or not 1 <= codes.shape[1] <= K:
@@ -974,23 +955,21 @@ class Conversation:
         frames = self.frames(text, speaker, **options)
 
         def pieces():
-            state, interrupt, more = mimi.init_state(1), None, True
-            try:
-                while more:
+            state, interrupt = mimi.init_state(1), None
+            with closing(frames):
+                while not interrupt:
                     waiting = []
                     try:
                         waiting.extend(islice(frames, size))
                     except KeyboardInterrupt as e:  # what is finished is handed out before it goes on
                         interrupt = e
-                    more = len(waiting) == size and not interrupt
-                    if waiting:
-                        with mx.stream(self.generator.codec_stream):  # beside the next frame, not behind it
-                            audio, state = mimi.decode_step(mx.array(np.stack(waiting, axis=-1)[None]), state)
-                            piece = audio[0, 0]
-                            mx.async_eval(piece)
-                        yield piece
-            finally:
-                frames.close()
+                    if not waiting:
+                        break
+                    with mx.stream(self.generator.codec_stream):  # beside the next frame, not behind it
+                        audio, state = mimi.decode_step(mx.array(np.stack(waiting, axis=-1)[None]), state)
+                        piece = audio[0, 0]
+                        mx.async_eval(piece)
+                    yield piece
             if interrupt:
                 raise interrupt
 
@@ -1154,7 +1133,7 @@ def locate(model):
         places = [place for place in (here / "tiny", here / "csm_tools/tiny") if (place / "config.json").is_file()]
         return places[0] if places else here / "tiny"
     # A repository may hold its weights in several layouts: the MLX or Sesame ones first, in one file.
-    kinds = ("model*.safetensors*", "ckpt.safetensors"), ("*.safetensors*",), ("*.pt",)
+    kinds = ("model*.safetensors*", "ckpt.safetensors"), ("*.pt",), ("*.safetensors*",)
     return codec.local(model, *kinds, beside=BESIDE, known="csm-1b, tiny, ")
 
 

@@ -510,19 +510,14 @@ def local(source, *kinds, beside=("*.json",), known=""):
         raise ValueError(f"no such model: {source} ({known}a folder, a file or a Hugging Face repository)")
     for patterns in kinds:
         folder = download(str(source), *patterns, *beside)
-        if set(find_all(folder, *patterns)) - set(find_all(folder, *beside)):
+        if find(folder, *patterns):
             break
     return folder
 
 
-def find_all(folder, *patterns):
-    """The files in `folder` that fit, those of the first pattern first."""
-    return [f for pattern in patterns for f in sorted(Path(folder).glob(pattern))]
-
-
 def find(folder, *patterns):
     """The first file in `folder` that fits a pattern, of the first pattern that any fits; or None."""
-    return next(iter(find_all(folder, *patterns)), None)
+    return next((f for pattern in patterns for f in sorted(Path(folder).glob(pattern))), None)
 
 
 def read_weights(path):

@@ -29,7 +29,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
-from contextlib import closing, contextmanager
+from contextlib import closing, contextmanager, nullcontext
 from dataclasses import asdict, dataclass, field, fields, replace
 from itertools import count, islice
 from pathlib import Path
@@ -1077,8 +1077,7 @@ def compiles(model):
 
 
 def join(pieces):
-    pieces = list(pieces)
-    whole = mx.concatenate(pieces) if pieces else mx.zeros((0,))
+    whole = mx.concatenate([mx.zeros((0,)), *pieces])
     mx.eval(whole)
     return whole
 
@@ -1198,11 +1197,10 @@ def load(model="csm-1b", *, dtype=None, quantize=None, group_size=64, adapter=No
     del weights
     beside = codec.find(folder, *codec.FILES)
     mimi = codec.load(beside) if beside else codec.from_weights(mimi[1], mimi[0]) if mimi else codec.load()
-    tokenizer = codec.find(folder, *TOKENIZER[:2])
+    elsewhere, names = config.text_tokenizer or DEFAULT_TOKENIZER, TOKENIZER[:2]
+    tokenizer = codec.find(folder, *names) or codec.find(codec.download(elsewhere, *TOKENIZER), *names)
     if tokenizer is None:
-        tokenizer = codec.find(codec.download(config.text_tokenizer or DEFAULT_TOKENIZER, *TOKENIZER), *TOKENIZER[:2])
-        if tokenizer is None:
-            raise ValueError(f"{config.text_tokenizer} has no {' or '.join(TOKENIZER[:2])}")
+        raise ValueError(f"{elsewhere} has no {' or '.join(names)}")
     voices = dict.fromkeys(DEFAULT_VOICES) if model == "csm-1b" else {}
     voices |= {f.stem: f.parent for f in (folder / "prompts").glob("*.wav")}
     return Generator(network, mimi, Tokenizer(tokenizer), voices, fields, codebooks)
@@ -1327,8 +1325,7 @@ def read_options(args):
     context = [] if args.ref_audio is None else [Segment(args.speaker, args.ref_text, as_samples(args.ref_audio))]
     options = {k: getattr(args, k) for k in ("temperature", "top_k", "top_p", "min_p")}
     Sampling(**{k: v for k, v in options.items() if v is not None})
-    if args.seed is not None:
-        check_seed(args.seed)
+    check_seed(args.seed or 0)
     return context, options | {"max_audio_length_ms": args.max_audio_length_ms}
 
 
@@ -1356,6 +1353,8 @@ def marked(pieces, rate):
 
 
 def command(args):
+    from tqdm import tqdm
+
     if (args.dialogue is None) == (args.text is None):
         raise ValueError("give TEXT and OUT, or --dialogue and OUT, and not both")
     turns = read_dialogue(args.dialogue) if args.dialogue else [(args.speaker, read_text(args.text))]
@@ -1365,8 +1364,9 @@ def command(args):
     live = args.stream or args.play or args.out == "-"
     options["streaming_interval"] = args.streaming_interval if live else 2.0
 
-    n_samples, first, stopped = 0, None, False
-    with codec.audio_writer(args.out) as write, player(args.play) as play, progress() as bar:  # which check OUT
+    bar = tqdm(unit="s", bar_format="{n:.1f} s of speech, {elapsed}", disable=None, leave=False, delay=0.1)
+    n_samples, first, stopped, speaker = 0, 0.0, False, player() if args.play else nullcontext(lambda audio: None)
+    with codec.audio_writer(args.out) as write, speaker as play, bar:  # which check OUT
         generator = load_for(args)
         rate, start = generator.sample_rate, time.perf_counter()
         talk = generator.conversation(context, voice=args.voice, voice_match=args.voice_match)
@@ -1376,8 +1376,7 @@ def command(args):
             for audio in talk.stream(text, speaker, seed=(seed + i) % 2**64, **options)
         )
         try:
-            for audio in marked(pieces, rate) if args.watermark else pieces:
-                audio = np.array(audio)
+            for audio in map(np.array, marked(pieces, rate) if args.watermark else pieces):
                 first = first or time.perf_counter() - start
                 n_samples += len(audio)
                 write(audio)
@@ -1394,32 +1393,23 @@ def command(args):
         print("the model ended the speech at once: there is no audio (try another seed)", file=sys.stderr)
     print(
         f"{seconds:.2f} s of audio in {taken:.2f} s, real-time factor {taken / seconds if seconds else math.inf:.2f}, "
-        f"first audio after {first or 0:.2f} s, peak memory {peak_memory() / 1e9:.2f} GB, seed {seed}",
+        f"first audio after {first:.2f} s, peak memory {peak_memory() / 1e9:.2f} GB, seed {seed}",
         file=sys.stderr,
     )
     return 130 if stopped else 0
 
 
 @contextmanager
-def player(on, rate=24_000):
-    """A function that plays pieces of audio as they come, or does nothing."""
-    if not on:
-        yield lambda audio: None
-        return
+def player():
+    """A function that plays pieces of audio, 24 kHz, as they come."""
     try:
         import sounddevice
 
-        speaker = sounddevice.OutputStream(samplerate=rate, channels=1, dtype="float32")
+        speaker = sounddevice.OutputStream(samplerate=24_000, channels=1, dtype="float32")
     except Exception as e:  # no package, no PortAudio, no device
         raise ValueError(f"--play needs `pip install sounddevice` and a sound card: {e or type(e).__name__}") from None
     with speaker:
         yield lambda audio: speaker.write(audio[:, None])
-
-
-def progress():
-    from tqdm import tqdm
-
-    return tqdm(unit="s", bar_format="{n:.1f} s of speech, {elapsed}", disable=None, leave=False)
 
 
 def peak_memory():

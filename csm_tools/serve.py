@@ -116,7 +116,7 @@ class Request(BaseModel):
 
 
 def read_request(body, voices, generator, longest):
-    """A request's bytes -> Request, Speech. voices: {name: the model's}; longest: an input's characters. Or Refused."""
+    """A request's bytes -> Request, Speech, or Refused. voices: {name: the model's}; longest: an input's characters."""
     try:
         r = Request.model_validate_json(body)
         sampling = generator.options(r.seed, r.model_dump(include={"temperature", "top_k", "top_p", "min_p"}))[1]

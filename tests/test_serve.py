@@ -19,7 +19,7 @@ import numpy as np
 import pytest
 import soundfile
 
-import csm  # first: it puts a fast BLAS in place before mlx is imported
+import csm  # before mlx
 import mimi
 
 openai, httpx, av = (pytest.importorskip(name) for name in ("openai", "httpx", "av"))

@@ -20,10 +20,11 @@ import mlx.core as mx  # isort: skip
 
 def read(source):
     """csm.read, with the Mimi beside or inside: (config, weights, mimi). Of a Mimi alone the first two are None."""
-    file = codec.find(source, *csm.WEIGHTS) if source.is_dir() else source
-    beside = codec.find(file.parent if file else source, *codec.FILES)
+    file, beside = csm.weights_file(source), codec.find(source if source.is_dir() else source.parent, *codec.FILES)
+    if not file and (beside or source.is_file()):
+        return None, None, codec.read_mimi(source if source.is_file() else beside)[::-1]
     if file and any(name.startswith(("quantizer.", "first.")) for name in codec.read_weights(file)[0]):
-        return None, None, codec.read_mimi(codec.locate(source))[::-1]
+        return None, None, codec.read_mimi(file)[::-1]
     config, weights, mimi = csm.read(source)
     return config, weights, codec.read_mimi(beside)[::-1] if beside else mimi
 

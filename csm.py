@@ -971,7 +971,7 @@ class Generator:
                 raise ValueError(f"a turn of the context has a text but no audio: {segment.text[:40]!r}")
             codes = self.mimi.encode(mx.array(as_samples(segment.audio))[None, None])[0, :K].T
         codes = np.array(codes)
-        if codes.ndim != 2 or not 1 <= codes.shape[1] <= K:
+        if codes.ndim != 2 or not self.codebooks <= codes.shape[1] <= K:
             raise ValueError(f"codes must be (frames, {K}), not {codes.shape}")
         if codes.size and not 0 <= codes.min() <= codes.max() < V:
             raise ValueError(f"codes must lie in 0..{V - 1}")
@@ -1158,7 +1158,7 @@ def split_heads(weights):
 def join_heads(weights):
     """The other way: `audio_head.i.weight` as one `audio_head`; quantized ones stay as they are."""
     names = sorted((k for k in weights if k.startswith("audio_head.")), key=lambda k: int(k.split(".")[1]))
-    if any(not k.endswith(".weight") for k in names):
+    if not names or any(not k.endswith(".weight") for k in names):
         return weights
     others = {k: w for k, w in weights.items() if k not in names}
     return others | {"audio_head": mx.stack([weights[k].T for k in names])}
@@ -1237,10 +1237,16 @@ def locate(model):
     )
 
 
+def weights_file(path):
+    """The file of a folder that holds a CSM's weights, or an index of such; None: there is none. A file is itself."""
+    files = [f for pattern in WEIGHTS for f in sorted(path.glob(pattern))] if path.is_dir() else [path]
+    return next((f for f in files if not any(map(f.match, codec.FILES))), None)
+
+
 def read(path):
     """A folder or weights file in any layout -> (config, weights, (Mimi's config, weights) or None) in ours, lazily."""
-    file = codec.find(path, *WEIGHTS) if path.is_dir() else path
-    if file is None or file.match(codec.FILES[0]):
+    file = weights_file(path)
+    if file is None:
         raise ValueError(f"{path} has no weights of a CSM: no .safetensors, no index of shards, no .pt")
     config, weights = codec.read_json(file.with_name("config.json")), codec.read_weights(file)[0]
     if config.get("layout") == "native":

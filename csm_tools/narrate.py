@@ -23,7 +23,7 @@ from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 
-import csm  # before mlx: it puts a fast BLAS in place
+import csm  # before mlx
 import mimi
 
 import mlx.core as mx  # isort: skip

@@ -17,7 +17,7 @@ from collections import deque
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-import csm  # before mlx: it puts a fast BLAS in place
+import csm  # before mlx
 import mimi
 
 import mlx.core as mx  # isort: skip

@@ -99,14 +99,14 @@ def to_symbols(message):
 
 
 def convolve(frames, weight, bias):
-    """Frames [(F, I)] * k, weight (k, k, I, O) -> the middle one's (F, O), zeros beyond the bins."""
+    """Frames [(F, I)] * k, weight (bins k, frames k, I, O) -> the middle one's (F, O), zeros beyond the bins."""
     k, n = len(weight), len(frames[0])
-    x = mx.pad(mx.stack(frames), ((0, 0), (k // 2, k // 2), (0, 0)))
+    x = mx.pad(mx.concatenate(frames, axis=1), ((k // 2, k // 2), (0, 0)))  # (F + k - 1, k I)
     if mx.default_device() == mx.gpu:
-        return mx.conv2d(x[None], weight.transpose(3, 0, 1, 2))[0, 0] + bias
-    y = bias  # MLX's convolution is slow on a CPU, its products are not: one for each tap
-    for i, j in np.ndindex(k, k):
-        y = mx.addmm(y, x[i, j : j + n], weight[i, j])
+        return mx.conv2d(x.reshape(1, len(x), k, -1), weight.transpose(3, 0, 1, 2))[0, :, 0] + bias
+    y = bias  # MLX's convolution is slow on a CPU, its products are not: one for each tap of the bins
+    for i in range(k):
+        y = mx.addmm(y, x[i : i + n], weight[i].flatten(0, 1))
     return y
 
 
@@ -115,7 +115,7 @@ class Layer:
 
     def __init__(self, weights, name):
         conv, gate = (weights[f"{name}.{part}.weight"] for part in ("conv", "gate"))  # (O, I, bins, frames)
-        self.weight = mx.contiguous(mx.concatenate([conv, gate]).transpose(3, 2, 1, 0))
+        self.weight = mx.contiguous(mx.concatenate([conv, gate]).transpose(2, 3, 1, 0))
         self.bias = mx.concatenate([weights[f"{name}.conv.bias"], weights[f"{name}.gate.bias"]])
         self.scale, self.shift = weights[f"{name}.bn.weight"], weights[f"{name}.bn.bias"]
 

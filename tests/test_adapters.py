@@ -3,15 +3,15 @@
 import copy
 import json
 
-import csm  # first: it puts a fast BLAS in place before mlx is imported
+import csm  # before mlx
 
 import mlx.core as mx  # isort: skip
 import mlx.nn as nn
 import numpy as np
 import pytest
-from test_layouts import CONFIG, CSM_1B, LLAMA3, NATIVE, random_weights, same
 
 import csm_layouts
+from test_layouts import CONFIG, CSM_1B, LLAMA3, NATIVE, random_weights, same
 
 ROPE = {"rope_theta": 7000.0, "rope_scaling": LLAMA3}
 ALL = [

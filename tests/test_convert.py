@@ -7,10 +7,14 @@ import sys
 from dataclasses import asdict
 from pathlib import Path
 
-import csm  # first: it puts a fast BLAS in place before mlx is imported
+import csm  # before mlx
 
 import mlx.core as mx  # isort: skip
 import pytest
+
+import convert
+import csm_layouts
+import mimi
 from conftest import clip, random_mimi, write_model, write_tokenizer
 from test_layouts import (
     CONFIG,
@@ -25,10 +29,6 @@ from test_layouts import (
     same,
     sesame_names,
 )
-
-import convert
-import csm_layouts
-import mimi
 
 HERE = Path(__file__).parents[1]
 

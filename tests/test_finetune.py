@@ -11,7 +11,7 @@ import sys
 from dataclasses import asdict
 from pathlib import Path
 
-import csm  # first: it puts a fast BLAS in place before mlx is imported
+import csm  # before mlx
 from csm_tools import finetune, tuning_data
 
 import mlx.core as mx  # isort: skip
@@ -19,8 +19,9 @@ import mlx.nn as nn
 import numpy as np
 import pytest
 import soundfile
-from conftest import clip, write_model
 from mlx.utils import tree_flatten
+
+from conftest import clip, write_model
 
 HERE = Path(__file__).resolve().parents[1]
 
@@ -368,7 +369,8 @@ def test_what_a_run_leaves(plain, data, tmp_path):
     assert said == ["step-3/0.wav", "step-3/1.wav", "step-6/0.wav", "step-6/1.wav"]
     assert soundfile.info(tmp_path / "o/samples/step-6/0.wav").samplerate == 24000
     assert (tmp_path / "o/loss.png").exists() or not importlib.util.find_spec("matplotlib")
-    plain_rows = train(plain, data, tmp_path / "p", "--lora-rank", 4, "--val-data-path", data)  # sampling has changed nothing
+    plain_rows = train(plain, data, tmp_path / "p", "--lora-rank", 4, "--val-data-path", data)
+    # sampling has changed nothing
     assert [r["loss"] for r in plain_rows] == [r["loss"] for r in rows]
 
 

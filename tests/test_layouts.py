@@ -4,15 +4,15 @@ import json
 import logging
 from dataclasses import asdict
 
-import csm  # first: it puts a fast BLAS in place before mlx is imported
+import csm  # before mlx
 
 import mlx.core as mx  # isort: skip
 import pytest
-from conftest import random_mimi
 from mlx.utils import tree_flatten
 
 import csm_layouts
 import mimi
+from conftest import random_mimi
 
 # fmt: off
 PART = {"intermediate_size": 48, "rms_norm_eps": 1e-5, "hidden_act": "silu"}

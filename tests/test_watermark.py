@@ -10,7 +10,7 @@ import subprocess
 import sys
 from pathlib import Path
 
-import mimi  # first: it puts a fast BLAS in place before mlx is imported
+import mimi  # before mlx
 
 import mlx.core as mx  # isort: skip
 import numpy as np
@@ -210,7 +210,7 @@ def test_another_message_and_level(random):
     assert np.abs(got - expected).max() <= 1e-4 * np.abs(expected).max()
 
 
-@pytest.mark.parametrize("case", ["3 s", "whole frames"])
+@pytest.mark.parametrize("case", ["1 s", "whole frames"])
 def test_logits_are_the_packages(random, case):
     torch = pytest.importorskip("torch")
     theirs, ours = random
@@ -228,11 +228,12 @@ def test_logits_are_the_packages(random, case):
 
 def test_each_finds_the_others_mark(whole):
     theirs, ours = whole
-    audio = speech("bright")
+    audio = soxr.resample(speech("bright"), 24_000, watermark.RATE)
     message = (7, 77, 177, 0, 255)
-    for marked in (ours.embed(audio, message=message), theirs.encode_wav(audio, 24_000, list(message), 36)[0]):
-        found = ours.detect(marked)
-        expected = theirs.decode_wav(marked, 24_000, phase_shift_decoding=False)
+    by_theirs, _ = theirs.encode_wav(audio, watermark.RATE, list(message), message_sdr=36)
+    for marked in (ours.embed(audio, watermark.RATE, message), by_theirs):
+        found, _ = ours.read(marked)
+        expected = theirs.decode_wav(marked, watermark.RATE, phase_shift_decoding=False)
         assert found.message == message == tuple(expected["messages"][0])
         assert found.confidence == pytest.approx(expected["confidences"][0])
 

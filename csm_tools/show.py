@@ -143,7 +143,7 @@ def draw(run, generator, layer=None):
         labels = dict(enumerate(names[:-1]))
     axes[3].set_yticks([*labels], labels.values(), fontsize=7 if S <= 45 else 10)
     axes[3].hlines([a - 0.5 for a, _ in parts[1:]], 0, end, color="w", lw=0.5)
-    panel(3, f"attention in layer {layer}, mean over heads: a frame's, to earlier rows", "row", image, "weight (sum 1)")
+    panel(3, f"attention, layer {layer}, mean over heads: from frames (across) to rows", "row", image, "weight (sum 1)")
     axes[4].plot(np.arange(len(run.audio)) / c.sample_rate, run.audio, lw=0.5, color="#0072b2")
     panel(4, f"waveform: {seconds:.2f} s, {c.sample_rate / 1000:g} kHz; 1 is full scale", "amplitude")
     if seconds:

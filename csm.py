@@ -3,7 +3,7 @@
     python csm.py "Hello from Sesame." hello.wav
 
 Sources: Sesame's PyTorch code (github.com/SesameAILabs/csm) and Hugging Face transformers' CsmForConditionalGeneration
-(5.23), to which `test_csm.py` holds this file: same logits, same greedy codes, on the same weights.
+(5.23), to which tests/test_model.py holds this file: same logits, same greedy codes, on the same weights.
 
 The way of a sentence:
     "[speaker]text" -> token ids -> rows -> backbone (Llama, KV cache) -> last hidden h -> c0, the frame's first code
@@ -17,36 +17,40 @@ Shapes: B batch, T positions, F frames, K codebooks (32), V audio vocabulary (20
 """
 
 import copy
-import hashlib
 import json
 import logging
 import math
 import os
 import re
 import secrets
-import struct
+import shutil
+import signal
 import sys
+import threading
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, nullcontext, suppress
-from dataclasses import dataclass, field, fields, replace
-from itertools import islice
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, field, fields, replace
+from itertools import count, islice
 from pathlib import Path
 
-import mimi as codec  # before mlx: it puts a fast BLAS in place on Linux
+import mimi as codec  # before mlx, as mimi.py says
 
 import mlx.core as mx  # isort: skip
 import mlx.nn as nn
 import numpy as np
+from mlx.utils import tree_flatten, tree_map
 
 DEFAULT_MODEL = ("senstella/csm-1b-mlx", "ckpt.safetensors")
 DEFAULT_TOKENIZER = "unsloth/Llama-3.2-1B"
 DEFAULT_PROMPTS = "mlx-community/csm-1b"
 DEFAULT_VOICES = ("conversational_a", "conversational_b", *(f"read_speech_{x}" for x in "abcd"))
 NO_TEXT = -1  # in the text column of an audio row; the mask is told from it
-# of a Hub repository, whatever its weights are called
-BESIDE = ("*.json", "tokenizer.model", "mimi.safetensors", "tokenizer-*.safetensors", "prompts/*")
-TWO_STREAMS = 2_000_000  # weights from which a matrix-vector product is worth two CPU streams, and a model compiling
+WEIGHTS = ("model.safetensors", "model.safetensors.index.json", "ckpt.safetensors", "*.index.json", "*.safetensors",
+           "ckpt.pt", "*.pt", "*.pth")  # of a folder, the first that there is  # fmt: skip
+BESIDE = ("*.json", "tokenizer.model", *codec.FILES, "prompts/*")  # what else of a Hub repository is wanted
+TOKENIZER = ("tokenizer.json", "tokenizer.model", "tokenizer_config.json", "special_tokens_map.json")
+MODES = {"mxfp4": (32, 4), "nvfp4": (16, 4), "mxfp8": (32, 8)}  # MLX's other ways to quantize: group size, bits
 PREFILL = 256  # rows per pass over a prompt: bounds the memory of long ones
 CACHE_STEP = 256  # positions by which a KV cache grows
 
@@ -95,7 +99,9 @@ class CSMConfig:
     speaker_prefix_space: bool = False  # "[0] text" in place of "[0]text"
     text_tokenizer: str | None = None  # Hub repository of the tokenizer, where the folder has none
     use_default_voice_prompt: bool = True
-    quantization: dict | None = None  # {"group_size", "bits"}
+    voice_match: bool = False  # whether a voice is cloned by continuing its clip, not by answering it
+    sampling: dict | None = None  # the model's own defaults, fields of Sampling
+    quantization: dict | None = None  # MLX's note of how; what counts is told from the tensors' shapes
 
     @classmethod
     def from_dict(cls, d):
@@ -112,24 +118,21 @@ class CSMConfig:
 class KVCache:
     """Keys and values of the positions seen so far, one pair of (B, H_kv, capacity, head_dim) arrays a layer.
 
-    The sequences of a batch end together and may differ in length: sequence b has gaps[b] empty positions from `prefix`
-    on, which nothing attends to and RoPE does not count.
+    The sequences of a batch end together, at `offset`; sequence b begins at position pad[b] of the arrays, from which
+    RoPE counts. What lies before is never attended to.
     """
 
-    def __init__(self, config, batch=1, capacity=None, dtype=mx.float32):
-        self.shape = (batch, config.n_kv_heads, capacity or 0, config.head_dim)
-        self.dtype, self.limit = dtype, capacity or config.max_positions
+    def __init__(self, config, dtype=mx.float32, capacity=0):
+        self.config, self.dtype, self.capacity = config, dtype, capacity
         self.keys, self.values = [None] * config.n_layers, [None] * config.n_layers
-        self.offset = 0  # positions held
-        self.prefix, self.gaps = 0, None
+        self.offset, self.pad = 0, np.zeros(1, np.int32)
 
     def update(self, layer, k, v):
         """Put k, v (B, H_kv, T, head_dim) behind what is held; return all held by then. The last layer moves on."""
         end = self.offset + k.shape[2]
-        assert end <= self.limit, "KV cache is full"
         for held, new in ((self.keys, k), (self.values, v)):
             if held[layer] is None:
-                held[layer] = mx.zeros((k.shape[0], *self.shape[1:]), self.dtype)
+                held[layer] = mx.zeros((*k.shape[:2], self.capacity, k.shape[3]), self.dtype)
             short = end - held[layer].shape[2]
             if short > 0:
                 room = -(-short // CACHE_STEP) * CACHE_STEP
@@ -141,59 +144,73 @@ class KVCache:
 
     def positions(self):
         """What RoPE counts from: an int, or (B,) where the sequences differ in length."""
-        return self.offset if self.gaps is None else self.offset - self.gaps
+        return mx.array(self.offset - self.pad) if self.pad.any() else self.offset
 
     def mask(self, T):
         """What T new positions may attend to, as mx.fast.scaled_dot_product_attention takes it."""
-        if self.gaps is None:
+        if not self.pad.any():
             return "causal" if T > 1 else None
         s, t = mx.arange(self.offset + T), self.offset + mx.arange(T)[:, None]
-        empty = (s >= self.prefix) & (s < self.prefix + self.gaps[:, None, None])  # (B, 1, S)
-        return ((s <= t) & (~empty | (s == t)))[:, None]  # itself at least: a softmax over nothing is NaN
+        return ((s >= mx.array(self.pad)[:, None, None]) & (s <= t))[:, None]  # (B, 1, T, S)
 
     def trim(self, n):
         """Forget the last n positions."""
         self.offset -= max(0, min(n, self.offset))
 
-    def copy(self):
-        """A cache that goes on from here by itself."""
+    def map(self, f):
+        """A new cache, with f of each array."""
         other = copy.copy(self)
-        # New arrays, of the same memory until one of them is written to: `x[...] = y` changes x for all who hold it.
-        other.keys, other.values = ([x if x is None else x[:] for x in xs] for xs in (self.keys, self.values))
+        other.keys, other.values = ([x if x is None else f(x) for x in xs] for xs in (self.keys, self.values))
         return other
 
-    def take(self, sequences):
-        """Go on with these sequences of the batch alone, (b,) indices; an index may occur more than once."""
-        self.keys, self.values = ([x if x is None else x[sequences] for x in xs] for xs in (self.keys, self.values))
-        if self.gaps is not None:
-            self.gaps = self.gaps[sequences]
+    def filter(self, rows):
+        """A new cache of these sequences alone, a list of indices; one may occur more than once."""
+        pad, at = self.pad[rows], mx.array(rows)
+        start = int(pad.min())  # what lies before all of them goes
+        other = self.map(lambda x: x[at, :, start : self.offset])
+        other.offset, other.pad = self.offset - start, pad - start
+        return other
+
+    def extend(self, other):
+        """A new cache of these sequences and the other's below them, the shorter moved to end where the longest do."""
+        end = max(self.offset, other.offset)
+
+        def moved(cache):
+            left = [(0, 0), (0, 0), (end - cache.offset, 0), (0, 0)]
+            return cache.map(lambda x: mx.pad(x[:, :, : cache.offset], left))
+
+        a, b = moved(self), moved(other)
+        a.keys, a.values = ([mx.concatenate(x) for x in zip(*xs)] for xs in ((a.keys, b.keys), (a.values, b.values)))
+        a.offset, a.pad = end, np.concatenate([c.pad + end - c.offset for c in (self, other)])
+        return a
+
+    def align(self, spare):
+        """A new cache in which sequence b, whose last spare[b] positions do not count, ends where the others do."""
+        if not any(spare):
+            return self
+        index = mx.arange(self.offset) - mx.array(spare)[:, None]  # (B, S): where from
+        index = mx.maximum(index, 0)[:, None, :, None]
+        other = self.map(lambda x: mx.take_along_axis(x, index, axis=2))
+        other.pad = self.pad + np.array(spare, np.int32)
+        return other
 
 
 class Linear(nn.Module):
-    """(..., in) -> (..., out). weight (out, in), plain; or quantized, with `scales` and `biases` beside it."""
-
-    second_stream = mx.new_thread_local_stream(mx.cpu)
+    """(..., in) -> (..., out). weight (out, in), plain; or quantized, with `scales` and perhaps `biases` beside it."""
 
     def __init__(self, n_in, n_out):
         super().__init__()
         self.weight = mx.zeros((n_out, n_in))  # not nn.Linear, which draws from the global random generator
 
     def __call__(self, x):
-        w, n = self.weight, x.shape[-1]
-        if "scales" in self:  # whose shapes tell how it was packed
-            packing = {"group_size": n // self.scales.shape[-1], "bits": 32 * w.shape[-1] // n}
-            return mx.quantized_matmul(x, w, self.scales, self.biases, transpose=True, **packing)
-        if x.size == n and w.size >= TWO_STREAMS and mx.default_device() == mx.cpu and codec.mkl_on_amd():
-            half = len(w) // 2
-            return mx.concatenate([x @ w[:half].T, mx.matmul(x, w[half:].T, stream=self.second_stream)], axis=-1)
-        rows = x.size // n
-        if rows > 1 and mx.default_device() == mx.cpu:  # BLAS is up to twice as fast this way round
-            return (w @ x.reshape(rows, n).T).T.reshape(*x.shape[:-1], len(w))
-        return x @ w.T
+        if "scales" not in self:
+            return x @ self.weight.T
+        how = packing(self, x.shape[-1])
+        return mx.quantized_matmul(x, self.weight, self.scales, self.get("biases"), transpose=True, **how)
 
 
 class Embedding(nn.Module):
-    """weight (n, dim), plain or quantized."""
+    """weight (n, dim), plain or quantized as Linear's."""
 
     def __init__(self, n, dim):
         super().__init__()
@@ -203,8 +220,15 @@ class Embedding(nn.Module):
     def __call__(self, ids):
         if "scales" not in self:
             return self.weight[ids]
-        w, s, b = self.weight[ids], self.scales[ids], self.biases[ids]
-        return mx.dequantize(w, s, b, group_size=self.dim // s.shape[-1], bits=32 * w.shape[-1] // self.dim)
+        biases = self.biases[ids] if "biases" in self else None
+        return mx.dequantize(self.weight[ids], self.scales[ids], biases, **packing(self, self.dim))
+
+
+def packing(module, n_in):
+    """How a matrix with rows of n_in numbers was quantized, told from its shapes: arguments of mx.quantized_matmul."""
+    bits, group_size = 32 * module.weight.shape[-1] // n_in, n_in // module.scales.shape[-1]
+    mode = "affine" if "biases" in module else next((m for m, how in MODES.items() if how == (group_size, bits)), "")
+    return {"group_size": group_size, "bits": bits, "mode": mode}
 
 
 class Attention(nn.Module):
@@ -216,25 +240,17 @@ class Attention(nn.Module):
         self.v_proj = Linear(c.dim, c.n_kv_heads * c.head_dim)
         self.o_proj = Linear(c.n_heads * c.head_dim, c.dim)
 
-    def __call__(self, x, B, turn, mask, cache):
-        q = self.q_proj(x).reshape(B, -1, self.n_heads, self.head_dim).transpose(0, 2, 1, 3)  # (B, H, T, head_dim)
-        k = self.k_proj(x).reshape(B, -1, self.n_kv_heads, self.head_dim).transpose(0, 2, 1, 3)
-        v = self.v_proj(x).reshape(B, -1, self.n_kv_heads, self.head_dim).transpose(0, 2, 1, 3)
-        q, k = turn(q), turn(k)
+    def __call__(self, x, rope, mask, cache):
+        B, T, _ = x.shape
+        q = self.q_proj(x).reshape(B, T, self.n_heads, self.head_dim).transpose(0, 2, 1, 3)  # (B, H, T, head_dim)
+        k = self.k_proj(x).reshape(B, T, self.n_kv_heads, self.head_dim).transpose(0, 2, 1, 3)
+        v = self.v_proj(x).reshape(B, T, self.n_kv_heads, self.head_dim).transpose(0, 2, 1, 3)
+        # Interleaved pairs, as Sesame has them (transformers rotates halves, with the rows of q and k permuted).
+        q, k = (mx.fast.rope(y, self.head_dim, traditional=True, base=None, scale=1.0, **rope) for y in (q, k))
         if cache:
             k, v = cache.update(self.layer, k, v)
-        return self.o_proj(codec.attend(q, k, v, mask).transpose(0, 2, 1, 3).reshape(len(x), -1))
-
-
-@mx.custom_function
-def large_silu(x):  # on a CPU
-    return x / (1 + codec.exp(-x))
-
-
-@large_silu.vjp
-def large_silu_vjp(x, cotangent, y):
-    gate = 1 / (1 + codec.exp(-x))
-    return cotangent * (gate + y * (1 - gate))
+        y = mx.fast.scaled_dot_product_attention(q, k, v, scale=self.head_dim**-0.5, mask=mask)
+        return self.o_proj(y.transpose(0, 2, 1, 3).reshape(B, T, -1))
 
 
 class MLP(nn.Module):
@@ -246,8 +262,7 @@ class MLP(nn.Module):
 
     def __call__(self, x):
         gate = self.gate_proj(x)
-        silu = nn.silu if codec.vectorized(gate.size) else large_silu
-        return self.down_proj(silu(gate) * self.up_proj(x))
+        return self.down_proj(gate * mx.sigmoid(gate) * self.up_proj(x))
 
 
 class Layer(nn.Module):
@@ -274,14 +289,12 @@ class Llama(nn.Module):
         mx.eval(self._periods)  # so that other threads may use it
 
     def __call__(self, x, cache=None):
-        B, T, D = x.shape
+        T = x.shape[1]
         mask = cache.mask(T) if cache else "causal" if T > 1 else None
-        # Interleaved pairs, as Sesame has them (transformers rotates halves, with the rows of q and k permuted).
-        turn = codec.rope(self._periods, cache.positions() if cache else 0, T)
-        x = x.reshape(B * T, D)  # products of matrices alone: fewer steps
+        rope = {"freqs": self._periods, "offset": cache.positions() if cache else 0}
         for layer in self.layers:
-            x = layer(x, B, turn, mask, cache)
-        return self.norm(x).reshape(B, T, D)
+            x = layer(x, rope, mask, cache)
+        return self.norm(x)
 
 
 def row_mask(rows):
@@ -300,7 +313,7 @@ class CSM(nn.Module):
         self.decoder = Llama(c.decoder)
         self.text_embeddings = Embedding(c.text_vocab_size, D)
         self.audio_embeddings = Embedding(V * K, D)  # code i of codebook k is row i + V * k
-        self._offsets = V * mx.arange(K)  # an array: each number by itself would be a kernel to compile
+        self._offsets = V * mx.arange(K)
         mx.eval(self._offsets)
         self.projection = Linear(D, c.decoder.dim)
         self.codebook0_head = Linear(D, V)
@@ -311,11 +324,12 @@ class CSM(nn.Module):
         return self.backbone.norm.weight.dtype
 
     def embed(self, rows, mask):
-        """rows (B, T, K + 1) int, mask alike bool -> (B, T, D), the sum of the embeddings kept."""
+        """rows (B, T, K + 1) int, mask alike bool -> (B, T, D), the sum of the embeddings kept, added up in float32."""
         K = self.config.audio_num_codebooks
         audio = self.audio_embeddings(rows[..., :K] + self._offsets)  # (B, T, K, D)
         text = self.text_embeddings(rows[..., K:])  # (B, T, 1, D)
-        return (mx.concatenate([audio, text], axis=-2) * mask[..., None]).sum(axis=-2)
+        kept = mx.concatenate([audio, text], axis=-2) * mask[..., None]
+        return kept.astype(mx.float32).sum(axis=-2).astype(self.dtype)
 
     def __call__(self, rows, mask, cache=None):
         """rows, mask (B, T, K + 1) -> hidden states (B, T, D) of the backbone."""
@@ -342,7 +356,7 @@ class CSM(nn.Module):
         sample(i, logits (B, V)) -> ids (B,) is asked for each codebook i in turn.
         """
         K = self.config.audio_num_codebooks
-        cache = KVCache(self.config.decoder, h.shape[0], K, self.dtype)  # a fresh one every frame
+        cache = KVCache(self.config.decoder, self.dtype, capacity=K)  # a fresh one every frame
         codes, x = [], mx.stack([h, self.embed_code(0, first)], axis=1)  # (B, 2, D)
         for i in range(1, K):
             y = self.decoder(self.projection(x), cache)[:, -1]
@@ -360,7 +374,7 @@ class Sampling:
 
     temperature: float = 0.9  # 0: greedy
     top_k: int = 50  # 0: off
-    top_p: float = 1.0  # 1: off
+    top_p: float = 1.0  # 0 or 1: off
     min_p: float = 0.0  # relative to the likeliest; 0: off
     min_tokens_to_keep: int = 1  # that min_p spares
     sampler: Callable | None = None  # log-probabilities (B, V) -> ids (B,), in place of all the above
@@ -377,44 +391,37 @@ class Sampling:
             if not good:
                 raise ValueError(f"{name} must be {range}, not {getattr(self, name)}")
 
-    def __call__(self, logits, key):
-        """logits (B, V), -inf where forbidden -> ids (B,). key: one for all (2,), or one for each (B, 2)."""
-        logits = logits.astype(mx.float32)
-        if self.sampler is not None:
-            return self.sampler(logits - mx.logsumexp(logits, axis=-1, keepdims=True))
-        if self.temperature < 1e-6:  # dividing by less overflows
-            return mx.argmax(logits, axis=-1)
-        V = logits.shape[-1]
-        k = min(self.top_k or V, V)
-        nucleus = 0 < self.top_p < 1
-        if k == V and not nucleus and not self.min_p:
-            return draw(logits / self.temperature, key)
-        # Each filter keeps a prefix of the ids in falling order, so together they keep the shortest.
-        order = mx.argpartition(-logits, k - 1, axis=-1)[:, :k]  # sorting all of them is slow
-        falling = mx.argsort(-mx.take_along_axis(logits, order, axis=-1), axis=-1)
-        order = mx.take_along_axis(order, falling, axis=-1)
-        kept = mx.take_along_axis(logits, order, axis=-1)
-        if nucleus or self.min_p:
-            logp, keep = kept - mx.logsumexp(logits, axis=-1, keepdims=True), mx.arange(k) >= 0
-            if nucleus:  # as long as the likelier ones do not fill top_p already
-                keep &= mx.cumsum(mx.exp(logp), axis=-1, inclusive=False) < self.top_p
-            if self.min_p:
-                keep &= (logp >= logp[:, :1] + math.log(self.min_p)) | (mx.arange(k) < self.min_tokens_to_keep)
-            kept = mx.where(keep, logp, -mx.inf)
-        choice = draw(kept / self.temperature, key)
-        return mx.take_along_axis(order, choice[:, None], axis=-1)[:, 0]
+    @property
+    def greedy(self):
+        return self.temperature < 1e-6  # dividing by less overflows
+
+    def numbers(self):
+        """The options as a row (5,) for `sample`: 1 / temperature, top-k, top-p, log min-p, how many min-p spares."""
+        if self.greedy:
+            return [1.0, 1, 2.0, -math.inf, 1]
+        top_p, min_p = self.top_p if 0 < self.top_p < 1 else 2.0, math.log(self.min_p) if self.min_p else -math.inf
+        return [1 / self.temperature, self.top_k or 2**20, top_p, min_p, self.min_tokens_to_keep]
+
+
+def sample(logits, noise, options):
+    """Ids (B,) from logits (B, V), -inf where forbidden, by Gumbel noise (B, V); options (B, 5): Sampling.numbers.
+
+    Each filter keeps a prefix of the ids in falling order, so together they keep the shortest. The noise is the id's
+    own, and the id drawn is the one whose tempered log-probability and noise add up to most (Gumbel-max).
+    """
+    scale, top_k, top_p, min_p, spared = (options[:, i : i + 1] for i in range(5))
+    order, rank = mx.argsort(-logits, axis=-1), mx.arange(logits.shape[-1])
+    logp = mx.take_along_axis(logits, order, axis=-1)
+    logp = logp - mx.logsumexp(logp, axis=-1, keepdims=True)
+    likelier = mx.cumsum(mx.exp(logp), axis=-1, inclusive=False)  # as long as these do not fill top_p already
+    keep = (rank < top_k) & (likelier < top_p) & ((logp >= logp[:, :1] + min_p) | (rank < spared))
+    score = mx.where(keep, logp * scale, -mx.inf) + mx.take_along_axis(noise, order, axis=-1)
+    return mx.take_along_axis(order, mx.argmax(score, axis=-1, keepdims=True), axis=-1)[:, 0].astype(mx.int32)
 
 
 def check_seed(seed):
     if not 0 <= seed < 2**64:
         raise ValueError(f"seed must lie in 0..2^64 - 1, not {seed}")
-
-
-def draw(logits, key):
-    """Ids (B,) at random from logits (B, V), by one key for all or, so that a batch changes nothing, one for each."""
-    if key.ndim == 1:
-        return mx.random.categorical(logits, key=key)
-    return mx.vmap(lambda row, k: mx.random.categorical(row, key=k))(logits, key)
 
 
 # ---------------------------------------------------------------------------------------------------- prompt
@@ -440,14 +447,15 @@ class Tokenizer:
     NAMES = {"bos_token": ("<|begin_of_text|>", "<bos>", "<s>"), "eos_token": ("<|end_of_text|>", "<eos>", "</s>")}
 
     def __init__(self, path):
+        self.path = Path(path)
         try:
-            if Path(path).suffix == ".json":
+            if self.path.suffix == ".json":
                 import tokenizers
 
                 t = tokenizers.Tokenizer.from_file(str(path))
                 t.encode_special_tokens = True  # "<|end_of_text|>" in a user's text is text
                 self._encode = lambda text: t.encode(text, add_special_tokens=False).ids
-                given = codec.read_json(Path(path).with_name("tokenizer_config.json"))
+                given = codec.read_json(self.path.with_name("tokenizer_config.json"))
                 self.bos, self.eos = (self._special(t, given.get(kind), kind) for kind in self.NAMES)
             else:
                 import sentencepiece
@@ -476,7 +484,8 @@ def as_samples(audio):
         audio = audio.astype(mx.float32)
     audio = np.array(audio)
     if np.issubdtype(audio.dtype, np.integer):
-        audio = audio / (np.iinfo(audio.dtype).max + 1)
+        half = (np.iinfo(audio.dtype).max + 1) / (2 if np.issubdtype(audio.dtype, np.unsignedinteger) else 1)
+        audio = audio / half - (1 if np.issubdtype(audio.dtype, np.unsignedinteger) else 0)
     if audio.ndim == 2:  # (channels, samples) or (samples, channels)
         audio = audio.mean(axis=int(np.argmin(audio.shape)))
     if audio.ndim != 1 or not audio.size:
@@ -484,6 +493,194 @@ def as_samples(audio):
     if not np.isfinite(audio).all():
         raise ValueError("the audio contains NaN or infinite samples")
     return audio.astype(np.float32)
+
+
+# ---------------------------------------------------------------------------------------------------- the engine
+
+
+@dataclass(eq=False)
+class Utterance:
+    """What a Batch knows of one of its sequences."""
+
+    uid: int
+    rows: np.ndarray  # (T, K + 1), its prompt after what `cache` holds
+    limit: int  # frames at most
+    seed: int
+    sampling: Sampling
+    cache: KVCache | None  # of what goes before; afterwards of all, if `keep`
+    keep: bool
+    at_end: bool  # whether the limit is the model's own, not the caller's
+    launched: int = 0  # frames
+    seen: int = 0  # frames
+    over: bool = False  # whether it has ended, or was removed
+    said: list = field(default_factory=list)  # codes of codebook 0, for logits processors
+
+
+def prefill(model, prompts, cache=None):
+    """Prompts [(T, K + 1)] after what `cache`, of a batch of one, holds -> last hidden (B, D), KVCache of all."""
+    B, n, T = len(prompts), np.array([len(p) for p in prompts]), max(len(p) for p in prompts)
+    cache = cache.filter([0] * B) if cache else KVCache(model.config.backbone, model.dtype)
+    cache.pad, h = np.zeros(B, np.int32), None
+    rows = np.stack([np.pad(p, [(0, T - len(p)), (0, 0)]) for p in prompts])  # causal: what is behind changes nothing
+    for i in range(0, T, PREFILL):
+        part = mx.array(rows[:, i : i + PREFILL])
+        y = model(mx.maximum(part, 0), row_mask(part), cache)  # (B, t, D)
+        last = mx.array(np.clip(n - 1 - i, 0, y.shape[1] - 1))[:, None, None]
+        y = mx.take_along_axis(y, last, axis=1)[:, 0]
+        h = y if h is None else mx.where(mx.array(n > i)[:, None], y, h)
+        mx.eval(h, cache.keys, cache.values)
+    return h, cache.align(T - n)
+
+
+class Batch:
+    """Utterances spoken side by side, a frame of all at a time. They join and leave between frames.
+
+    Each gives the codes that it would give alone. For one thread at a time; several batches may share a Generator.
+    """
+
+    def __init__(self, generator):
+        self.generator, self.model = generator, generator.model
+        self.ids = count()
+        self.waiting, self.live = [], []  # Utterances; the live ones in the order of the arrays' rows
+        self.kept = {}  # uid -> the KVCache of one that was inserted with keep, once it has ended
+        self.cache = None
+        self.h, self.keys, self.options = None, None, None  # (B, D) last hidden; (B, 2) randomness; (B, 5) sampling
+        self.flying = None  # the frame under way: its Utterances and codes (B, K)
+
+    def __len__(self):
+        """How many speak or wait to."""
+        landing = self.flying[0] if self.flying else []
+        return len({u.uid for u in [*self.waiting, *self.live, *landing] if not u.over})
+
+    def insert(self, prompt_rows, max_frames, seed, sampling=Sampling(), cache=None, keep=False):
+        """Let an utterance join before the next frame; returns its uid.
+
+        prompt_rows: (T, K + 1), see Generator.prompt. cache: KVCache of a batch of one, of rows that go before them; it
+        is not altered. keep: `remove` shall return a KVCache of all that was said. ValueError: a prompt too long.
+        """
+        check_seed(seed)
+        n = len(prompt_rows) + (cache.offset if cache else 0)
+        room = self.generator.limit - n
+        if not len(prompt_rows) or room < 1:
+            raise ValueError(f"the prompt takes {n} positions, and the model has {self.generator.limit}")
+        limit, uid = min(max_frames, room), next(self.ids)
+        self.waiting.append(Utterance(uid, prompt_rows, limit, seed, sampling, cache, keep, room <= max_frames))
+        return uid
+
+    def next(self):
+        """One frame: [(uid, codes (K,) int32)] of all that speak; codes None, behind the last frame: it has ended.
+
+        The frame after it is under way before this one is looked at, so that the device never waits.
+        """
+        while True:
+            landed = self.flying
+            self._leave()
+            self._join()
+            self.flying = self._launch() if self.live else None
+            if landed or not self.flying:
+                return self._look(*landed) if landed else []
+
+    def remove(self, uid):
+        """Let an utterance leave at once. Returns its KVCache if it was inserted with `keep`, else None."""
+        for u in [*self.waiting, *self.live]:
+            u.over |= u.uid == uid
+        self._leave()
+        return self.kept.pop(uid, None)
+
+    def _leave(self):
+        """The arrays without those that are over, or have all their frames under way."""
+        self.waiting = [u for u in self.waiting if not u.over]
+        rows = [i for i, u in enumerate(self.live) if not u.over and u.launched < u.limit]
+        if len(rows) == len(self.live):
+            return
+        for i, u in enumerate(self.live):
+            if u.keep and i not in rows:
+                self.kept[u.uid] = self.cache.filter([i])
+        self.live = [self.live[i] for i in rows]
+        self.cache = self.cache.filter(rows) if rows else None
+        self.h, self.keys, self.options = (
+            x[mx.array(rows)] if rows else None for x in (self.h, self.keys, self.options)
+        )
+
+    def _join(self):
+        """Those that wait into the arrays. Prompts that the same goes before pass through the backbone together."""
+        for cache in {id(u.cache): u.cache for u in self.waiting}.values():
+            new = [u for u in self.waiting if u.cache is cache]
+            distinct = list({u.rows.tobytes(): u.rows for u in new}.values())  # a prompt of many is computed once
+            h, after = prefill(self.model, distinct, cache)
+            which = [next(i for i, rows in enumerate(distinct) if np.array_equal(rows, u.rows)) for u in new]
+            keys = mx.stack([mx.random.key(u.seed) for u in new])
+            joining = h[mx.array(which)], keys, mx.array([u.sampling.numbers() for u in new])
+            if len(distinct) < len(new):
+                after = after.filter(which)
+            if self.live:
+                old = (self.h, self.keys, self.options)
+                joining, after = [mx.concatenate(x) for x in zip(old, joining)], self.cache.extend(after)
+            (self.h, self.keys, self.options), self.cache = joining, after
+            self.live += new
+        self.waiting = []
+
+    def _launch(self):
+        """The next frame of all under way -> (Utterances, codes (B, K))."""
+        c, live = self.model.config, list(self.live)
+        K, V, B = c.audio_num_codebooks, c.audio_vocab_size, len(live)
+        if all(u.sampling.greedy for u in live):
+            noise = mx.zeros((B, K, V))
+        else:
+            now, self.keys = mx.vmap(mx.random.split)(self.keys).swapaxes(0, 1)  # (B, 2) each
+            noise = mx.vmap(lambda key: mx.random.gumbel((K, V), key=key))(now)
+        logits = self.model.head(0, self.h).astype(mx.float32)
+        for i, u in enumerate(live):
+            for process in u.sampling.logits_processors:
+                row = process(mx.array(u.said, mx.int32), logits[i : i + 1])
+                logits = mx.concatenate([logits[:i], row, logits[i + 1 :]])
+        logits = logits + self.generator.forbidden
+        own = [(i, u.sampling.sampler) for i, u in enumerate(live) if u.sampling.sampler]
+        first = by_samplers(own, logits, sample(logits, noise[:, 0], self.options))
+        codes = self.generator.depth(self.h, first, noise[:, 1:], self.options, own)
+        codes = mx.concatenate([first[:, None], codes], axis=1)
+        for u in live:
+            u.launched += 1
+        if any(u.launched < u.limit for u in live):
+            row = mx.pad(mx.clip(codes, 0, V - 1), [(0, 0), (0, 1)], constant_values=NO_TEXT)[:, None]
+            self.h = self.model(mx.maximum(row, 0), row_mask(row), self.cache)[:, -1]
+        mx.async_eval(codes, self.h, self.keys)
+        if any(u.sampling.logits_processors for u in live):  # which are asked with the codes so far
+            for u, code in zip(live, first.tolist()):
+                u.said.append(code)
+        return live, codes
+
+    def _look(self, utterances, codes):
+        """A frame that was launched -> what `next` returns of it."""
+        n_codes, out = self.generator.mimi.config.codebook_size, []
+        for u, ids in zip(utterances, np.array(codes)):
+            if u.over:
+                continue
+            if ids.min() < 0 or ids.max() >= n_codes:
+                self.remove(u.uid)
+                raise ValueError(
+                    f"the sampler gave {ids[(ids < 0) | (ids >= n_codes)][0]}, and Mimi has {n_codes} codes"
+                )
+            u.seen += 1
+            if ids.any():
+                out.append((u.uid, ids))
+                u.over = u.seen == u.limit
+                if u.over:
+                    where = f"the model's {self.generator.limit} positions" if u.at_end else f"{u.limit} frames"
+                    log.warning("the speech was cut off at %s", where)
+            else:
+                u.over = True
+            if u.over:
+                out.append((u.uid, None))
+        return out
+
+
+def by_samplers(own, logits, ids):
+    """ids (B,), but those of `own` [(row, sampler)] drawn by their samplers from the log-probabilities."""
+    for i, sampler in own:
+        row = logits[i : i + 1] - mx.logsumexp(logits[i : i + 1], axis=-1, keepdims=True)
+        ids = mx.concatenate([ids[:i], sampler(row).astype(mx.int32), ids[i + 1 :]])
+    return ids
 
 
 # ---------------------------------------------------------------------------------------------------- generation
@@ -494,36 +691,43 @@ class Generator:
 
     The arguments that generate, stream, generate_codes and Conversation.say share:
       text, speaker (0, 1, ...; the voice comes from the context, and a turn of the same speaker shares its voice)
-      context: Segments said before; voice: a preset's name, used when there is no context ("none": no voice;
-      None: the model's default); voice_match: continue the speaker's last clip in `context` in place of answering it
-      max_audio_length_ms, and the fields of Sampling; seed: None draws one, and logs it on the logger "csm".
+      context: Segments said before; voice, used when there is no context: a preset's name, the path of a clip with its
+      transcript beside it (me.wav, me.txt), "none"; None: the model's default
+      voice_match: continue the speaker's last clip in `context` in place of answering it (None: as the model's config)
+      max_audio_length_ms (None: 3 s and 200 ms a character, at most 90 s), and the fields of Sampling, by default the
+      model's own; seed: None draws one, and logs it on the logger "csm".
     All raise ValueError for what is wrong in them, and for a prompt beyond the model's positions.
     """
 
-    def __init__(self, model, mimi, tokenizer, voices=None):
+    def __init__(self, model, mimi, tokenizer, voices=None, fields=None):
         self.model, self.mimi, self.tokenizer = model, mimi, tokenizer
-        n_ids = mx.arange(model.config.audio_vocab_size)
-        self._forbidden = mx.where(n_ids < mimi.config.codebook_size, 0, -mx.inf)  # ids that Mimi lacks
-        mx.eval(self._forbidden)
-        self.codec_stream = mx.new_thread_local_stream(mx.default_device())
-        self._compiled = {}  # Sampling -> the depth decoder's loop
-        self._held = None  # rows and KV cache of the context that was computed last
-        self._prompts = {}  # the presets asked for so far, as Segments with codes
         self.voices = voices or {}  # name -> folder of its .wav and .txt; None: on the Hub
+        self.fields = fields or {}  # of config.json, for `save`
         self.sample_rate = mimi.sample_rate
         self.limit = model.config.backbone.max_positions  # positions that the model has
         if mimi.n_codebooks < model.config.audio_num_codebooks:
             raise ValueError(
                 f"the model writes {model.config.audio_num_codebooks} codebooks, its Mimi has {mimi.n_codebooks}"
             )
+        n_ids = mx.arange(model.config.audio_vocab_size)
+        self.forbidden = mx.where(n_ids < mimi.config.codebook_size, 0, -mx.inf)  # ids that Mimi lacks
+        mx.eval(self.forbidden)
+        self.codec_stream = mx.new_thread_local_stream(mx.default_device())
+        self._compiled, self._lock = [], threading.Lock()  # the depth decoder's loop is the last of them
+        self._contexts = {}  # rows, as bytes -> KVCache of the contexts used last
+        self._prompts = {}  # the voices asked for so far, as Segments with codes
+
+    def batch(self):
+        """A Batch, empty."""
+        return Batch(self)
 
     def conversation(self, context=(), *, voice=None):
-        """A Conversation that starts with `context`, or without one with a preset voice for whoever speaks first."""
+        """A Conversation that starts with `context`, or without one with a voice for whoever speaks first."""
         context = list(context)
         return Conversation(self, context, [] if context else self.voice_prompt(voice))
 
     def stream(
-        self, text, speaker=0, context=(), *, voice=None, voice_match=False, streaming_interval=0.5, **options
+        self, text, speaker=0, context=(), *, voice=None, voice_match=None, streaming_interval=0.5, **options
     ) -> Iterator[mx.array]:
         """Speech for `text` in pieces of `streaming_interval` seconds, (samples,) float32 each; joined, `generate`."""
         conversation, opening = self._open(speaker, context, voice, voice_match)
@@ -533,7 +737,7 @@ class Generator:
         """Speech for `text`: (samples,) float32 at `sample_rate`; empty if the model ends at once."""
         return join(self.stream(text, speaker, context, streaming_interval=2.0, **options))
 
-    def generate_codes(self, text, speaker=0, context=(), *, voice=None, voice_match=False, **options) -> mx.array:
+    def generate_codes(self, text, speaker=0, context=(), *, voice=None, voice_match=None, **options) -> mx.array:
         """The codes of the speech: (F, K) int32."""
         conversation, opening = self._open(speaker, context, voice, voice_match)
         for _ in conversation.frames(text, speaker, opening=opening, **options):
@@ -541,7 +745,7 @@ class Generator:
         return conversation.turns[-1].codes
 
     def generate_batch(
-        self, texts, speaker=0, context=(), *, voice=None, voice_match=False, max_audio_length_ms=90_000, seed=None,
+        self, texts, speaker=0, context=(), *, voice=None, voice_match=None, max_audio_length_ms=None, seed=None,
         **sampling,
     ) -> list[mx.array]:  # fmt: skip
         """Speech for each of `texts`, computed together: [(samples,) float32].
@@ -556,7 +760,7 @@ class Generator:
         try:
             speakers = [speaker] * len(texts) if isinstance(speaker, (int, np.integer)) else list(speaker)
             lengths = max_audio_length_ms
-            lengths = [lengths] * len(texts) if isinstance(lengths, (int, float, np.number)) else list(lengths)
+            lengths = [lengths] * len(texts) if isinstance(lengths, (int, float, np.number, type(None))) else [*lengths]
             contexts = [list(c) for c in context] if own else [context] * len(texts)
         except TypeError as e:
             raise ValueError(f"speaker, context or max_audio_length_ms: {e}") from None
@@ -564,27 +768,18 @@ class Generator:
             raise ValueError(f"{len(texts)} texts need as many speakers, contexts and lengths, or one for all")
         if not all(isinstance(s, Segment) for c in contexts for s in c):
             raise ValueError("a context is a list of Segments")
-        if not texts:
-            return []
-        max_frames, (seed, sampling) = [self._max_frames(ms) for ms in lengths], self._options(seed, sampling)
+        seed, sampling = self.options(seed, sampling)
         encoded = {id(s): s for c in contexts for s in c}
         encoded = {i: self.encode(s) for i, s in encoded.items()}  # each once
-        prompts, n_context = [], []
-        for text, speaker, context in zip(texts, speakers, contexts):
-            conversation, opening = self._open(speaker, [encoded[id(s)] for s in context], voice, voice_match)
-            rows = conversation.prompt(text, speaker, opening)
-            prompts.append(np.concatenate([*conversation.blocks, rows]))
-            n_context.append(len(prompts[-1]) - len(rows))
-        shortest = min(n_context)
-        same = np.array([p[:shortest] == prompts[0][:shortest] for p in prompts]).all(axis=(0, 2))
-        n_shared = shortest if same.all() else int(np.argmin(same))
-        codes = [[] for _ in texts]
-        cache = KVCache(self.model.config.backbone, 1, dtype=self.model.dtype)
-        seeds = [seed + i for i in range(len(texts))]
-        for live, frame in self.frames(prompts, cache, max_frames, seeds, sampling, n_shared):
-            for i, row in zip(live, frame):
-                codes[i].append(row)
-        return [self.decode(mx.stack(c) if c else mx.zeros((0, 1), mx.int32)) for c in codes]
+        batch, codes = self.batch(), {}
+        for i, (text, speaker, context, ms) in enumerate(zip(texts, speakers, contexts, lengths)):
+            before, rows = self.prompt(text, speaker, [encoded[id(s)] for s in context], voice, voice_match)
+            frames = self.max_frames(ms, text)
+            codes[batch.insert(rows, frames, (seed + i) % 2**64, sampling, self.prefill(before))] = []
+        while len(batch):
+            for uid, frame in batch.next():
+                codes[uid] += [] if frame is None else [frame]
+        return [self.decode(mx.array(np.stack(c)) if c else mx.zeros((0, 1), mx.int32)) for c in codes.values()]
 
     def decode(self, codes) -> mx.array:
         """Codes (F, K) -> (samples,) float32, in bounded memory."""
@@ -596,162 +791,133 @@ class Generator:
             return segment
         return replace(segment, codes=self.audio_rows(segment, end=False)[:, :-1])
 
-    def _max_frames(self, max_audio_length_ms):
-        frame_ms = 1000 / self.mimi.config.frame_rate
-        if not frame_ms <= max_audio_length_ms < math.inf:
-            raise ValueError(f"max_audio_length_ms must be {frame_ms:g} or more, one frame, not {max_audio_length_ms}")
-        return int(max_audio_length_ms / frame_ms)
+    def save(self, folder):
+        """Write the model as a folder in our own layout, which needs nothing else; whole or not at all. ValueError."""
+        sound, place = dict(tree_flatten(self.mimi.parameters())), self.tokenizer.path.parent
+        for part in ("first", "rest") if self.mimi.rest is not None else ("first",):
+            del sound[f"{part}.norms"]
+            vectors = sound[f"{part}.embedding_sum"] = sound.pop(f"{part}.codebooks")
+            sound[f"{part}.cluster_usage"] = mx.ones(vectors.shape[:2])
+        kind = json.dumps(asdict(self.mimi.config))
+        files = {
+            "config.json": self.fields | asdict(self.model.config) | {"model_type": "csm", "layout": "native"},
+            "model.safetensors": (join_heads(dict(tree_flatten(self.model.parameters()))), {"format": "mlx"}),
+            "mimi.safetensors": (sound, {"format": "mlx", "config": kind}),
+        }
+        files |= {f.name: f for f in (place / name for name in TOKENIZER) if f.is_file() and f.suffix == ".json"}
+        files[self.tokenizer.path.name] = self.tokenizer.path
+        clips = [v / f"{name}{x}" for name, v in self.voices.items() if v for x in (".wav", ".txt")]
+        write_folder(folder, files | {f"prompts/{f.name}": f for f in clips if f.is_file()})
 
-    def _options(self, seed, sampling):
-        """The seed, drawn if it is None, and the Sampling; checked."""
+    def max_frames(self, max_audio_length_ms, text=""):
+        """The frames that a length in ms, or None, allows for a text."""
+        frame_ms = 1000 / self.mimi.config.frame_rate
+        ms = min(90_000, 3_000 + 200 * len(text)) if max_audio_length_ms is None else max_audio_length_ms
+        if not frame_ms <= ms < math.inf:
+            raise ValueError(f"max_audio_length_ms must be {frame_ms:g} or more, one frame, not {ms}")
+        return int(ms / frame_ms)
+
+    def options(self, seed=None, sampling=()):
+        """The seed, drawn if it is None, and the Sampling of these fields or else of the model's own; checked."""
         if seed is None:
             seed = secrets.randbits(32)
             log.info("seed %d", seed)
         check_seed(seed)
-        processors = tuple(sampling.get("logits_processors") or ())
-        return int(seed), Sampling(**sampling | {"logits_processors": processors})
+        given = {name: value for name, value in dict(sampling).items() if value is not None}
+        given["logits_processors"] = tuple(given.get("logits_processors", ()))
+        return int(seed), Sampling(**(self.model.config.sampling or {}) | given)
 
-    def frames(self, prompts, cache, max_frames, seeds, sampling, n_shared=0):
-        """Speak after each of `prompts` [(T, K + 1)] until all have ended: yields (live, codes) for every frame, the
-        indices of those that still speak and their codes (b, K).
+    def depth(self, h, first, noise, options, own=()):
+        """CSM.sample_rest by `sample`: h (B, D), first (B,), noise (B, K - 1, V), options (B, 5) -> codes (B, K - 1).
 
-        cache: of batch 1, of rows that all prompts begin with; left holding what was said, for one prompt. n_shared:
-        rows of context that all begin with. max_frames, seeds: of each prompt. The next frame is under way before this
-        one is looked at, so that the device never waits.
-        """
-        config, n_codes = self.model.config, self.mimi.config.codebook_size
-        K, V = config.audio_num_codebooks, config.audio_vocab_size
-        rest = self._depth(sampling)
-        live, limits = list(range(len(prompts))), [min(n, self.limit - len(p)) for n, p in zip(max_frames, prompts)]
-        keys = mx.stack([mx.random.key(seed % 2**64) for seed in seeds])
-        split = mx.vmap(lambda key: mx.random.split(key, K + 1))
-        h = self._prefill(prompts, cache, n_shared)
-        said, n, before = mx.zeros((len(live), 0), mx.int32), 0, None
-        while True:
-            if n < max(limits[i] for i in live):
-                codec.use_threads(for_small=len(live) == 1)
-                now = split(keys)  # (b, K + 1, 2)
-                keys = now[:, K]
-                logits = self.model.head(0, h).astype(mx.float32)
-                for process in sampling.logits_processors:
-                    logits = mx.concatenate([process(said[i], logits[i : i + 1]) for i in range(len(live))])
-                first = sampling(logits + self._forbidden, now[:, 0]).astype(mx.int32)
-                codes = mx.concatenate([first[:, None], rest(h, first, now)], axis=1)
-                if sampling.logits_processors:
-                    said = mx.concatenate([said, first[:, None]], axis=1)
-                if n + 1 < max(limits[i] for i in live):
-                    row = mx.pad(mx.clip(codes, 0, V - 1), [(0, 0), (0, 1)], constant_values=NO_TEXT)
-                    h = self._step(row[:, None], cache)
-                mx.async_eval(codes, h, keys, said)
-            if before is not None:
-                ids = np.array(before)
-                if (wrong := ids[(ids < 0) | (ids >= n_codes)]).size:
-                    raise ValueError(f"the sampler gave {wrong[0]}, and Mimi has {n_codes} codes")
-                speaking = np.flatnonzero(ids.any(axis=1)).tolist()
-                if len(speaking):
-                    yield [live[i] for i in speaking], before[mx.array(speaking)]
-                for i in speaking:
-                    if n == limits[live[i]] == self.limit - len(prompts[live[i]]):
-                        log.warning("the speech was cut off at the model's %d positions", self.limit)
-                stay = [i for i in speaking if n < limits[live[i]]]
-                if not stay:
-                    return codec.use_threads(for_small=False)
-                if len(stay) < len(live):
-                    live, stay = [live[i] for i in stay], mx.array(stay)
-                    codes, h, keys, said = (x[stay] for x in (codes, h, keys, said))
-                    cache.take(stay)
-            before, n = codes, n + 1
-
-    def _depth(self, sampling):
-        """CSM.sample_rest as a function of arrays, h (B, D), first (B,), keys (B, K + 1, 2) -> (B, K - 1).
-
-        Compiled, it has fewer of its thousands of small operations, and C++ builds them. The weights are inputs, and so
-        may change.
+        Compiled, where that pays, it has fewer of its thousands of small operations, and C++ builds them. The weights
+        are inputs, and so may change. own: as of `by_samplers`.
         """
 
-        def rest(h, first, keys):
-            def sample(i, logits):
-                return sampling(logits.astype(mx.float32) + self._forbidden, keys[:, i])
+        def rest(model, h, first, noise, options):
+            def draw(i, logits):
+                logits = logits.astype(mx.float32) + self.forbidden
+                return by_samplers(own, logits, sample(logits, noise[:, i - 1], options))
 
-            return self.model.sample_rest(h, first, sample)
+            return model.sample_rest(h, first, draw)
 
-        if not compiles(self.model) or sampling.sampler is not None:
-            return rest
-        sampling = replace(sampling, logits_processors=())  # which are for the first codebook
-        if sampling not in self._compiled and len(self._compiled) > 7:
-            self._compiled.clear()  # each holds a trace for every size of batch
-        return self._compiled.setdefault(sampling, mx.compile(rest, inputs=self.model.state))
+        def traced(weights, *arrays):
+            model = twin(self.model)  # it holds tracers afterwards; the shared one never does
+            model.update(weights)
+            return rest(model, *arrays)
 
-    def _prefill(self, prompts, cache, n_shared=0):
-        """Rows of the prompts (T, K + 1) that the cache lacks through the backbone; returns the last hidden (B, D).
+        if own or not compiles(self.model):
+            return rest(self.model, h, first, noise, options)
+        B = len(first)
+        size = next(n for i in count() for n in (2**i, 3 * 2**i // 2) if n >= B)  # so that few sizes are compiled
+        arrays = [mx.pad(x, [(0, size - B)] + [(0, 0)] * (x.ndim - 1)) for x in (h, first, noise, options)]
+        m = self.model
+        weights = {part: m[part].parameters() for part in ("decoder", "projection", "audio_embeddings")}
+        weights["audio_head"] = [head.parameters() for head in m.audio_head]
+        with self._lock:  # for any call may trace: each thread and size does once
+            if not self._compiled:
+                self._compiled.append(mx.compile(traced))
+            try:
+                return self._compiled[-1](weights, *arrays)[:B]
+            except BaseException:  # also Ctrl-C: MLX keeps the half of a trace. Never freed, since another might get
+                self._compiled.append(mx.compile(traced))  # the address, by which MLX knows a function
+                raise
 
-        The first n_shared, which are alike, go through once for all, and are held for the next call with the same.
-        """
-        if n_shared > cache.offset:
-            shared, held = prompts[0][:n_shared], self._held
-            if cache.offset == 0 and held is not None and np.array_equal(held[0], shared):
-                vars(cache).update(vars(held[1].copy()))
-            else:
-                self._prefill([shared], cache)
-                self._held = shared, cache.copy()
-        if len(prompts) > 1:
-            cache.take(mx.zeros((len(prompts),), mx.int32))
-            gaps = max(map(len, prompts)) - np.array(list(map(len, prompts)))
-            if gaps.any():
-                cache.prefix, cache.gaps = cache.offset, mx.array(gaps, mx.int32)
-                cache.limit += int(gaps.max())  # which count for nobody's positions
-        codec.use_threads(for_small=False)
-        T, n = max(map(len, prompts)), cache.offset
-        rows = np.stack([np.pad(p[n:], [(T - len(p), 0), (0, 0)], constant_values=NO_TEXT) for p in prompts])
-        for i in range(0, rows.shape[1], PREFILL):
-            h = self._step(mx.array(rows[:, i : i + PREFILL]), cache)
-            mx.eval(h, cache.keys, cache.values)
-        return h
+    def prefill(self, rows):
+        """The KVCache of a context's rows (T, K + 1), None for none; those of the last few are kept."""
+        if not len(rows):
+            return None
+        key = rows.tobytes()
+        cache = self._contexts.pop(key, None) or prefill(self.model, [rows])[1]
+        self._contexts[key] = cache  # the last of them
+        for old in list(self._contexts)[:-4]:
+            self._contexts.pop(old, None)
+        return cache
 
-    def _step(self, rows, cache):
-        """rows (B, T, K + 1) through the backbone -> the last hidden state (B, D)."""
-        return self.model(mx.maximum(rows, 0), row_mask(rows), cache)[:, -1]
+    def prompt(self, text, speaker=0, context=(), voice=None, voice_match=None):
+        """The rows of the context, to be prefilled, and the rows (T, K + 1) after them: what Batch.insert takes."""
+        conversation, opening = self._open(speaker, context, voice, voice_match)
+        rows = conversation.prompt(text, speaker, opening)
+        return np.concatenate([rows[:0], *conversation.blocks]), rows
 
     def _open(self, speaker, context, voice, voice_match):
         """A Conversation, and the Segment that the new turn continues, if any."""
-        if not voice_match:
+        asked, context = voice_match, list(context)
+        if not (self.model.config.voice_match if asked is None else asked):
             return self.conversation(context, voice=voice), None
-        context = list(context) or [replace(s, speaker=speaker) for s in self.voice_prompt(voice)]
+        context = context or [replace(s, speaker=speaker) for s in self.voice_prompt(voice)]
         mine = [i for i, s in enumerate(context) if s.speaker == speaker]
-        if not mine:
+        if not mine and asked:
             raise ValueError(f"voice_match continues a clip of speaker {speaker}, and the context has none")
-        clip = context.pop(mine[-1])
+        clip = context.pop(mine[-1]) if mine else None
         return Conversation(self, context), clip
 
     def voice_prompt(self, voice=None):
-        """The preset `voice` as a list of one Segment, or [] for none."""
+        """A voice as a list of one Segment with codes, or [] for none."""
         if voice == "none" or (voice is None and not (self.voices and self.model.config.use_default_voice_prompt)):
             return []
-        name = voice or ("conversational_a" if "conversational_a" in self.voices else min(self.voices))
-        if name not in self.voices:
-            known = ", ".join(sorted(self.voices)) or "none at all"
-            raise ValueError(f"unknown voice {name!r}; this model has: {known}")
+        name = str(voice or ("conversational_a" if "conversational_a" in self.voices else min(self.voices)))
         if name not in self._prompts:
-            folder, files = self.voices[name], (f"{name}.wav", f"{name}.txt")
             try:
-                wav, txt = (folder / f if folder else codec.download(DEFAULT_PROMPTS, f"prompts/{f}") for f in files)
-                text = txt.read_text(encoding="utf-8").strip()
-                self._prompts[name] = Segment(0, text, wav, self._kept_codes(wav))
-            except FileNotFoundError as e:
-                raise ValueError(f"voice {name} has no clip or no transcript: {e}") from None
+                self._prompts[name] = self.encode(self._clip(name))
+            except (ValueError, FileNotFoundError) as e:
+                if voice:
+                    raise ValueError(f"voice {name}: {e}") from None
+                log.warning("speaking without the default voice %s: %s", name, e)
+                return []
         return [self._prompts[name]]
 
-    def _kept_codes(self, wav):
-        """The codes (F, K) of a preset's clip, from a file beside it if that was made of the same clip by this Mimi."""
-        kept = wav.with_suffix(".npz")
-        mark = hashlib.sha256(wav.read_bytes() + np.array(self.mimi.first.norms).tobytes()).hexdigest()
-        with suppress(Exception), np.load(kept) as file:  # absent, or something else
-            if file["mark"] == mark:
-                return file["codes"]
-        codes = self.encode(Segment(0, "", wav)).codes
-        with suppress(OSError, ValueError), codec.replacing(kept) as part:  # the folder may be read-only
-            np.savez(part, codes=codes, mark=mark)
-        return codes
+    def _clip(self, name):
+        """A voice's clip and what it says, as a Segment."""
+        if name in self.voices and self.voices[name] is None:
+            wav = codec.download(DEFAULT_PROMPTS, f"prompts/{name}.wav")
+            text = codec.layouts("the Hub's voices").TRANSCRIPTS.get(name)
+            return Segment(0, text or read_text(f"@{codec.download(DEFAULT_PROMPTS, f'prompts/{name}.txt')}"), wav)
+        wav = self.voices[name] / f"{name}.wav" if name in self.voices else Path(name)
+        if not wav.is_file():
+            known = ", ".join(sorted(self.voices)) or "none at all"
+            raise ValueError(f"no such voice, nor a clip of that name; this model has: {known}")
+        return Segment(0, read_text(f"@{wav.with_suffix('.txt')}"), wav)
 
     def text_rows(self, text, speaker):
         """(T, K + 1) int32 for one turn's text."""
@@ -760,7 +926,10 @@ class Generator:
         if not isinstance(text, str) or not text.strip():
             raise ValueError("the text is empty" if isinstance(text, str) else f"text must be a str, not {text!r}")
         c = self.model.config
-        ids = self.tokenizer.encode(f"[{speaker}]{' ' if c.speaker_prefix_space else ''}{text}")
+        try:
+            ids = self.tokenizer.encode(f"[{speaker}]{' ' if c.speaker_prefix_space else ''}{text}")
+        except (UnicodeError, TypeError):  # lone surrogates, which is what Python makes of a wrong byte
+            raise ValueError("the text is not UTF-8") from None
         if max(ids) >= c.text_vocab_size:
             raise ValueError(f"the tokenizer gives id {max(ids)}, and the model knows {c.text_vocab_size}: not a pair")
         rows = np.zeros((len(ids), c.audio_num_codebooks + 1), np.int32)
@@ -795,19 +964,18 @@ class Generator:
 class Conversation:
     """Turns said so far and their KV cache, so that a new turn costs the backbone its own rows alone.
 
-    Past the model's positions it forgets the oldest turns that came after its context, and warns on the logger "csm".
-    A turn whose stream is abandoned, or fails, is not part of the conversation.
+    Past the model's positions it forgets the oldest turns that came after its context, down to half of the positions,
+    and warns on the logger "csm". A turn whose stream is abandoned, or fails, is not part of the conversation.
     """
 
     def __init__(self, generator, context=(), voice=()):
-        self.generator, self.model = generator, generator.model
+        self.generator = generator
         self.voice = list(voice)  # Segments to put first, in the voice of whoever speaks first
         self.turns = list(context)  # Segments
         self.blocks = [generator.segment_rows(s) for s in self.turns]  # the rows of each turn
         self.n_kept = len(self.blocks)  # the context, or the voice prompt, is never forgotten
-        self.limit = generator.limit
-        self.cache = KVCache(self.model.config.backbone, dtype=self.model.dtype)
-        self.prefilled = 0  # rows that went through the backbone as prompt, in all
+        self.cache = None  # of the rows that went through the backbone
+        self.prefilled = 0  # rows that went through it as prompt, in all
         self.busy = False
 
     def say(self, text, speaker=0, **options) -> mx.array:
@@ -834,14 +1002,12 @@ class Conversation:
                     more = len(waiting) == size and not interrupt
                     if waiting:
                         with mx.stream(self.generator.codec_stream):  # beside the next frame, not behind it
-                            audio, state = mimi.decode_step(mx.stack(waiting, axis=2), state)
+                            audio, state = mimi.decode_step(mx.array(np.stack(waiting, axis=-1)[None]), state)
                             piece = audio[0, 0]
                             mx.async_eval(piece)
-                        codec.use_threads(for_small=more)  # the next frame's again, not the codec's
                         yield piece
             finally:
                 frames.close()
-                codec.use_threads(for_small=False)
             if interrupt:
                 raise interrupt
 
@@ -867,58 +1033,86 @@ class Conversation:
         self.n_kept += len(voice)
         return rows
 
-    def frames(self, text, speaker=0, *, opening=None, max_audio_length_ms=90_000, seed=None, **sampling):
-        """Say the next turn as frames of codes, (1, K) int32 each. Arguments are checked at once, not at the first."""
-        options = self.generator._max_frames(max_audio_length_ms), *self.generator._options(seed, sampling)
-        return self._frames(Segment(speaker, text), self.prompt(text, speaker, opening), *options)
+    def frames(self, text, speaker=0, *, opening=None, max_audio_length_ms=None, seed=None, **sampling):
+        """Say the next turn as frames of codes, (K,) int32 each. Arguments are checked at once, not at the first."""
+        seed, sampling = self.generator.options(seed, sampling)
+        max_frames = self.generator.max_frames(max_audio_length_ms, str(text))
+        return self._frames(Segment(speaker, text), self.prompt(text, speaker, opening), max_frames, seed, sampling)
 
     def _check_free(self):
         if self.busy:
             raise ValueError("a turn is still being said: finish its stream, or close it")
 
     def _check_length(self, n_rows):
-        n = sum(map(len, self.blocks[: self.n_kept])) + n_rows
-        if n >= self.limit:
-            raise ValueError(f"the prompt takes {n} positions, and the model has {self.limit}: shorten context or text")
+        n, limit = sum(map(len, self.blocks[: self.n_kept])) + n_rows, self.generator.limit
+        if n >= limit:
+            raise ValueError(
+                f"the prompt takes {n} positions, and the model has {limit}: shorten context or text (a long text: "
+                "python -m csm_tools.narrate)"
+            )
 
     def _frames(self, turn, rows, max_frames, seed, sampling):
         self._check_free()
         self._make_room(len(rows), max_frames)
-        prompt, start, said, self.busy = np.concatenate([*self.blocks, rows]), self.cache.offset, [], True
+        prompt, said, self.busy = np.concatenate([*self.blocks, rows]), [], True
         try:
+            context = np.concatenate([rows[:0], *self.blocks[: self.n_kept]])
+            cache = self.cache or self.generator.prefill(context)
+            start = cache.offset if cache else 0
             self.prefilled += len(prompt) - start
-            n_context = sum(map(len, self.blocks[: self.n_kept]))
-            for _, codes in self.generator.frames([prompt], self.cache, [max_frames], [seed], sampling, n_context):
-                said.append(codes)
-                yield codes
-            turn.codes = mx.concatenate(said) if said else mx.zeros((0, prompt.shape[1] - 1), mx.int32)
+            batch = self.generator.batch()
+            uid = batch.insert(prompt[start:], max_frames, seed, sampling, cache, keep=True)
+            while len(batch):
+                for _, codes in batch.next():
+                    if codes is not None:
+                        said.append(codes)
+                        yield codes
+            turn.codes = mx.array(np.stack(said)) if said else mx.zeros((0, prompt.shape[1] - 1), mx.int32)
             mx.eval(turn.codes)
             block = np.concatenate([rows, self.generator.audio_rows(turn)])
-        except BaseException:  # also GeneratorExit: the stream was closed
-            self.cache.trim(self.cache.offset - start)
-            raise
+            cache = batch.remove(uid)
         finally:
             self.busy = False
-        self.cache.trim(self.cache.offset - len(prompt) - len(said) - 1)  # the frame of zeros stays, what followed goes
+        cache.trim(cache.offset - len(prompt) - len(said) - 1)  # the frame of zeros stays, what followed goes
+        self.cache = cache
         self.blocks.append(block)
         self.turns.append(turn)
 
     def _make_room(self, n_rows, max_frames):
-        """Forget old turns until the prompt leaves room for the speech, or at least for a quarter of the positions."""
-        n, need = len(self.blocks), n_rows + min(max_frames, self.limit // 4)
-        while len(self.blocks) > self.n_kept and sum(map(len, self.blocks)) + need > self.limit:
-            del self.blocks[self.n_kept], self.turns[self.n_kept]
-        if n > len(self.blocks):
-            log.warning("%d old turns forgotten: the model has %d positions", n - len(self.blocks), self.limit)
-            self.cache.trim(self.cache.offset - sum(map(len, self.blocks[: self.n_kept])))
+        """Forget old turns where the prompt leaves no room for the speech, or a quarter of the positions."""
+        limit, need = self.generator.limit, n_rows + min(max_frames, self.generator.limit // 4)
+        sizes, n_kept = [len(b) for b in self.blocks], self.n_kept
+        if sum(sizes) + need <= limit or len(sizes) == n_kept:
+            return
+        n = 0  # down to half of them at once, so that the next turns find their cache again
+        while n_kept + n < len(sizes) and sum(sizes[:n_kept]) + sum(sizes[n_kept + n :]) + n_rows > limit // 2:
+            n += 1
+        del self.blocks[n_kept : n_kept + n], self.turns[n_kept : n_kept + n]
+        log.warning("%d old turns forgotten: the model has %d positions", n, limit)
+        self.cache = None
+
+
+def on_gpu():
+    return mx.default_device() == mx.gpu
 
 
 def compiles(model):
-    """Whether mx.compile pays. On a CPU it takes 10 s once, by the C++ compiler, and saves a tenth of a large frame.
+    """Whether to compile the depth decoder's loop: CSM_COMPILE=0 or 1, or else where it pays.
 
-    Without a compiler it leaves functions as they are.
+    On a CPU it takes 10 s once, by the C++ compiler, and saves a tenth of a large model's frame. Without a compiler MLX
+    leaves functions as they are.
     """
-    return mx.default_device() == mx.gpu or model.config.backbone.dim * model.config.decoder.dim >= TWO_STREAMS
+    asked = os.environ.get("CSM_COMPILE", "")
+    return asked == "1" if asked else on_gpu() or model.config.backbone.dim * model.config.decoder.dim >= 2e6
+
+
+def twin(module):
+    """A module of the same arrays, which can be given others without the first one noticing."""
+    other = copy.copy(module)
+    for name, child in module.items():
+        kind = {"is_leaf": lambda m: isinstance(m, nn.Module)}
+        other[name] = tree_map(lambda m: twin(m) if isinstance(m, nn.Module) else m, child, **kind)
+    return other
 
 
 def join(pieces):
@@ -928,7 +1122,7 @@ def join(pieces):
     return whole
 
 
-# ---------------------------------------------------------------------------------------------------- loading
+# ---------------------------------------------------------------------------------------------------- loading, saving
 
 
 def split_heads(weights):
@@ -940,57 +1134,47 @@ def split_heads(weights):
 
 
 def join_heads(weights):
-    """The other way: `audio_head.i.weight` as one `audio_head`."""
+    """The other way: `audio_head.i.weight` as one `audio_head`; quantized ones stay as they are."""
     names = sorted((k for k in weights if k.startswith("audio_head.")), key=lambda k: int(k.split(".")[1]))
+    if any(not k.endswith(".weight") for k in names):
+        return weights
     others = {k: w for k, w in weights.items() if k not in names}
     return others | {"audio_head": mx.stack([weights[k].T for k in names])}
 
 
-def quantize_weights(weights, bits=4, group_size=64):
-    """{name: array} of our layout with every matrix quantized, embeddings and audio_head too. ValueError: cannot be."""
-    if bits not in (4, 8) or group_size not in (32, 64, 128):
-        raise ValueError(f"quantize takes 4 or 8 bits in groups of 32, 64 or 128, not {bits} and {group_size}")
+def quantize_weights(weights, how=4, group_size=64):
+    """{name: array} of our layout with every matrix quantized, embeddings and audio_head too. ValueError: cannot be.
+
+    how: 4, 6 or 8 bits, in groups of group_size; or one of MODES, which has sizes of its own.
+    """
+    if how not in (4, 6, 8, *MODES) or group_size not in (32, 64, 128):
+        raise ValueError(f"quantize takes 4, 6, 8 or {', '.join(MODES)}, in groups of 32, 64 or 128, not {how}")
     if any(name.endswith(".scales") for name in weights):
         raise ValueError("the model is quantized already")
+    group_size, bits = MODES.get(how, (group_size, how))
+    kind = {"group_size": group_size, "bits": bits, "mode": how if how in MODES else "affine"}
     out, weights = {}, split_heads(weights)
     for name, w in weights.items():
         if w.ndim < 2 or w.shape[-1] % group_size:
             out[name] = w
         else:
             base = name.removesuffix(".weight")
-            out[name], out[f"{base}.scales"], out[f"{base}.biases"] = mx.quantize(w, group_size, bits)
+            names = (name, f"{base}.scales", f"{base}.biases")
+            out |= zip(names, mx.quantize(w, **kind))
     if len(out) == len(weights):
         raise ValueError(f"no matrix of the model can be cut into groups of {group_size}")
     return out
-
-
-def apply_adapter(weights, folder):
-    """{name: array} of the model, its heads split, with what finetune.py put in `folder` added. Raises ValueError."""
-    config, file = codec.read_json(Path(folder) / "adapter_config.json"), Path(folder) / "adapters.safetensors"
-    if not {"alpha", "rank"} <= config.keys() or not file.is_file():
-        raise ValueError(f"{folder} has no adapter_config.json and adapters.safetensors")
-    weights, adapters = dict(weights), codec.read_safetensors(file)[0]
-    for name, a in adapters.items():
-        if name.endswith(".lora_b"):
-            continue
-        base, b = name.replace(".lora_a", ".weight"), adapters.get(name[:-1] + "b")
-        change = a if base == name else config["alpha"] / config["rank"] * (a @ b).T  # (out, in)
-        if base not in weights or weights[base].shape != change.shape:
-            raise ValueError(f"the adapter {folder} is for another model, or a quantized one: {base} does not fit")
-        w = weights[base]
-        weights[base] = change.astype(w.dtype) if base == name else (w + change).astype(w.dtype)
-    return weights
 
 
 def blank(config, weights):
     """A CSM of zeros to take `weights`: with quantized matrices where they are."""
     model = CSM(config)
     for name, m in model.named_modules():
-        if {f"{name}.weight", f"{name}.scales"} <= weights.keys():
-            packed, scales = (weights[f"{name}.{part}"].shape[-1] for part in ("weight", "scales"))
-            n = len(m.weight)
-            m.weight = mx.zeros((n, packed), mx.uint32)
-            m.scales = m.biases = mx.zeros((n, scales))
+        if f"{name}.scales" in weights:
+            for part in ("weight", "scales", "biases"):
+                if f"{name}.{part}" in weights:
+                    w = weights[f"{name}.{part}"]
+                    m[part] = mx.zeros((len(m.weight), *w.shape[1:]), w.dtype)
     return model
 
 
@@ -999,9 +1183,10 @@ def locate(model):
     if model == "csm-1b":
         return codec.download(*DEFAULT_MODEL)
     if model == "tiny":
-        model = Path(__file__).resolve().with_name("tiny")
-        if not (model / "config.json").is_file():
-            raise ValueError("the model `tiny` is not in this checkout")
+        here = Path(__file__).resolve().parent
+        model = next((f for f in (here / "tiny", here / "csm_tools/tiny") if (f / "config.json").is_file()), None)
+        if model is None:  # beside csm.py, or, installed, in the package
+            raise ValueError("the model `tiny` is not beside csm.py")
     if Path(model).exists():
         return Path(model)
     if re.fullmatch(r"[\w.-]+/[\w.-]+", str(model)):
@@ -1016,28 +1201,50 @@ def locate(model):
     )
 
 
+def read(path):
+    """A folder or weights file in any layout -> (config, weights, (Mimi's config, weights) or None) in ours, lazily."""
+    file = codec.find(path, *WEIGHTS) if path.is_dir() else path
+    if file is None or file.match(codec.FILES[0]):
+        raise ValueError(f"{path} has no weights of a CSM: no .safetensors, no index of shards, no .pt")
+    config, weights = codec.read_json(file.with_name("config.json")), codec.read_weights(file)[0]
+    if config.get("layout") == "native":
+        return config, weights, None
+    return codec.layouts(path).csm_to_native(config, weights, asdict(CSMConfig()))
+
+
+def apply_adapters(weights, adapters):
+    """{name: array} of our layout with what each folder, or (folder, factor), changes. ValueError: one does not fit."""
+    for adapter in [adapters] if isinstance(adapters, (str, os.PathLike, tuple)) else adapters:
+        folder, scale = adapter if isinstance(adapter, tuple) else (adapter, 1.0)
+        config = codec.read_json(Path(folder) / "adapter_config.json")
+        file = codec.find(folder, "adapters.safetensors", "adapter_model.safetensors")
+        if not config or not file:
+            raise ValueError(
+                f"{folder} has no adapter_config.json and adapters.safetensors or adapter_model.safetensors"
+            )
+        tensors = codec.read_safetensors(file)[0]
+        try:
+            weights = codec.layouts(folder).apply_adapter(split_heads(weights), config, tensors, scale)
+        except ValueError as e:
+            raise ValueError(f"the adapter {folder}: {e}") from None
+    return weights
+
+
 def load(model="csm-1b", *, dtype=None, quantize=None, group_size=64, adapter=None):
     """A Generator.
 
-    model: "csm-1b", "tiny", a folder, a weights file or a Hugging Face repository, in any layout that convert.py knows.
-    dtype: of the computation, "float32", "bfloat16" or "float16"; None: bfloat16 on a GPU, float32 on the CPU, where
-    the other types are slow. quantize: 4 or 8 bits, in groups of group_size. adapter: a folder that finetune.py wrote.
+    model: "csm-1b", "tiny", a folder, a weights file or a Hugging Face repository, in our layout or any that
+    csm_layouts.py knows. dtype: of the computation, "float32", "bfloat16" or "float16"; None: bfloat16 on a GPU,
+    float32 on the CPU, where the other types are slow. quantize: 4, 6 or 8 bits, in groups of group_size, or one of
+    MODES. adapter: a folder that finetune, PEFT or csm-mlx wrote, or a list of folders and (folder, factor).
     What a folder lacks (Mimi, tokenizer) is taken from the default downloads. Raises ValueError.
     """
     path = locate(model)
     folder = path if path.is_dir() else path.parent
-    native = codec.read_json(folder / "config.json")
-    mimi = None
-    if native.get("layout") == "native" or model == "csm-1b":  # whose repository has no config.json
-        config = CSMConfig.from_dict(native)
-        weights = codec.read_safetensors(path if path.is_file() else path / "model.safetensors")[0]
-    else:
-        config, weights, mimi = codec.read_foreign(path)
-        if weights is None:
-            raise ValueError(f"{path} holds a Mimi, and no CSM")
-        config = CSMConfig.from_dict(config)
+    fields, weights, mimi = read(path)
+    config = CSMConfig.from_dict(fields)
     if adapter:
-        weights = apply_adapter(split_heads(weights), adapter)
+        weights = apply_adapters(weights, adapter)
     if quantize:
         weights = quantize_weights(weights, quantize, group_size)
         config = replace(config, quantization={"group_size": group_size, "bits": quantize})
@@ -1046,47 +1253,53 @@ def load(model="csm-1b", *, dtype=None, quantize=None, group_size=64, adapter=No
     network = blank(config, weights)
     codec.fill(network, split_heads(weights))
     del weights
-    beside = codec.locate(folder)  # a file, or the folder itself where it has none
-    mimi = codec.from_weights(mimi[1], mimi[0]) if mimi else codec.load(beside if beside != folder else None)
-    tokenizer = next((f for f in (folder / "tokenizer.json", folder / "tokenizer.model") if f.is_file()), None)
+    beside = codec.find(folder, *codec.FILES)
+    mimi = codec.load(beside) if beside else codec.from_weights(mimi[1], mimi[0]) if mimi else codec.load()
+    tokenizer = codec.find(folder, *TOKENIZER[:2])
     if tokenizer is None:
         tokenizer = codec.download(config.text_tokenizer or DEFAULT_TOKENIZER, "tokenizer.json")
     voices = dict.fromkeys(DEFAULT_VOICES) if model == "csm-1b" else {}
     voices |= {f.stem: f.parent for f in (folder / "prompts").glob("*.wav")}
-    return Generator(network, mimi, Tokenizer(tokenizer), voices)
+    return Generator(network, mimi, Tokenizer(tokenizer), voices, fields)
 
 
 def as_dtype(dtype):
     if dtype is None:
-        return mx.bfloat16 if mx.default_device() == mx.gpu else mx.float32
+        return mx.bfloat16 if on_gpu() else mx.float32
     name = str(dtype).removeprefix("mlx.core.")
     if name not in ("float32", "bfloat16", "float16"):
         raise ValueError(f"dtype must be float32, bfloat16 or float16, not {dtype}")
     return getattr(mx, name)
 
 
+def write_folder(folder, files):
+    """files: {name: a path to copy, a dict for JSON, a text, or (weights, metadata)}. All are written, or none."""
+    folder = Path(os.path.realpath(folder))
+    staging = folder.with_name(f".{folder.name}.{os.getpid()}.part")
+    try:
+        for name, content in files.items():
+            path = staging / name
+            path.parent.mkdir(parents=True, exist_ok=True)
+            if isinstance(content, Path):
+                shutil.copyfile(content, path)
+            elif isinstance(content, tuple):
+                mx.save_safetensors(str(path), *content)
+            else:
+                text = content if isinstance(content, str) else json.dumps(content, indent=2) + "\n"
+                path.write_text(text, encoding="utf-8")
+        if not folder.exists():
+            staging.rename(folder)
+            return
+        for name in files:  # all are whole by now, and on the same disk
+            (folder / name).parent.mkdir(parents=True, exist_ok=True)
+            (staging / name).replace(folder / name)
+    except (OSError, RuntimeError) as e:  # RuntimeError: MLX, of a full disk
+        raise ValueError(f"cannot write {folder}: {getattr(e, 'strerror', None) or e}") from None
+    finally:
+        shutil.rmtree(staging, ignore_errors=True)
+
+
 # ---------------------------------------------------------------------------------------------------- command
-
-
-@contextmanager
-def wav_writer(path, sample_rate):
-    """A function that takes pieces of audio for a 16-bit WAV at `path`, put there when all is well; "-": to stdout."""
-    if path == "-" or (Path(path).exists() and not Path(path).is_file()):  # a pipe or a device
-        head = struct.pack("<4sI4s4sIHHIIHH4sI", b"RIFF", 2**32 - 1, b"WAVE", b"fmt ", 16, 1, 1, sample_rate,
-                           2 * sample_rate, 2, 16, b"data", 2**32 - 1)  # fmt: skip
-        with nullcontext(sys.stdout.buffer) if path == "-" else open(path, "wb") as out:
-            out.write(head)  # the length is not known yet: the largest there is
-
-            def write(audio):
-                out.write(codec.to_pcm16(audio).tobytes())
-                out.flush()
-
-            yield write
-        return
-    import soundfile
-
-    with codec.replacing(path) as file, soundfile.SoundFile(file, "w", sample_rate, 1, "PCM_16", format="WAV") as wav:
-        yield lambda audio: wav.write(codec.to_pcm16(audio))
 
 
 def read_text(argument):
@@ -1128,27 +1341,25 @@ def read_context(path):
         raise ValueError(f"{path}: expected {expected} ({type(e).__name__}: {e})") from None
 
 
-def check_out(out):
-    if out != "-" and (Path(out).is_dir() or not Path(out).absolute().parent.is_dir()):
-        raise ValueError(f"cannot write {out}: it is a folder, or in none that exists")
-
-
 def add_options(p):
-    """The options of the command that narrate.py has as well."""
-    p.add_argument("--model", default="csm-1b", help="csm-1b, tiny, a folder, a weights file or a Hugging Face repo")
+    """The options of the command that other programs have as well."""
+    p.add_argument("--model", help="csm-1b, tiny, a folder, a weights file or a Hugging Face repo (default: csm-1b)")
     p.add_argument("--speaker", type=int, default=0, help="speaker id of the text (default 0)")
-    p.add_argument("--voice", help="preset voice, or none (default: the model's own)")
+    p.add_argument("--voice", help="preset, clip.wav with clip.txt beside it, or none (default: the model's own)")
     p.add_argument("--ref-audio", metavar="F", help="a clip of the voice to speak with")
     p.add_argument("--ref-text", metavar="T", help="what that clip says")
-    p.add_argument("--temperature", type=float, default=0.9, help="0 is greedy (default 0.9)")
-    p.add_argument("--top-k", type=int, default=50, help="0 is off (default 50)")
-    p.add_argument("--top-p", type=float, default=1.0, help="1 is off (default)")
-    p.add_argument("--min-p", type=float, default=0.0, help="0 is off (default)")
+    p.add_argument("--temperature", type=float, help="0 is greedy (default 0.9)")
+    p.add_argument("--top-k", type=int, help="0 is off (default 50)")
+    p.add_argument("--top-p", type=float, help="1 is off (default)")
+    p.add_argument("--min-p", type=float, help="0 is off (default)")
     p.add_argument("--seed", type=int, help="for the same speech again (default: drawn, and printed)")
-    p.add_argument("--max-audio-length-ms", type=float, default=90_000, metavar="MS", help="a turn's (default 90000)")
-    p.add_argument("--quantize", type=int, choices=(4, 8), help="bits of the weights")
+    p.add_argument("--max-audio-length-ms", type=float, metavar="MS", help="a turn's (default: what its text can take)")
+    p.add_argument("--quantize", type=lambda x: int(x) if x.isdigit() else x, choices=(4, 6, 8, *MODES), help="weights")
     p.add_argument("--dtype", choices=("float32", "bfloat16", "float16"), help="default: what suits the device")
-    p.add_argument("--adapter", metavar="DIR", help="what finetune.py trained")
+    p.add_argument(
+        "--adapter", metavar="DIR[=FACTOR]", action="append", help="of finetune, PEFT or csm-mlx; repeatable"
+    )
+    p.add_argument("--watermark", action="store_true", help="mark the sound as generated (csm_tools.watermark)")
 
 
 def read_options(args):
@@ -1157,10 +1368,36 @@ def read_options(args):
         raise ValueError("--ref-audio and --ref-text go together: a clip needs its transcript")
     context = [] if args.ref_audio is None else [Segment(args.speaker, args.ref_text, as_samples(args.ref_audio))]
     options = {k: getattr(args, k) for k in ("temperature", "top_k", "top_p", "min_p")}
-    Sampling(**options)
+    Sampling(**{k: v for k, v in options.items() if v is not None})
     if args.seed is not None:
         check_seed(args.seed)
     return context, options | {"max_audio_length_ms": args.max_audio_length_ms}
+
+
+def load_for(args):
+    """The Generator that the options name; without --model CSM-1B, or, where it cannot be had, the one in the box."""
+    adapters = [
+        (a, 1.0) if "=" not in a else (a.rpartition("=")[0], float(a.rpartition("=")[2])) for a in args.adapter or ()
+    ]
+    how = {"dtype": args.dtype, "quantize": args.quantize, "adapter": adapters}
+    try:
+        return load(args.model or "csm-1b", **how)
+    except codec.DownloadError as e:
+        if args.model:
+            raise
+        print(f"speaking with the small model in the box, tiny, since: {e}", file=sys.stderr)
+        return load("tiny", **how)
+
+
+def marked(pieces, rate):
+    """Pieces of sound with a watermark in them, by the program of that name, which this file does not depend on."""
+    import importlib
+
+    try:
+        watermark = importlib.import_module("csm_tools.watermark")
+    except ImportError as e:
+        raise ValueError(f"--watermark takes the folder csm_tools beside csm.py ({e})") from None
+    return watermark.load().embed_stream(pieces, rate)
 
 
 def command(args):
@@ -1168,24 +1405,27 @@ def command(args):
         raise ValueError("give a text or --dialogue, not both")
     if not args.dialogue and args.text is None:
         raise ValueError("give TEXT and OUT")
-    check_out(args.out)
     turns = read_dialogue(args.dialogue) if args.dialogue else [(args.speaker, read_text(args.text))]
     if not all(text.strip() for _, text in turns):
         raise ValueError("the text is empty")
-    if args.batch is not None and (args.dialogue or args.voice_match or args.batch < 1):
-        raise ValueError("--batch is 1 or more, for a text; it goes with neither --dialogue nor --voice-match")
     context, options = read_options(args)
     if args.context:
         context += [replace(s, audio=as_samples(s.audio)) for s in read_context(args.context)]
     seed = secrets.randbits(32) if args.seed is None else args.seed
-    generator = load(args.model, dtype=args.dtype, quantize=args.quantize, adapter=args.adapter)
+    options["streaming_interval"] = args.streaming_interval if args.stream or args.play or args.out == "-" else 2.0
 
-    rate, n_samples, first, stopped = generator.sample_rate, 0, None, False
-    start = time.perf_counter()
-    pieces = spoken(generator, args, turns, context, options, seed)
-    with wav_writer(args.out, rate) as write, player(rate, args.play) as play, progress() as bar:
+    n_samples, first, stopped = 0, None, False
+    with codec.audio_writer(args.out) as write, player(args.play) as play, progress() as bar:  # which check OUT
+        generator = load_for(args)
+        rate, start = generator.sample_rate, time.perf_counter()
+        talk, opening = generator._open(turns[0][0], context, args.voice, args.voice_match or None)
+        pieces = (
+            audio
+            for i, (speaker, text) in enumerate(turns)
+            for audio in talk.stream(text, speaker, opening=None if i else opening, seed=(seed + i) % 2**64, **options)
+        )
         try:
-            for audio in pieces:
+            for audio in marked(pieces, rate) if args.watermark else pieces:
                 audio = np.array(audio)
                 first = first or time.perf_counter() - start
                 n_samples += len(audio)
@@ -1209,27 +1449,8 @@ def command(args):
     return 130 if stopped else 0
 
 
-def spoken(generator, args, turns, context, options, seed):
-    """The pieces of sound that the command writes."""
-    if args.batch is not None:
-        try:
-            import narrate
-        except ImportError:
-            raise ValueError("--batch needs narrate.py beside csm.py") from None
-        (speaker, text), arguments = turns[0], options | {"voice": args.voice, "batch": args.batch, "seed": seed}
-        return (audio for _, _, audio in narrate.narrate(generator, text, speaker, context, **arguments))
-    talk, opening = generator._open(turns[0][0], context, args.voice, args.voice_match)
-    live = args.stream or args.play or args.out == "-"
-    options = options | {"streaming_interval": args.streaming_interval if live else 2.0}
-    return (
-        audio
-        for i, (speaker, text) in enumerate(turns)
-        for audio in talk.stream(text, speaker, opening=None if i else opening, seed=(seed + i) % 2**64, **options)
-    )
-
-
 @contextmanager
-def player(rate, on):
+def player(on, rate=24_000):
     """A function that plays pieces of audio as they come, or does nothing."""
     if not on:
         yield lambda audio: None
@@ -1258,30 +1479,43 @@ def peak_memory():
     return max(mx.get_peak_memory(), resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit)
 
 
-def main(argv=None):
+def parser_for(name, **kind):
+    """An ArgumentParser that calls itself as it was called, and says a mistake in one line."""
     import argparse
 
-    p = argparse.ArgumentParser(prog="csm.py", description="Text to speech with CSM, Sesame's speech model, on MLX.")
-    p.add_argument("text", nargs="?", metavar="TEXT", help="what to say; - reads standard input, @file a file")
-    p.add_argument("out", metavar="OUT", help="WAV file; - writes to standard output while generating")
-    add_options(p)
-    p.add_argument("--context", metavar="JSON", help='earlier turns: [{"speaker", "text", "audio"}, ...]')
-    p.add_argument("--voice-match", action="store_true", help="continue the last clip of the speaker")
-    p.add_argument("--dialogue", metavar="F", help='speak a script: lines "0: Hello."')
-    p.add_argument("--batch", type=int, metavar="N", help="split a long text into sentences, N at once")
-    p.add_argument("--stream", action="store_true", help="write every --streaming-interval seconds")
-    p.add_argument("--streaming-interval", type=float, default=0.5, metavar="S")
-    p.add_argument("--play", action="store_true", help="play while generating")
-    p.error = lambda message: p.exit(2, f"csm.py: error: {message}\n")  # one line, without the usage
+    called = Path(sys.argv[0]).stem
+    p = argparse.ArgumentParser(prog=called if called == "csm" or called.startswith("csm-") else name, **kind)
+    p.error = lambda message: p.exit(2, f"{p.prog}: error: {message}\n")
+    return p
+
+
+def run(p, function, args, interrupted="interrupted: no file was written"):
+    """function(args) as the program of the parser `p`: what is wrong ends in one line and exit status 2."""
+    if threading.current_thread() is threading.main_thread():
+        signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # as an exception, so that nothing half-made stays
     try:
-        return command(p.parse_intermixed_args(argv))
+        return function(args)
     except BrokenPipeError:  # the player at the other end of OUT - has gone
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 1
     except (ValueError, OSError) as e:
-        p.exit(2, f"csm.py: error: {' '.join(str(e).split())}\n")
+        p.exit(2, f"{p.prog}: error: {' '.join(str(e).split())}\n")
     except KeyboardInterrupt:
-        p.exit(130, "interrupted: no file was written\n")
+        p.exit(130, f"{interrupted}\n")
+
+
+def main(argv=None):
+    p = parser_for("csm.py", description="Text to speech with CSM, Sesame's speech model, on MLX.")
+    p.add_argument("text", nargs="?", metavar="TEXT", help="what to say; - reads standard input, @file a file")
+    p.add_argument("out", metavar="OUT", help="a .wav, .flac, .mp3, .ogg or .opus file; - is standard output, as WAV")
+    add_options(p)
+    p.add_argument("--context", metavar="JSON", help='earlier turns: [{"speaker", "text", "audio"}, ...]')
+    p.add_argument("--voice-match", action="store_true", help="continue the last clip of the speaker")
+    p.add_argument("--dialogue", metavar="F", help='speak a script: lines "0: Hello."')
+    p.add_argument("--stream", action="store_true", help="write every --streaming-interval seconds")
+    p.add_argument("--streaming-interval", type=float, default=0.5, metavar="S")
+    p.add_argument("--play", action="store_true", help="play while generating")
+    return run(p, command, p.parse_intermixed_args(argv))
 
 
 if __name__ == "__main__":

@@ -14,76 +14,37 @@ Shapes: B batch, S samples, T positions at a layer's own rate, F frames, K codeb
 Inside, activations are (B, T, C); at the door, audio is (B, 1, S) and codes are (B, K, F).
 """
 
-import ctypes
-import glob
+import io
 import json
+import logging
 import math
 import os
-import platform
 import re
+import shutil
+import struct
+import subprocess
 import sys
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import dataclass, replace
-from functools import cache
 from pathlib import Path
 from typing import NamedTuple
 
-
-def load_fast_blas():
-    """Load MKL, or else an OpenBLAS, ahead of MLX on x86-64 Linux; return the path loaded, or None.
-
-    MLX's Linux CPU wheel calls plain `cblas_sgemm` and carries a one-thread reference BLAS for it; a library already
-    in the process under that name takes its place, and float32 becomes 5 to 100 times faster. Does nothing elsewhere,
-    or when mlx is imported already, or with CSM_FAST_BLAS=0 in the environment; never an error.
-    """
-    off = "mlx.core" in sys.modules or os.environ.get("CSM_FAST_BLAS", "1") == "0"
-    if off or sys.platform != "linux" or platform.machine() != "x86_64":
-        return None
-    roots = [sys.prefix, *(f"{p}/../../.." for p in map(str, sys.path) if p.endswith("site-packages"))]
-    found = [f for root in roots for f in sorted(glob.glob(f"{root}/lib/libmkl_rt.so*"))]
-    for library in [*found, "libmkl_rt.so", "libmkl_rt.so.2", "libopenblas.so.0"]:
-        try:
-            ctypes.CDLL(library, mode=ctypes.RTLD_GLOBAL)
-            return library
-        except OSError:
-            continue
-    return None
-
-
-BLAS = load_fast_blas()
-with suppress(AttributeError, OSError, TypeError):  # glibc alone: keep what is freed, since new pages are slow
-    for setting, size in ((-3, 2**25), (-1, 2**28)):  # M_MMAP_THRESHOLD, the most it takes, and M_TRIM_THRESHOLD
-        ctypes.CDLL(None).mallopt(setting, size)
-
-
-@cache
-def mkl_on_amd():
-    """(MKL, its number of threads), if it is the BLAS of this process and the CPU AMD's; else None.
-
-    There it multiplies one row with a matrix on one core, so that two such products at once are a third faster, and its
-    threads make a small product up to forty times slower. Elsewhere it decides well by itself.
-    """
-    with suppress(OSError):
-        if BLAS and "mkl" in BLAS and "AuthenticAMD" in Path("/proc/cpuinfo").read_text():
-            mkl = ctypes.CDLL(BLAS)
-            return mkl, mkl.MKL_Get_Max_Threads()
-
-
-def use_threads(for_small):
-    """Give the BLAS one thread, before the small products of a frame, or all of them."""
-    if found := mkl_on_amd():
-        mkl, n = found
-        mkl.MKL_Set_Num_Threads(1 if for_small else n)
-
+with suppress(ImportError):
+    import mlx_cpu  # noqa: F401  before mlx, whose functions it makes fast on a Linux CPU; elsewhere it does nothing
 
 import mlx.core as mx
 import mlx.nn as nn
 import numpy as np
-from mlx.utils import tree_flatten
+from mlx.utils import tree_flatten, tree_map
 
 DEFAULT_REPO = "kyutai/moshiko-pytorch-bf16"
 DEFAULT_FILE = "tokenizer-e351c8d8-checkpoint125.safetensors"
-CHUNK = 12  # frames per pass over a whole clip on a CPU (1 s), whose cache holds them then; 10 times that on a GPU
+
+log = logging.getLogger("csm")
+
+
+class DownloadError(ValueError):
+    """What is on the Hugging Face Hub, or should be, cannot be had."""
 
 
 @dataclass(frozen=True)
@@ -176,48 +137,13 @@ class Upsample(nn.Module):
         return y.reshape(B, 2 * T, D), x[:, T:, 0]
 
 
-EXP2 = np.polynomial.Chebyshev.interpolate(np.exp2, 5, [-0.5, 0.5]).convert(kind=np.polynomial.Polynomial).coef.tolist()
-
-
-def vectorized(size):
-    """Whether MLX's own exp, and what is built on it, is fast for so many elements. On a CPU it is for few alone."""
-    return mx.default_device() == mx.gpu or size <= 2**14
-
-
-@mx.custom_function
-def exp(x):
-    """e^x, where MLX's is slow by a polynomial within 2e-7 of it (x <= 0): it is most of Mimi's arithmetic."""
-    if vectorized(x.size):
-        return mx.exp(x)
-    y = mx.clip(x.astype(mx.float32), -87, 88) * math.log2(math.e)
-    shift = 1.5 * 2**23 + 127  # a float so large has its integer, 127 more than y's, in the lowest bits
-    whole = y + shift
-    part = y - (whole - shift)  # e^x = 2^whole * 2^part, -0.5 <= part <= 0.5
-    p = part * EXP2[5]
-    for c in EXP2[4:0:-1]:
-        p = (p + c) * part
-    return ((p + EXP2[0]) * (whole.view(mx.int32) << 23).view(mx.float32)).astype(x.dtype)
-
-
-@exp.vjp
-def exp_vjp(x, cotangent, y):  # so that training keeps nothing but y
-    return cotangent * y
-
-
 def elu(x):
-    return nn.elu(x) if mx.default_device() == mx.gpu else mx.maximum(x, exp(mx.minimum(x, 0)) - 1)
+    return mx.maximum(x, mx.exp(mx.minimum(x, 0)) - 1)
 
 
 def gelu(x):
-    """x Phi(x), where MLX's erf is slow by Abramowitz and Stegun's 7.1.26, which is as close."""
-    if vectorized(x.size):
-        return nn.gelu(x)
-    a = mx.abs(x)
-    t = 1 / (1 + 0.3275911 / math.sqrt(2) * a)
-    p = t * 1.061405429
-    for c in (-1.453152027, 1.421413741, -0.284496736, 0.254829592):
-        p = (p + c) * t
-    return x * (0.5 + mx.sign(x) * (0.5 - 0.5 * p * exp(-0.5 * a * a)))
+    """x Phi(x), exactly. (nn.gelu and its like are compiled: on a Linux CPU they need g++ and a writable /tmp.)"""
+    return x * (0.5 + 0.5 * mx.erf(x * math.sqrt(0.5)))
 
 
 class ELU(nn.Module):
@@ -251,77 +177,27 @@ def seanet_block(c, dim):
     ]
 
 
-class SEANetEncoder(nn.Module):
-    """Waveform (B, S, 1) -> (B, S / 960, D). Layers are numbered as in kyutai's checkpoint."""
-
-    def __init__(self, c):
-        super().__init__()
-        dim = c.n_filters
-        self.model = [Conv(1, dim, c.kernel_size)]
-        for ratio in reversed(c.ratios):
-            self.model += [*seanet_block(c, dim), ELU(), Conv(dim, 2 * dim, 2 * ratio, stride=ratio)]
-            dim *= 2
-        self.model += [ELU(), Conv(dim, c.dim, c.last_kernel_size)]
-
-    def __call__(self, x, past):
-        return run(self.model, x, past)
+def seanet_encoder(c):
+    """Layers from waveform (B, S, 1) to (B, S / 960, D), numbered as in kyutai's checkpoint."""
+    dim = c.n_filters
+    layers = [Conv(1, dim, c.kernel_size)]
+    for ratio in reversed(c.ratios):
+        layers += [*seanet_block(c, dim), ELU(), Conv(dim, 2 * dim, 2 * ratio, stride=ratio)]
+        dim *= 2
+    return [*layers, ELU(), Conv(dim, c.dim, c.last_kernel_size)]
 
 
-class SEANetDecoder(nn.Module):
-    """(B, T, D) at 25 Hz -> waveform (B, T * 960, 1)."""
-
-    def __init__(self, c):
-        super().__init__()
-        dim = c.n_filters * 2 ** len(c.ratios)
-        self.model = [Conv(c.dim, dim, c.kernel_size)]
-        for ratio in c.ratios:
-            self.model += [ELU(), Conv(dim, dim // 2, 2 * ratio, upsample=ratio), *seanet_block(c, dim // 2)]
-            dim //= 2
-        self.model += [ELU(), Conv(dim, 1, c.last_kernel_size)]
-
-    def __call__(self, x, past):
-        return run(self.model, x, past)
+def seanet_decoder(c):
+    """Layers from (B, T, D) at 25 Hz to waveform (B, T * 960, 1)."""
+    dim = c.n_filters * 2 ** len(c.ratios)
+    layers = [Conv(c.dim, dim, c.kernel_size)]
+    for ratio in c.ratios:
+        layers += [ELU(), Conv(dim, dim // 2, 2 * ratio, upsample=ratio), *seanet_block(c, dim // 2)]
+        dim //= 2
+    return [*layers, ELU(), Conv(dim, 1, c.last_kernel_size)]
 
 
 # ---------------------------------------------------------------------------------------------------- transformer
-
-
-def rope(periods, offset, T):
-    """A function that turns interleaved pairs of (B, H, T, head_dim) by position / periods (head_dim / 2,).
-
-    offset: an int or (B,), the first of the T positions.
-    """
-    if mx.default_device() == mx.gpu:
-        kind = {"traditional": True, "base": None, "scale": 1.0, "offset": offset, "freqs": periods}
-        return lambda x: mx.fast.rope(x, x.shape[-1], **kind)
-    angles = (mx.array(offset).reshape(-1, 1, 1, 1) + mx.arange(T)[:, None]) / periods  # (1 or B, 1, T, head_dim / 2)
-    cos, sin = mx.cos(angles), mx.sin(angles)
-    cos, sin = mx.stack([cos, cos], axis=-1), mx.stack([-sin, sin], axis=-1)
-
-    def turn(x):
-        pairs = x.reshape(*x.shape[:-1], -1, 2)
-        return (pairs * cos + pairs[..., ::-1] * sin).reshape(x.shape).astype(x.dtype)
-
-    return turn
-
-
-def attend(q, k, v, mask=None):
-    """mx.fast.scaled_dot_product_attention of q (B, H, T, d) to k, v (B, H_kv, S, d), on a CPU with our `exp`."""
-    (B, H, T, d), (n, S) = q.shape, k.shape[1:3]
-    if vectorized(B * H * T * S):
-        return mx.fast.scaled_dot_product_attention(q, k, v, scale=d**-0.5, mask=mask)
-    if isinstance(mask, str):
-        mask = mx.arange(S) <= mx.arange(S - T, S)[:, None]
-    bias = 0 if mask is None else mx.where(mask, 0, -mx.inf)[..., None, :, :]
-    q, out = (q * d**-0.5).reshape(B, n, -1, d), []
-    step = max(1, n * 2**20 // (B * H * T * S))  # heads at a time: what they need stays in the cache
-    for i in range(0, n, step):
-        part = slice(i, i + step)
-        scores = (q[:, part] @ k[:, part].swapaxes(-1, -2)).reshape(B, -1, H // n, T, S) + bias
-        weights = exp(scores - mx.stop_gradient(scores.max(axis=-1, keepdims=True)))
-        y = weights.reshape(B, -1, H // n * T, S) @ v[:, part]
-        out.append(y.reshape(B, -1, T, d) / weights.sum(axis=-1, keepdims=True).reshape(B, -1, T, 1))
-    return mx.concatenate(out, axis=1).astype(v.dtype)
 
 
 class TransformerLayer(nn.Module):
@@ -329,44 +205,41 @@ class TransformerLayer(nn.Module):
 
     def __init__(self, c):
         super().__init__()
-        self.n_heads, self.context = c.n_heads, c.context
+        self.n_heads, self.context, self.theta = c.n_heads, c.context, c.rope_theta
         self.norm1, self.norm2 = nn.LayerNorm(c.dim, eps=c.norm_eps), nn.LayerNorm(c.dim, eps=c.norm_eps)
         self.in_proj, self.out_proj = mx.zeros((3 * c.dim, c.dim)), mx.zeros((c.dim, c.dim))
         self.linear1, self.linear2 = mx.zeros((c.ffn_dim, c.dim)), mx.zeros((c.dim, c.ffn_dim))
         self.scale1, self.scale2 = mx.zeros((c.dim,)), mx.zeros((c.dim,))
 
-    def __call__(self, x, past, turn, mask):
+    def __call__(self, x, past, offset, mask):
         B, T, D = x.shape
-        qkv = (self.norm1(x) @ self.in_proj.T).reshape(B, T, 3, self.n_heads, D // self.n_heads)
-        q, k, v = qkv.transpose(2, 0, 3, 1, 4)  # each (B, H, T, head_dim)
-        q, k = turn(q), turn(k)
-        if past:
-            k, v = (mx.concatenate([held, new], axis=2) for held, new in zip(past, (k, v)))
-        y = attend(q, k, v, mask).transpose(0, 2, 1, 3).reshape(B, T, D)
-        x = x + self.scale1 * (y @ self.out_proj.T)
-        start = max(0, k.shape[2] - self.context + 1)
-        past = k[:, :, start:], v[:, :, start:]
+        d = D // self.n_heads
+        qkv = (self.norm1(x) @ self.in_proj.T).reshape(B, T, 3, self.n_heads, d)
+        q, k, v = qkv.transpose(2, 0, 3, 1, 4)  # each (B, H, T, d)
+        q, k = (mx.fast.rope(y, d, traditional=True, base=self.theta, scale=1.0, offset=offset) for y in (q, k))
+        past = past or [mx.zeros((B, self.n_heads, self.context - 1, d))] * 2  # of one length, whatever a stream's age
+        k, v = (mx.concatenate([held, new], axis=2) for held, new in zip(past, (k, v)))
+        y = mx.fast.scaled_dot_product_attention(q, k, v, scale=d**-0.5, mask=mask)  # (B, H, T, d)
+        x = x + self.scale1 * (y.transpose(0, 2, 1, 3).reshape(B, T, D) @ self.out_proj.T)
+        past = [x[:, :, T:] for x in (k, v)]
         return x + self.scale2 * (gelu(self.norm2(x) @ self.linear1.T) @ self.linear2.T), past
 
 
 class Transformer(nn.Module):
-    """(B, T, D) -> (B, T, D), causal over the last `context` positions. past: (each layer's, positions seen)."""
+    """(B, T, D) -> (B, T, D), causal over the last `context` positions. past: (each layer's, positions seen (B,))."""
 
     def __init__(self, c):
         super().__init__()
         self.layers, self.context = [TransformerLayer(c) for _ in range(c.n_layers)], c.context
-        head_dim = c.dim // c.n_heads
-        self._periods = mx.array((c.rope_theta ** (np.arange(0, head_dim, 2) / head_dim)).astype(np.float32))
-        mx.eval(self._periods)  # so that other threads may use it
 
     def __call__(self, x, past):
-        past, offset = past or (None, 0)
-        T = x.shape[1]
-        n = min(offset, self.context - 1) + T
-        age = mx.arange(n - T, n)[:, None] - mx.arange(n)  # (T, n): how far back each key lies
-        mask, turn = (age >= 0) & (age < self.context), rope(self._periods, offset, T)
-        x, past = run(self.layers, x, past, turn, mask)
-        return x, (past, offset + T)
+        B, T, _ = x.shape
+        layers, seen = past or (None, mx.zeros((B,), mx.int32))
+        position = seen[:, None, None, None] + mx.arange(T)[:, None]  # (B, 1, T, 1)
+        age = self.context - 1 + mx.arange(T)[:, None] - mx.arange(self.context - 1 + T)  # (T, S): how old each key is
+        mask = (age >= 0) & (age < self.context) & (age <= position)  # (B, 1, T, S)
+        x, layers = run(self.layers, x, layers, seen, mask)
+        return x, (layers, seen + T)
 
 
 # ---------------------------------------------------------------------------------------------------- quantizer
@@ -401,10 +274,26 @@ class RVQ(nn.Module):
 class State(NamedTuple):
     """What a stream has to remember, encoding and decoding apart. Made by `Mimi.init_state`; None: nothing yet."""
 
-    batch: int
     rest: mx.array  # (B, s) samples that do not fill a frame yet
     encoder: list | None = None
     decoder: list | None = None
+
+
+def join_states(states):
+    """States of streams that decode, of any ages, as the state of all of them side by side."""
+    begun = next((s.decoder for s in states if s.decoder), None)  # before its first frame a stream's past is zeros
+    decoders = [s.decoder or tree_map(lambda x: x if x is None else mx.zeros_like(x[:1]), begun) for s in states]
+    joined = begun and tree_map(lambda *x: None if x[0] is None else mx.concatenate(x), *decoders)
+    return State(mx.concatenate([s.rest for s in states]), None, joined)
+
+
+def split_state(state):
+    """The other way: the state of each stream of the batch by itself."""
+
+    def row(i):
+        return lambda x: None if x is None else x[i : i + 1]
+
+    return [State(*(tree_map(row(i), part) for part in state)) for i in range(len(state.rest))]
 
 
 class Mimi(nn.Module):
@@ -414,32 +303,31 @@ class Mimi(nn.Module):
         super().__init__()
         self.config = c = config
         self.sample_rate, self.frame_size, self.n_codebooks = c.sample_rate, c.frame_size, c.n_codebooks
-        self.encoder = SEANetEncoder(c)
+        self.encoder = seanet_encoder(c)
         self.encoder_transformer = Transformer(c)
         self.downsample = Conv(c.dim, c.dim, 4, stride=2, bias=False, pad="first")
         self.first = RVQ(c, c.n_semantic)
         self.rest = RVQ(c, c.n_codebooks - c.n_semantic) if c.n_codebooks > c.n_semantic else None
         self.upsample = Upsample(c.dim)
         self.decoder_transformer = Transformer(c)
-        self.decoder = SEANetDecoder(c)
+        self.decoder = seanet_decoder(c)
 
     def init_state(self, batch=1):
         """The state of `batch` streams that start now, side by side."""
-        return State(batch, mx.array(np.zeros((batch, 0), np.float32)))  # not lazy: any thread may take it on
+        return State(mx.array(np.zeros((batch, 0), np.float32)))  # not lazy: any thread may take it on
 
     def encode_step(self, audio, state):
         """audio (B, 1, any number of samples), state -> codes (B, K, f) int32 of the frames now full, new state."""
         audio = mx.array(audio)
-        if audio.ndim != 3 or audio.shape[1] != 1 or audio.shape[0] != state.batch:
-            raise ValueError(f"audio must be ({state.batch}, 1, samples), not {audio.shape}")
+        if audio.ndim != 3 or audio.shape[1] != 1 or len(audio) != len(state.rest):
+            raise ValueError(f"audio must be ({len(state.rest)}, 1, samples), not {audio.shape}")
         x = mx.concatenate([state.rest, audio[:, 0].astype(mx.float32)], axis=1)
         n_frames = x.shape[1] // self.frame_size
         x, rest = x[:, : n_frames * self.frame_size], x[:, n_frames * self.frame_size :]
         if n_frames == 0:
             mx.async_eval(rest)
-            return mx.zeros((state.batch, self.n_codebooks, 0), mx.int32), state._replace(rest=rest)
-        use_threads(for_small=n_frames < 4)
-        layers = [self.encoder, self.encoder_transformer, self.downsample]
+            return mx.zeros((len(audio), self.n_codebooks, 0), mx.int32), state._replace(rest=rest)
+        layers = [*self.encoder, self.encoder_transformer, self.downsample]
         x, past = run(layers, x[..., None], state.encoder)  # (B, F, D)
         codes = self.first.encode(x)
         if self.rest is not None:
@@ -451,16 +339,16 @@ class Mimi(nn.Module):
     def decode_step(self, codes, state):
         """codes (B, K, f), state -> audio (B, 1, f * 1920) float32, new state. K may be less than the codec has."""
         codes = mx.array(codes)
-        if codes.ndim != 3 or codes.shape[0] != state.batch or not 1 <= codes.shape[1] <= self.n_codebooks:
-            raise ValueError(f"codes must be ({state.batch}, 1 to {self.n_codebooks}, frames), not {codes.shape}")
+        B = len(state.rest)
+        if codes.ndim != 3 or codes.shape[0] != B or not 1 <= codes.shape[1] <= self.n_codebooks:
+            raise ValueError(f"codes must be ({B}, 1 to {self.n_codebooks}, frames), not {codes.shape}")
         if codes.shape[2] == 0:
-            return mx.zeros((state.batch, 1, 0)), state
-        use_threads(for_small=codes.shape[2] < 4)
+            return mx.zeros((B, 1, 0)), state
         n = self.config.n_semantic
         x = self.first.decode(codes[:, :n])  # (B, F, D)
         if codes.shape[1] > n:
             x = x + self.rest.decode(codes[:, n:])
-        layers = [self.upsample, self.decoder_transformer, self.decoder]
+        layers = [self.upsample, self.decoder_transformer, *self.decoder]
         x, past = run(layers, x, state.decoder)  # (B, S, 1)
         audio, state = x.transpose(0, 2, 1), state._replace(decoder=past)
         mx.async_eval(audio, state)
@@ -490,130 +378,42 @@ class Mimi(nn.Module):
 
     def _whole(self, step, x, width):
         """x (B, channels, width a frame) through `step` in chunks."""
-        chunk = width * (CHUNK if mx.default_device() == mx.cpu else 10 * CHUNK)
+        chunk = width * (12 if mx.default_device() == mx.cpu else 120)  # a second's activations fit a CPU's cache
         state, out = self.init_state(x.shape[0]), []
         for i in range(0, max(x.shape[2], 1), chunk):
             y, state = step(x[:, :, i : i + chunk], state)
             mx.eval(y, state)  # else the graph of a long clip keeps every activation alive
             out.append(y)
-        use_threads(for_small=False)
         return mx.concatenate(out, axis=2)
 
 
 # ---------------------------------------------------------------------------------------------------- loading
 
-# kyutai's tensor names -> ours
-RENAME = [
-    (r"\.conv\.conv\.(conv\.)?|\.convtr\.convtr\.(convtr\.)?", "."),
-    (r"_transformer\.transformer\.", "_transformer."),
-    (r"\.self_attn\.(in|out)_proj(s\.0\.weight|[_.]weight)$", r".\1_proj"),
-    (r"\.(linear[12]|input_proj|output_proj)\.weight$", r".\1"),
-    (r"\.layer_scale_([12])\.scale$", r".scale\1"),
-    (r"^quantizer\.rvq_(first|rest)\.", r"\1."),
-]
-
-
-def infer_config(weights):
-    """The sizes of a Mimi from kyutai's tensors {name: array}, as a dict of MimiConfig fields.
-
-    What shapes do not tell (n_heads, context, rope_theta, norm_eps, dilation_base, sample_rate) is left out, and so at
-    its default. Raises ValueError where these are not a Mimi's tensors.
-    """
-
-    def shapes(pattern):  # of the tensors that match, in the order of their first numbers
-        found = ((re.fullmatch(pattern, k), w.shape) for k, w in weights.items())
-        return [shape for _, shape in sorted((int(m[1]), shape) for m, shape in found if m)]
-
-    convs = shapes(r"encoder\.model\.(\d+)\.conv\.conv\.weight")  # (out, in, kernel)
-    residual = shapes(r"encoder\.model\.(\d+)\.block\.1\.conv\.conv\.weight")
-    convtrs = shapes(r"decoder\.model\.(\d+)\.convtr\.convtr\.weight")
-    linears = shapes(r"encoder_transformer\.transformer\.layers\.(\d+)\.linear1\.weight")
-    first, rest = (
-        shapes(rf"quantizer\.rvq_{part}\.vq\.layers\.(\d+)\._codebook\.embedding_sum") for part in ("first", "rest")
-    )
-    if not (convs and residual and convtrs and linears and first):
-        raise ValueError(f"not a Mimi: the checkpoint has {', '.join(sorted(weights)[:3]) or 'nothing'} ...")
-    return {
-        "n_filters": convs[0][0],
-        "ratios": tuple(kernel // 2 for _, _, kernel in convtrs),
-        "kernel_size": convs[0][2],
-        "residual_kernel_size": residual[0][2],
-        "last_kernel_size": convs[-1][2],
-        "compress": residual[0][1] // residual[0][0],
-        "n_residual_layers": len(residual) // len(convtrs),
-        "dim": linears[0][1],
-        "n_layers": len(linears),
-        "ffn_dim": linears[0][0],
-        "codebook_size": first[0][0],
-        "codebook_dim": first[0][1],
-        "n_codebooks": len(first) + len(rest),
-        "n_semantic": len(first),
-    }
-
 
 def from_weights(weights, config=None, n_codebooks=None):
-    """A Mimi from kyutai's tensors {name: array}, computing in float32.
+    """A Mimi from the tensors {name: array} of our layout, computing in float32.
 
-    config: dict of MimiConfig fields, or None to infer the sizes. n_codebooks: use only the first so many. Raises
-    ValueError that names the tensors which are missing, unexpected or of a wrong shape.
+    config: dict of MimiConfig's fields, those that are left out at their defaults. n_codebooks: use only the first so
+    many. Raises ValueError that names the tensors which are missing, unexpected or of a wrong shape.
     """
-    config = infer_config(weights) | (config or {})
-    c = MimiConfig(**{f: config[f] for f in MimiConfig.__dataclass_fields__ if f in config})
+    c = MimiConfig(**{f: config[f] for f in MimiConfig.__dataclass_fields__ if f in (config or {})})
     if c.n_heads < 1 or c.dim % c.n_heads:
         raise ValueError(f"{c.n_heads} heads do not divide {c.dim} channels")
-    n_codebooks = c.n_codebooks if n_codebooks is None else n_codebooks
-    if not c.n_semantic <= n_codebooks <= c.n_codebooks:
-        raise ValueError(f"this Mimi works with {c.n_semantic} to {c.n_codebooks} codebooks, not {n_codebooks}")
-    model = Mimi(replace(c, ratios=tuple(c.ratios), n_codebooks=n_codebooks))
-    modules = dict(model.named_modules())
-    ours, books = {}, {}
-    for name, w in weights.items():
-        key, w = name, w.astype(mx.float32)
-        for pattern, new in RENAME:
-            key = re.sub(pattern, new, key)
-        if m := re.fullmatch(r"(first|rest)\.vq\.layers\.(\d+)\._codebook\.(\w+)", key):
-            books[m[1], int(m[2]), m[3]] = w
-            continue
-        try:
-            ours[key] = arrange(w, key, modules.get(key.rpartition(".")[0]))
-        except (ValueError, IndexError):  # from MLX, which does not know the name
-            raise ValueError(f"the checkpoint does not fit the model: {name} is {w.shape}") from None
-    for part, total, n in (
-        ("first", c.n_semantic, c.n_semantic),
-        ("rest", c.n_codebooks - c.n_semantic, n_codebooks - c.n_semantic),
-    ):
-        shapes = {"embedding_sum": (c.codebook_size, c.codebook_dim), "cluster_usage": (c.codebook_size,)}
-        found = {f: [books.pop((part, i, f), mx.zeros(0)) for i in range(total)] for f in shapes}
-        for f, shape in shapes.items():
-            if bad := [i for i, w in enumerate(found[f]) if w.shape != shape]:
-                raise ValueError(
-                    f"the checkpoint does not fit the model: missing or not {shape}: {f} of rvq_{part} {bad[:4]}"
-                )
-        if n:
-            sums, usage = (mx.stack(found[f][:n]) for f in shapes)
-            vectors = sums / mx.maximum(usage, 1e-5)[..., None]
-            ours |= {f"{part}.codebooks": vectors, f"{part}.norms": (vectors**2).sum(-1)}
-    # What is left is unexpected, and fill says so.
-    ours |= {f"{part}.{i}.{field}": w for (part, i, field), w in books.items() if field != "_initialized"}
+    K = c.n_codebooks if n_codebooks is None else n_codebooks
+    if not c.n_semantic <= K <= c.n_codebooks:
+        raise ValueError(f"this Mimi works with {c.n_semantic} to {c.n_codebooks} codebooks, not {K}")
+    model = Mimi(replace(c, ratios=tuple(c.ratios), n_codebooks=K))
+    weights = {name: w.astype(mx.float32) for name, w in weights.items()}
+    for part, n in (("first", c.n_semantic), ("rest", K - c.n_semantic)):
+        # A code vector is stored as the sum of what was assigned to it in training, and how much that was.
+        sums, usage = (weights.pop(f"{part}.{name}", None) for name in ("embedding_sum", "cluster_usage"))
+        if sums is not None and usage is not None and n:
+            vectors = sums[:n] / mx.maximum(usage[:n], 1e-5)[..., None]
+            weights |= {f"{part}.codebooks": vectors, f"{part}.norms": (vectors**2).sum(-1)}
     if model.rest is None:
-        ours = {k: w for k, w in ours.items() if k not in ("rest.input_proj", "rest.output_proj")}
-    fill(model, ours)
+        weights = {name: w for name, w in weights.items() if not name.startswith("rest.")}
+    fill(model, weights)
     return model
-
-
-def arrange(w, key, module):
-    """A tensor as kyutai stores it -> as `module` reads it."""
-    if isinstance(module, Conv) and key.endswith("bias"):
-        return mx.tile(w, module.upsample)
-    if isinstance(module, Conv) and module.upsample > 1:
-        c_in, c_out, _ = w.shape  # (C, O, kernel) -> (taps, C, u * O), the newest input's tap last
-        w = w.transpose(2, 0, 1).reshape(-1, module.upsample, c_in, c_out)[::-1]
-        return w.swapaxes(1, 2).reshape(-1, c_in, module.upsample * c_out)
-    if isinstance(module, Conv):  # (O, C, kernel) -> (taps, s * C, O)
-        return w.transpose(2, 1, 0).reshape(-1, w.shape[1] * module.stride, w.shape[0])
-    if isinstance(module, Upsample):  # (D, 1, 4) -> (taps, 2, D)
-        return w[:, 0].T.reshape(2, 2, -1)[::-1]
-    return w[..., 0] if isinstance(module, RVQ) else w  # RVQ: a convolution of kernel 1
 
 
 def check(model, weights):
@@ -658,91 +458,119 @@ def read_json(path):
 def download(repo, *patterns):
     """A Hugging Face repository's file -> its local path; or, of several patterns, the folder with what matches.
 
-    Raises FileNotFoundError where the repository has no such file, and ValueError, which says what to do, where it
-    cannot be had.
+    Says on the logger "csm" what it fetches. Raises FileNotFoundError where the repository has no such file, and
+    DownloadError, which says what to do, where it cannot be had.
     """
     from huggingface_hub import errors, hf_hub_download, snapshot_download
 
+    known = {
+        errors.GatedRepoError: "it is gated: accept its licence on huggingface.co and run `hf auth login`",
+        errors.RepositoryNotFoundError: "no such folder, file or Hugging Face repository",
+        errors.LocalEntryNotFoundError: "no network, or HF_HUB_OFFLINE is set, and it was not downloaded before",
+    }
     try:
+        with suppress(errors.LocalEntryNotFoundError):
+            if len(patterns) == 1:
+                return Path(hf_hub_download(repo, *patterns, local_files_only=True))
+        log.warning("fetching %s from %s", patterns[0], repo)
         if len(patterns) == 1:
             return Path(hf_hub_download(repo, *patterns))
         return Path(snapshot_download(repo, allow_patterns=list(patterns)))
-    except errors.GatedRepoError:
-        raise ValueError(
-            f"{repo} is gated: accept its licence on huggingface.co and run `hf auth login` (not gated: --model tiny)"
-        ) from None
-    except errors.RepositoryNotFoundError:
-        raise ValueError(f"no such folder, file or Hugging Face repository: {repo}") from None
-    except errors.LocalEntryNotFoundError:
-        raise ValueError(
-            f"cannot download {patterns[0]} from {repo}: no network, or HF_HUB_OFFLINE is set, and it was not "
-            "downloaded before (a model that needs no download: --model tiny)"
-        ) from None
-    except errors.EntryNotFoundError:
-        raise FileNotFoundError(f"{repo} has no {patterns[0]}") from None
     except Exception as e:  # of many kinds: connection, proxy, disk
-        reason = (str(e) or type(e).__name__).splitlines()[0]
-        raise ValueError(f"cannot download from {repo}: {reason} (no download: --model tiny)") from None
+        if isinstance(e, errors.EntryNotFoundError) and not isinstance(e, errors.LocalEntryNotFoundError):
+            raise FileNotFoundError(f"{repo} has no {patterns[0]}") from None
+        reason = next((text for kind, text in known.items() if isinstance(e, kind)), f"{e or type(e).__name__}")
+        raise DownloadError(f"cannot download {repo}: {reason.splitlines()[0]} (no download: --model tiny)") from None
+
+
+FILES = ("mimi.safetensors", "tokenizer-*.safetensors")  # a Mimi by itself: ours, kyutai's
+INSIDE = ("model.safetensors", "*.index.json", "*.safetensors")  # in transformers' layout, or a CSM's with one inside
 
 
 def locate(path_or_repo=None):
-    """A Mimi's local file, or folder of a transformers checkpoint; downloaded if need be. Raises ValueError."""
-    alone = ("mimi.safetensors", "tokenizer-*.safetensors")
+    """A Mimi's local file; downloaded if need be. Raises ValueError."""
     path = download(DEFAULT_REPO, DEFAULT_FILE) if path_or_repo is None else Path(path_or_repo)
     if not path.exists():
         if not re.fullmatch(r"[\w.-]+/[\w.-]+", str(path_or_repo)):
             raise ValueError(f"no such file or folder: {path_or_repo}")
-        for files in (alone, ("model.safetensors", "config.json")):
+        for files in (FILES, ("*.json", *INSIDE)):
             path = download(str(path_or_repo), *files)
-            if any(path.glob(files[0])) or any(path.glob(files[1])):
+            if any(f for pattern in files[-2:] for f in path.glob(pattern)):
                 break
-    return next((f for pattern in alone for f in sorted(path.glob(pattern))), path) if path.is_dir() else path
+    file = find(path, *FILES, *INSIDE) if path.is_dir() else path
+    if file is None:
+        raise ValueError(f"no Mimi in {path}")
+    return file
+
+
+def find(folder, *patterns):
+    """The first file in `folder` that fits a pattern, of the first pattern that any fits; or None."""
+    return next((f for pattern in patterns for f in sorted(Path(folder).glob(pattern))), None)
+
+
+def read_weights(path):
+    """A weights file (.safetensors, PyTorch's .pt), or the index of its shards -> ({name: array}, metadata), lazily."""
+    path = Path(path)
+    if path.suffix in (".pt", ".pth", ".ckpt"):
+        return layouts(path).read_pt(path), {}
+    if path.suffix == ".json":
+        shards = sorted({path.parent / shard for shard in read_json(path).get("weight_map", {}).values()})
+        return {name: w for shard in shards for name, w in read_safetensors(shard)[0].items()}, {}
+    return read_safetensors(path)
+
+
+def layouts(path):
+    """csm_layouts, which reads what is not in our own layout. Raises ValueError where it is not beside this file."""
+    try:
+        import csm_layouts
+    except ModuleNotFoundError:
+        raise ValueError(f"{path} is not in our own layout: reading it takes csm_layouts.py") from None
+    return csm_layouts
 
 
 def load(path_or_repo=None, n_codebooks=None):
-    """A Mimi from a folder, a .safetensors file or a Hugging Face repository, in our layout, kyutai's or transformers'.
+    """A Mimi from a folder, a weights file or a Hugging Face repository, in our layout, kyutai's or transformers'.
 
     None: kyutai's own weights (kyutai/moshiko-pytorch-bf16). n_codebooks: use the first so many, None for all there
-    are. A transformers checkpoint, also a whole CSM's, is read through convert.py. Raises ValueError.
+    are. Raises ValueError.
     """
-    path = locate(path_or_repo)
-    if path.suffix == ".safetensors":
-        weights, metadata = read_safetensors(path)
-        if "encoder.model.0.conv.conv.weight" in weights:
-            if "config" in metadata:
-                return from_weights(weights, json.loads(metadata["config"]), n_codebooks)
-            beside = read_json(path.with_name("config.json"))  # kyutai's is of Moshi, with fields of the same names
-            return from_weights(weights, beside if "n_filters" in beside else None, n_codebooks)
-    mimi = read_foreign(path)[2]
-    if mimi is None:
-        raise ValueError(f"no Mimi in {path}")
-    return from_weights(mimi[1], mimi[0], n_codebooks)
+    return from_weights(*read_mimi(locate(path_or_repo)), n_codebooks)
 
 
-def read_foreign(path):
-    """A checkpoint in another layout -> (config, weights, Mimi) in ours, by convert.py, which ours do without."""
-    try:
-        import convert
-    except ModuleNotFoundError:
-        raise ValueError(f"{path} is not in our own layout: reading it takes convert.py beside this file") from None
-    return convert.read(path)
+def read_mimi(path):
+    """A Mimi's file, or a CSM's that has one inside -> ({name: array} of our layout, its config), lazily."""
+    weights, metadata = read_weights(path)
+    config = json.loads(metadata["config"]) if "config" in metadata else read_json(path.with_name("config.json"))
+    if "first.input_proj" not in weights:
+        config, weights = layouts(path).mimi_to_native(config, weights)
+    return weights, config
 
 
 # ---------------------------------------------------------------------------------------------------- audio files
 
 
+FORMATS = {  # what a file's suffix says: libsndfile's format and subtype
+    ".wav": ("WAV", "PCM_16"), ".flac": ("FLAC", "PCM_16"), ".mp3": ("MP3", "MPEG_LAYER_III"),
+    ".ogg": ("OGG", "VORBIS"), ".opus": ("OGG", "OPUS"),
+}  # fmt: skip
+
+
 def read_audio(path, sample_rate=24_000):
-    """An audio file of any kind, rate and number of channels -> (samples,) float32 mono. Raises ValueError."""
+    """An audio file of any kind, rate and number of channels -> (samples,) float32 mono. Raises ValueError.
+
+    What libsndfile does not know (m4a, aac, webm, video) is read by `ffmpeg`, where that is installed.
+    """
     import soundfile
     import soxr
 
-    if not Path(path).is_file():
+    path = Path(path)
+    if not path.is_file():
         raise ValueError(f"no such file: {path}")
     try:
         audio, rate = soundfile.read(path, dtype="float32", always_2d=True)  # (samples, channels)
+        audio = audio.mean(axis=1)
     except (soundfile.LibsndfileError, TypeError):  # TypeError: a .raw file
-        raise ValueError(f"{path} is not an audio file that can be read") from None
-    audio = audio.mean(axis=1)
+        audio, rate = read_by_ffmpeg(path, sample_rate), sample_rate
     if not np.isfinite(audio).all():
         raise ValueError(f"{path} contains NaN or infinite samples")
     if rate != sample_rate:
@@ -752,7 +580,19 @@ def read_audio(path, sample_rate=24_000):
     return audio
 
 
+def read_by_ffmpeg(path, sample_rate):
+    if not shutil.which("ffmpeg"):
+        raise ValueError(f"{path} is not an audio file that can be read here (m4a, aac, webm and video need ffmpeg)")
+    command = ["ffmpeg", "-v", "error", "-i", f"file:{path}", "-map", "0:a:0"]
+    command += ["-f", "f32le", "-ac", "1", "-ar", str(sample_rate), "-"]
+    done = subprocess.run(command, capture_output=True, stdin=subprocess.DEVNULL)
+    if done.returncode:
+        raise ValueError(f"{path} is not an audio file that can be read")
+    return np.frombuffer(done.stdout, "<f4")
+
+
 def to_pcm16(audio):
+    """(samples,) float, 1 is full scale -> (samples,) int16, clipped."""
     return (np.clip(np.array(audio, dtype=np.float32), -1, 1) * 32767).round().astype("<i2")
 
 
@@ -766,17 +606,61 @@ def replacing(path):
             yield file
         os.replace(part, path)
     except OSError as e:
-        raise ValueError(f"cannot write {path}: {e.strerror}") from None
+        raise ValueError(f"cannot write {path}: {e.strerror or e}") from None
     finally:
         part.unlink(missing_ok=True)
 
 
-def write_audio(path, audio, sample_rate=24_000):
-    """(samples,) float -> a 16-bit WAV file, whole or not at all. Raises ValueError."""
-    import soundfile
+def wav_head(sample_rate, n_bytes=None):
+    """The 44 bytes before 16-bit mono samples; None: their number is not known yet, the largest there is."""
+    sizes = (2**32 - 1, 2**32 - 1) if n_bytes is None else (n_bytes + 36, n_bytes)
+    form = (b"WAVE", b"fmt ", 16, 1, 1, sample_rate, 2 * sample_rate, 2, 16)  # PCM, mono
+    return struct.pack("<4sI4s4sIHHIIHH4sI", b"RIFF", sizes[0], *form, b"data", sizes[1])
 
-    with replacing(path) as file:
-        soundfile.write(file, to_pcm16(audio), sample_rate, subtype="PCM_16", format="WAV")
+
+@contextmanager
+def audio_writer(path, sample_rate=24_000):
+    """A function that takes pieces of audio, (samples,) float, for a file in the format that its suffix names.
+
+    The file is put in place when all is well. "-" (standard output), a pipe and a device get a WAV as it comes. Raises
+    ValueError for another suffix, and where the file cannot be written.
+    """
+    live = path == "-" or (Path(path).exists() and not Path(path).is_file())
+    suffix = ".wav" if live else Path(path).suffix.lower()
+    if suffix not in FORMATS or Path(path).is_dir():
+        raise ValueError(f"cannot write {path}: the suffix must be one of {' '.join(FORMATS)}")
+    file = nullcontext(sys.stdout.buffer) if path == "-" else open(path, "wb") if live else replacing(path)
+    with file as out:
+        if suffix == ".wav":
+            out.write(wav_head(sample_rate))
+
+            def write(audio):
+                out.write(to_pcm16(audio).tobytes())
+                out.flush()
+
+            yield write
+            if not live:
+                n = out.tell() - 44
+                out.seek(0)
+                out.write(wav_head(sample_rate, n))
+        else:
+            import soundfile
+
+            held = io.BytesIO()  # libsndfile swallows the errors of a file that it writes to
+            kind, subtype = FORMATS[suffix]
+            with soundfile.SoundFile(held, "w", sample_rate, 1, subtype, format=kind) as sound:
+                # in parts, since a long one overflows the stack of libvorbis
+                yield lambda audio: [sound.write(x) for x in np.array_split(to_pcm16(audio), len(audio) // 2**16 + 1)]
+            out.write(held.getbuffer())
+
+
+def write_audio(path, audio, sample_rate=24_000):
+    """(samples,) float -> a file in the format of its suffix: .wav .flac .mp3 .ogg .opus; whole or not at all.
+
+    Raises ValueError.
+    """
+    with audio_writer(path, sample_rate) as write:
+        write(audio)
 
 
 def main(argv=None):

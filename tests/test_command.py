@@ -16,7 +16,7 @@ import soundfile
 
 from conftest import clip, write_model
 
-HERE = Path(__file__).parent
+HERE = Path(__file__).parent.parent
 SHORT = ["--max-audio-length-ms", "400"]
 
 

@@ -14,122 +14,31 @@ import pytest
 from mlx.utils import tree_flatten
 
 import convert
+import csm_layouts
 import mimi
 from conftest import random_mimi, write_tokenizer
+from test_layouts import (
+    CONFIG,
+    CSM_1B,
+    DEPTH,
+    GREEDY,
+    LLAMA3,
+    MIMI,
+    NATIVE,
+    as_transformers,
+    folder,
+    native,
+    random_weights,
+    same,
+    sesame_names,
+)  # noqa: F401
 
-HERE = Path(__file__).parent
-# fmt: off
-PART = {"intermediate_size": 48, "rms_norm_eps": 1e-5, "hidden_act": "silu"}
-DEPTH = PART | {"hidden_size": 24, "num_hidden_layers": 1, "num_attention_heads": 3, "num_key_value_heads": 1,
-                "head_dim": 8, "vocab_size": 35, "num_codebooks": 4, "backbone_hidden_size": 32,
-                "max_position_embeddings": 9}
-MIMI = {"num_filters": 4, "hidden_size": 32, "num_hidden_layers": 2, "intermediate_size": 64, "num_attention_heads": 2,
-        "num_key_value_heads": 2, "codebook_size": 32, "codebook_dim": 16, "vector_quantization_hidden_dimension": 16,
-        "num_quantizers": 4, "upsample_groups": 32, "model_type": "mimi", "sliding_window": 30,
-        "upsampling_ratios": [4, 3]}
-CONFIG = PART | {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 2,
-                 "head_dim": 16, "vocab_size": 35, "text_vocab_size": 40, "num_codebooks": 4, "pad_token_id": 0,
-                 "model_type": "csm", "codebook_pad_token_id": 34, "audio_token_id": 3, "audio_eos_token_id": 4,
-                 "bos_token_id": 1, "eos_token_id": 2, "depth_decoder_config": DEPTH, "codec_config": MIMI,
-                 "max_position_embeddings": 64}
-LLAMA3 = {"rope_type": "llama3", "factor": 32.0, "low_freq_factor": 0.125, "high_freq_factor": 0.5,
-          "original_max_position_embeddings": 32}
-# fmt: on
-GREEDY = {"voice": "none", "temperature": 0, "max_audio_length_ms": 800}
-
-
-def same(a, b):
-    """The same names, types, shapes and bytes."""
-    assert a.keys() == b.keys(), sorted(a.keys() ^ b.keys())[:4]
-    for name in a:
-        assert (a[name].dtype, a[name].shape) == (b[name].dtype, b[name].shape), name
-        assert bytes(memoryview(a[name].view(mx.uint8))) == bytes(memoryview(b[name].view(mx.uint8))), name
-
-
-def random_weights(config, dtype=mx.float32):
-    """{name: array} of our layout, no two alike."""
-    shapes = {n: w.shape for n, w in tree_flatten(csm.CSM(csm.CSMConfig.from_dict(config)).parameters())}
-    keys = mx.random.split(mx.random.key(0), len(shapes))
-    return csm.join_heads({n: mx.random.normal(s, key=k).astype(dtype) for (n, s), k in zip(shapes.items(), keys)})
-
-
-def folder(path, weights, config=None, name="model.safetensors", metadata=None):
-    path.mkdir(parents=True, exist_ok=True)
-    mx.save_safetensors(str(path / name), weights, metadata or {"format": "pt"})
-    if config:
-        (path / "config.json").write_text(json.dumps(config))
-    return path
-
-
-def sesame_names(config):
-    """The torchtune layout, written out by hand."""
-    layer = {f"self_attn.{x}_proj.weight": f"attn.{x}_proj.weight" for x in "qkv"}
-    layer |= {"self_attn.o_proj.weight": "attn.output_proj.weight", "mlp.gate_proj.weight": "mlp.w1.weight"}
-    layer |= {"mlp.down_proj.weight": "mlp.w2.weight", "mlp.up_proj.weight": "mlp.w3.weight"}
-    layer |= {"input_layernorm.weight": "sa_norm.scale", "post_attention_layernorm.weight": "mlp_norm.scale"}
-    plain = ("text_embeddings", "audio_embeddings", "projection", "codebook0_head")
-    names = {f"{name}.weight": f"{name}.weight" for name in plain} | {"audio_head": "audio_head"}
-    for part in ("backbone", "decoder"):
-        for n in range(config[part]["n_layers"]):
-            names |= {f"{part}.layers.{n}.{ours}": f"{part}.layers.{n}.{theirs}" for ours, theirs in layer.items()}
-        names[f"{part}.norm.weight"] = f"{part}.norm.scale"
-    return names
-
-
-def half_split(w, heads):
-    """Row by row, on purpose not as convert.py does it."""
-    d = w.shape[0] // heads
-    return mx.stack([w[h * d + j] for h in range(heads) for j in (*range(0, d, 2), *range(1, d, 2))])
-
-
-def as_transformers(weights, config):
-    theirs = {}
-    for name, w in weights.items():
-        for part in ("backbone", "decoder"):
-            for x, heads in (("q", "n_heads"), ("k", "n_kv_heads")):
-                if name.startswith(f"{part}.") and f".{x}_proj." in name:
-                    w = half_split(w, config[part][heads])
-        name = name.replace("backbone.", "backbone_model.").replace("decoder.", "depth_decoder.model.")
-        theirs[name] = w
-    for ours, other in (
-        ("text_embeddings", "embed_text_tokens"),
-        ("projection", "depth_decoder.model.inputs_embeds_projector"),
-        ("codebook0_head", "lm_head"),
-        ("audio_embeddings", "backbone_model.embed_tokens.embed_audio_tokens"),
-    ):
-        theirs[f"{other}.weight"] = theirs.pop(f"{ours}.weight")
-    theirs["depth_decoder.codebooks_head.weight"] = theirs.pop("audio_head")
-    return theirs
-
-
-@pytest.fixture
-def native():
-    config = convert.csm_config(CONFIG)
-    return config, random_weights(config, mx.bfloat16)
-
-
-def test_one_model_under_three_namings(native, tmp_path):
-    config, weights = native
-    same(convert.csm_weights(weights, config), weights)
-    mx.save_safetensors(str(tmp_path / "model.safetensors"), {f"model.{name}": w for name, w in weights.items()})
-    (tmp_path / "config.json").write_text(json.dumps(config))
-    same(convert.read(tmp_path)[1], weights)  # as mlx-audio saves
-    names = sesame_names(config)
-    same(convert.csm_weights({names[name]: w for name, w in weights.items()}, config), weights)
-    same(convert.csm_weights(as_transformers(weights, config), config), weights)
-
-
-def test_tied_embedding_and_buffers(tmp_path, native):
-    config, weights = native
-    theirs = as_transformers(weights, config)
-    theirs["depth_decoder.model.embed_tokens.weight"] = theirs["backbone_model.embed_tokens.embed_audio_tokens.weight"]
-    theirs["backbone_model.rotary_emb.inv_freq"] = mx.zeros((4,))
-    same(convert.read(folder(tmp_path, theirs, CONFIG))[1], weights)
+HERE = Path(__file__).parents[1]
 
 
 def test_every_layout_says_the_same(tmp_path):
     theirs = CONFIG | {"text_vocab_size": (n := write_tokenizer(tmp_path)), "max_position_embeddings": 256}
-    config = convert.csm_config(theirs)
+    config = NATIVE | {"text_vocab_size": n, "backbone": NATIVE["backbone"] | {"max_positions": 256}}
     weights, names = random_weights(config), sesame_names(config)
     codec, sizes = random_mimi(4, 32)
     layouts = {
@@ -260,7 +169,8 @@ def test_mimi_of_kyutai_there_and_back(tmp_path):
 def test_broken_mimi_of_transformers(tmp_path):
     native, sizes = random_mimi(4, 32)
     config = asdict(mimi.from_weights(native, sizes).config)
-    theirs, fields = convert.transformers_mimi(native, config), convert.write_mimi_config(config)
+    theirs = csm_layouts.mimi_to_transformers(config, native)
+    fields = csm_layouts.transformers_mimi_config(config)
     same(convert.read(folder(tmp_path / "a", theirs, fields))[2][1], native)
     layer = "encoder_transformer.layers.0.self_attn."
     for x in "qkv":
@@ -285,32 +195,6 @@ def test_interrupt_leaves_nothing(tmp_path, native, monkeypatch):
     with pytest.raises(KeyboardInterrupt):
         convert.convert(source, tmp_path / "b")
     assert [f.name for f in tmp_path.iterdir()] == ["a"]
-
-
-def test_configs():
-    five = {"backbone_flavor": "llama-8B", "decoder_flavor": "llama-300M", "audio_num_codebooks": 16}
-    five["voice_match"] = True
-    config = convert.csm_config(five | {"text_vocab_size": 7, "audio_vocab_size": 9, "unknown": 1})
-    assert config["backbone"]["head_dim"] == 128 and config["decoder"]["n_kv_heads"] == 6 and "unknown" not in config
-    assert config["audio_num_codebooks"] == 16 and config["voice_match"] and convert.csm_config(config) == config
-    assert {f: convert.write_sesame_config(config)[f] for f in five} == five
-    real = convert.csm_config({"backbone_flavor": "llama-1B", "decoder_flavor": "llama-100M"})
-    parameters = tree_flatten(csm.CSM(csm.CSMConfig.from_dict(real)).parameters())
-    assert len(parameters) - 31 + 1 == 187 and sum(w.size for _, w in parameters) == 1_552_791_552
-    theirs = convert.write_transformers_config(real, convert.mimi_config({}), "bfloat16")
-    assert theirs["rope_scaling"] == LLAMA3 | {"original_max_position_embeddings": 1024}  # the other notation
-    again = convert.csm_config(theirs | five)  # transformers' fields before the flavors
-    assert again["backbone"]["dim"] == 2048 and convert.write_sesame_config(again)["backbone_flavor"] == "llama-1B"
-    assert convert.csm_config({"model_type": "csm"})["backbone"]["rope_theta"] == 500000.0
-    other = {"attention_bias": True, "mlp_bias": True, "hidden_act": "gelu", "tie_codebooks_embeddings": False}
-    for field, value in (other | {"rope_parameters": {"rope_type": "yarn"}}).items():
-        with pytest.raises(ValueError, match="yarn" if "rope" in field else field):
-            convert.csm_config(CONFIG | {field: value})
-    with pytest.raises(ValueError, match="llama-300M"):
-        convert.csm_config({"backbone_flavor": "llama-2B"})
-    for field, value in {"pad_mode": "replicate", "upsample_groups": 1, "frame_rate": 50.0, "head_dim": 4}.items():
-        with pytest.raises(ValueError, match=field):
-            convert.mimi_config(MIMI | {field: value})
 
 
 def run(*arguments):
@@ -364,11 +248,11 @@ def test_command_and_its_errors(tmp_path, native):
 
 
 def test_quantized(tmp_path):
-    config = convert.csm_config(CONFIG | {"depth_decoder_config": DEPTH | {"hidden_size": 32}})
+    config = NATIVE | {"decoder": NATIVE["decoder"] | {"dim": 32}}
     pack = csm.quantize_weights(random_weights(config, mx.bfloat16), 4, 32)
     assert pack["audio_head.2.weight"].shape == (35, 4) and pack["audio_head.2.scales"].shape == (35, 1)
     config = config | {"quantization": {"group_size": 32, "bits": 4}}
-    same(convert.csm_weights(pack, config), pack)
+    same(csm_layouts.csm_to_native(config, pack, CSM_1B)[1], pack)
     source = folder(tmp_path / "a", pack, config)
     convert.convert(source, tmp_path / "b", dtype="float32")
     there = mx.load(str(tmp_path / "b/model.safetensors"))

@@ -20,7 +20,7 @@ from mlx.utils import tree_flatten
 
 from conftest import clip, write_model
 
-HERE = Path(__file__).parent
+HERE = Path(__file__).parent.parent
 
 
 def write_data(folder, n=6, seconds=0.5):

@@ -15,7 +15,7 @@ import numpy as np
 import pytest
 import soundfile
 
-HERE = Path(__file__).parent
+HERE = Path(__file__).parent.parent
 SHORT = ["--max-audio-length-ms", "240"]
 
 

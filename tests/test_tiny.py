@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 import soundfile
 
-HERE = Path(__file__).parent
+HERE = Path(__file__).parent.parent
 TINY = HERE / "tiny"
 GOLDEN = json.loads((TINY / "golden.json").read_text())
 sys.path.insert(0, str(TINY))

@@ -1,0 +1,617 @@
+"""Every published layout of a CSM or Mimi checkpoint <-> ours: tables and functions on names, arrays and configs.
+
+Layouts, told apart by their key names:
+  sesame        sesame/csm-1b, MisoTTS, Marvis' .pt files: torchtune names (attn, mlp.w1, sa_norm.scale)
+  mlx           senstella/csm-1b-mlx, the MLX community: the same tensors under MLX names. Our native layout
+  transformers  CsmForConditionalGeneration: half-split RoPE, the tied audio embedding stored once, Mimi inside
+  Mimi          kyutai's (interleaved RoPE, q|k|v fused), transformers' (half-split RoPE), and ours, as mimi.py computes
+
+RoPE turns pairs of rows of q and k: rows (2i, 2i + 1) of a head if interleaved, (i, i + head_dim / 2) if half-split, so
+one becomes the other by reordering rows. Sizes come from the tensors' shapes, which a config may lack or contradict;
+what shapes cannot tell (heads, RoPE) from the config where it agrees with them, else from the flavor that fits.
+
+All is lazy, and nothing is checked that the model checks: a tensor that is not known here keeps its name and shape, and
+the model, which knows its own, refuses it. `weights` is {name: mx.array} everywhere. `csm_1b` is csm.CSMConfig's
+defaults as a dict, the sizes of CSM-1B: what a config leaves out is taken from there.
+"""
+
+import logging
+import math
+import mmap
+import pickle
+import re
+import zipfile
+from collections import OrderedDict
+from typing import NamedTuple
+
+import mlx.core as mx
+
+log = logging.getLogger("csm")
+
+# ---- tables -----------------------------------------------------------------------------------------------------
+# fmt: off
+
+# Pieces of names in that layout -> what they are in ours, from the first row to the last. Rows undo in falling order.
+SESAME = (
+    (".attn.output_proj.", ".attn.o_proj."), (".attn.", ".self_attn."),
+    (".w1.", ".gate_proj."), (".w2.", ".down_proj."), (".w3.", ".up_proj."),
+    (".sa_norm.scale", ".input_layernorm.weight"), (".mlp_norm.scale", ".post_attention_layernorm.weight"),
+    (".norm.scale", ".norm.weight"),
+)
+TRANSFORMERS = (
+    ("depth_decoder.codebooks_head.weight", "audio_head"), ("depth_decoder.model.embed_tokens.", "audio_embeddings."),
+    ("depth_decoder.model.inputs_embeds_projector.", "projection."), ("depth_decoder.model.", "decoder."),
+    ("backbone_model.", "backbone."), ("embed_text_tokens.", "text_embeddings."), ("lm_head.", "codebook0_head."),
+)
+MIMI_TRANSFORMERS = (  # after the rows of mimi_table
+    (".embed_sum", ".embedding_sum"), (".codebook.initialized", ".codebook._initialized"),
+    (".codebook.", "._codebook."), ("_quantizer.layers.", "_quantizer.vq.layers."),
+    ("semantic_residual_vector_quantizer.", "rvq_first."), ("acoustic_residual_vector_quantizer.", "rvq_rest."),
+    (".self_attn_layer_scale.", ".layer_scale_1."), (".mlp_layer_scale.", ".layer_scale_2."),
+    (".mlp.fc1.", ".linear1."), (".mlp.fc2.", ".linear2."),
+    (".input_layernorm.", ".norm1."), (".post_attention_layernorm.", ".norm2."),
+    (".o_proj.", ".out_proj."), ("_transformer.", "_transformer.transformer."),
+    ("downsample.conv.", "downsample.conv.conv."), ("upsample.conv.", "upsample.convtr.convtr."),
+    (".convtr.", ".convtr.convtr."), (".conv.", ".conv.conv."),
+    ("encoder.layers.", "encoder.model."), ("decoder.layers.", "decoder.model."),
+)
+KYUTAI = (  # regular expressions on kyutai's names of Mimi's tensors -> ours
+    (r"^(en|de)coder\.model\.", r"\1coder."), (r"\.conv\.conv\.(conv\.)?|\.convtr\.convtr\.(convtr\.)?", "."),
+    (r"_transformer\.transformer\.", "_transformer."), (r"\.self_attn\.in_proj_weight$", ".in_proj"),
+    (r"\.self_attn\.out_proj\.weight$", ".out_proj"), (r"\.(linear[12]|input_proj|output_proj)\.weight$", r".\1"),
+    (r"\.layer_scale_([12])\.scale$", r".scale\1"), (r"^quantizer\.rvq_(first|rest)\.", r"\1."),
+)
+TIED = ("backbone_model.embed_tokens.embed_audio_tokens.", "depth_decoder.model.embed_tokens.")  # one may be there
+SPELLINGS = (  # moshi's newer names -> those of the published checkpoint
+    (".in_projs.0.weight", ".in_proj_weight"), (".in_proj.weight", ".in_proj_weight"), (".out_projs.0.", ".out_proj."),
+)
+PREFIXES = r"((model|module|_orig_mod)\.)*"  # before every name: mlx-audio, PyTorch's DataParallel, torch.compile
+# buffers that some files carry and every loader computes anew
+BUFFERS = r"(.*\.)?((original_)?inv_freq|audio_tokens_offsets|\w+_causal_mask|pos_embeddings\.(theta|cache))"
+
+SIZES = ("n_layers", "dim", "n_heads", "n_kv_heads", "head_dim", "ffn_dim")
+FLAVORS = {  # the SIZES of a backbone or a depth decoder. llama-1B and llama-100M, which are CSM-1B's: see `flavors`
+    "llama-8B": (32, 4096, 32, 8, 128, 14336), "llama-300M": (8, 1536, 24, 6, 64, 6912),  # MisoTTS
+    "llama-250M": (6, 1536, 12, 3, 128, 8192), "llama-60M": (4, 1024, 8, 2, 128, 4096),  # Marvis
+}
+KINDS = {  # a backbone or text vocabulary that tells a model -> what its own code does and its config may not say
+    FLAVORS["llama-8B"]: {"speaker_prefix_space": True},  # MisoTTS
+    49_152: {"voice_match": True, "text_tokenizer": "HuggingFaceTB/SmolLM2-135M"},  # Marvis, by SmolLM2's vocabulary
+}
+PART_FIELDS = (  # native field, transformers' field
+    ("n_layers", "num_hidden_layers"), ("dim", "hidden_size"), ("n_heads", "num_attention_heads"),
+    ("n_kv_heads", "num_key_value_heads"), ("head_dim", "head_dim"), ("ffn_dim", "intermediate_size"),
+    ("norm_eps", "rms_norm_eps"), ("max_positions", "max_position_embeddings"),
+)
+PART_FIXED = {"hidden_act": "silu", "attention_bias": False, "mlp_bias": False}
+CARRIED = r"speaker_prefix_space|text_tokenizer|use_default_voice_prompt|voice_match|quantization|\w+_token_id"
+MIMI_FIELDS = (  # native field, transformers' field; the first row are those that shapes do not tell
+    ("n_heads", "num_attention_heads"), ("context", "sliding_window"), ("norm_eps", "norm_eps"),
+    ("dilation_base", "dilation_growth_rate"), ("sample_rate", "sampling_rate"),
+    *((field, field) for field in ("kernel_size", "residual_kernel_size", "last_kernel_size", "compress")),
+    ("codebook_size", "codebook_size"), ("codebook_dim", "codebook_dim"), ("n_filters", "num_filters"),
+    ("ratios", "upsampling_ratios"), ("n_residual_layers", "num_residual_layers"), ("dim", "hidden_size"),
+    ("n_layers", "num_hidden_layers"), ("ffn_dim", "intermediate_size"), ("n_codebooks", "num_quantizers"),
+    ("n_semantic", "num_semantic_quantizers"),
+)
+MIMI_FIXED = {"hidden_act": "gelu", "use_causal_conv": True, "pad_mode": "constant", "use_conv_shortcut": False,
+              "trim_right_ratio": 1.0, "audio_channels": 1, "attention_bias": False}
+CHAT_TEMPLATE = """\
+{%- for message in messages -%}
+    {%- for item in message["content"] -%}
+        {%- if item["type"] == "text" -%}
+            {{- bos_token + "[" + message["role"] + "]SPACE" + item["text"] + eos_token -}}
+        {%- elif item["type"] == "audio" -%}
+            {{- "<|AUDIO|><|audio_eos|>" -}}
+        {%- endif -%}
+    {%- endfor -%}
+{%- endfor -%}
+"""  # a turn is its text between the tokenizer's marks, then its audio and the frame that ends it
+# fmt: on
+
+# ---- configs ----------------------------------------------------------------------------------------------------
+
+
+def refuse_other(config, fixed):
+    for field, value in fixed.items():
+        if config.get(field) not in (None, value):
+            raise ValueError(f"{field} = {config[field]!r} is not supported, only {value!r}")
+
+
+def read_rope(config, llama3):
+    """transformers 4's rope_theta and rope_scaling, or 5's rope_parameters -> our two fields, as far as they are there.
+
+    Of Llama 3's scaling only the ratios of the original length to the factors count. transformers and Sesame write
+    other lengths: here it is always that of `llama3`, CSM-1B's.
+    """
+    rope = config | (config.get("rope_parameters") or config.get("rope_scaling") or {})
+    fields = {"rope_theta": float(rope["rope_theta"])} if rope.get("rope_theta") else {}
+    kind = rope.get("rope_type", rope.get("type"))
+    if kind == "llama3" and llama3.keys() <= rope.keys():
+        length = "original_max_position_embeddings"
+        times = llama3[length] / rope[length]
+        scaled = {field: rope[field] * times for field in ("low_freq_factor", "high_freq_factor")}
+        return fields | {"rope_scaling": llama3 | scaled | {"factor": rope["factor"]}}
+    if kind not in (None, "default"):
+        raise ValueError(f"rope_type {kind!r} is not supported, only default and llama3 with {', '.join(llama3)}")
+    return fields | ({"rope_scaling": None} if kind or fields else {})
+
+
+def read_part(config, part, csm_1b):
+    """What a config says of the backbone or the decoder, in our fields, as far as it does."""
+    if isinstance(config.get(part), dict):
+        return {field: value for field, value in csm_1b[part].items() if field not in SIZES} | config[part]
+    config = config if part == "backbone" else config.get("depth_decoder_config") or {}
+    refuse_other(config, PART_FIXED)
+    fields = {ours: config[theirs] for ours, theirs in PART_FIELDS if config.get(theirs) is not None}
+    return fields | read_rope(config, csm_1b[part]["rope_scaling"])
+
+
+def flavors(csm_1b):
+    """{name: all fields of a backbone or a decoder}"""
+    other = {name: csm_1b["backbone"] | dict(zip(SIZES, sizes)) for name, sizes in FLAVORS.items()}
+    return {"llama-1B": csm_1b["backbone"], "llama-100M": csm_1b["decoder"], **other}
+
+
+def measure(weights, part):
+    """The sizes of a backbone or a decoder from the shapes of its tensors, quantized or not.
+
+    n_layers, dim, ffn_dim; and q and k, the rows of these matrices, which are heads times head_dim.
+    """
+
+    def rows(name):
+        if f"{part}.{name}.weight" not in weights:
+            raise ValueError(f"the checkpoint does not fit the model: missing {part}.{name}.weight")
+        return weights[f"{part}.{name}.weight"].shape[0]
+
+    layers = {m[1] for name in weights if (m := re.match(rf"{part}\.layers\.(\d+)\.", name))}
+    first = {x: rows(f"layers.0.{name}_proj") for x, name in (("q", "self_attn.q"), ("k", "self_attn.k"))}
+    return first | {"n_layers": len(layers), "dim": rows("norm"), "ffn_dim": rows("layers.0.mlp.gate_proj")}
+
+
+def heads(fields, found):
+    """The heads that `fields` of a config mean, if they make the rows of q and k that were found; else None."""
+    head_dim = fields.get("head_dim") or ("n_heads" in fields and found["q"] // fields["n_heads"])
+    if not head_dim or found["q"] % head_dim or found["k"] % head_dim:
+        return None
+    made = {"n_heads": found["q"] // head_dim, "n_kv_heads": found["k"] // head_dim, "head_dim": head_dim}
+    return made if all(fields.get(field) in (None, n) for field, n in made.items()) else None
+
+
+def part_config(config, weights, part, csm_1b):
+    """The native fields of the backbone or the decoder; and the flavor that filled what was not told, or None."""
+    found, known = measure(weights, part), flavors(csm_1b)
+    sizes = {field: n for field, n in found.items() if field not in "qk"}
+    given, named = read_part(config, part, csm_1b), config.get(f"{part}_flavor")
+    told = heads(given, found)
+    agrees = told and all(given.get(field) in (None, n) for field, n in sizes.items())
+    fitting = [name for name, fields in known.items() if heads(fields, found) and fields | sizes == fields]
+    if fitting and not (agrees and "rope_theta" in given):
+        name = named if named in fitting else fitting[0]
+        return known[name] | (given | told if agrees else {}), None if name == named else name
+    if not told:
+        raise ValueError(
+            f"config.json does not say what heads the {part} has, and no known model is like it: {found['n_layers']} "
+            f"layers of {found['dim']} with MLPs of {found['ffn_dim']}, q of {found['q']} and k of {found['k']} rows "
+            f"(known: {', '.join(known)})"
+        )
+    rest = {field: value for field, value in csm_1b[part].items() if field not in SIZES}
+    return rest | {"rope_scaling": None} | given | sizes | told, None
+
+
+def csm_config(config, weights, csm_1b):
+    """Any published config, or none, and the native weights that it came with -> the native config."""
+    parts = {part: part_config(config, weights, part, csm_1b) for part in ("backbone", "decoder")}
+    if filled := [name for _, name in parts.values() if name]:
+        level = logging.WARNING if config else logging.INFO
+        log.log(level, "sizes are told by the tensors; heads and RoPE are those of %s", " and ".join(filled))
+    native = {"model_type": "csm", "layout": "native", **{part: fields for part, (fields, _) in parts.items()}}
+    rows = [weights[f"{name}.weight"].shape[0] for name in ("text_embeddings", "codebook0_head", "audio_embeddings")]
+    native |= {"text_vocab_size": rows[0], "audio_vocab_size": rows[1], "audio_num_codebooks": rows[2] // rows[1]}
+    for told in (tuple(native["backbone"][field] for field in SIZES), native["text_vocab_size"]):
+        native |= KINDS.get(told, {})
+    return native | {field: value for field, value in config.items() if re.fullmatch(CARRIED, field)}
+
+
+def sesame_config(config, csm_1b):
+    """The native config -> the five fields; where no flavor has these sizes, our own fields instead."""
+    rest = {field: value for field, value in config.items() if field not in ("layout", "model_type")}
+    parts = {part: rest.pop(part) for part in ("backbone", "decoder")}
+    names = {}
+    for part, fields in parts.items():
+        same = [name for name, f in flavors(csm_1b).items() if f | {"max_positions": fields["max_positions"]} == fields]
+        names |= {f"{part}_flavor": name for name in same}
+    return (names if len(names) == 2 else {"model_type": "csm", **parts}) | rest
+
+
+def write_part(part):
+    scaling = part["rope_scaling"] and {**part["rope_scaling"], "rope_type": "llama3"}
+    # transformers wants an original length below the maximum
+    while scaling and scaling["original_max_position_embeddings"] >= part["max_positions"]:
+        scaling |= {f: scaling[f] / 2 for f in ("low_freq_factor", "high_freq_factor")}
+        scaling["original_max_position_embeddings"] //= 2
+    rope = {"rope_theta": part["rope_theta"], "rope_scaling": scaling}  # transformers 4's fields, which 5 reads as well
+    return PART_FIXED | rope | {theirs: part[ours] for ours, theirs in PART_FIELDS}
+
+
+def transformers_config(config, mimi, dtype):
+    """The native configs of a CSM and its Mimi, with all fields -> the config of CsmForConditionalGeneration."""
+    sizes = {"vocab_size": config["audio_vocab_size"], "num_codebooks": config["audio_num_codebooks"]}
+    depth = write_part(config["decoder"]) | sizes
+    depth |= {"model_type": "csm_depth_decoder_model", "backbone_hidden_size": config["backbone"]["dim"]}
+    depth["max_position_embeddings"] = sizes["num_codebooks"] + 1
+    fields = {"model_type": "csm", "architectures": ["CsmForConditionalGeneration"], "dtype": dtype}
+    fields |= {"tie_codebooks_embeddings": True, "codebook_pad_token_id": sizes["vocab_size"] - 1}
+    fields |= {field: value for field, value in config.items() if re.fullmatch(CARRIED, field)}
+    parts = {"depth_decoder_config": depth, "codec_config": transformers_mimi_config(mimi)}
+    return fields | write_part(config["backbone"]) | sizes | {"text_vocab_size": config["text_vocab_size"]} | parts
+
+
+def transformers_mimi_config(config):
+    """Mimi's native config, with all fields -> transformers' MimiConfig."""
+    rate = config["sample_rate"] / math.prod(config["ratios"]) / 2
+    return MIMI_FIXED | {theirs: config[ours] for ours, theirs in MIMI_FIELDS} | {
+        "model_type": "mimi", "rope_theta": config["rope_theta"], "num_key_value_heads": config["n_heads"],
+        "head_dim": config["dim"] // config["n_heads"], "upsample_groups": config["dim"], "frame_rate": rate,
+        "_frame_rate": rate, "vector_quantization_hidden_dimension": config["codebook_dim"],
+    }  # fmt: skip
+
+
+# ---- weights ----------------------------------------------------------------------------------------------------
+
+
+def rename(weights, table, undo=False):
+    for old, new in [(ours, theirs) for theirs, ours in reversed(table)] if undo else table:
+        weights = {name.replace(old, new): w for name, w in weights.items()}
+    return weights
+
+
+def bare(weights):
+    """Without what some files put before every name, and without buffers."""
+    weights = {re.sub(f"^{PREFIXES}", "", name): w for name, w in weights.items()}
+    return {name: w for name, w in weights.items() if not re.fullmatch(BUFFERS, name)}
+
+
+def reorder(w, heads, split):
+    """Rows of q or k (H * head_dim, D): interleaved -> half-split if `split`, else back."""
+    return w.reshape(heads, *((-1, 2) if split else (2, -1)), w.shape[-1]).swapaxes(1, 2).reshape(w.shape)
+
+
+def reorder_csm(weights, config, split):
+    for name, w in weights.items():
+        if m := re.fullmatch(r"(backbone|decoder)\.layers\.\d+\.self_attn\.([qk])_proj\.weight", name):
+            part = config[m[1]]
+            heads = part["n_heads" if m[2] == "q" else "n_kv_heads"]
+            if w.shape == (heads * part["head_dim"], part["dim"]):  # else it is left for the model to refuse
+                weights[name] = reorder(w, heads, split)
+    return weights
+
+
+def csm_to_native(config, weights, csm_1b):
+    """A CSM in any layout -> (config, weights, mimi) in ours; mimi is the (config, weights) of the one inside, or None.
+
+    config: what config.json holds, {} if there is none. Raises ValueError where the sizes cannot be told, or a field
+    of the config asks for what the model does not do.
+    """
+    weights = bare(weights)
+    inside = {name: w for name, w in weights.items() if name.startswith("codec_model.")}
+    mimi = mimi_to_native(config, inside) if inside else None
+    weights = {name: w for name, w in weights.items() if name not in inside}
+    theirs = any(name.startswith("backbone_model.") for name in weights)
+    if theirs:
+        one, other = (weights.get(f"{stem}weight") for stem in TIED)
+        untied = not config.get("tie_codebooks_embeddings", True) and one is not None and other is not None
+        if untied and not mx.array_equal(one, other).item():
+            raise ValueError("tie_codebooks_embeddings = False is not supported: two different audio embeddings")
+        weights = rename(weights, (TIED, *TRANSFORMERS))
+    elif any(".attn." in name for name in weights):
+        weights = rename(weights, SESAME)
+    if not any(name.startswith("backbone.") for name in weights):
+        raise ValueError(f"not a checkpoint of a known layout; it has {len(weights)} keys: {', '.join([*weights][:4])}")
+    config = csm_config(config, weights, csm_1b)
+    return config, reorder_csm(weights, config, split=False) if theirs else weights, mimi
+
+
+def to_sesame(config, weights, csm_1b):
+    """A CSM of ours, its config with all fields and its audio_head in one -> (config, weights) in Sesame's layout."""
+    return sesame_config(config, csm_1b), rename(weights, SESAME, undo=True)
+
+
+def to_transformers(config, weights, mimi_config, mimi_weights):
+    """A CSM of ours and its Mimi, their configs with all fields -> what transformers loads, AutoProcessor included.
+
+    {file name: dict for JSON, text, or (weights, metadata)}; the tokenizer's own files go beside them. config and
+    weights None: the Mimi alone.
+    """
+    codec, form = mimi_to_transformers(mimi_config, mimi_weights), {"format": "pt"}
+    if config is None:
+        return {"config.json": transformers_mimi_config(mimi_config), "model.safetensors": (codec, form)}
+    dtype = str(weights["codebook0_head.weight"].dtype).removeprefix("mlx.core.")
+    weights = rename(reorder_csm(dict(weights), config, split=True), TRANSFORMERS, undo=True)
+    weights |= {f"codec_model.{name}": w for name, w in codec.items()}
+    return {
+        "config.json": transformers_config(config, mimi_config, dtype),
+        "model.safetensors": (weights, form),
+        "preprocessor_config.json": {
+            "feature_extractor_type": "EncodecFeatureExtractor", "processor_class": "CsmProcessor",
+            "sampling_rate": mimi_config["sample_rate"], "feature_size": 1, "padding_value": 0.0,
+            "padding_side": "right", "return_attention_mask": True,
+        },
+        "chat_template.jinja": CHAT_TEMPLATE.replace("SPACE", " " if config.get("speaker_prefix_space") else ""),
+    }  # fmt: skip
+
+
+def to_transformers_tokenizer(tokenizer, settings, bos, eos):
+    """tokenizer.json and tokenizer_config.json as CsmProcessor wants them, and their ids for config.json.
+
+    bos, eos: the ids of what stands before and after a text, or None. Frames of audio need two tokens of their own: the
+    stock Llama tokenizer's first reserved ones, as in sesame/csm-1b. Where there are none, so it stays.
+    """
+    tokens = {token["content"]: token for token in tokenizer.get("added_tokens", ())}
+    ids = {"bos_token_id": bos, "eos_token_id": None}  # that of CsmConfig ends the audio
+    for i, (field, name) in enumerate((("audio_token", "<|AUDIO|>"), ("audio_eos_token", "<|audio_eos|>"))):
+        if token := tokens.get(name) or tokens.get(f"<|reserved_special_token_{i}|>"):
+            token["content"], ids[f"{field}_id"] = name, token["id"]
+    names = {token["id"]: token["content"] for token in tokens.values()}
+    marks = {"bos_token": names.get(bos), "eos_token": names.get(eos)}
+    settings = {"tokenizer_class": "PreTrainedTokenizerFast"} | settings | {k: v for k, v in marks.items() if v}
+    settings.pop("added_tokens_decoder", None)  # which says the same as added_tokens, under the old names
+    if bos is None or eos is None:
+        return tokenizer, settings, ids
+    text = {"Sequence": {"id": "A", "type_id": 0}}
+    before, after = ({"SpecialToken": {"id": names[i], "type_id": 0}} for i in (bos, eos))
+    special = {names[i]: {"id": names[i], "ids": [i], "tokens": [names[i]]} for i in (bos, eos)}
+    template = {"single": [before, text, after], "pair": [before, text, after], "special_tokens": special}
+    return tokenizer | {"post_processor": {"type": "TemplateProcessing"} | template}, settings, ids
+
+
+def mimi_table(layers):
+    """`layers` are the numbers of the decoder's transposed convolutions."""
+    stems = [f"decoder.layers.{i}." for i in layers]
+    return *((f"{stem}conv.", f"{stem}convtr.") for stem in stems), *MIMI_TRANSFORMERS
+
+
+def numbers(weights, pattern):
+    return sorted({int(m[1]) for name in weights if (m := re.match(pattern, name))})
+
+
+def mimi_to_native(config, weights):
+    """A Mimi in transformers' layout or kyutai's, perhaps inside a CSM -> (config, weights) in ours, lazily.
+
+    config: what is known of it: transformers' MimiConfig, the config.json of a whole CSM, or our own fields. Sizes come
+    from the shapes. Raises ValueError where these are not a Mimi's tensors, or the config asks for what it does not do.
+    """
+    config = config.get("codec_config") or config
+    weights = {name.removeprefix("codec_model."): w for name, w in rename(bare(weights), SPELLINGS).items()}
+    native = {f: config[f] for f, _ in MIMI_FIELDS if f in config} if "n_filters" in config else {}
+    if numbers(weights, r"decoder\.layers\.(\d+)\."):
+        native, weights = from_transformers_mimi(config, weights)
+    sizes = mimi_sizes(weights)
+    return native | sizes, from_kyutai(sizes, weights)
+
+
+def from_transformers_mimi(config, weights):
+    """transformers' layout -> (of the config, what shapes do not tell; weights in kyutai's)."""
+    layers = numbers(weights, r"decoder\.layers\.(\d+)\.conv\.")[1:-1]  # before and behind them are plain ones
+    rope = config | (config.get("rope_parameters") or {})
+    refuse_other(rope, MIMI_FIXED | {"rope_scaling": None, "rope_type": "default"})
+    native = {ours: config[theirs] for ours, theirs in MIMI_FIELDS[:5] if config.get(theirs) is not None}
+    native |= {"rope_theta": rope["rope_theta"]} if "rope_theta" in rope else {}
+    weights, heads = rename(weights, mimi_table(layers)), native.setdefault("n_heads", 8)  # transformers' own default
+    for stem in [name.removesuffix("q_proj.weight") for name in weights if name.endswith(".q_proj.weight")]:
+        parts = [weights.get(f"{stem}{x}_proj.weight") for x in "qkv"]
+        if all(w is not None and w.ndim == 2 and w.shape == (w.shape[1], w.shape[1]) for w in parts):  # else: refused
+            for x in "qkv":
+                del weights[f"{stem}{x}_proj.weight"]
+            q, k = (reorder(w, heads, split=False) for w in parts[:2])
+            weights[f"{stem}in_proj_weight"] = mx.concatenate([q, k, parts[2]])
+    return native, weights
+
+
+def mimi_sizes(weights):
+    """The sizes of a Mimi from kyutai's tensors, as fields of its config. Raises ValueError: they are none."""
+
+    def shapes(pattern):  # of the tensors that match, in the order of their first numbers
+        found = ((re.fullmatch(pattern, k), w.shape) for k, w in weights.items())
+        return [shape for _, shape in sorted((int(m[1]), shape) for m, shape in found if m)]
+
+    convs = shapes(r"encoder\.model\.(\d+)\.conv\.conv\.weight")  # (out, in, kernel)
+    residual = shapes(r"encoder\.model\.(\d+)\.block\.1\.conv\.conv\.weight")
+    convtrs = shapes(r"decoder\.model\.(\d+)\.convtr\.convtr\.weight")
+    linears = shapes(r"encoder_transformer\.transformer\.layers\.(\d+)\.linear1\.weight")
+    first, rest = (
+        shapes(rf"quantizer\.rvq_{part}\.vq\.layers\.(\d+)\._codebook\.embedding_sum") for part in ("first", "rest")
+    )
+    if not (convs and residual and convtrs and linears and first):
+        raise ValueError(f"not a Mimi: the checkpoint has {', '.join(sorted(weights)[:3]) or 'nothing'} ...")
+    return {
+        "n_filters": convs[0][0], "ratios": [kernel // 2 for _, _, kernel in convtrs], "kernel_size": convs[0][2],
+        "residual_kernel_size": residual[0][2], "last_kernel_size": convs[-1][2],
+        "compress": residual[0][1] // residual[0][0], "n_residual_layers": len(residual) // len(convtrs),
+        "dim": linears[0][1], "n_layers": len(linears), "ffn_dim": linears[0][0], "codebook_size": first[0][0],
+        "codebook_dim": first[0][1], "n_codebooks": len(first) + len(rest), "n_semantic": len(first),
+    }  # fmt: skip
+
+
+def strides(config):
+    """Ours: name of a convolution that is not of stride 1 -> its stride, or minus that if it is a transposed one."""
+    step = 2 + config["n_residual_layers"]
+    down = {f"encoder.{step * (i + 1)}": r for i, r in enumerate(reversed(config["ratios"]))}
+    return down | {f"decoder.{2 + step * i}": -r for i, r in enumerate(config["ratios"])} | {"downsample": 2}
+
+
+def from_kyutai(config, weights):
+    """kyutai's names and shapes -> ours: matrices as mimi.py multiplies by them, codebooks in one array."""
+    stride, books, out = strides(config), {}, {}
+    for name, w in weights.items():
+        key = name
+        for pattern, new in KYUTAI:
+            key = re.sub(pattern, new, key)
+        stem, kind = key.rpartition(".")[::2]
+        s = stride.get(stem, 1)
+        if m := re.fullmatch(r"(first|rest)\.vq\.layers\.(\d+)\._codebook\.(\w+)", key):
+            if m[3] != "_initialized":
+                books.setdefault(f"{m[1]}.{m[3]}", {})[int(m[2])] = w
+            continue
+        if kind == "bias" and s < 0:
+            w = mx.tile(w, -s)
+        elif w.ndim == 3 and stem == "upsample":  # (D, 1, 4) -> (taps, 2, D)
+            w = w[:, 0].T.reshape(2, 2, -1)[::-1]
+        elif w.ndim == 3 and s < 0:  # (C, O, kernel) -> (taps, C, u * O), the newest input's tap last
+            C, O, _ = w.shape
+            w = w.transpose(2, 0, 1).reshape(-1, -s, C, O)[::-1].swapaxes(1, 2).reshape(-1, C, -s * O)
+        elif w.ndim == 3:  # (O, C, kernel) -> (taps, s * C, O); a projection's kernel is 1
+            w = w[..., 0] if kind.endswith("proj") else w.transpose(2, 1, 0).reshape(-1, w.shape[1] * s, w.shape[0])
+        out[key] = w
+    for key, each in books.items():
+        if sorted(each) != list(range(len(each))) or len({w.shape for w in each.values()}) > 1:
+            raise ValueError(f"the checkpoint does not fit the model: {key} is there for codebooks {sorted(each)}")
+        out[key] = mx.stack([each[i] for i in range(len(each))])
+    return out
+
+
+def to_kyutai(config, weights):
+    """The other way. config: with all fields."""
+    stride, out = strides(config), {}
+    for key, w in weights.items():
+        stem, kind = key.rpartition(".")[::2]
+        s = stride.get(stem, 1)
+        conv = "convtr.convtr" if s < 0 else "conv.conv"
+        if stem in ("first", "rest") and not kind.endswith("proj"):
+            for i, book in enumerate(w):
+                out[f"quantizer.rvq_{stem}.vq.layers.{i}._codebook.{kind}"] = book
+                out[f"quantizer.rvq_{stem}.vq.layers.{i}._codebook._initialized"] = mx.ones((1,), book.dtype)
+        elif stem in ("first", "rest"):
+            out[f"quantizer.rvq_{stem}.{kind}.weight"] = w[..., None]
+        elif stem == "upsample":
+            out["upsample.convtr.convtr.convtr.weight"] = w[::-1].reshape(4, -1).T[:, None]
+        elif stem == "downsample":
+            out["downsample.conv.conv.conv.weight"] = w.reshape(4, -1, w.shape[-1]).transpose(2, 1, 0)
+        elif "_transformer." in key:
+            names = {"in_proj": "self_attn.in_proj_weight", "out_proj": "self_attn.out_proj.weight",
+                     "linear1": "linear1.weight", "linear2": "linear2.weight",
+                     "scale1": "layer_scale_1.scale", "scale2": "layer_scale_2.scale"}  # fmt: skip
+            out[f"{stem}.{names.get(kind, kind)}".replace("_transformer.", "_transformer.transformer.")] = w
+        else:
+            if kind == "bias" and s < 0:
+                w = w[: len(w) // -s]
+            elif s < 0:
+                taps, C, _ = w.shape
+                w = w.reshape(taps, C, -s, -1).swapaxes(1, 2)[::-1].reshape(-s * taps, C, -1).transpose(1, 2, 0)
+            elif kind == "weight":
+                w = w.reshape(len(w) * s, -1, w.shape[-1]).transpose(2, 1, 0)
+            part, rest = stem.split(".", 1)
+            out[f"{part}.model.{rest}.{conv}.{kind}"] = w
+    return out
+
+
+def mimi_to_transformers(config, weights):
+    """Ours -> transformers' names, shapes and RoPE."""
+    weights, heads = to_kyutai(config, weights), config["n_heads"]
+    for fused in [name for name in weights if name.endswith(".in_proj_weight")]:
+        q, k, v = mx.split(weights.pop(fused), 3)
+        rows = {"q": reorder(q, heads, split=True), "k": reorder(k, heads, split=True), "v": v}
+        weights |= {fused.replace("in_proj_weight", f"{x}_proj.weight"): w for x, w in rows.items()}
+    layers = numbers(weights, r"decoder\.model\.(\d+)\.convtr\.")
+    return rename(weights, mimi_table(layers), undo=True)
+
+
+# ---- PyTorch's checkpoints --------------------------------------------------------------------------------------
+
+STATES = ("model_state", "model_state_dict", "model", "state_dict")  # where trainers keep the weights in a checkpoint
+STORAGES = {  # torch.XStorage -> what is in it. MLX has float64 on the CPU alone: it becomes float32 on the way
+    "Float": mx.float32, "Double": mx.float64, "Half": mx.float16, "BFloat16": mx.bfloat16, "Bool": mx.bool_,
+    "Long": mx.int64, "Int": mx.int32, "Short": mx.int16, "Char": mx.int8, "Byte": mx.uint8,
+    "ComplexFloat": mx.complex64,
+}  # fmt: skip
+
+
+class Stored(NamedTuple):
+    """A tensor that is still in the file."""
+
+    data: memoryview  # from its first element to its last
+    dtype: mx.Dtype
+    shape: tuple
+    strides: tuple  # in elements
+
+    def read(self):
+        flat = mx.array(self.data.cast("BHIQ"[self.dtype.size.bit_length() - 1]))  # MLX counts in 32 bits
+        flat = flat.view(self.dtype, stream=mx.cpu)
+        if self.dtype == mx.float64:
+            flat = flat.astype(mx.float32, stream=mx.cpu)
+        return mx.as_strided(flat, self.shape, self.strides) if flat.size else mx.zeros(self.shape, flat.dtype)
+
+
+def rebuild(storage, offset, shape, strides, *_):
+    """torch._utils._rebuild_tensor_v2 -> Stored. storage: its bytes and their type."""
+    data, dtype = storage
+    if min((*strides, *shape, offset), default=0) < 0:
+        raise ValueError("a tensor of negative strides")
+    end = offset + 1 + sum((n - 1) * step for n, step in zip(shape, strides)) if math.prod(shape) else offset
+    if end * dtype.size > len(data):
+        raise ValueError("a tensor is larger than what holds it")
+    return Stored(data[offset * dtype.size : end * dtype.size], dtype, tuple(shape), tuple(strides))
+
+
+class Unpickler(pickle.Unpickler):
+    """Builds what a state dict is made of, tensors and plain containers, and calls nothing else that a pickle names."""
+
+    storages: dict  # name -> memoryview
+
+    def find_class(self, module, name):
+        if module == "torch" and name.endswith("Storage") and name[:-7] in STORAGES:
+            return STORAGES[name[:-7]]
+        allowed = {
+            "torch._utils._rebuild_tensor_v2": rebuild,
+            "torch._utils._rebuild_parameter": lambda tensor, *_: tensor,
+            "torch.Size": tuple,
+            "collections.OrderedDict": OrderedDict,
+        }
+        if f"{module}.{name}" not in allowed:
+            raise ValueError(f"it holds a {module}.{name}, and nothing but tensors and plain containers is read")
+        return allowed[f"{module}.{name}"]
+
+    def persistent_load(self, pid):
+        _, dtype, key, _, n = pid
+        return self.storages[key][: n * dtype.size], dtype
+
+
+def read_pt(path):
+    """A PyTorch checkpoint (.pt, .pth, .ckpt, .bin), as torch.save writes it -> {name: mx.array}, without torch.
+
+    The file is a zip archive: a pickle, which names and shapes the tensors, and each tensor's bytes, uncompressed;
+    they are mapped, so that no more is read than is returned. The weights may lie under one of STATES, and their
+    names begin with "module." (DataParallel's). A pickle can run any code: this one is held to tensors and plain
+    containers. float64 is returned as float32. Raises ValueError.
+    """
+    try:
+        with open(path, "rb") as file:
+            file_bytes = memoryview(mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ))
+            if file_bytes[:1] == b"\x80":  # a pickle; a zip begins with PK
+                raise ValueError("of the format before PyTorch 1.6; torch.load it and torch.save it again")
+            with zipfile.ZipFile(file) as archive:
+                members = {m.filename: m for m in archive.infolist()}
+                pickled = next(name for name in members if name.endswith("data.pkl"))
+                root = pickled.removesuffix("data.pkl")
+                storages = {}
+                for name, m in members.items():
+                    if name.startswith(f"{root}data/"):
+                        if m.compress_type != zipfile.ZIP_STORED:
+                            raise ValueError("compressed, which torch.save never does")
+                        local = file_bytes[m.header_offset : m.header_offset + 30]  # its last: lengths of what follows
+                        start = m.header_offset + 30 + sum(local[26:30].cast("H"))
+                        storages[name.removeprefix(f"{root}data/")] = file_bytes[start : start + m.file_size]
+                unpickler = Unpickler(archive.open(pickled))
+                unpickler.storages = storages
+                state = unpickler.load()
+        state = next((state[name] for name in STATES if isinstance(state.get(name), dict)), state)
+        for name, tensor in state.items():
+            if not (isinstance(name, str) and isinstance(tensor, Stored)):
+                raise ValueError(f"its {name!r} is not a tensor, and it has none of {', '.join(STATES)}")
+    except FileNotFoundError:
+        raise ValueError(f"no such file: {path}") from None
+    except ValueError as error:
+        raise ValueError(f"cannot read {path}: {error}") from None
+    except Exception as error:  # of many kinds: a damaged zip, a damaged pickle
+        raise ValueError(f"{path} is truncated or not a PyTorch checkpoint ({type(error).__name__})") from None
+    return {name.removeprefix("module."): tensor.read() for name, tensor in state.items()}

@@ -668,7 +668,12 @@ def encoder(args):
         losses = heads(semantic, semantic + acoustic, x, names, pitch, phase=done > 0.5)
         rms = sum(torch.log(r.pow(2).mean().sqrt() + 1e-6) ** 2 for r in raw)
         loss = sum(weights[name] * value for name, value in losses.items()) + 0.25 * commit + 0.1 * rms
-        steps.optimize(loss, parameters, commit=float(torch.as_tensor(commit).detach()), **{k: v.detach() for k, v in losses.items()})
+        steps.optimize(
+            loss,
+            parameters,
+            commit=float(torch.as_tensor(commit).detach()),
+            **{k: v.detach() for k, v in losses.items()},
+        )
     with torch.no_grad():
         for split, book in zip(splits, books):
             for i, layer in enumerate(split.layers):

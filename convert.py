@@ -170,6 +170,12 @@ def convert(source, destination, *, mimi=None, tokenizer=None, quantize=None, gr
             config |= {"quantization": {"group_size": group_size, "bits": quantize}}
 
     if to == "transformers":
+        if "tokenizer.json" in files:
+            both = "tokenizer.json", "tokenizer_config.json"
+            marks, said = csm.Tokenizer(files[both[0]]), [codec.read_json(files.get(name, "")) for name in both]
+            *said, ids = csm_layouts.to_transformers_tokenizer(*said, marks.bos, marks.eos)
+            files |= dict(zip(both, said))
+            config = ids | config
         files |= csm_layouts.to_transformers(weights and config, weights, sound_config, sound)
     elif weights:
         if to:

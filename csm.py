@@ -107,6 +107,7 @@ class CSMConfig:
     def from_dict(cls, d):
         d = {f.name: d[f.name] for f in fields(cls) if d.get(f.name) is not None}
         try:
+            Sampling(**d.get("sampling", {}))
             return cls(**d | {part: LlamaConfig(**d[part]) for part in ("backbone", "decoder") if part in d})
         except TypeError as e:
             raise ValueError(f"config.json is not one of ours: {e}") from None
@@ -595,7 +596,8 @@ class Batch:
             return
         for i, u in enumerate(self.live):
             if u.keep and i not in rows:
-                self.kept[u.uid] = self.cache.filter([i])
+                self.kept[u.uid] = kept = self.cache.filter([i])
+                mx.async_eval(kept.keys, kept.values)  # so that another thread may go on with them
         self.live = [self.live[i] for i in rows]
         self.cache = self.cache.filter(rows) if rows else None
         self.h, self.keys, self.options = (
@@ -714,7 +716,7 @@ class Generator:
         mx.eval(self.forbidden)
         self.codec_stream = mx.new_thread_local_stream(mx.default_device())
         self._compiled, self._lock = [], threading.Lock()  # the depth decoder's loop is the last of them
-        self._contexts = {}  # rows, as bytes -> KVCache of the contexts used last
+        self._contexts, self.kept = {}, 4  # rows, as bytes -> KVCache of the contexts used last; how many of them
         self._prompts = {}  # the voices asked for so far, as Segments with codes
 
     def batch(self):
@@ -870,7 +872,7 @@ class Generator:
         key = rows.tobytes()
         cache = self._contexts.pop(key, None) or prefill(self.model, [rows])[1]
         self._contexts[key] = cache  # the last of them
-        for old in list(self._contexts)[:-4]:
+        for old in list(self._contexts)[: -self.kept]:
             self._contexts.pop(old, None)
         return cache
 
@@ -902,7 +904,7 @@ class Generator:
                 self._prompts[name] = self.encode(self._clip(name))
             except (ValueError, FileNotFoundError) as e:
                 if voice:
-                    raise ValueError(f"voice {name}: {e}") from None
+                    raise ValueError(str(e)) from None
                 log.warning("speaking without the default voice %s: %s", name, e)
                 return []
         return [self._prompts[name]]
@@ -916,7 +918,7 @@ class Generator:
         wav = self.voices[name] / f"{name}.wav" if name in self.voices else Path(name)
         if not wav.is_file():
             known = ", ".join(sorted(self.voices)) or "none at all"
-            raise ValueError(f"no such voice, nor a clip of that name; this model has: {known}")
+            raise ValueError(f"unknown voice {name!r}; this model has: {known}; or name a clip, with a .txt beside it")
         return Segment(0, read_text(f"@{wav.with_suffix('.txt')}"), wav)
 
     def text_rows(self, text, speaker):
@@ -1341,9 +1343,19 @@ def read_context(path):
         raise ValueError(f"{path}: expected {expected} ({type(e).__name__}: {e})") from None
 
 
+def add_model_options(p):
+    """What `load_for` reads."""
+    p.add_argument("--model", help="csm-1b, tiny, a folder, a weights file or a Hugging Face repo (default: csm-1b)")
+    p.add_argument("--quantize", type=lambda x: int(x) if x.isdigit() else x, choices=(4, 6, 8, *MODES), help="weights")
+    p.add_argument("--dtype", choices=("float32", "bfloat16", "float16"), help="default: what suits the device")
+    p.add_argument(
+        "--adapter", metavar="DIR[=FACTOR]", action="append", help="of finetune, PEFT or csm-mlx; repeatable"
+    )
+
+
 def add_options(p):
     """The options of the command that other programs have as well."""
-    p.add_argument("--model", help="csm-1b, tiny, a folder, a weights file or a Hugging Face repo (default: csm-1b)")
+    add_model_options(p)
     p.add_argument("--speaker", type=int, default=0, help="speaker id of the text (default 0)")
     p.add_argument("--voice", help="preset, clip.wav with clip.txt beside it, or none (default: the model's own)")
     p.add_argument("--ref-audio", metavar="F", help="a clip of the voice to speak with")
@@ -1354,11 +1366,6 @@ def add_options(p):
     p.add_argument("--min-p", type=float, help="0 is off (default)")
     p.add_argument("--seed", type=int, help="for the same speech again (default: drawn, and printed)")
     p.add_argument("--max-audio-length-ms", type=float, metavar="MS", help="a turn's (default: what its text can take)")
-    p.add_argument("--quantize", type=lambda x: int(x) if x.isdigit() else x, choices=(4, 6, 8, *MODES), help="weights")
-    p.add_argument("--dtype", choices=("float32", "bfloat16", "float16"), help="default: what suits the device")
-    p.add_argument(
-        "--adapter", metavar="DIR[=FACTOR]", action="append", help="of finetune, PEFT or csm-mlx; repeatable"
-    )
     p.add_argument("--watermark", action="store_true", help="mark the sound as generated (csm_tools.watermark)")
 
 
@@ -1483,7 +1490,7 @@ def parser_for(name, **kind):
     """An ArgumentParser that calls itself as it was called, and says a mistake in one line."""
     import argparse
 
-    called = Path(sys.argv[0]).stem
+    called = Path(sys.argv[0]).name.removesuffix(".exe")
     p = argparse.ArgumentParser(prog=called if called == "csm" or called.startswith("csm-") else name, **kind)
     p.error = lambda message: p.exit(2, f"{p.prog}: error: {message}\n")
     return p

@@ -461,7 +461,7 @@ def download(repo, *patterns):
     Says on the logger "csm" what it fetches. Raises FileNotFoundError where the repository has no such file, and
     DownloadError, which says what to do, where it cannot be had.
     """
-    from huggingface_hub import errors, hf_hub_download, snapshot_download
+    from huggingface_hub import constants, errors, hf_hub_download, snapshot_download
 
     known = {
         errors.GatedRepoError: "it is gated: accept its licence on huggingface.co and run `hf auth login`",
@@ -472,7 +472,8 @@ def download(repo, *patterns):
         with suppress(errors.LocalEntryNotFoundError):
             if len(patterns) == 1:
                 return Path(hf_hub_download(repo, *patterns, local_files_only=True))
-        log.warning("fetching %s from %s", patterns[0], repo)
+        if not constants.HF_HUB_OFFLINE:
+            log.warning("fetching %s from %s", patterns[0], repo)
         if len(patterns) == 1:
             return Path(hf_hub_download(repo, *patterns))
         return Path(snapshot_download(repo, allow_patterns=list(patterns)))
@@ -480,7 +481,9 @@ def download(repo, *patterns):
         if isinstance(e, errors.EntryNotFoundError) and not isinstance(e, errors.LocalEntryNotFoundError):
             raise FileNotFoundError(f"{repo} has no {patterns[0]}") from None
         reason = next((text for kind, text in known.items() if isinstance(e, kind)), f"{e or type(e).__name__}")
-        raise DownloadError(f"cannot download {repo}: {reason.splitlines()[0]} (no download: --model tiny)") from None
+        raise DownloadError(
+            f"cannot download {patterns[0]} from {repo}: {reason.splitlines()[0]} (without: --model tiny)"
+        ) from None
 
 
 FILES = ("mimi.safetensors", "tokenizer-*.safetensors")  # a Mimi by itself: ours, kyutai's

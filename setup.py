@@ -1,4 +1,4 @@
-"""What pyproject.toml cannot say: two files of the top folder go where they bother no other package's names."""
+"""What pyproject.toml cannot say: what of the top folder goes where it bothers no other package's names."""
 
 import shutil
 from pathlib import Path
@@ -11,7 +11,10 @@ class Build(build_py):
     def run(self):
         super().run()
         place = Path(self.build_lib)
-        shutil.copy("convert.py", place / "csm_tools/convert.py")  # as the command csm-convert
+        shutil.copy("convert.py", place / "csm_tools/convert.py")  # the command csm-convert
+        trained = shutil.ignore_patterns("*.py", "*.md", "*.txt", "golden.json", "__pycache__")
+        shutil.copytree("tiny", place / "csm_tools/tiny", ignore=trained, dirs_exist_ok=True)
+        shutil.copytree("tiny/prompts", place / "csm_tools/tiny/prompts", dirs_exist_ok=True)
         shutil.copy("mlx_cpu.c", place / "mlx_cpu.c")
 
 

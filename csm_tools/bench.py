@@ -1,9 +1,9 @@
 """Speed, side by side: ours and whichever peers are installed, in one process and in turns.
 
-    python bench.py --tiny                     # a minute, small random models
-    python bench.py --json b.json --png b.png  # CSM-1B's sizes, random weights: minutes, and the memory they take
-    python bench.py --checkpoint my-csm        # those of a folder instead, with the time to load them
-    python bench.py --dtype bfloat16 --quantize 8 4 --batch 1 16 50   # on a GPU, our weights in 8 and 4 bits beside
+    python -m csm_tools.bench --tiny                     # a minute, small random models
+    python -m csm_tools.bench --json b.json --png b.png  # CSM-1B's sizes, random weights: minutes
+    python -m csm_tools.bench --checkpoint my-csm        # those of a folder instead, with the time to load them
+    python -m csm_tools.bench --dtype bfloat16 --quantize 8 4 --batch 1 16 50   # on a GPU
 
 Peers, through their own public functions: transformers (its `generate`, torch), csm-mlx (`generate_frame`) and
 mlx-audio (`SesameModel.generate_frame`, its Mimi). One that is not installed gets a row that says so. Weights are of
@@ -25,7 +25,8 @@ from dataclasses import asdict
 from functools import partial
 from pathlib import Path
 
-import csm  # first: it puts a fast BLAS in place before mlx is imported
+import csm  # before mlx
+import csm_layouts
 import mimi
 
 import mlx.core as mx  # isort: skip
@@ -62,9 +63,7 @@ def fill_from(module, file, dtype):
 
 def transformers_fields(config, codec):
     """The config.json of transformers for these sizes, which mlx-audio reads too."""
-    import convert
-
-    fields = convert.write_transformers_config(asdict(config), asdict(codec), "float32")
+    fields = csm_layouts.transformers_config(asdict(config), asdict(codec), "float32")
     return json.loads(json.dumps(fields))  # lists in the place of tuples
 
 
@@ -83,26 +82,30 @@ class Ours:
         self.generator = csm.Generator(model, randomize(mimi.Mimi(codec)), None)
 
     def frames(self, batch, n_rows, n):
-        rows = np.zeros((n_rows, self.generator.model.config.audio_num_codebooks + 1), np.int32)
-        cache = csm.KVCache(self.generator.model.config.backbone, dtype=self.generator.model.dtype)
-        for _ in self.generator.frames([rows] * batch, cache, [n] * batch, list(range(batch)), self.sampling):
-            pass
+        running, K = self.generator.batch(), self.generator.model.config.audio_num_codebooks
+        for i in range(batch):
+            rows = np.zeros((n_rows, K + 1), np.int32)
+            rows[:, K] = i  # no two prompts alike
+            running.insert(rows, n, i, self.sampling)
+        while len(running):
+            running.next()
 
     def first_audio(self):
-        rows = np.zeros((PROMPT, self.generator.model.config.audio_num_codebooks + 1), np.int32)
-        cache = csm.KVCache(self.generator.model.config.backbone, dtype=self.generator.model.dtype)
-        _, codes = next(self.generator.frames([rows], cache, [10], [0], self.sampling))
-        np.array(self.generator.decode(codes))
+        running, K = self.generator.batch(), self.generator.model.config.audio_num_codebooks
+        running.insert(np.zeros((PROMPT, K + 1), np.int32), 10, 0, self.sampling)
+        _, codes = running.next()[0]
+        np.array(self.generator.decode(mx.array(codes[None])))
 
     def graph(self):
         """Seconds to build a frame's graph, nothing computed."""
-        model = self.generator.model
-        cache = csm.KVCache(model.config.backbone, dtype=model.dtype)
-        rows = mx.zeros((1, 1, model.config.audio_num_codebooks + 1), mx.int32)
+        model, c = self.generator.model, self.generator.model.config
+        cache, options = csm.KVCache(c.backbone, model.dtype), mx.array([self.sampling.numbers()])
+        rows = mx.zeros((1, 1, c.audio_num_codebooks + 1), mx.int32)
         begun = time.perf_counter()
-        h = self.generator._step(rows, cache)
-        keys = mx.random.split(mx.random.key(0), rows.shape[2])[None]
-        self.generator._depth(self.sampling)(h, self.sampling(model.head(0, h), keys[:, 0]).astype(mx.int32), keys)
+        noise = mx.random.gumbel((1, c.audio_num_codebooks, c.audio_vocab_size), key=mx.random.key(0))
+        h = model(rows, csm.row_mask(rows), cache)[:, -1]
+        first = csm.sample(model.head(0, h).astype(mx.float32), noise[:, 0], options)
+        self.generator.depth(h, first, noise[:, 1:], options)
         return time.perf_counter() - begun
 
     def encode(self, audio):
@@ -175,7 +178,8 @@ class MLXPeer:
     """What csm-mlx and mlx-audio share: `generate_frame` on rows and masks, and a sampler."""
 
     def sampler(self, logits):
-        return csm.Sampling(top_k=50)(logits, mx.random.key(0))
+        options = mx.array([csm.Sampling(top_k=50).numbers()] * len(logits))
+        return csm.sample(logits, mx.random.gumbel(logits.shape, key=mx.random.key(0)), options)
 
     def rows(self, batch, n):
         K = self.K
@@ -253,23 +257,17 @@ class MlxAudio(MLXPeer):
 
 
 class Floor:
-    """Nothing but the reading of a frame's weights, as products with one row: on one stream or two, as it is faster."""
+    """Nothing but the reading of a frame's weights, as products with one row."""
 
     def __init__(self, n_bytes, size=2**28):
         size = min(size, n_bytes)
         self.reads = n_bytes / size
-        self.row = mx.ones((1, 4096))
-        self.halves = [mx.random.normal((size // 4 // 2 // 4096, 4096)) for _ in range(2)]
-        streams = [mx.new_thread_local_stream(mx.default_device()) for _ in range(2)]
-        mx.eval(self.row, self.halves)
-        self.streams = min((streams[:1] * 2, streams), key=lambda s: min(seconds(self.read, s) for _ in range(5)))
-
-    def read(self, streams):
-        mx.eval([mx.matmul(self.row, half.T, stream=s) for half, s in zip(self.halves, streams)])
+        self.row, self.matrix = mx.ones((1, 4096)), mx.random.normal((size // 4 // 4096, 4096), key=mx.random.key(0))
+        mx.eval(self.row, self.matrix)
 
     def frames(self, batch, n_rows, n):
         for _ in range(round(n * self.reads)):
-            self.read(self.streams)
+            mx.eval(self.row @ self.matrix.T)
 
 
 SYSTEMS = {
@@ -316,10 +314,10 @@ def measures(args, config):
 
 def checkpoint(source, work):
     """`source` in the layouts that the systems read, under the folder `work`. Returns its sizes."""
-    import convert
-
-    convert.convert(source, work / "ours")
-    convert.convert(source, work / "transformers", to="transformers")
+    csm.load(source, dtype="float32").save(work / "ours")
+    config, weights, _ = csm.read(work / "ours")
+    codec_weights, codec_config = mimi.read_mimi(work / "ours/mimi.safetensors")
+    csm.write_folder(work / "transformers", csm_layouts.to_transformers(config, weights, codec_config, codec_weights))
     codec = mimi.load(work / "ours").config
     return csm.CSMConfig.from_dict(mimi.read_json(work / "ours/config.json")), codec
 
@@ -402,11 +400,11 @@ def version(name):
 
 
 def main(argv=None):
-    p = argparse.ArgumentParser(prog="bench.py", description="Speed of ours and of installed peers, side by side.")
-    p.add_argument("--tiny", action="store_true", help="small random models: a minute")
-    p.add_argument(
-        "--checkpoint", help="a folder with a Mimi, in any layout that convert.py reads, in place of random weights"
+    p = argparse.ArgumentParser(
+        prog="python -m csm_tools.bench", description="Speed of ours and of installed peers, side by side."
     )
+    p.add_argument("--tiny", action="store_true", help="small random models: a minute")
+    p.add_argument("--checkpoint", help="a folder in any layout, in place of random weights")
     p.add_argument("--only", nargs="+", choices=SYSTEMS, default=list(SYSTEMS), help="systems")
     p.add_argument("--dtype", choices=("float32", "bfloat16", "float16"), help="default: what suits the device")
     p.add_argument("--quantize", nargs="*", type=int, choices=(4, 8), default=[], help="ours with these bits too")

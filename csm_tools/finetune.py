@@ -1,34 +1,46 @@
-"""Fine-tune CSM: LoRA or all weights, on one machine or several.
+"""Fine-tune CSM: LoRA, DoRA or all weights, on examples or on preferences, on one machine or several.
 
-    python finetune.py dataset clips/ data.json                      # folders of 001_speaker0_hello.wav + .txt -> JSON
-    python finetune.py train --data-path data.json --output-dir run --lora-rank 8
+    python -m csm_tools.finetune dataset clips/ data.json        # folders of 001_speaker0_hello.wav + .txt -> JSON
+    python -m csm_tools.finetune train --data-path data.json --output-dir run --lora-rank 8
     python csm.py "In the new voice." out.wav --adapter run
-    python finetune.py fuse run my-csm                               # a folder with the adapter in its weights
-    mlx.launch -n 2 finetune.py train ...                            # several processes or machines, one result
+    python -m csm_tools.finetune fuse run my-csm                 # a folder with the adapter in its weights
+    python -m csm_tools.finetune pairs --texts texts.txt --out pairs          # a good and a bad sampling of each line
+    python -m csm_tools.finetune dpo --data-path pairs/pairs.json --output-dir run --lora-rank 8         # or kto
+    mlx.launch -n 2 -m csm_tools.finetune train ...              # several processes or machines, one result
 
 The data is csm-mlx's: a list of conversations, each a list of {"text", "audio_path", "speaker"}. A conversation is one
 sequence; of every frame of its speech, the frame of zeros at the end included, codebook 0 is learned, and codebooks 1..
 of a random fraction of the frames alone (--depth-fraction), which is what makes it affordable: Sesame's amortization.
-With all frames the gradient is that of transformers' CsmForConditionalGeneration.
+With all frames the gradient of `train` is that of transformers' CsmForConditionalGeneration.
+
+One loop has three losses. L is a conversation's cross-entropy: of each codebook the mean over its frames, and the mean
+of the codebooks; r = beta (L of the model before training - L) its reward, in nats a code, so that a long speech weighs
+no more than a short one (Meng et al. 2405.14734).
+    train  L, codebooks 1.. together counting as much as codebook 0
+    dpo    -log sigmoid(r of the chosen - r of the rejected)                              (Rafailov et al. 2305.18290)
+    kto    w (1 - sigmoid(+-(r - KL))), + where the speech is wanted, KL = max(0, mean r of texts with the speech of
+           others), which has no gradient                                                 (Ethayarajh et al. 2402.01306)
+The L of the model before training is computed once, frame by frame, and kept in the run's folder.
 
 A run continues where it stopped, to the very weights that it would have reached: the order of the data and every random
 choice come from the seed and the number of the step, and a checkpoint is one file that is put in place whole.
-Shapes: B batch, T positions, N frames, K codebooks, D hidden size.
+Shapes: B conversations, T positions, N frames, K codebooks, D hidden size.
 """
 
-import argparse
 import hashlib
 import json
 import math
 import os
-import re
+import shutil
 import sys
 import time
+from dataclasses import asdict
 from pathlib import Path
 
-import convert
 import csm  # before mlx: it puts a fast BLAS in place
 import mimi
+from csm_tools import tuning_data
+from csm_tools.tuning_data import choose, collate
 
 import mlx.core as mx  # isort: skip
 import mlx.nn as nn
@@ -43,90 +55,12 @@ TARGETS = {
     "head": ("codebook0_head", "audio_head"),
 }
 OPTIMIZERS = {"adamw": optim.AdamW, "adam": optim.Adam, "sgd": optim.SGD}
-AUDIO = (".wav", ".mp3", ".flac", ".ogg", ".m4a", ".aac", ".opus", ".aiff")
+
+# ---------------------------------------------------------------------------------------------------- losses
 
 
-def read_folder(folder):
-    """FOLDER/conversation/001_speaker0_hello.wav with .txt beside it -> conversations as the JSON has them."""
-    talks, clips = {}, [p for p in Path(folder).resolve().glob("*/*") if p.suffix.lower() in AUDIO]
-    clips.sort(key=lambda p: [int(x) if x.isdigit() else x for x in re.split(r"(\d+)", str(p).lower())])  # 2 before 10
-    for clip in clips:
-        speaker, text = re.search(r"speaker_?(\d+)", clip.stem), clip.with_suffix(".txt")
-        if not speaker or not text.is_file():
-            raise ValueError(f"{clip}: no {'.txt beside it' if speaker else 'speaker0, speaker1 ... in its name'}")
-        words = text.read_text(encoding="utf-8").strip()
-        talks.setdefault(clip.parent, []).append({"text": words, "audio_path": str(clip), "speaker": int(speaker[1])})
-    if not talks:
-        raise ValueError(f"{folder} has no folders of clips")
-    return list(talks.values())
-
-
-def read_data(path):
-    """A JSON file or a folder -> [[Segment]], their audio as paths. Raises ValueError."""
-    path = Path(path).expanduser()
-    if not path.exists():
-        raise ValueError(f"no such file or folder: {path}")
-    try:
-        talks = read_folder(path) if path.is_dir() else json.loads(path.read_text(encoding="utf-8"))
-        out = []
-        for talk in talks:
-            speakers = [int(t["speaker"] if "speaker" in t else t["speaker_id"]) for t in talk]
-            files = [path.parent / Path(t["audio_path"]).expanduser() for t in talk]
-            out.append([csm.Segment(s, t["text"], f) for s, t, f in zip(speakers, talk, files)])
-    except (KeyError, TypeError, AttributeError, UnicodeDecodeError, json.JSONDecodeError) as e:
-        expected = '[[{"text": "...", "audio_path": "a.wav", "speaker": 0}, ...], ...]'
-        raise ValueError(f"{path}: expected {expected} ({type(e).__name__}: {e})") from None
-    if not out:
-        raise ValueError(f"{path} holds no conversations")
-    return out
-
-
-class Talk:
-    """A conversation as rows (T, K + 1), and the indices of those that are learned: the frames of its speech."""
-
-    def __init__(self, generator, segments, masked=()):
-        rows, learned = [], []
-        for s in segments:
-            text, audio = generator.text_rows(s.text, s.speaker), generator.audio_rows(s)
-            start = sum(map(len, rows)) + len(text)
-            if s.speaker not in masked:
-                learned += range(start, start + len(audio))
-            rows += [text, audio]
-        self.rows, self.learned = np.concatenate(rows), np.array(learned, np.int32)
-
-
-def encode(generator, conversations, args):
-    """[[Segment]] -> [Talk]. Codes are kept in OUTPUT/codes by what a file holds; bad files stop it or are skipped."""
-    place, talks = args.output_dir / "codes", []
-    place.mkdir(parents=True, exist_ok=True)
-    n_frames, limit = generator._max_frames(args.max_audio_length_ms), generator.limit
-    for segments in conversations:
-        try:
-            for s in segments:
-                if not s.audio.is_file():
-                    raise ValueError(f"no such file: {s.audio}")
-                kept = place / f"{hashlib.sha256(s.audio.read_bytes()).hexdigest()[:32]}.npy"
-                if not kept.exists():
-                    with mimi.replacing(kept) as file:
-                        np.save(file, generator.encode(s).codes)
-                s.codes = np.load(kept)
-                if not 0 < len(s.codes) <= n_frames:
-                    raise ValueError(f"{s.audio}: {len(s.codes) * 80} ms, and at most {n_frames * 80} are wanted")
-            talk = Talk(generator, segments, args.mask_speaker_ids)
-            if len(talk.rows) > limit:
-                raise ValueError(f"{segments[0].audio} ...: {len(talk.rows)} positions, and the model has {limit}")
-            talks += [talk] if len(talk.learned) else []
-        except ValueError as e:
-            if not args.skip_bad:
-                raise ValueError(f"{e} (--skip-bad leaves such conversations out)") from None
-            print(f"skipped: {e}", file=sys.stderr)
-    if not talks:
-        raise ValueError("nothing is left to learn from")
-    return talks
-
-
-def sums(model, rows, first, some):
-    """Cross-entropy (2,), summed: of codebook 0 in the rows `first`, and of the others in the rows `some`.
+def frame_losses(model, rows, first, some):
+    """Cross-entropy of codebook 0 in the rows `first` (N,), and of the others, summed, in the rows `some` (N',).
 
     rows (B, T, K + 1); first, some: indices into the B * T rows, each predicted from the row before it.
     """
@@ -134,41 +68,71 @@ def sums(model, rows, first, some):
     h = model(mx.maximum(rows, 0), csm.row_mask(rows))
     h, codes = h.reshape(-1, h.shape[-1]), rows.reshape(-1, K + 1)[:, :K]
     logits = model.head(0, h[first - 1]), model.depth_logits(h[some - 1], codes[some])
-    aims = codes[first, 0], codes[some, 1:]
-    entropy = nn.losses.cross_entropy
-    return mx.stack([entropy(x.astype(mx.float32), y, reduction="sum") for x, y in zip(logits, aims)])
+    zero, rest = (nn.losses.cross_entropy(x.astype(mx.float32), y)
+                  for x, y in zip(logits, (codes[first, 0], codes[some, 1:])))  # fmt: skip
+    return zero, rest.sum(axis=1)
 
 
-def collate(talks, chosen):
-    """Talks and the rows of each whose codebooks 1.. are learned -> rows (B, T, K + 1), first (N,), some (N',)."""
-    T = max(len(t.rows) for t in talks)
-    rows = [np.pad(t.rows, [(0, T - len(t.rows)), (0, 0)]) for t in talks]  # causal: padding behind changes nothing
-    first = [t.learned + b * T for b, t in enumerate(talks)]
-    some = [c + b * T for b, c in enumerate(chosen)]
-    return mx.array(np.stack(rows)), mx.array(np.concatenate(first)), mx.array(np.concatenate(some))
+def talk_losses(model, rows, first, some, weights):
+    """(B, 2) of each conversation: the sums of codebook 0 and of the others, times weights (B, 2)."""
+    B, T = rows.shape[:2]
+    sums = [((at // T == mx.arange(B)[:, None]) * x).sum(axis=1)
+            for at, x in zip((first, some), frame_losses(model, rows, first, some))]  # fmt: skip
+    return mx.stack(sums, axis=1) * weights
 
 
-def choose(talk, fraction, *seed):
-    """A random fraction of a Talk's frames, one at least."""
-    n = max(1, round(fraction * len(talk.learned)))
-    return np.sort(np.random.default_rng(seed).choice(talk.learned, n, replace=False))
+def weighted(args, losses):
+    """(B, 2) of codebook 0 and of the others -> (B,)."""
+    return args.first_codebook_weight_multiplier * losses[:, 0] + losses[:, 1]
+
+
+def objective(args, losses, reference, wanted, kl):
+    """What is made small, of each example, from talk_losses (B, 2) and `reference`, the same before training.
+
+    wanted (B,): 1 or -1; kl: beta times the divergence.
+    """
+    if args.command == "train":
+        return weighted(args, losses)
+    r = args.beta * weighted(args, reference - losses)  # of dpo the chosen and the rejected in turn
+    if args.command == "dpo":
+        return mx.logaddexp(0, r[1::2] - r[::2])
+    weight = mx.where(wanted > 0, args.desirable_weight, args.undesirable_weight)
+    return weight * (1 - mx.sigmoid(wanted * (r - kl)))
+
+
+# ---------------------------------------------------------------------------------------------------- LoRA
 
 
 class LoRALinear(nn.Module):
-    """linear(x) + alpha / rank * dropout(x) a b. a (in, rank) is random at first, b (rank, out) zero."""
+    """y = linear(x) + alpha / rank * dropout(x) a b. a (in, rank) is random at first, b (rank, out) zero.
 
-    def __init__(self, linear, n_in, rank, alpha, dropout, key):
+    DoRA (Liu et al. 2402.09353): y * m / |row of the changed weight|, m (out,) at first that of the unchanged.
+    """
+
+    def __init__(self, linear, n_in, args, key):
         super().__init__()
         self.linear = linear
-        self.lora_a = mx.random.uniform(-1, 1, (n_in, rank), key=key) / math.sqrt(n_in)
-        self.lora_b = mx.zeros((rank, len(linear.weight)))
-        self._scale, self._dropout, self._key = alpha / rank, dropout, None
+        self.lora_a = mx.random.uniform(-1, 1, (n_in, args.lora_rank), key=key) / math.sqrt(n_in)
+        self.lora_b = mx.zeros((args.lora_rank, len(linear.weight)))
+        self._scale, self._dropout, self._key = args.lora_alpha / args.lora_rank, args.lora_dropout, None
+        if args.dora:
+            self.lora_m = self._norms()
+
+    def _norms(self):
+        w = self.linear.weight
+        if "scales" in self.linear:
+            packing = csm.packing(self.linear, len(self.lora_a))
+            w = mx.dequantize(w, self.linear.scales, self.linear.get("biases"), **packing)
+        return mx.linalg.norm(w + self._scale * (self.lora_a @ self.lora_b).T, axis=1)
 
     def __call__(self, x):
         z = x
         if self._dropout and self._key is not None:  # training
             z = x * mx.random.bernoulli(1 - self._dropout, x.shape, key=self._key) / (1 - self._dropout)
-        return self.linear(x) + (self._scale * (z @ self.lora_a @ self.lora_b)).astype(x.dtype)
+        y = self.linear(x) + self._scale * (z @ self.lora_a @ self.lora_b)
+        if "lora_m" in self:
+            y = y * (self.lora_m / mx.stop_gradient(self._norms()))  # as the paper has it: cheaper, and no worse
+        return y.astype(x.dtype)
 
 
 def add_lora(model, args):
@@ -176,12 +140,11 @@ def add_lora(model, args):
     names = {n for target in args.target_modules for n in TARGETS.get(target, (target,))}
     model.freeze()
     found, key = [], mx.random.key(args.seed)
-    bits = (model.config.quantization or {}).get("bits")
+    plain = dict(csm.CSM(model.config).named_modules())  # whose weights, never computed, tell what goes in
     for name, module in model.named_modules():
         if isinstance(module, csm.Linear) and names & set(name.split(".")) and not frozen(name, args):
             key, own = mx.random.split(key)
-            n_in = module.weight.shape[1] * (32 // bits if "scales" in module else 1)
-            found.append((name, LoRALinear(module, n_in, args.lora_rank, args.lora_alpha, args.lora_dropout, own)))
+            found.append((name, LoRALinear(module, plain[name].weight.shape[1], args, own)))
     if not found:
         raise ValueError(f"no module is called {' or '.join(sorted(names))}; known sets: {', '.join(TARGETS)}")
     model.update_modules(tree_unflatten(found))
@@ -204,12 +167,17 @@ class CheckpointedLayer(csm.Layer):
         return nn.utils.checkpoint(self, lambda x: csm.Layer.__call__(self, x, *rest))(x)
 
 
+# ---------------------------------------------------------------------------------------------------- training
+
+
 class Run:
     """A model, its optimizer and where they are in the data; `step` is one update."""
 
-    def __init__(self, generator, talks, test, args):
-        self.model, self.talks, self.test, self.args = generator.model, talks, test, args
+    def __init__(self, generator, examples, test, args):
+        self.model, self.examples, self.test, self.args = generator.model, examples, test, args
         self.group = mx.distributed.init()
+        if not args.reference_free:
+            self.remember()
         self.loras = add_lora(self.model, args) if args.lora_rank else []
         if not self.loras:
             self.model.unfreeze()
@@ -226,13 +194,103 @@ class Run:
         self.optimizer.init(self.model.trainable_parameters())
         self.n, self.best = 0, None  # updates made; the best loss on the test data, and when
         self.batch = args.batch_size * args.gradient_accumulation_steps * self.group.size()
-        self.per_epoch = math.ceil(len(talks) / self.batch)
+        self.per_epoch = math.ceil(len(examples) / self.batch)
         self.total = args.epochs * self.per_epoch
         self.gradient = nn.value_and_grad(self.model, self.loss)
 
-    def loss(self, model, rows, first, some, weights):
-        zero, rest = losses = sums(model, rows, first, some) * weights
-        return self.args.first_codebook_weight_multiplier * zero + rest, losses
+    def remember(self):
+        """Give each Talk its `reference`: made by all processes together, kept in OUTPUT/reference.safetensors."""
+        talks = [t for e in self.examples + self.test for t in [*e.talks, e.other] if t]
+        ends = np.cumsum([len(t.learned) for t in talks])
+        weights = [w.astype(mx.float32).abs().sum() for _, w in tree_flatten(self.model.parameters())]
+        mark = hashlib.sha256(mx.stack(weights).tolist().__repr__().encode())
+        for t in talks:
+            mark.update(t.rows.tobytes() + t.learned.tobytes())
+        file, rank = self.args.output_dir / "reference.safetensors", self.group.rank()
+        kept, metadata = mimi.read_safetensors(file) if rank == 0 and file.exists() else ({}, {})
+        fits = mx.array(metadata.get("mark") == mark.hexdigest())
+        found = kept["losses"] if fits.item() else mx.zeros((int(ends[-1]), 2))
+        if not mx.distributed.all_sum(fits.astype(mx.int32), group=self.group).item():
+            for i in tqdm(
+                range(rank, len(talks), self.group.size()), desc="reference", disable=None if not rank else True
+            ):
+                rows = collate([talks[i]], [talks[i].learned])
+                found[int(ends[i]) - len(talks[i].learned) : int(ends[i])] = mx.stack(
+                    frame_losses(self.model, *rows), axis=1
+                )
+                mx.eval(found)
+        found = mx.distributed.all_sum(found, group=self.group)
+        if rank == 0 and not fits.item():
+            save(file, {"losses": found}, {"mark": mark.hexdigest()})
+        for t, part in zip(talks, np.split(np.array(found), ends[:-1])):
+            t.reference = part
+
+    def loss(self, model, rows, first, some, weights, scale, *more):
+        losses = talk_losses(model, rows, first, some, weights)
+        return scale * objective(self.args, losses, *more).sum(), losses
+
+    def passes(self, talks, chosen, wanted, kl=0.0, key=None):
+        """The model over the talks of a whole batch, this process's share of it, in parts of --batch-size examples.
+
+        chosen: of each the rows whose codebooks 1.. count; wanted: of each example; key: the gradient is wanted, with
+        this dropout. Returns talk_losses and their reference (B, 2) of all, and this process's gradient, or None.
+        """
+        size, K, n = self.group.size(), self.model.config.audio_num_codebooks, len(talks) // len(wanted)
+        counts = np.array([[len(t.learned), len(c)] for t, c in zip(talks, chosen)], np.float32)
+        if self.args.command == "train":  # the mean over all frames of the batch
+            weights, scale = np.broadcast_to(1 / counts.sum(axis=0) / [1, K - 1], counts.shape), size
+        else:  # over those of a conversation, and the codebooks
+            weights, scale = 1 / (counts * K), size / len(wanted)
+        reference = np.zeros((len(talks), 2), np.float32)
+        for i, (t, c) in enumerate(zip(talks, chosen)):
+            if t.reference is not None:
+                reference[i] = t.reference[:, 0].sum(), t.reference[np.isin(t.learned, c), 1].sum()
+        reference, weights, wanted = mx.array(reference * weights), mx.array(weights), mx.array(wanted)
+        for j, lora in enumerate(self.loras):
+            lora._key = None if key is None else mx.random.key(hash((*key, j)) % 2**63)
+        losses, total = mx.zeros((len(talks), 2)), None
+        mine = range(self.group.rank(), len(wanted), size)
+        for i in range(0, len(mine), self.args.batch_size):
+            part = mine[i : i + self.args.batch_size]
+            at = [e * n + j for e in part for j in range(n)]
+            inputs = *collate([talks[t] for t in at], [chosen[t] for t in at]), weights[mx.array(at)], scale
+            inputs += reference[mx.array(at)], wanted[mx.array(list(part))], kl
+            if key is None:
+                some = self.loss(self.model, *inputs)[1]
+            else:
+                (_, some), gradient = self.gradient(self.model, *inputs)
+                total = tree_map(mx.add, total, gradient) if total else gradient
+            losses[mx.array(at)] = some
+            mx.eval(losses, total)
+        return mx.distributed.all_sum(losses, group=self.group), reference, total
+
+    def measure(self, examples, fraction, *seed, key=None):
+        """A batch -> what is logged of it, and the gradient of this process if there is a `key`."""
+        talks, wanted = [t for e in examples for t in e.talks], [e.wanted for e in examples]
+        args, kl = self.args, mx.array(0.0)
+        if args.command == "kto":
+            others = [e.other for e in examples]
+            chosen = [choose(t, fraction, *seed, i, 1) for i, t in enumerate(others)]
+            losses, reference, _ = self.passes(others, chosen, wanted)
+            kl = mx.maximum(0, args.beta * weighted(args, reference - losses).mean())
+        chosen = [choose(t, fraction, *seed, i, 0) for i, t in enumerate(talks)]
+        losses, reference, gradient = self.passes(talks, chosen, wanted, kl, key)
+        if args.command == "train":
+            first, rest = losses.sum(axis=0).tolist()
+            return {"loss": first + rest, "first": first, "rest": rest}, gradient
+        row = {"loss": objective(args, losses, reference, mx.array(wanted), kl).mean().item()}
+        r = np.array(args.beta * weighted(args, reference - losses))
+        if args.command == "dpo":
+            good, bad = r[::2], r[1::2]
+            right = good > bad
+        else:
+            good, bad = (r[np.array(wanted) == sign] for sign in (1, -1))
+            right, row["kl"] = np.array(wanted) * (r - kl.item()) > 0, kl.item()
+        row |= {"chosen": float(good.mean())} if len(good) else {}
+        row |= {"rejected": float(bad.mean())} if len(bad) else {}
+        if len(good) and len(bad):
+            row["margin"] = row["chosen"] - row["rejected"]
+        return row | {"accuracy": float(right.mean())}, gradient
 
     def rate(self):
         """The learning rate of this step: warm-up, then half a cosine, if asked for."""
@@ -241,55 +299,38 @@ class Run:
         return self.args.learning_rate * warm * (0.5 + 0.5 * math.cos(math.pi * done) if self.args.cosine else 1)
 
     def step(self):
-        """One update: returns the loss of codebook 0, of the others, and the frames learned."""
+        """One update: returns what is logged, and the frames learned."""
         epoch, i = divmod(self.n, self.per_epoch)
-        order = np.random.default_rng([self.args.seed, epoch]).permutation(len(self.talks))
-        batch = [int(t) for t in order[i * self.batch : (i + 1) * self.batch]]
-        chosen = {t: choose(self.talks[t], self.args.depth_fraction, self.args.seed, self.n, t) for t in batch}
+        order = np.random.default_rng([self.args.seed, epoch]).permutation(len(self.examples))
         # Every process knows the whole batch, so each can weigh its own part as a part of the mean over all.
-        n_first, n_some = sum(len(self.talks[t].learned) for t in batch), sum(map(len, chosen.values()))
-        mimi.use_threads(for_small=False)
-        size, K = self.group.size(), self.model.config.audio_num_codebooks
-        weights = mx.array([size / n_first, size / (n_some * (K - 1))])
-        for j, lora in enumerate(self.loras):
-            lora._key = mx.random.key(hash((self.args.seed, self.n, j)) % 2**63)
-        mine, total, losses = batch[self.group.rank() :: size], None, mx.zeros((2,))
-        for j in range(0, len(mine), self.args.batch_size):
-            part = mine[j : j + self.args.batch_size]
-            rows, first, some = collate([self.talks[t] for t in part], [chosen[t] for t in part])
-            (_, more), gradient = self.gradient(self.model, rows, first, some, weights)
-            total, losses = tree_map(mx.add, total, gradient) if total else gradient, losses + more
-            mx.eval(total, losses)
-        if total is None:  # fewer talks than processes in the last batch of an epoch
+        batch = [self.examples[int(e)] for e in order[i * self.batch : (i + 1) * self.batch]]
+        seed = self.args.seed, self.n
+        row, total = self.measure(batch, self.args.depth_fraction, *seed, key=seed)
+        if total is None:  # fewer examples than processes in the last batch of an epoch
             total = tree_map(mx.zeros_like, self.model.trainable_parameters())
         total = nn.average_gradients(total, self.group)
-        losses = mx.distributed.all_sum(losses, group=self.group) / size
         if self.args.max_norm:
             total, _ = optim.clip_grad_norm(total, self.args.max_norm)
         self.optimizer.learning_rate = self.rate()
         self.optimizer.update(self.model, total)
-        mx.eval(self.model.trainable_parameters(), self.optimizer.state, losses)
+        mx.eval(self.model.trainable_parameters(), self.optimizer.state)
         self.n += 1
-        return *losses.tolist(), n_first
+        return row, sum(len(t.learned) for e in batch for t in e.talks)
 
     def evaluate(self):
-        """The loss on the test data, all frames of it."""
-        total = mx.zeros((2,))
-        for lora in self.loras:
-            lora._key = None
-        n = sum(len(t.learned) for t in self.test)
-        weights = mx.array([1 / n, 1 / (n * (self.model.config.audio_num_codebooks - 1))])
-        for t in self.test:
-            rows, first, some = collate([t], [t.learned])
-            total = total + self.loss(self.model, rows, first, some, weights)[1]
-            mx.eval(total)
-        return total.sum().item()
+        """What is logged of the test data, all frames of it."""
+        return {f"test_{k}": v for k, v in self.measure(self.test, 1)[0].items()}
 
     def save(self):
         """OUTPUT/checkpoint.safetensors: trained weights, optimizer and where the run is; put in place whole."""
         arrays = dict(tree_flatten({"model": self.model.trainable_parameters(), "optimizer": self.optimizer.state}))
         where = json.dumps({"step": self.n, "best": self.best, "settings": settings(self.args, self.group)})
         save(self.args.output_dir / "checkpoint.safetensors", arrays, {"run": where})
+        if self.args.keep:
+            self.write(self.args.output_dir / f"step-{self.n}")
+            kept = sorted(self.args.output_dir.glob("step-*"), key=lambda p: int(p.name.split("-")[1]))
+            for folder in kept[: -self.args.keep]:
+                shutil.rmtree(folder)
 
     def resume(self):
         """Go on from OUTPUT's checkpoint, if there is one."""
@@ -315,7 +356,7 @@ class Run:
             save(folder / "model.safetensors", csm.join_heads(weights))
             return
         config = {name: getattr(self.args, f"lora_{name}") for name in ("rank", "alpha", "dropout")}
-        config |= {"model": str(self.args.model), "target_modules": self.args.target_modules}
+        config |= {"model": str(self.args.model), "target_modules": self.args.target_modules, "dora": self.args.dora}
         with mimi.replacing(folder / "adapter_config.json") as file:
             file.write(json.dumps(config, indent=2).encode())
         save(folder / "adapters.safetensors", weights)
@@ -323,7 +364,15 @@ class Run:
 
 def settings(args, group):
     """What must be the same for a run to go on."""
-    other = ("output_dir", "ckpt_freq", "log_freq", "command", "epochs" if not args.cosine else "")
+    other = (
+        "output_dir",
+        "ckpt_freq",
+        "log_freq",
+        "keep",
+        "sample_texts",
+        "function",
+        "epochs" if not args.cosine else "",
+    )
     shared = {k: v if isinstance(v, (int, float, list, type(None))) else str(v) for k, v in vars(args).items()}
     shared["batch_size"] *= group.size()  # however it is spread
     return {k: v for k, v in shared.items() if k not in other}
@@ -338,41 +387,50 @@ def save(path, arrays, metadata=None):
 
 
 def train(args):
+    check(args)
     generator = csm.load(args.model, dtype=args.dtype, quantize=args.quantize)
-    talks = encode(generator, read_data(args.data_path), args)
-    order = np.random.default_rng([args.seed, 1]).permutation(len(talks))
-    n_test = max(1, round(args.validation * len(talks))) if args.validation else 0
-    if n_test >= len(talks):
-        raise ValueError(f"{len(talks)} conversations cannot be split in training and validation")
-    test, talks = ([talks[i] for i in part] for part in (order[:n_test], order[n_test:]))
-    run = Run(generator, talks, test, args)
+    examples = tuning_data.encode(generator, tuning_data.read_data(args.data_path, args.command), args)
+    if args.val_data_path:
+        test = tuning_data.encode(generator, tuning_data.read_data(args.val_data_path, args.command), args)
+    else:
+        order = np.random.default_rng([args.seed, 1]).permutation(len(examples))
+        n_test = max(1, round(args.validation * len(examples))) if args.validation else 0
+        if n_test >= len(examples):
+            raise ValueError(f"{len(examples)} conversations cannot be split in training and validation")
+        test, examples = ([examples[i] for i in part] for part in (order[:n_test], order[n_test:]))
+    if args.command == "kto":
+        tuning_data.mismatch(generator, examples + test)
+    texts = csm.read_text(f"@{args.sample_texts}").splitlines() if args.sample_texts else []
+    run = Run(generator, examples, test, args)
     run.resume()
     first = run.group.rank() == 0
     n_trained = sum(w.size for _, w in tree_flatten(run.model.trainable_parameters()))
     if first:
-        print(f"{len(talks)} conversations, {run.total} steps, {n_trained / 1e6:.2f} million weights", file=sys.stderr)
+        print(f"{len(examples)} examples, {run.total} steps, {n_trained / 1e6:.2f} million weights", file=sys.stderr)
     log_file = args.output_dir / "log.jsonl"
     rows = map(json.loads, log_file.read_text().splitlines() if log_file.exists() else [])
     rows = [row for row in rows if row["step"] <= run.n]  # what followed the checkpoint is made again
     begun, since = time.perf_counter(), 0
     with tqdm(total=run.total, initial=run.n, unit="step", disable=None if first else True) as bar:
         while run.n < run.total:
-            zero, rest, frames = run.step()
+            row, frames = run.step()
             since += frames
-            row = {"step": run.n, "first": zero, "rest": rest, "loss": zero + rest, "rate": run.rate()}
             if not math.isfinite(row["loss"]):
                 raise ValueError(f"the loss is {row['loss']} at step {run.n}: try a lower --learning-rate")
-            last = run.n == run.total
-            row["frames_per_second"] = round(since / (time.perf_counter() - begun), 2)
-            if test and (last or run.n % run.per_epoch == 0):
-                row["test"] = run.evaluate()
-                if run.best is None or row["test"] < run.best[0]:
-                    run.best = [row["test"], run.n]
-                    if first:
-                        run.write(args.output_dir / "best")
+            last, speed = run.n == run.total, since / (time.perf_counter() - begun)
+            row = {"step": run.n} | row | {"rate": run.rate(), "frames_per_second": round(speed, 2)}
+            if last or run.n % run.per_epoch == 0:
+                if test:
+                    row |= run.evaluate()
+                    if run.best is None or row["test_loss"] < run.best[0]:
+                        run.best = [row["test_loss"], run.n]
+                        if first:
+                            run.write(args.output_dir / "best")
+                if first and texts:
+                    speak(generator, texts, args.output_dir / "samples" / f"step-{run.n}", args.seed)
             rows.append(row)
             bar.update(1)
-            bar.set_postfix_str(f"loss {row['loss']:.3f}, {row['frames_per_second']:.1f} frames/s")
+            bar.set_postfix_str(f"loss {row['loss']:.3f}, {speed:.1f} frames/s")
             if first and (last or run.n % args.ckpt_freq == 0):
                 run.save()
             if first and (last or run.n % args.log_freq == 0 or run.n % args.ckpt_freq == 0):
@@ -384,55 +442,131 @@ def train(args):
         print(f"loss {rows[-1]['loss']:.4f} after {run.n} steps; {args.output_dir} holds the result", file=sys.stderr)
 
 
+def speak(generator, texts, folder, seed):
+    """What the model says by now: FOLDER/0.wav, 1.wav ..., of the texts that are not empty."""
+    folder.mkdir(parents=True, exist_ok=True)
+    texts = [t for t in texts if t.strip()]
+    for i, audio in enumerate(generator.generate_batch(texts, seed=seed)):
+        mimi.write_audio(folder / f"{i}.wav", audio)
+
+
 def chart(rows, path):
     """The curves, where matplotlib is installed."""
     try:
         from matplotlib.figure import Figure
     except ImportError:
         return
-    axes = Figure(figsize=(8, 4), layout="constrained").subplots()
-    for name, label in (("first", "codebook 0"), ("rest", "the others"), ("test", "both, test")):
+    names = [k for k in rows[0] if k not in ("step", "rate", "frames_per_second")]
+    names = [k for name in names for k in (name, f"test_{name}") if any(k in r for r in rows)]
+    axes = Figure(figsize=(8, 5), layout="constrained").subplots()
+    for name in names:
         if points := [(r["step"], r[name]) for r in rows if name in r]:
-            axes.plot(*zip(*points), label=label)
-    axes.set(xlabel="step", ylabel="cross-entropy")
+            axes.plot(*zip(*points), label=name, linestyle="--" if name.startswith("test_") else "-")
+    axes.set(xlabel="step")
     axes.legend()
     axes.figure.savefig(path, dpi=120)
 
 
 def fuse(args):
-    """A model folder with what was trained in its weights."""
+    """A model folder with what was trained in its weights, in the base's type; whole, or not there at all."""
     config = mimi.read_json(args.run / "adapter_config.json")
     base = args.model or config.get("model") or "csm-1b"
-
-    def fused(weights):
-        if not config:
-            trained = mimi.read_safetensors(args.run / "model.safetensors")[0]
-            if any(trained.get(k, mx.array(0)).shape != w.shape for k, w in weights.items()):
-                raise ValueError(f"{args.run} was trained from another model than {base}")
-            return {k: trained[k].astype(w.dtype) for k, w in weights.items()}
-        changed = csm.apply_adapter(csm.split_heads(weights), args.run)
-        return csm.join_heads(changed) if "audio_head" in weights else changed
-
-    fused(convert.read(csm.locate(base))[1])  # what does not fit is said before anything is written
-    convert.convert(base, args.destination)
-    file = args.destination / "model.safetensors"
-    save(file, fused(mimi.read_safetensors(file)[0]))
+    dtype = csm.read(csm.locate(base))[1]["backbone.norm.weight"].dtype
+    generator = csm.load(base, dtype=dtype, adapter=args.run if config else None)
+    if not config:
+        trained = mimi.read_safetensors(args.run / "model.safetensors")[0]
+        mimi.fill(generator.model, csm.split_heads({k: w.astype(dtype) for k, w in trained.items()}))
+    generator.save(args.destination)
     print(f"{args.destination}: {base} with {args.run}")
 
 
+def export(args):
+    """An adapter of ours as PEFT's, for transformers' CSM."""
+    import csm_layouts
+
+    adapter = mimi.read_json(args.run / "adapter_config.json")
+    if not adapter:
+        raise ValueError(f"{args.run} has no adapter_config.json: what trained all weights is fused, and converted")
+    config = csm.CSMConfig.from_dict(csm.read(csm.locate(args.model or adapter["model"]))[0])
+    tensors = mimi.read_safetensors(args.run / "adapters.safetensors")[0]
+    theirs, tensors = csm_layouts.adapter_to_peft(asdict(config), adapter, tensors)
+    files = {"adapter_config.json": theirs, "adapter_model.safetensors": (tensors, {"format": "pt"})}
+    csm.write_folder(args.destination, files)
+    print(f"{args.destination}: {args.run} for PEFT")
+
+
+# ---------------------------------------------------------------------------------------------------- command
+
+
 def main(argv=None):
-    p = argparse.ArgumentParser(prog="finetune.py", description="Fine-tune CSM with LoRA, or all of it.")
+    p = csm.parser_for("finetune", description="Fine-tune CSM: LoRA, DoRA or all of it.")
     commands = p.add_subparsers(dest="command", required=True)
-    t = commands.add_parser("train", help="train on conversations")
-    t.add_argument("--data-path", type=Path, required=True, help="JSON, or a folder of folders of clips")
+    add_training(commands.add_parser("train", help="train on conversations"), "train")
+    add_training(commands.add_parser("dpo", help="train on pairs of a chosen and a rejected speech"), "dpo")
+    add_training(commands.add_parser("kto", help="train on speech that is wanted or not"), "kto")
+    g = commands.add_parser(
+        "pairs", help="make preference data: say each text several times, keep the best and the worst"
+    )
+    g.add_argument("--texts", required=True, help="a file, a text a line")
+    g.add_argument("--out", type=Path, required=True, help="folder of pairs.json")
+    g.add_argument("--samples", type=int, default=4, help="of each text (default 4)")
+    g.add_argument("--batch", type=int, default=16, help="samplings at once (default 16)")
+    g.add_argument(
+        "--margin", type=float, default=0.1, help="of the scores, above which they make a pair (default 0.1)"
+    )
+    g.add_argument("--judge", metavar="COMMAND", help='such as "judge {audio} {text}": prints a number, more is better '
+                   "(default: length against the text, silence, repetition, no end)")  # fmt: skip
+    csm.add_options(g)
+    g.set_defaults(seed=0)
+    g.set_defaults(function=tuning_data.pairs)
+    f = commands.add_parser("fuse", help="write a model folder with what was trained")
+    f.set_defaults(function=fuse)
+    e = commands.add_parser("export", help="write an adapter for other programs")
+    e.add_argument("--to", choices=("peft",), default="peft")
+    e.set_defaults(function=export)
+    for parser in (f, e):
+        parser.add_argument("run", type=Path, metavar="RUN")
+        parser.add_argument("destination", type=Path, metavar="DEST")
+        parser.add_argument("--model", help="what was trained, if it is elsewhere now")
+    d = commands.add_parser("dataset", aliases=["convert"], help="folders of clips -> JSON")
+    d.add_argument("folder", type=Path)
+    d.add_argument("out", type=Path)
+    d.set_defaults(function=dataset)
+    for parser in commands.choices.values():
+        parser.error = p.error
+    args = p.parse_args(argv)
+    return csm.run(p, args.function, args, "interrupted: the same command goes on from what is finished")
+
+
+def dataset(args):
+    """Folders of clips as the JSON that lists them."""
+    talks = tuning_data.read_folder(args.folder)
+    with mimi.replacing(args.out) as file:
+        file.write(json.dumps(talks, indent=2, ensure_ascii=False).encode())
+    print(f"{args.out}: {len(talks)} conversations")
+
+
+def add_training(t, command):
+    t.add_argument(
+        "--data-path",
+        type=Path,
+        required=True,
+        help="JSON" + ", or a folder of folders of clips" * (command == "train"),
+    )
+    t.add_argument("--val-data-path", type=Path, help="the same, for a test after each epoch")
     t.add_argument("--output-dir", type=Path, required=True)
     t.add_argument("--model", "--pretrained-path", default="csm-1b", help="as csm.py has it")
     t.add_argument("--dtype", choices=("float32", "bfloat16", "float16"), help="default: what suits the device")
     t.add_argument("--quantize", type=int, choices=(4, 8), help="bits of the frozen weights under LoRA")
     t.add_argument("--epochs", type=int, default=10)
-    t.add_argument("--batch-size", type=int, default=4, help="conversations at once, in each process")
+    t.add_argument("--batch-size", type=int, default=4, help="examples at once, in each process")
     t.add_argument("--gradient-accumulation-steps", type=int, default=1)
-    t.add_argument("--learning-rate", "--lr", type=float, help="default: 5e-4 with LoRA, 1e-5 without")
+    t.add_argument(
+        "--learning-rate",
+        "--lr",
+        type=float,
+        help="default: 5e-4 with LoRA, 1e-5 without; a tenth of it for dpo and kto",
+    )
     t.add_argument("--warmup-steps", type=int, default=0)
     t.add_argument("--cosine", action="store_true", help="let the learning rate fall to 0 as half a cosine")
     t.add_argument("--optimizer", choices=OPTIMIZERS, default="adamw")
@@ -441,6 +575,7 @@ def main(argv=None):
     t.add_argument("--lora-rank", type=int, default=0, help="0 (default): train all weights")
     t.add_argument("--lora-alpha", type=float, default=16.0)
     t.add_argument("--lora-dropout", type=float, default=0.0)
+    t.add_argument("--dora", action="store_true", help="with LoRA: learn how long the rows of the weights are, too")
     t.add_argument("--target-modules", nargs="+", default=["attn", "mlp"], help="attn, mlp, projection, head or names")
     t.add_argument("--train-embeddings", action="store_true", help="with LoRA: the embeddings too, as they are")
     t.add_argument("--freeze-backbone", action="store_true")
@@ -454,32 +589,17 @@ def main(argv=None):
     t.add_argument("--gradient-ckpt", action="store_true", help="less memory, more time")
     t.add_argument("--ckpt-freq", type=int, default=100, help="steps between checkpoints")
     t.add_argument("--log-freq", type=int, default=10)
+    t.add_argument("--keep", type=int, default=0, metavar="N", help="the last N checkpoints as folders to speak with")
+    t.add_argument("--sample-texts", metavar="F", help="say each line of F after each epoch, into the run's folder")
     t.add_argument("--seed", type=int, default=0)
-    f = commands.add_parser("fuse", help="write a model folder with what was trained")
-    f.add_argument("run", type=Path)
-    f.add_argument("destination", type=Path)
-    f.add_argument("--model", help="what was trained, if it is elsewhere now")
-    d = commands.add_parser("dataset", aliases=["convert"], help="folders of clips -> JSON")
-    d.add_argument("folder", type=Path)
-    d.add_argument("out", type=Path)
-    for parser in (p, t, f, d):
-        parser.error = lambda message: p.exit(2, f"finetune.py: error: {message}\n")
-    args = p.parse_args(argv)
-    try:
-        if args.command == "train":
-            check(args)
-            train(args)
-        elif args.command == "fuse":
-            fuse(args)
-        else:
-            talks = read_folder(args.folder)
-            with mimi.replacing(args.out) as file:
-                file.write(json.dumps(talks, indent=2, ensure_ascii=False).encode())
-            print(f"{args.out}: {len(talks)} conversations")
-    except (ValueError, OSError) as e:
-        p.exit(2, f"finetune.py: error: {' '.join(str(e).split())}\n")
-    except KeyboardInterrupt:
-        p.exit(130, "interrupted: the same command goes on from the last checkpoint\n")
+    if command != "train":
+        t.add_argument("--beta", type=float, default=0.1, help="how far the model may go from itself: less is farther")
+    t.set_defaults(reference_free=command == "train", function=train)
+    if command == "dpo":
+        t.add_argument("--reference-free", action="store_true", help="as if all speech were as likely at first")
+    if command == "kto":
+        t.add_argument("--desirable-weight", type=float, default=1.0)
+        t.add_argument("--undesirable-weight", type=float, default=1.0)
 
 
 def check(args):
@@ -497,4 +617,4 @@ def check(args):
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

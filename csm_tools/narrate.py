@@ -1,22 +1,34 @@
-"""Long text to one WAV: sentences in batches, in one voice, joined with pauses; written as it goes, and resumable.
+"""Long text to one sound file: sentences side by side, in one voice, joined with pauses; as it goes, and resumable.
 
-    python narrate.py book.txt book.wav --batch 16
+    python -m csm_tools.narrate book.txt book.mp3 --batch 16
+    python -m csm_tools.narrate chapters/*.txt --out-dir spoken
+    mlx.launch -n 2 -m csm_tools.narrate book.txt book.mp3       # several processes or machines, the same file
 
 Interrupted, by Ctrl-C or worse, the same command goes on where it stopped: what is finished waits in OUT.part, and
-OUT.part.json says how far it goes. `sentences` and `narrate` need a csm.Generator and nothing else of ours.
+OUT.part.json says how far it goes. Sentence i is drawn with seed + i, whatever the batch and the processes.
+
+Processes share the sentences out a quarter of a second at a time: each says how many more it takes and hands over the
+codes of those that have ended; process 0 makes sound of them and writes.
 """
 
-import argparse
+import fcntl
 import hashlib
 import json
 import re
 import secrets
 import sys
 import time
+from collections import deque
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 
+import csm  # before mlx: it puts a fast BLAS in place
+import mimi
+
+import mlx.core as mx  # isort: skip
 import numpy as np
+from tqdm import tqdm
 
 PAUSES = {"paragraph": 0.7, "sentence": 0.25, "part": 0.05}  # seconds after each
 LONGEST = 240  # characters that are said at once; longer sentences are cut at commas, or between words
@@ -88,80 +100,153 @@ def cut(sentence):
     return [*parts, sentence]
 
 
-def narrate(generator, text, speaker=0, context=(), *, voice=None, batch=8, start=0, seed=None, **options):
+def narrate(
+    generator, text, speaker=0, context=(), *, voice=None, batch=8, start=0, seed=None, max_audio_length_ms=None,
+    **sampling,
+):  # fmt: skip
     """Speak `text`: yields (sentences finished, of how many, (samples,) float32) for each, its pause included.
 
-    context, voice, options: as of Generator.generate; without a voice the first sentence sets that of the others.
-    start: the sentence to begin with. Sentence i is drawn with seed + i, whatever the batch. ValueError comes at once.
+    context, voice, sampling: as of Generator.generate; without a voice the first sentence sets that of the others.
+    start: the sentence to begin with. Of several processes the first alone yields. ValueError comes at once.
     """
     if batch < 1:
         raise ValueError(f"batch must be 1 or more, not {batch}")
     parts = sentences(text)
     if not parts:
         raise ValueError("the text has no words")
-    seed = secrets.randbits(32) if seed is None else seed
-    talk = generator.conversation([generator.encode(s) for s in context], voice=voice)
-    context = talk.turns or [replace(segment, speaker=speaker) for segment in talk.voice]
-    checked = generator.conversation(context, voice="none")  # what is wrong with the arguments is said here
-    checked.frames(parts[0][0], speaker, seed=seed, **limited(options, parts[0][0])).close()
+    seed, sampling = generator.options(seed, sampling)
+    rows = [generator.text_rows(part, speaker) for part, _ in parts]
+    frames = [min(generator.max_frames(ms, part) for ms in (None, max_audio_length_ms)) for part, _ in parts]
+    context = [generator.encode(s) for s in context]
+    context = context or [replace(s, speaker=speaker) for s in generator.voice_prompt(voice)]
+    n = sum(len(generator.segment_rows(s)) for s in context) + max(map(len, rows))
+    if n >= generator.limit:
+        raise ValueError(f"the voice and a sentence take {n} positions, and the model has {generator.limit}")
+    group = mx.distributed.init()
 
-    def alone(i, context):
-        """Sentence i by itself as a turn, again where it ended at once."""
-        for again in range(4):
-            turn = generator.conversation(context, voice="none")
-            other = (seed + i + again * 2**32) % 2**64
-            audio = turn.say(parts[i][0], speaker, seed=other, **limited(options, parts[i][0]))
-            if len(audio):
-                break
-        return turn.turns[-1], audio
+    def said(context, todo):
+        before = [generator.segment_rows(s) for s in context]
+        cache = generator.prefill(np.concatenate([rows[0][:0], *before]))
+
+        def job(i, again):
+            return rows[i], frames[i], (seed + i + again * 2**32) % 2**64, sampling, cache
+
+        return spoken(generator, todo, job, batch, group)
 
     def pieces(context, start):
         if not context:
-            first, audio = alone(0, [])
-            context = [first]
-            if start == 0:
-                yield piece(0, audio)
+            ((_, codes),) = said([], [0])
+            context = [csm.Segment(speaker, parts[0][0], codes=codes)]
+            if start == 0 and group.rank() == 0:
+                yield piece(0, codes)
             start = max(start, 1)
-        for i in range(start, len(parts), batch):
-            texts = [part for part, _ in parts[i : i + batch]]
-            lengths = [limited(options, part)["max_audio_length_ms"] for part in texts]
-            others = options | {"max_audio_length_ms": lengths, "seed": (seed + i) % 2**64}
-            for j, audio in enumerate(generator.generate_batch(texts, speaker, context, **others), i):
-                yield piece(j, audio if len(audio) else alone(j, context)[1])
+        waiting = {}
+        for i, codes in said(context, range(start, len(parts))):
+            waiting[i] = codes
+            while group.rank() == 0 and start in waiting:
+                yield piece(start, waiting.pop(start))
+                start += 1
 
-    def piece(i, audio):
+    def piece(i, codes):
         silence = np.zeros(int(parts[i][1] * generator.sample_rate), np.float32)
-        return i + 1, len(parts), np.concatenate([np.array(audio), silence])
+        return i + 1, len(parts), np.concatenate([np.array(generator.decode(mx.array(codes))), silence])
 
     return pieces(context, start)
 
 
-def limited(options, text):
-    """The options with a limit of length that speech of this text does not reach: endless speech is cut."""
-    longest = 3_000 + 200 * len(text)
-    return options | {"max_audio_length_ms": min(options.get("max_audio_length_ms", 90_000), longest)}
+def spoken(generator, todo, job, size, group):
+    """Yields (i, codes (F, K)) of each i in `todo`, by all processes of the group, as they end; all yield the same.
+
+    job(i, again): what Batch.insert takes; `again` counts how often it has ended at once, three times at most. size:
+    how many a process says at once.
+    """
+    todo, mine, batch, running = deque(todo), deque(), generator.batch(), {}
+    n, K = len(todo), generator.model.config.audio_num_codebooks
+    wanted = [2 * size] * group.size()  # by each process: what it says next waits with it
+    while n:
+        while todo and max(wanted) > 0:  # one each in turn, so that the last ones are spread
+            for rank in range(len(wanted)):
+                if todo and wanted[rank] > 0:
+                    i, wanted[rank] = todo.popleft(), wanted[rank] - 1
+                    mine += [(i, 0)] if rank == group.rank() else []
+        ended, until = [], time.perf_counter() + 0.25
+        while (mine or running) and time.perf_counter() < until:
+            while mine and len(running) < size:
+                i, again = mine.popleft()
+                running[batch.insert(*job(i, again))] = i, again, []
+            for uid, codes in batch.next():
+                i, again, frames = running[uid]
+                if codes is not None:
+                    frames.append(codes)
+                    continue
+                del running[uid]
+                if frames or again == 3:
+                    ended.append((i, np.array(frames, np.int32).reshape(-1, K)))
+                else:
+                    mine.appendleft((i, again + 1))
+        # To all: a row of how many more it takes, then of each that has ended [i, codes], or [i, -1 ...] for silence.
+        rows = [np.pad([2 * size - len(mine) - len(running)], (0, K))[None]]
+        for i, codes in ended:
+            codes = codes if len(codes) else np.full((1, K), -1)
+            rows.append(np.pad(codes, [(0, 0), (1, 0)], constant_values=i))
+        wanted = []
+        for theirs in gather(group, np.concatenate(rows)):
+            wanted.append(int(theirs[0, 0]))
+            for i in dict.fromkeys(theirs[1:, 0].tolist()):
+                codes = theirs[1:][theirs[1:, 0] == i, 1:]
+                yield i, codes[codes[:, 0] >= 0]
+                n -= 1
 
 
-def write(generator, text, out, mark, seed, arguments):
-    """Narrate into `out` by way of OUT.part, from where a run with the same mark stopped -> seconds of sound, seed."""
-    import soundfile
-    from tqdm import tqdm
+def gather(group, rows):
+    """(n, C) int, n each process's own -> [(n, C)] of all of them."""
+    sizes = mx.distributed.all_gather(mx.array([len(rows)]), group=group).tolist()
+    padded = np.pad(rows, [(0, max(sizes) - len(rows)), (0, 0)]).astype(np.int32)
+    every = np.array(mx.distributed.all_gather(mx.array(padded), group=group)).reshape(len(sizes), max(sizes), -1)
+    return [theirs[:n] for theirs, n in zip(every, sizes)]
 
-    import mimi
 
+@contextmanager
+def resumed(out, mark, seed):
+    """OUT.part, locked, behind what a run with the same mark has finished; and what OUT.part.json says of that."""
     part, state = (Path(f"{out}.part{x}") for x in ("", ".json"))
-    done = mimi.read_json(state) if part.is_file() else {}
-    if done.get("sentences") and part.stat().st_size < done["bytes"]:
-        done = {}  # lost in a crash
-    if done.get("sentences") and (done["mark"] != mark or seed not in (None, done["seed"])):
-        raise ValueError(
-            f"{part} holds {done['sentences']} sentences of another text or other options: remove it first"
-        )
-    done = done or {"mark": mark, "seed": secrets.randbits(32) if seed is None else seed, "sentences": 0, "bytes": 0}
-    pieces = narrate(generator, text, seed=done["seed"], start=done["sentences"], **arguments)
-    with open(part, "r+b" if done["sentences"] else "wb") as file:
-        file.truncate(done["bytes"])
-        file.seek(0, 2)
+    with open(part, "ab") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError:
+            raise ValueError(f"another narrate is at work on {out}") from None
+        done = mimi.read_json(state)
+        if not done or file.tell() < done["bytes"]:  # new, or lost in a crash
+            done = {"mark": mark, "seed": secrets.randbits(32) if seed is None else seed, "sentences": 0, "bytes": 0}
+        if done["mark"] != mark or seed not in (None, done["seed"]):
+            raise ValueError(
+                f"{part} holds {done['sentences']} sentences of another text or other options: remove it first"
+            )
+        try:
+            file.truncate(done["bytes"])
+            yield file, done
+        finally:
+            if not file.tell():
+                part.unlink(missing_ok=True)
+
+
+def write(generator, text, out, mark, seed, watermark, arguments):
+    """Narrate into `out` by way of OUT.part, from where a run with the same mark stopped -> seconds of sound, seed."""
+    group = mx.distributed.init()
+
+    def shared(start, seed):
+        """The numbers that process 0 gives."""
+        numbers = mx.array([start, *divmod(seed, 2**32)], mx.uint32)
+        start, high, low = mx.distributed.all_sum(numbers * (group.rank() == 0), group=group).tolist()
+        return {"start": start, "seed": high * 2**32 + low}
+
+    if group.rank() > 0:
+        for _ in narrate(generator, text, **shared(0, 0), **arguments):
+            pass
+        return 0, seed
+    part, state = (Path(f"{out}.part{x}") for x in ("", ".json"))
+    with resumed(out, mark, seed) as (file, done):
+        pieces = narrate(generator, text, **shared(done["sentences"], done["seed"]), **arguments)
         with tqdm(unit=" sentences", initial=done["sentences"], disable=None) as bar:
             for n, total, audio in pieces:
                 file.write(mimi.to_pcm16(audio).tobytes())
@@ -171,54 +256,74 @@ def write(generator, text, out, mark, seed, arguments):
                     f.write(json.dumps(done).encode())
                 bar.total = total
                 bar.update(1)
-    samples, rate = np.memmap(part, np.int16, "r"), generator.sample_rate
-    with mimi.replacing(out) as file, soundfile.SoundFile(file, "w", rate, 1, "PCM_16", format="WAV") as wav:
-        for i in range(0, len(samples), 2**20):
-            wav.write(samples[i : i + 2**20])
-    seconds = len(samples) / rate
-    del samples
-    part.unlink()
-    state.unlink()
+        samples, rate = np.memmap(part, np.int16, "r"), generator.sample_rate
+        blocks = (samples[i : i + 2**20] / np.float32(32767) for i in range(0, len(samples), 2**20))
+        with mimi.audio_writer(out, rate) as add:
+            for block in csm.marked(blocks, rate) if watermark else blocks:
+                add(np.array(block))
+        seconds = len(samples) / rate
+        part.unlink()
+        state.unlink()
     return seconds, done["seed"]
 
 
-def main(argv=None):
-    import csm
+def command(args):
+    begun, seconds, seed = time.perf_counter(), 0, args.seed
+    if args.out_dir:
+        jobs = [(path, args.out_dir / f"{Path(path).stem}.{args.format}") for path in args.paths]
+    elif len(args.paths) == 2:
+        jobs = [(args.paths[0], Path(args.paths[1]))]
+    else:
+        raise ValueError("give TEXT and OUT, or several TEXTs and --out-dir")
+    texts = [csm.read_text("-" if path == "-" else f"@{path}") for path, _ in jobs]
+    for (path, out), text in zip(jobs, texts):
+        if not sentences(text):
+            raise ValueError(f"the text has no words: {path}")
+        if out.suffix.lower() not in mimi.FORMATS or (out.exists() and not out.is_file()):
+            raise ValueError(f"OUT must be a file that ends in {' '.join(mimi.FORMATS)}, not {out}")
+        if not args.out_dir and not out.absolute().parent.is_dir():
+            raise ValueError(f"cannot write {out}: there is no such folder")
+    if len({out for _, out in jobs}) < len(jobs):
+        raise ValueError("two texts have the same name, and would be one file")
+    context, options = csm.read_options(args)
+    generator = csm.load_for(args)
+    options |= {"speaker": args.speaker, "context": context, "voice": args.voice, "batch": args.batch}
+    mark = {k: v for k, v in vars(args).items() if k not in ("paths", "out_dir", "format", "batch", "seed")}
+    adapters = [adapter.partition("=")[0] for adapter in args.adapter or ()]
+    used = [f for p in (args.model, *adapters) if p for f in (Path(p), *sorted(Path(p).glob("*.safetensors")))]
+    mark["files"] = [(f.name, f.stat().st_size, f.stat().st_mtime_ns) for f in used if f.is_file()]
+    mark = json.dumps(mark).encode() + b"".join(s.audio.tobytes() for s in context)
+    if args.out_dir:
+        args.out_dir.mkdir(parents=True, exist_ok=True)
+    for (_, out), text in zip(jobs, texts):
+        if args.out_dir and out.exists():
+            print(f"{out} is there already, and stays", file=sys.stderr)
+            continue
+        own = hashlib.sha256(mark + text.encode()).hexdigest()
+        more, seed = write(generator, text, out, own, args.seed, args.watermark, options)
+        seconds += more
+    taken = time.perf_counter() - begun
+    if seconds:
+        print(
+            f"{seconds:.2f} s of audio in {taken:.2f} s, real-time factor {taken / seconds:.2f}, "
+            f"peak memory {csm.peak_memory() / 1e9:.2f} GB, seed {seed}",
+            file=sys.stderr,
+        )
 
-    p = argparse.ArgumentParser(prog="narrate.py", description="A book to one WAV, resumable.")
-    p.add_argument("text", metavar="TEXT", help="a text file; - reads standard input")
-    p.add_argument("out", metavar="OUT", help="WAV file")
+
+def main(argv=None):
+    p = csm.parser_for("narrate", description="A book to one sound file, resumable; or many texts, one each.")
+    p.add_argument("paths", nargs="+", metavar="TEXT OUT", help="a text file (- is standard input) and a sound file")
+    p.add_argument("--out-dir", type=Path, metavar="D", help="every path is a text: write D/NAME.wav of each")
+    p.add_argument("--format", default="wav", help="of the files in D: wav (default), flac, mp3, ogg, opus")
     p.add_argument("--batch", type=int, default=8, metavar="N", help="sentences at once (default 8)")
     csm.add_options(p)
-    p.error = lambda message: p.exit(2, f"narrate.py: error: {message}\n")
     args = p.parse_args(argv)
-    begun = time.perf_counter()
-    try:
-        text = csm.read_text("-" if args.text == "-" else f"@{args.text}")
-        if not sentences(text):
-            raise ValueError("the text has no words")
-        csm.check_out(args.out)
-        if args.out == "-" or (Path(args.out).exists() and not Path(args.out).is_file()):
-            raise ValueError("OUT must be a file: use csm.py --batch for a pipe")
-        context, options = csm.read_options(args)
-        mark = {k: v for k, v in vars(args).items() if k not in ("out", "batch", "seed")} | {"text": text}
-        used = [f for p in (args.model, args.adapter) if p for f in (Path(p), *sorted(Path(p).glob("*.safetensors")))]
-        mark["files"] = [(f.name, f.stat().st_size, f.stat().st_mtime_ns) for f in used if f.is_file()]
-        mark = hashlib.sha256(json.dumps(mark).encode() + b"".join(s.audio.tobytes() for s in context)).hexdigest()
-        generator = csm.load(args.model, dtype=args.dtype, quantize=args.quantize, adapter=args.adapter)
-        options |= {"speaker": args.speaker, "context": context, "voice": args.voice, "batch": args.batch}
-        seconds, seed = write(generator, text, args.out, mark, args.seed, options)
-    except (ValueError, OSError) as e:
-        p.exit(2, f"narrate.py: error: {' '.join(str(e).split())}\n")
-    except KeyboardInterrupt:
-        p.exit(130, "interrupted: the same command goes on from here\n")
-    taken = time.perf_counter() - begun
-    print(
-        f"{seconds:.2f} s of audio in {taken:.2f} s, real-time factor {taken / seconds:.2f}, "
-        f"peak memory {csm.peak_memory() / 1e9:.2f} GB, seed {seed}",
-        file=sys.stderr,
-    )
+    group = mx.distributed.init()
+    if group.size() > 1:
+        p.prog += f", process {group.rank()} of {group.size()}"
+    return csm.run(p, command, args, "interrupted: the same command goes on from here")
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

@@ -150,7 +150,7 @@ def test_bad_input_gets_one_line_and_loses_nothing(folder, tmp_path, capfd, monk
         assert error.value.code == 2, args
         assert err.startswith("csm.py: error: ") and err.count("\n") == 1 and message in err, err
         assert out.read_bytes() == b"what was there before" and sorted(tmp_path.iterdir()) == before
-    for bad_out in (tmp_path, tmp_path / "none" / "a.wav"):
+    for bad_out in (tmp_path, tmp_path / "none" / "a.wav", tmp_path / "a.m4a", tmp_path / "a"):
         done = run("hello", bad_out, "--model", folder)
         assert done.returncode == 2 and done.stderr.count(b"\n") == 1 and b"cannot write" in done.stderr
 
@@ -175,7 +175,7 @@ def test_damaged_models_say_what_is_wrong(folder, tmp_path, capfd):
     done = run("hello", tmp_path / "a.wav", "--model", tmp_path / "m")
     assert done.returncode == 2 and done.stderr.count(b"\n") == 1 and b"truncated" in done.stderr
     (tmp_path / "m/model.safetensors").unlink()
-    with pytest.raises(ValueError, match="no such file"):
+    with pytest.raises(ValueError, match="no weights of a CSM"):
         csm.load(tmp_path / "m")
 
 
@@ -198,7 +198,7 @@ def test_gated_and_unknown_repositories(tmp_path, monkeypatch, capfd):
 
 def test_interrupted_keeps_what_is_finished(folder, generator, tmp_path, monkeypatch, capfd):
     def frames(self, text, speaker=0, **options):
-        yield from mx.ones((3, 1, 8), mx.int32)
+        yield from np.ones((3, 8), np.int32)
         raise KeyboardInterrupt
 
     monkeypatch.setattr(csm.Conversation, "frames", frames)
@@ -213,6 +213,65 @@ def test_a_reader_that_leaves_is_no_error(folder):
         assert p.stdout.read(44)[:4] == b"RIFF"
         p.stdout.close()
         assert b"Traceback" not in p.stderr.read() and p.wait() == 1
+
+
+@pytest.mark.parametrize("suffix", mimi.FORMATS)
+def test_the_suffix_says_the_format(folder, generator, tmp_path, suffix):
+    assert csm.main(["hello there", str(tmp_path / f"a{suffix}"), "--model", str(folder), "--seed", "7", *SHORT]) == 0
+    info = soundfile.info(tmp_path / f"a{suffix}")
+    assert (info.format, info.channels) == (mimi.FORMATS[suffix][0], 1)
+    expected = generator.generate("hello there", seed=7, max_audio_length_ms=400)
+    audio = mimi.read_audio(tmp_path / f"a{suffix}")
+    assert abs(len(audio) - expected.size) <= 2 * 1920  # encoders pad
+    if suffix in (".wav", ".flac"):
+        np.testing.assert_allclose(audio, np.clip(expected, -1, 1), atol=2e-4)
+
+
+def test_a_text_that_is_not_utf8(folder, tmp_path):
+    (tmp_path / "text").write_bytes(b"caf\xe9")
+    for text, stdin in ((f"@{tmp_path / 'text'}", None), ("-", b"caf\xe9"), (b"caf\xe9", None)):
+        command = [sys.executable, HERE / "csm.py", text, tmp_path / "a.wav", "--model", folder]
+        done = subprocess.run(command, input=stdin, capture_output=True)
+        assert done.returncode == 2 and done.stderr.count(b"\n") == 1 and b"Traceback" not in done.stderr, done.stderr
+    assert not (tmp_path / "a.wav").exists()
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="limits of a process")
+@pytest.mark.parametrize("suffix", [".wav", ".mp3"])
+def test_a_full_disk_is_one_line(folder, tmp_path, suffix):
+    import resource
+
+    def full():  # no file may grow beyond a kilobyte
+        resource.setrlimit(resource.RLIMIT_FSIZE, (1000, 1000))
+
+    command = [sys.executable, HERE / "csm.py", "hello", tmp_path / f"a{suffix}", "--model", folder]
+    done = subprocess.run(
+        command, capture_output=True, preexec_fn=full, env={**os.environ, "PYTHONDONTWRITEBYTECODE": "1"}
+    )
+    assert done.returncode == 2 and b"cannot write" in done.stderr and b"Traceback" not in done.stderr, done.stderr
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_sigterm_leaves_nothing_behind(folder, tmp_path):
+    command = [sys.executable, HERE / "csm.py", "hello", tmp_path / "a.wav", "--model", folder]
+    command += ["--max-audio-length-ms", "30000", "--stream", "--streaming-interval", "0.08"]
+    with subprocess.Popen(command, stderr=subprocess.PIPE) as p:
+        while not any(f.stat().st_size > 100 for f in tmp_path.iterdir()):
+            assert p.poll() is None
+        p.terminate()
+        err = p.stderr.read()
+        assert p.wait() == 143 and b"Traceback" not in err
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_without_csm_1b_the_model_in_the_box_speaks(tmp_path):
+    nowhere = {"HF_HOME": str(tmp_path / "hub"), "HF_HUB_OFFLINE": "1"}
+    done = run("hello", tmp_path / "a.wav", *SHORT, **nowhere)
+    assert done.returncode == 0, done.stderr
+    said = [line for line in done.stderr.decode().splitlines() if "tiny" in line]
+    assert len(said) == 1 and "csm-1b" in said[0] and len(wav(tmp_path / "a.wav")) > 0
+    done = run("hello", tmp_path / "b.wav", "--model", "csm-1b", **nowhere)  # one that was named is never replaced
+    assert done.returncode == 2 and b"cannot download" in done.stderr and not (tmp_path / "b.wav").exists()
 
 
 def test_help_needs_no_model():
@@ -253,14 +312,15 @@ def test_readme_examples_run(hub, tmp_path):
     (tmp_path / "clips/talk_1").mkdir(parents=True)
     soundfile.write(tmp_path / "clips/talk_1/001_speaker0_hello.wav", clip(0.5), 24000)
     (tmp_path / "clips/talk_1/001_speaker0_hello.txt").write_text("hello")
-    ours = ("csm.py", "mimi.py", "narrate.py", "finetune.py")
-    lines = [line.split(" #")[0] for b in blocks("sh") for line in b.splitlines()]
-    lines = [line for line in lines if any(f"python {file}" in line for file in ours)]
+    lines = [line.split(" #")[0].strip() for b in blocks("sh") for line in b.splitlines()]
+    starts = ("python csm.py", "python mimi.py", "python -m csm_tools.narrate", "python -m csm_tools.finetune")
+    lines = [line for line in lines if any(start in line for start in starts)]
     assert len(lines) > 10
     for line in lines:
-        line = line.replace("ffplay", "cat #").replace("python ", f"{sys.executable} {HERE}/")
-        for file in ("csm.py", "narrate.py"):
-            line = line.replace(f"/{file}", f"/{file} --max-audio-length-ms 400")
+        line = line.replace("ffplay", "cat #").replace("python -m", f"{sys.executable} -m")
+        line = line.replace("python ", f"{sys.executable} {HERE}/")
+        for program in ("csm.py", "csm_tools.narrate"):
+            line = line.replace(program, f"{program} --max-audio-length-ms 400")
         done = subprocess.run(line, shell=True, cwd=tmp_path, env=environment, capture_output=True)
         assert done.returncode == 0, (line, done.stderr.decode())
 

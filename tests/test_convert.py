@@ -11,29 +11,31 @@ import csm  # first: it puts a fast BLAS in place before mlx is imported
 
 import mlx.core as mx  # isort: skip
 import pytest
-from mlx.utils import tree_flatten
 
 import convert
 import csm_layouts
 import mimi
-from conftest import random_mimi, write_tokenizer
+from conftest import clip, random_mimi, write_model, write_tokenizer
 from test_layouts import (
     CONFIG,
     CSM_1B,
-    DEPTH,
     GREEDY,
     LLAMA3,
     MIMI,
     NATIVE,
     as_transformers,
     folder,
-    native,
     random_weights,
     same,
     sesame_names,
-)  # noqa: F401
+)
 
 HERE = Path(__file__).parents[1]
+
+
+@pytest.fixture
+def native():
+    return NATIVE, random_weights(NATIVE, mx.bfloat16)
 
 
 def test_every_layout_says_the_same(tmp_path):
@@ -99,11 +101,11 @@ def test_transformers_loads_what_we_write_back(tmp_path, dtype, rope):
     config = transformers.CsmConfig(**copy.deepcopy(CONFIG | rope))  # it changes what it is given
     model = transformers.CsmForConditionalGeneration(config).to(getattr(torch, dtype)).eval()
     model.save_pretrained(tmp_path / "a", max_shard_size="40KB" if dtype == "float32" else "1GB")
-    (tmp_path / "a/tokenizer.json").write_text("{}")
+    write_tokenizer(tmp_path / "a")
     assert (tmp_path / "a/model.safetensors").exists() == (dtype == "bfloat16")  # else it is in shards
     convert.convert(tmp_path / "a", tmp_path / "b")
     convert.convert(tmp_path / "b", tmp_path / "c", to="transformers")
-    assert (tmp_path / "c/tokenizer.json").read_text() == "{}"
+    assert transformers.AutoTokenizer.from_pretrained(tmp_path / "c").bos_token == "<bos>"
     stored = {}
     for shard in (tmp_path / "a").glob("*.safetensors"):
         stored |= mx.load(str(shard))
@@ -122,6 +124,31 @@ def test_transformers_loads_what_we_write_back(tmp_path, dtype, rope):
             assert torch.equal(call(original), call(back))
         codes = torch.randint(0, 32, (1, 4, 9))
         assert torch.equal(*(m.codec_model.decode(codes).audio_values for m in (original, back)))
+
+
+def test_transformers_processor_of_what_we_write_back(tmp_path):
+    transformers = pytest.importorskip("transformers")
+    source = write_model(tmp_path / "a", "k8", voices=False)
+    for options in ({}, {"speaker_prefix_space": True}):
+        config = json.loads((source / "config.json").read_text()) | options
+        (source / "config.json").write_text(json.dumps(config))
+        convert.convert(source, tmp_path / "b", to="transformers")
+        ours, audio = csm.load(source), clip(0.8)
+        turn = csm.Segment(3, "how are you today?", audio)
+        processor = transformers.AutoProcessor.from_pretrained(tmp_path / "b")
+        talk = [{"type": "text", "text": turn.text}, {"type": "audio", "audio": audio}]
+        talk = {"role": "3", "content": talk}, {"role": "0", "content": [{"type": "text", "text": "i am fine."}]}
+        inputs = processor.apply_chat_template(talk, tokenize=True, return_dict=True)
+        ids = [*ours.segment_rows(turn)[:, -1], *ours.text_rows("i am fine.", 0)[:, -1]]
+        audio_ids = [processor.audio_token_id] * 10 + [processor.audio_eos_token_id]
+        n = ids.index(csm.NO_TEXT)
+        assert inputs["input_ids"][0].tolist() == [*ids[:n], *audio_ids, *ids[n + 11 :]]
+        text = f"[0]{' ' if options else ''}i am fine."
+        assert processor(text, add_special_tokens=True)["input_ids"][0].tolist() == ids[n + 11 :]
+        model = transformers.CsmForConditionalGeneration.from_pretrained(tmp_path / "b").eval()
+        said = model.generate(**inputs, do_sample=False, depth_decoder_do_sample=False, max_new_tokens=1)
+        codes = ours.generate_codes("i am fine.", 0, [turn], temperature=0, max_audio_length_ms=80)
+        assert said[0].tolist() == codes.tolist()
 
 
 def test_mimi_of_transformers_there_and_back(tmp_path):

@@ -12,7 +12,7 @@ from mlx.utils import tree_flatten
 
 import csm_layouts
 import mimi
-from conftest import random_mimi, write_tokenizer
+from conftest import random_mimi
 
 # fmt: off
 PART = {"intermediate_size": 48, "rms_norm_eps": 1e-5, "hidden_act": "silu"}
@@ -237,11 +237,13 @@ def test_the_tensors_decide(native, caplog):
     # fewer layers than the config says, and no flavor like it: heads and RoPE are still right
     fewer = {name: w for name, w in weights.items() if "backbone.layers.1" not in name}
     assert read(CONFIG, fewer)[0]["backbone"] == config["backbone"] | {"n_layers": 1}
-    with pytest.raises(ValueError, match="2 layers of 32 with MLPs of 48, q of 64 and k of 32 rows .known: llama-1B, "):
+    with pytest.raises(
+        ValueError, match=r"2 layers of 32 with MLPs of 48, q of 64 and k of 32 rows \(known: llama-1B, "
+    ):
         read({}, weights)
     with pytest.raises(ValueError, match=r"missing backbone\.norm\.weight"):
         read(CONFIG, {name: w for name, w in weights.items() if name != "backbone.norm.weight"})
-    with pytest.raises(ValueError, match="known layout; it has 1 keys: some.key"):
+    with pytest.raises(ValueError, match="known layout; it has 1 keys: some"):
         read(CONFIG, {"some.key": mx.zeros((1,))})
 
 
@@ -283,3 +285,22 @@ def test_mimi_of_transformers(native):
     inside = csm_layouts.transformers_mimi_config(sizes)
     *_, (_, read_codec) = csm_layouts.csm_to_native(CONFIG | {"codec_config": inside}, whole, CSM_1B)
     same(read_codec, codec)
+
+
+def test_the_tokenizer_of_an_export():
+    """A stock Llama tokenizer: two reserved tokens become those of audio, and text gets both marks."""
+    from tokenizers import Tokenizer, models
+
+    special = ["<|begin_of_text|>", "<|end_of_text|>", "<|reserved_special_token_0|>", "<|reserved_special_token_1|>"]
+    t = Tokenizer(models.WordLevel({"hello": 0}, unk_token="hello"))
+    t.add_special_tokens(special)
+    settings = {"bos_token": special[0], "added_tokens_decoder": {"3": {"content": special[2]}}, "clean": False}
+    made, said, ids = csm_layouts.to_transformers_tokenizer(json.loads(t.to_str()), settings, 1, 2)
+    t = Tokenizer.from_str(json.dumps(made))
+    assert t.encode("hello").ids == [1, 0, 2] and t.token_to_id("<|AUDIO|>") == 3
+    assert t.encode("<|audio_eos|>", add_special_tokens=False).ids == [4]
+    marks = {"bos_token": special[0], "eos_token": special[1]}
+    assert said == {"tokenizer_class": "PreTrainedTokenizerFast", "clean": False} | marks
+    assert ids == {"bos_token_id": 1, "eos_token_id": None, "audio_token_id": 3, "audio_eos_token_id": 4} | {
+        "pad_token_id": 3
+    }

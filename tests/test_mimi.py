@@ -1,21 +1,21 @@
 """mimi.py against moshi's PyTorch Mimi and transformers' MimiModel on the same random weights; streams; the command."""
 
-import ctypes
 import json
 import math
 import os
-import platform
 import re
 import shutil
 import subprocess
 import sys
 import tempfile
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from types import SimpleNamespace
 
-import mimi  # before mlx and torch: it puts a fast BLAS in place on Linux
+import mimi  # before mlx and torch
+
+import csm_layouts  # isort: skip
 
 import mlx.core as mx  # isort: skip
 import numpy as np
@@ -29,6 +29,7 @@ DEEP = {"n_filters": 6, "ratios": (5, 2), "kernel_size": 5, "residual_kernel_siz
 DEEP |= {"n_residual_layers": 2, "dilation_base": 3, "compress": 3, "n_layers": 1, "n_heads": 2, "ffn_dim": 80}
 DEEP |= {"context": 9, "codebook_size": 128, "codebook_dim": 16, "n_codebooks": 5, "n_semantic": 2, "rope_theta": 1e3}
 CONFIGS = {name: mimi.MimiConfig(**c) for name, c in {"full": {}, "small": SMALL, "deep": DEEP}.items()}
+UNTOLD = ("n_heads", "context", "rope_theta", "norm_eps", "dilation_base", "sample_rate")  # by the shapes
 LONG = {"full": 263, "small": 300, "deep": 500}  # frames, at least twice the window: 21 s of `full`
 
 
@@ -70,6 +71,12 @@ def moshi_mimi(c):
     return model
 
 
+def from_layout(weights, config=None, n_codebooks=None):
+    """A Mimi from tensors in any layout."""
+    config, weights = csm_layouts.mimi_to_native(config or {}, weights)
+    return mimi.from_weights(weights, config, n_codebooks)
+
+
 def transformers_mimi(c):
     torch, hf = pytest.importorskip("torch"), pytest.importorskip("transformers")
     names = {"n_filters": "num_filters", "ratios": "upsampling_ratios", "dilation_base": "dilation_growth_rate"}
@@ -96,7 +103,7 @@ def pair(request):
             model = moshi_mimi(c)
             p.weights = {name: mx.array(w.numpy()) for name, w in model.state_dict().items()}
             known = None if name == "full" else asdict(c)  # the published file says nothing of itself
-            p.load = lambda k=None: mimi.from_weights(p.weights, known, n_codebooks=k)
+            p.load = lambda k=None: from_layout(p.weights, known, k)
             p.encode = lambda x, k: model.set_num_codebooks(k) or model.encode(torch.from_numpy(x)).numpy()
             p.decode = lambda codes: model.decode(torch.from_numpy(codes)).numpy()
         else:
@@ -175,8 +182,15 @@ def test_fewer_codebooks_and_a_batch_are_the_references(pair):
     assert np.array_equal(ours, np.array(pair.ours.encode(mx.array(x)))[:, :k])
     for m in (codec, pair.ours):  # one with more codebooks takes fewer codes too
         close(m.decode(mx.array(theirs)), pair.decode(theirs), 1e-4)
-    told = mimi.infer_config(pair.weights) if pair.which == "moshi" else {}
-    assert told.items() <= asdict(pair.config).items()
+    if pair.which == "moshi":  # the sizes are told from the shapes, and the way back gives the same bytes
+        config, weights = csm_layouts.mimi_to_native({}, pair.weights)
+        assert mimi.MimiConfig(**config | {"ratios": tuple(config["ratios"])}) == replace(
+            pair.config, **{f: getattr(mimi.MimiConfig(), f) for f in UNTOLD}
+        )
+        back = csm_layouts.to_kyutai(config, weights)
+        spelled = csm_layouts.rename(pair.weights, csm_layouts.SPELLINGS)
+        assert back.keys() == spelled.keys()
+        assert all(mx.array_equal(back[n], w) for n, w in spelled.items() if not n.endswith("_initialized"))
 
 
 # ---------------------------------------------------------------------------------------------------- streams
@@ -255,6 +269,39 @@ def test_a_batch_is_each_alone(codec):
         close(steps[one], wave[one], 1e-5)
 
 
+def test_streams_of_different_ages_side_by_side(codec):
+    """Joined, each goes on as alone, also one that has not begun; split, too."""
+    ages = (0, 3, 25, 45)  # one beyond the window of `deep` and `small`
+    clips = [clip_for(codec, "decode", 60, seed)[0] for seed in range(4)]
+    alone = [codec.decode(x) for x in clips]
+    states = [
+        stream(codec.decode_step, x[..., :n], [4], codec.init_state())[1] if n else codec.init_state()
+        for x, n in zip(clips, ages)
+    ]
+    joined, out = mimi.join_states(states), [[] for _ in ages]
+    for i in range(5):
+        y, joined = codec.decode_step(
+            mx.concatenate([x[..., n + 2 * i : n + 2 * i + 2] for x, n in zip(clips, ages)]), joined
+        )
+        [o.append(y[b : b + 1]) for b, o in enumerate(out)]
+    states = mimi.split_state(joined)
+    for b in (2, 0):  # two of them by themselves, the others in another order
+        y, states[b] = codec.decode_step(clips[b][..., ages[b] + 10 : ages[b] + 13], states[b])
+        out[b].append(y)
+    rest = mimi.join_states([states[3], states[1]])
+    y, rest = codec.decode_step(mx.concatenate([clips[b][..., ages[b] + 10 : ages[b] + 13] for b in (3, 1)]), rest)
+    out[3].append(y[:1]), out[1].append(y[1:])
+    size = codec.frame_size
+    for o, whole, n in zip(out, alone, ages):
+        close(mx.concatenate(o, axis=2), whole[..., n * size : (n + 13) * size], 1e-5)
+    fresh = mimi.join_states([codec.init_state(), codec.init_state()])
+    close(
+        codec.decode_step(mx.concatenate(clips[:2])[..., :5], fresh)[0],
+        mx.concatenate(alone[:2])[..., : 5 * size],
+        1e-5,
+    )
+
+
 def test_two_threads_share_a_codec(codec):
     clips = [clip_for(codec, "decode", 60, seed)[0] for seed in (5, 6)]
     alone = [np.array(codec.decode(x)) for x in clips]
@@ -291,11 +338,11 @@ def published():
 
 BOOK = "quantizer.rvq_rest.vq.layers.3._codebook"
 MISFITS = [  # a tensor, its shape or None to leave it out, what the error says
-    ("decoder.model.0.conv.conv.bias", None, "missing decoder.model.0.bias"),
+    ("decoder.model.0.conv.conv.bias", None, "missing decoder.0.bias"),
     (f"{BOOK}.cluster_usage", None, "rest"),
     ("backbone.norm.weight", (4,), "unexpected backbone.norm.weight"),
     ("decoder_transformer.transformer.layers.1.linear2.weight", (48, 95), "(48, 95), not (48, 96)"),
-    ("encoder.model.3.conv.conv.weight", (16, 9, 4), "encoder.model.3.weight is (2, 18, 16), not (2, 16, 16)"),
+    ("encoder.model.3.conv.conv.weight", (16, 9, 4), "encoder.3.weight is (2, 18, 16), not (2, 16, 16)"),
     (f"{BOOK}.embedding_sum", (64, 19), "rest"),
     (f"{BOOK}.cluster_usage", (63,), "rest"),
 ]
@@ -305,27 +352,63 @@ MISFITS = [  # a tensor, its shape or None to leave it out, what the error says
 def test_tensors_that_do_not_fit_are_named(published, name, shape, message):
     weights = {n: w for n, w in published.items() if n != name} | ({name: mx.zeros(shape)} if shape else {})
     with pytest.raises(ValueError, match=re.escape(message)):
-        mimi.from_weights(weights, asdict(CONFIGS["small"]))
+        from_layout(weights, asdict(CONFIGS["small"]))
 
 
 def test_loading(published):
     known, before = asdict(CONFIGS["small"]), np.array(mx.random.state[0])
-    mimi.from_weights(published, known)
+    from_layout(published, known)
     mimi.Mimi(CONFIGS["deep"])
     assert np.array_equal(before, np.array(mx.random.state[0]))  # the caller's random numbers are left alone
     for k in (-1, 0, 7):
         with pytest.raises(ValueError, match=f"6 codebooks, not {k}"):
-            mimi.from_weights(published, known, n_codebooks=k)
+            from_layout(published, known, k)
     with pytest.raises(ValueError, match=r"not a Mimi.*lm_head"):
-        mimi.from_weights({"lm_head.weight": mx.zeros((4, 4))})
+        from_layout({"lm_head.weight": mx.zeros((4, 4))})
+
+
+# ---------------------------------------------------------------------------------------------------- audio files
+
+
+@pytest.mark.parametrize("suffix", mimi.FORMATS)
+def test_written_in_pieces_and_read_back(tmp_path, suffix):
+    x = np.sin(np.arange(70_000) * 2 * np.pi * 440 / 24_000).astype(np.float32) * 0.5
+    with mimi.audio_writer(tmp_path / f"pieces{suffix}") as write:
+        for i in range(0, len(x), 9_999):
+            write(x[i : i + 9_999])
+    mimi.write_audio(tmp_path / f"whole{suffix}", mx.array(x))
+    for name in ("pieces", "whole"):
+        y = mimi.read_audio(tmp_path / f"{name}{suffix}")
+        assert abs(len(y) - len(x)) < 3_000 and 0.4 < np.abs(y[10_000:60_000]).max() < 0.6
+        spectrum = np.abs(np.fft.rfft(y[10_000:34_000]))  # a second: bins of 1 Hz
+        assert np.argmax(spectrum) == 440
+        if suffix in (".wav", ".flac"):
+            np.testing.assert_allclose(y, x, atol=1e-4)
+    assert len(list(tmp_path.iterdir())) == 2
+
+
+def test_what_libsndfile_does_not_know_is_read_by_ffmpeg(tmp_path, monkeypatch):
+    x = np.sin(np.arange(48_000) * 2 * np.pi * 440 / 48_000).astype(np.float32) * 0.5
+    soundfile.write(tmp_path / "a.wav", x, 48_000)
+    for name in ("a.m4a", "a.aac", "-b c.webm", "video.mp4"):
+        picture = ["-f", "lavfi", "-i", "color=s=64x64:d=1"] if name == "video.mp4" else []
+        if not shutil.which("ffmpeg"):
+            pytest.skip("ffmpeg is not installed")
+        command = ["ffmpeg", "-v", "error", "-y", "-i", tmp_path / "a.wav", *picture, f"file:{tmp_path / name}"]
+        subprocess.run(command, check=True)
+        y = mimi.read_audio(tmp_path / name)
+        assert abs(len(y) - 24_000) < 3_000 and np.argmax(np.abs(np.fft.rfft(y[:24_000], 24_000))) == 440
+    monkeypatch.setattr(shutil, "which", lambda name: None)
+    with pytest.raises(ValueError, match=r"a\.m4a .*ffmpeg"):
+        mimi.read_audio(tmp_path / "a.m4a")
 
 
 # ---------------------------------------------------------------------------------------------------- the command
 
 
 def python(*args, **env):
-    env = {k: v for k, v in os.environ.items() if k != "CSM_FAST_BLAS"} | {"HF_HUB_OFFLINE": "1"} | env
-    args, here = [sys.executable, *map(str, args)], Path(__file__).parent
+    args, here, env = [sys.executable, *map(str, args)], Path(__file__).parent.parent, os.environ | env
+    env = env | {"HF_HUB_OFFLINE": "1"}
     return subprocess.run(args, cwd=here, env=env, capture_output=True, text=True)
 
 
@@ -374,7 +457,7 @@ in.wav none.safetensors out.wav | no such file
 in.wav half.safetensors out.wav | truncated
 in.wav text.txt out.wav | text.txt
 in.wav hollow out.wav | hollow
-in.wav lacking.safetensors out.wav | missing decoder.model.0.bias
+in.wav lacking.safetensors out.wav | missing decoder.0.bias
 in.wav mimi.safetensors none/out.wav | cannot write
 in.wav mimi.safetensors . | cannot write
 in.wav mimi.safetensors out.wav --n-codebooks 7 | 6 codebooks
@@ -390,80 +473,3 @@ def test_mistakes_end_in_one_line(files, tmp_path, mistake):
     assert done.returncode == 2 and done.stdout == "" and len(done.stderr.splitlines()) == 1, done.stderr
     assert done.stderr.startswith("mimi.py: error: ") and message in done.stderr
     assert (tmp_path / "out.wav").read_text() == "what was there" and os.listdir(tmp_path) == ["out.wav"]
-
-
-# ---------------------------------------------------------------------------------------------------- a fast BLAS
-
-
-def test_exp_is_mlx_s():
-    x = mx.linspace(-86.9, 87, 50_000)
-    assert not mimi.vectorized(x.size)  # else it is MLX's own
-    y, expected = mimi.exp(x), mx.exp(x)
-    assert mx.abs(mx.where(x <= 0, y - expected, 0)).max() < 2e-7 and mx.abs(y / expected - 1).max() < 5e-6
-    assert 0 <= mimi.exp(mx.full(x.shape, -mx.inf)).max() < 1e-30
-    slope = mx.grad(lambda x: mimi.exp(x).sum())(x)
-    assert mx.abs(slope / expected - 1).max() < 5e-5
-    assert mimi.exp(x.astype(mx.bfloat16)).dtype == mx.bfloat16
-
-
-def test_gelu_is_mlx_s():
-    import mlx.nn as nn
-
-    x = mx.linspace(-90, 90, 200_001)
-    assert not mimi.vectorized(x.size)
-    assert (mx.abs(mimi.gelu(x) - nn.gelu(x)) / mx.maximum(mx.abs(x), 1)).max() < 4e-7
-    slopes = [mx.grad(lambda x, f=f: f(x).sum())(x) for f in (mimi.gelu, nn.gelu)]
-    assert mx.abs(slopes[0] - slopes[1]).max() < 2e-6
-
-
-@pytest.mark.parametrize("B, H, n, T, S, d", [(1, 8, 8, 24, 70, 16), (2, 6, 2, 40, 40, 8), (1, 32, 8, 256, 300, 4)])
-def test_attention_is_mlx_s(B, H, n, T, S, d):
-    keys = mx.random.split(mx.random.key(1), 3)
-    q, k, v = (mx.random.normal((B, m, t, d), key=key) for m, t, key in zip((H, n, n), (T, S, S), keys))
-    some = (mx.random.uniform(shape=(B, 1, T, S), key=mx.random.key(0)) < 0.5) | (mx.arange(S) == 0)
-    for mask in (None, "causal", some):
-        own = lambda *x, mask=mask: mimi.attend(*x, mask)  # noqa: E731
-        theirs = lambda *x, mask=mask: mx.fast.scaled_dot_product_attention(*x, scale=d**-0.5, mask=mask)  # noqa: E731
-        assert mx.abs(own(q, k, v) - theirs(q, k, v)).max() < 1e-5
-        a, b = (mx.grad(lambda *x, f=f: (f(*x) * mx.arange(d)).sum(), (0, 1, 2))(q, k, v) for f in (own, theirs))
-        for x, y in zip(a, b):
-            assert mx.linalg.norm(x - y) < 1e-4 * mx.linalg.norm(y)
-
-
-@pytest.mark.parametrize("offset, T", [(0, 5), (7, 1), (mx.array([3, 0]), 4)])
-def test_rope_is_mlx_s(offset, T):
-    x, periods = mx.random.normal((2, 3, T, 8), key=mx.random.key(0)), mx.array([1.0, 7.0, 50.0, 900.0])
-    expected = mx.fast.rope(x, 8, traditional=True, base=None, scale=1.0, offset=offset, freqs=periods)
-    assert mx.abs(mimi.rope(periods, offset, T)(x) - expected).max() < 1e-5
-
-
-LINUX = (sys.platform, platform.machine()) == ("linux", "x86_64")
-
-
-@pytest.mark.skipif(not (LINUX and list(Path(sys.prefix).glob("lib/libmkl_rt.so*"))), reason="no MKL here")
-@pytest.mark.parametrize("first", ["mimi", "csm", "convert", "mlx.core"])
-def test_mkl_is_loaded_whichever_comes_first_but_mlx(first):
-    for wanted, env in ((first != "mlx.core", {}), (False, {"CSM_FAST_BLAS": "0"})):
-        code = f"import {first}, mimi; mimi.load_fast_blas(); print('libmkl' in open('/proc/self/maps').read())"
-        done = python("-c", code, **env)
-        assert done.stdout.split() == [str(wanted)], done.stderr
-
-
-@pytest.mark.parametrize("system, machine", [("linux", "x86_64"), ("linux", "aarch64"), ("darwin", "x86_64")])
-def test_load_fast_blas_never_raises(monkeypatch, tmp_path, system, machine):
-    (tmp_path / "lib").mkdir()
-    (tmp_path / "lib/libmkl_rt.so.2").write_text("not a library")
-    tried, paths = [], ["", "site-packages", "/site-packages", tmp_path]
-
-    def refuse(name, mode):
-        tried.append(name)
-        raise OSError(name)
-
-    monkeypatch.delenv("CSM_FAST_BLAS", raising=False)
-    monkeypatch.delitem(sys.modules, "mlx.core")
-    for module, name, value in ((sys, "prefix", str(tmp_path)), (sys, "path", paths), (sys, "platform", system)):
-        monkeypatch.setattr(module, name, value)
-    monkeypatch.setattr(platform, "machine", lambda: machine)
-    monkeypatch.setattr(ctypes, "CDLL", refuse)
-    assert mimi.load_fast_blas() is None
-    assert tried[:1] == ([f"{tmp_path}/lib/libmkl_rt.so.2"] if (system, machine) == ("linux", "x86_64") else [])

@@ -214,7 +214,7 @@ def test_conversation_forgets_the_oldest_turns_but_not_the_voice(generator, capl
     for i in range(5):
         talk.hear(csm.Segment(1, f"{i} hello", clip(8, i)))  # 100 frames each, of 512 positions
     assert len(talk.say("yes", 1, seed=0, max_audio_length_ms=80_000)) > 0
-    assert [t.text for t in talk.turns[:2]] == ["how are you today?", "2 hello"] and "forgotten" in caplog.text
+    assert [t.text for t in talk.turns[:2]] == ["how are you today?", "3 hello"] and "forgotten" in caplog.text
     again = generator.generate_codes("yes", 1, talk.turns[:-1], seed=0, max_audio_length_ms=80_000)
     np.testing.assert_array_equal(talk.turns[-1].codes, again)
 
@@ -303,6 +303,10 @@ def test_context_in_every_form_of_audio(generator, tmp_path):
     soundfile.write(tmp_path / "a.wav", wave, 24000, subtype="FLOAT")
     codes = generator.mimi.encode(mx.array(wave)[None, None])[0].T
     ints = [(wave * 32768).astype(np.int16), mx.array((wave * 32768).astype(np.int16))]
+    for kind in (np.uint8, np.uint16, np.int16, np.int32):  # silence is the middle of what unsigned ones hold
+        middle = np.iinfo(kind).max // 2 + 1 if np.issubdtype(kind, np.unsignedinteger) else 0
+        assert (csm.as_samples(np.full(10, middle, kind)) == 0).all()
+        assert csm.as_samples(np.array([np.iinfo(kind).min], kind)) == -1
     forms = [wave, mx.array(wave), wave.astype(np.float64), np.stack([wave, wave]), wave[:, None], tmp_path / "a.wav"]
     said = [generator.generate_codes("yes", 0, [csm.Segment(0, "hello", f)], **GREEDY) for f in forms]
     said.append(generator.generate_codes("yes", 0, [csm.Segment(0, "hello", codes=codes)], **GREEDY))
@@ -334,8 +338,75 @@ def test_voices(generator, folder):
     np.testing.assert_array_equal(talk.turns[-1].codes, given)
     others = [generator.generate_codes("yes", 1, voice=v, **options) for v in ("none", "other")]
     assert not mx.array_equal(others[0], given) and not mx.array_equal(others[1], given)
-    with pytest.raises(ValueError, match="voice bob: no such voice, .*; this model has: conversational_a, other"):
+    with pytest.raises(ValueError, match="unknown voice 'bob'; this model has: conversational_a, other"):
         generator.generate("yes", voice="bob")
+
+
+def test_a_voice_is_a_clip_with_its_transcript_beside_it(generator, folder, tmp_path, caplog):
+    soundfile.write(tmp_path / "me.wav", clip(0.5), 24000, subtype="FLOAT")
+    with pytest.raises(ValueError, match=r"me\.txt"):
+        generator.generate("yes", voice=tmp_path / "me.wav")
+    (tmp_path / "me.txt").write_text("hello there\n")
+    options = {"temperature": 0, "max_audio_length_ms": 400}
+    own = generator.generate_codes("yes", 1, voice=str(tmp_path / "me.wav"), **options)
+    told = generator.generate_codes("yes", 1, [csm.Segment(1, "hello there", tmp_path / "me.wav")], **options)
+    np.testing.assert_array_equal(own, told)
+    # A default voice that cannot be had is a warning and no voice.
+    lost = csm.Generator(generator.model, generator.mimi, generator.tokenizer, {"conversational_a": tmp_path})
+    np.testing.assert_array_equal(
+        lost.generate_codes("yes", 1, **options), generator.generate_codes("yes", 1, voice="none", **options)
+    )
+    assert "without the default voice conversational_a" in caplog.text
+
+
+def test_defaults_of_the_models_own(tmp_path):
+    write_model(tmp_path)
+    config = json.loads((tmp_path / "config.json").read_text())
+    (tmp_path / "config.json").write_text(json.dumps(config | {"sampling": {"temperature": 0}, "voice_match": True}))
+    own, options = csm.load(tmp_path), {"max_audio_length_ms": 800, "seed": 1}
+    voice = [csm.Segment(0, "how are you today?", tmp_path / "prompts/conversational_a.wav")]
+    said = own.generate_codes("yes", 0, **options)
+    np.testing.assert_array_equal(
+        said, own.generate_codes("yes", 0, voice, temperature=0.0, voice_match=True, **options)
+    )
+    others = {"temperature": 0.9}, {"voice_match": False}
+    assert all(not np.array_equal(said, own.generate_codes("yes", 0, **other, **options)) for other in others)
+    (tmp_path / "config.json").write_text(json.dumps(config | {"sampling": {"warmth": 1}}))
+    with pytest.raises(ValueError, match="warmth"):
+        csm.load(tmp_path).generate("yes")
+
+
+def test_how_long_a_speech_may_get(generator, caplog):
+    assert generator.max_frames(None, "hello") == int(4000 / 80) and generator.max_frames(None, "h" * 1000) == 1125
+    codes = generator.generate_codes("yes", seed=1, temperature=0, max_audio_length_ms=160)
+    assert len(codes) == 2 and "cut off at 2 frames" in caplog.text
+
+
+def test_saved_is_the_same(generator, folder, tmp_path):
+    options = {"seed": 1, "max_audio_length_ms": 800}
+    whole = generator.generate("hello", **options)
+    generator.save(tmp_path / "new")
+    again = csm.load(tmp_path / "new")
+    assert mx.array_equal(again.generate("hello", **options), whole) and again.voices.keys() == generator.voices.keys()
+    small = csm.load(folder, quantize=4, group_size=32)
+    small.save(tmp_path / "small")
+    assert mx.array_equal(csm.load(tmp_path / "small").generate("hello", **options), small.generate("hello", **options))
+    assert not [f for f in tmp_path.iterdir() if f.name.startswith(".")]
+    (tmp_path / "file").write_text("")
+    with pytest.raises(ValueError, match="cannot write"):
+        generator.save(tmp_path / "file")
+    assert (tmp_path / "file").read_text() == "" and not [f for f in tmp_path.iterdir() if f.name.startswith(".")]
+
+
+def test_embeddings_are_added_up_in_float32(tmp_path):
+    g = csm.load(write_model(tmp_path, "k32"), dtype="bfloat16")
+    rows = np.pad(np.random.default_rng(0).integers(0, 128, (1, 50, 32)), [(0, 0), (0, 0), (0, 1)])
+    mask = mx.array(np.broadcast_to(np.arange(33) < 32, rows.shape))
+    each = np.array(g.model.audio_embeddings(mx.array(rows[..., :32]) + g.model._offsets).astype(mx.float32))
+    exact = each.astype(np.float64).sum(axis=2)
+    ours = np.array(g.model.embed(mx.array(rows), mask).astype(mx.float32))
+    error = np.abs(ours - exact) / np.abs(exact).max()
+    assert error.max() < 2**-8, error.max()  # the rounding of the result alone
 
 
 def test_voice_match_continues_the_clip_and_keeps_the_turns(generator, monkeypatch):
@@ -449,7 +520,7 @@ def test_seeds(generator, folder, caplog):
     assert mx.array_equal(a, b) and not mx.array_equal(a, c)
     caplog.set_level("INFO", "csm")
     drawn = generator.generate_codes("hello", max_audio_length_ms=800)
-    seed = int(caplog.messages[-1].split()[-1])
+    seed = int(next(m for m in caplog.messages if m.startswith("seed ")).split()[-1])
     assert mx.array_equal(generator.generate_codes("hello", seed=seed, max_audio_length_ms=800), drawn)
     assert (np.array(mx.random.state[0]) == state).all()  # the global generator is as it was
 
@@ -473,10 +544,8 @@ def test_codes_that_mimi_lacks_are_never_said(tmp_path):
     def favour(ids, logits):
         return mx.where(mx.arange(logits.shape[-1]) >= n, logits + 100, logits)
 
-    codes = [
-        generator.generate_codes("hello", seed=s, temperature=9, top_k=0, voice="none", logits_processors=[favour])
-        for s in range(5)
-    ]
+    options = {"temperature": 9, "top_k": 0, "voice": "none", "max_audio_length_ms": 90_000}
+    codes = [generator.generate_codes("hello", seed=s, logits_processors=[favour], **options) for s in range(5)]
     codes = np.concatenate(codes)
     assert len(codes) > 2000 and codes.shape[1] == 4 and codes.min() == 0 and codes.max() == n - 1
 

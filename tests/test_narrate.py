@@ -1,5 +1,6 @@
 """Long text: where it is cut, that it is said in one voice, and that an interruption loses nothing."""
 
+import fcntl
 import json
 import os
 import signal
@@ -8,7 +9,7 @@ import sys
 from pathlib import Path
 
 import csm  # first: it puts a fast BLAS in place before mlx is imported
-import narrate
+from csm_tools import narrate
 
 import mlx.core as mx  # isort: skip
 import numpy as np
@@ -74,31 +75,64 @@ TEXT = "hello there, how are you today? i am fine. Yes, I am. No, I am not fine.
 
 def test_the_same_whatever_the_batch(generator):
     said = [
-        [
-            (n, np.array(audio))
-            for n, _, audio in narrate.narrate(generator, TEXT, batch=b, seed=3, max_audio_length_ms=240)
-        ]
+        [(n, audio) for n, _, audio in narrate.narrate(generator, TEXT, batch=b, seed=3, max_audio_length_ms=240)]
         for b in (1, 2, 8)
     ]
     n = len(narrate.sentences(TEXT))
     assert n > 2 and [len(s) for s in said] == [n] * 3 and [i for i, _ in said[0]] == list(range(1, n + 1))
     for other in said[1:]:
         for (_, a), (_, b) in zip(said[0], other):
-            np.testing.assert_allclose(a, b, atol=1e-5)
+            np.testing.assert_array_equal(a, b)
     rest = list(narrate.narrate(generator, TEXT, batch=2, start=1, seed=3, max_audio_length_ms=240))
     for (_, a), (_, _, b) in zip(said[0][1:], rest, strict=True):
-        np.testing.assert_allclose(a, np.array(b), atol=1e-5)
+        np.testing.assert_array_equal(a, b)
+    # The seed rule: sentence i by itself, with seed + i and the same voice.
+    part, pause = narrate.sentences(TEXT)[2]
+    alone = generator.generate(part, 0, seed=5, max_audio_length_ms=240)
+    np.testing.assert_allclose(said[0][2][1][: len(alone)], alone, atol=1e-5)
+    assert len(said[0][2][1]) == len(alone) + round(24000 * pause)
+
+
+def test_the_batch_stays_full(generator, monkeypatch):
+    """Sentences of other lengths join as others end."""
+    sizes, step = [], csm.Batch.next
+    monkeypatch.setattr(csm.Batch, "next", lambda self: sizes.append(len(self)) or step(self))
+    text = "\n\n".join("hello there, how are you today? " * (1 + i % 3) for i in range(9))
+    n = len(narrate.sentences(text))
+    pieces = list(narrate.narrate(generator, text, batch=4, seed=1))
+    frames = sum((len(audio) - 24000 * narrate.sentences(text)[i][1]) / 1920 for i, (_, _, audio) in enumerate(pieces))
+    assert len(pieces) == n and sum(sizes[: -len(sizes) // 3]) > 3.5 * len(sizes[: -len(sizes) // 3])
+    assert sum(sizes) >= frames
 
 
 def test_without_a_voice_the_first_sentence_is_the_voice(generator, monkeypatch):
-    contexts = []
-    batch = csm.Generator.generate_batch
-    monkeypatch.setattr(
-        csm.Generator, "generate_batch", lambda self, t, s, c, **o: contexts.append(c) or batch(self, t, s, c, **o)
-    )
-    list(narrate.narrate(generator, TEXT, 1, voice="none", seed=3, max_audio_length_ms=240))
-    (first,) = contexts[0]
-    assert first.text == narrate.sentences(TEXT)[0][0] and first.speaker == 1 and len(first.codes) == 3
+    contexts, prefill = [], csm.Generator.prefill
+    monkeypatch.setattr(csm.Generator, "prefill", lambda self, rows: contexts.append(rows) or prefill(self, rows))
+    ((_, _, first), *_) = narrate.narrate(generator, TEXT, 1, voice="none", seed=3, max_audio_length_ms=240)
+    nothing, voice = contexts
+    codes = generator.generate_codes(narrate.sentences(TEXT)[0][0], 1, voice="none", seed=3, max_audio_length_ms=240)
+    segment = csm.Segment(1, narrate.sentences(TEXT)[0][0], codes=codes)
+    assert not len(nothing) and np.array_equal(voice, generator.segment_rows(segment))
+    np.testing.assert_allclose(first[: 3 * 1920], generator.decode(codes), atol=1e-5)
+
+
+def test_what_ended_at_once_is_said_again(generator, monkeypatch):
+    seeds, insert = [], csm.Batch.insert
+
+    def nothing_at_first(self, rows, n, seed, *more):
+        uid = insert(self, rows, n, seed, *more)
+        seeds.append(seed)
+        if seed in (4, 4 + 2**32):  # ends at once
+            self.waiting.pop()
+            ended.append(uid)
+        return uid
+
+    ended, step = [], csm.Batch.next
+    monkeypatch.setattr(csm.Batch, "insert", nothing_at_first)
+    monkeypatch.setattr(csm.Batch, "next", lambda self: step(self) + [(ended.pop(), None) for _ in ended[:]])
+    said = [audio for _, _, audio in narrate.narrate(generator, TEXT, batch=2, seed=3, max_audio_length_ms=240)]
+    assert len(said) == len(narrate.sentences(TEXT)) and all(len(audio) > 3 * 1920 for audio in said)
+    assert {4, 4 + 2**32, 4 + 2 * 2**32} <= set(seeds) and 4 + 3 * 2**32 not in seeds
 
 
 def test_endless_speech_is_cut_by_its_own_sentence(generator):
@@ -108,7 +142,7 @@ def test_endless_speech_is_cut_by_its_own_sentence(generator):
     assert lengths[0] == lengths[1] == [int((3_000 + 200 * len(texts[0])) / 80)]
 
 
-def test_command(folder, generator, tmp_path):
+def test_command(folder, tmp_path):
     (tmp_path / "book.txt").write_text(TEXT)
     args = ["--model", str(folder), "--seed", "3", *SHORT]
     narrate.main([str(tmp_path / "book.txt"), str(tmp_path / "a.wav"), "--batch", "2", *args])
@@ -116,21 +150,37 @@ def test_command(folder, generator, tmp_path):
     n = len(narrate.sentences(TEXT))
     assert rate == 24000 and len(whole) == n * 3 * 1920 + round(24000 * sum(p for _, p in narrate.sentences(TEXT)))
     assert sorted(f.name for f in tmp_path.iterdir()) == ["a.wav", "book.txt"]
-    csm.main([f"@{tmp_path / 'book.txt'}", str(tmp_path / "b.wav"), "--batch", "3", *args])
-    assert np.abs(soundfile.read(tmp_path / "b.wav", dtype="int16")[0].astype(int) - whole).max() <= 1
+    narrate.main([str(tmp_path / "book.txt"), str(tmp_path / "b.flac"), *args])
+    assert soundfile.info(tmp_path / "b.flac").format == "FLAC"
+    np.testing.assert_array_equal(soundfile.read(tmp_path / "b.flac", dtype="int16")[0], whole)
+
+
+def test_many_texts(folder, tmp_path, capfd):
+    for i, text in enumerate((TEXT, "hello there, how are you today?", "i am fine. Yes, I am.")):
+        (tmp_path / f"{i}.txt").write_text(text)
+    args = [*(str(tmp_path / f"{i}.txt") for i in range(3)), "--out-dir", str(tmp_path / "out"), "--format", "ogg"]
+    args += ["--model", str(folder), "--seed", "3", *SHORT]
+    narrate.main(args)
+    assert sorted(f.name for f in (tmp_path / "out").iterdir()) == ["0.ogg", "1.ogg", "2.ogg"]
+    (tmp_path / "out/1.ogg").unlink()
+    before = (tmp_path / "out/0.ogg").read_bytes()
+    narrate.main(args)
+    assert (tmp_path / "out/1.ogg").exists() and (tmp_path / "out/0.ogg").read_bytes() == before
+    assert "0.ogg is there already" in capfd.readouterr().err
 
 
 def test_a_mistake_loses_nothing_of_what_is_finished(folder, tmp_path, monkeypatch, capfd):
     (tmp_path / "book.txt").write_text(TEXT)
     args = [str(tmp_path / "book.txt"), str(tmp_path / "a.wav"), "--model", str(folder), "--batch", "1", *SHORT]
-    batch = csm.Generator.generate_batch
+    spoken = narrate.spoken
 
-    def fails_at_the_second(self, texts, *more, seed, **options):
-        if texts[0].startswith("No,"):
-            raise KeyboardInterrupt
-        return batch(self, texts, *more, seed=seed, **options)
+    def fails_at_the_third(*more):
+        for i, codes in spoken(*more):
+            if i == 2:
+                raise KeyboardInterrupt
+            yield i, codes
 
-    monkeypatch.setattr(csm.Generator, "generate_batch", fails_at_the_second)
+    monkeypatch.setattr(narrate, "spoken", fails_at_the_third)
     with pytest.raises(SystemExit) as e:
         narrate.main(args)
     assert e.value.code == 130
@@ -148,6 +198,11 @@ def test_a_mistake_loses_nothing_of_what_is_finished(folder, tmp_path, monkeypat
         with pytest.raises(SystemExit) as e:
             narrate.main([*args, *wrong])
         assert e.value.code == 2 and capfd.readouterr().err.count("\n") == 1 and part.read_bytes() == before
+    with open(part, "rb") as other:
+        fcntl.flock(other, fcntl.LOCK_EX)
+        with pytest.raises(SystemExit):
+            narrate.main(args)
+    assert "another narrate is at work" in capfd.readouterr().err and part.read_bytes() == before
     (tmp_path / "book.txt").write_text(TEXT.replace("fine", "well"))
     with pytest.raises(SystemExit):
         narrate.main(args)
@@ -160,44 +215,79 @@ def test_a_mistake_loses_nothing_of_what_is_finished(folder, tmp_path, monkeypat
     assert (np.abs(whole[: 3 * 1920]) > 0).mean() > 0.5
 
 
-@pytest.mark.parametrize("how", [signal.SIGINT, signal.SIGKILL])
-def test_goes_on_after_an_interruption(folder, tmp_path, how):
-    (tmp_path / "book.txt").write_text(TEXT * 4)
-    command = [sys.executable, str(HERE / "narrate.py"), "book.txt", "a.wav", "--model", str(folder), *SHORT]
-    command += ["--batch", "1", "--temperature", "0.7"]
+def finished(tmp_path, p, n=2):
+    """Wait until a narration into a.wav has n sentences."""
     state = tmp_path / "a.wav.part.json"
-    with subprocess.Popen(command, cwd=tmp_path, stderr=subprocess.PIPE) as p:
-        while not (state.exists() and json.loads(state.read_text())["sentences"] >= 2):
-            assert p.poll() is None, p.stderr.read()
+    while not (state.exists() and json.loads(state.read_text())["sentences"] >= n):
+        assert p.poll() is None, p.stderr.read()
+    return state
+
+
+@pytest.mark.parametrize("how", [signal.SIGINT, signal.SIGTERM, signal.SIGKILL])
+def test_goes_on_after_an_interruption(folder, tmp_path, how):
+    (tmp_path / "book.txt").write_text(TEXT * 12)
+    command = [sys.executable, "-m", "csm_tools.narrate", "book.txt", "a.wav", "--model", str(folder), *SHORT]
+    command += ["--batch", "1", "--temperature", "0.7"]
+    where = {"cwd": tmp_path, "env": os.environ | {"PYTHONPATH": str(HERE)}}
+    with subprocess.Popen(command, **where, stderr=subprocess.PIPE) as p:
+        state = finished(tmp_path, p)
         os.kill(p.pid, how)
     before = json.loads(state.read_text())
     assert p.returncode != 0 and not (tmp_path / "a.wav").exists()
-    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
+    if how != signal.SIGKILL:
+        assert not list(tmp_path.glob(".*"))
+    done = subprocess.run(command, **where, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     whole = soundfile.read(tmp_path / "a.wav", dtype="int16")[0]
     assert f"seed {before['seed']}" in done.stderr and not state.exists()
-    again = subprocess.run([*command[:3], "b.wav", *command[4:], "--seed", str(before["seed"])], cwd=tmp_path)
+    again = subprocess.run([*command[:4], "b.wav", *command[5:], "--seed", str(before["seed"])], **where)
     assert again.returncode == 0
     np.testing.assert_array_equal(whole, soundfile.read(tmp_path / "b.wav", dtype="int16")[0])
+
+
+@pytest.mark.parametrize("voice", ["other", "none"])
+def test_two_processes_write_the_file_of_one(folder, tmp_path, voice):
+    """Also when one was killed and the same command went on."""
+    (tmp_path / "book.txt").write_text(TEXT * 8)
+    args = ["-m", "csm_tools.narrate", "book.txt", "--model", str(folder), "--seed", "5", "--voice", voice, *SHORT]
+    where = {"cwd": tmp_path, "env": os.environ | {"PYTHONPATH": str(HERE)}}
+    assert subprocess.run([sys.executable, *args, "b.wav", "--batch", "3"], **where).returncode == 0
+    launch = [Path(sys.executable).with_name("mlx.launch"), "-n", "2", "--python", sys.executable, "--", *args, "a.wav"]
+    if voice == "other":
+        with subprocess.Popen([*map(str, launch), "--batch", "1"], **where, stderr=subprocess.PIPE, text=True) as p:
+            state = finished(tmp_path, p, 3)
+            os.kill(int(state.read_text() and child(p.pid)), signal.SIGKILL)
+            err = p.stderr.read()
+        assert not (tmp_path / "a.wav").exists() and "process" in err, err
+    done = subprocess.run([*map(str, launch), "--batch", "2"], **where, capture_output=True, text=True)
+    assert (tmp_path / "a.wav").exists(), done.stderr
+    assert (tmp_path / "a.wav").read_bytes() == (tmp_path / "b.wav").read_bytes()
 
 
 def test_errors(folder, tmp_path, capfd):
     (tmp_path / "empty.txt").write_text(" *** \n")
     (tmp_path / "book.txt").write_text("Hello.")
+    (tmp_path / "latin.txt").write_bytes("Käse".encode("latin-1"))
+    book, out = tmp_path / "book.txt", tmp_path / "a.wav"
     for args in (
-        [tmp_path / "none.txt", tmp_path / "a.wav"],
-        [tmp_path / "empty.txt", tmp_path / "a.wav"],
-        [tmp_path / "book.txt", tmp_path],
-        [tmp_path / "book.txt", "-"],
-        [tmp_path / "book.txt", "/dev/null"],
-        [tmp_path / "book.txt", tmp_path / "a.wav", "--batch", "0"],
-        [tmp_path / "book.txt", tmp_path / "a.wav", "--ref-text", "alone"],
+        [tmp_path / "none.txt", out],
+        [tmp_path / "empty.txt", out],
+        [tmp_path / "latin.txt", out],
+        [book],
+        [book, tmp_path],
+        [book, "-"],
+        [book, "/dev/null"],
+        [book, tmp_path / "a.xyz"],
+        [book, tmp_path / "no/a.wav"],
+        [book, book, "--out-dir", tmp_path / "o"],
+        [book, out, "--batch", "0"],
+        [book, out, "--ref-text", "alone"],
     ):
         with pytest.raises(SystemExit) as e:
             narrate.main([*map(str, args), "--model", str(folder)])
         err = capfd.readouterr().err
-        assert e.value.code == 2 and err.count("\n") == 1 and err.startswith("narrate.py: error: "), err
-        assert not (tmp_path / "a.wav").exists()
+        assert e.value.code == 2 and err.count("\n") == 1 and err.startswith("narrate: error: "), err
+        assert sorted(f.name for f in tmp_path.iterdir()) == ["book.txt", "empty.txt", "latin.txt"]
 
 
 # ------------------------------------------------------------------------------- generate_batch

@@ -1,0 +1,500 @@
+"""A speech server with OpenAI's API: many requests on one model, said together, and streamed as they are made.
+
+    python -m csm_tools.serve --model tiny --port 8000
+
+POST /v1/audio/speech takes the fields of `Request` below: OpenAI's, and more. `/` is a page to try it, `/health` is for
+what watches it.
+
+One thread owns the model and runs a csm.Batch: a request joins before the next frame, and leaves when it has ended or
+its client has gone. Mimi decodes the frames of all in one pass. The rest happens on the event loop: HTTP, limits, and
+the encoding of files.
+"""
+
+import asyncio
+import base64
+import io
+import json
+import logging
+import os
+import secrets
+import socket
+import sys
+import time
+from collections import deque
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import asynccontextmanager
+from dataclasses import dataclass, field, replace
+from fractions import Fraction
+from functools import partial
+from pathlib import Path
+from typing import Annotated, Literal
+
+import csm
+import mimi as codec
+from csm_tools.narrate import sentences
+
+import mlx.core as mx  # isort: skip
+import anyio
+import av
+import numpy as np
+import soundfile
+import soxr
+import uvicorn
+from pydantic import Base64Bytes, BaseModel, Field, ValidationError, model_validator
+from starlette.applications import Starlette
+from starlette.exceptions import HTTPException
+from starlette.responses import FileResponse, JSONResponse
+from starlette.routing import Route
+
+# response_format -> media type, container, encoder, bits a second, the container's options
+FORMATS = {
+    "mp3": ("audio/mpeg", "mp3", "libmp3lame", 64_000, {"write_xing": "0", "id3v2_version": "0"}),
+    "opus": ("audio/ogg", "ogg", "libopus", 48_000, {"page_duration": "80000"}),  # microseconds
+    "aac": ("audio/aac", "adts", "aac", 64_000, {}),
+    "flac": ("audio/flac", "flac", "flac", None, {}),
+    "wav": ("audio/wav", "wav", "pcm_s16le", None, {"fflags": "+bitexact"}),  # a header of 44 bytes
+    "pcm": ("audio/pcm", "s16le", "pcm_s16le", None, {}),
+}
+OPENAI_VOICES = "alloy ash ballad cedar coral echo fable marin nova onyx sage shimmer verse".split()
+LARGEST = 16 * 2**20  # bytes of a request
+LONGEST_CLIP = 60  # seconds
+AHEAD = 30  # seconds of sound that a client may leave unread before the next sentence of its text waits for it
+STALLED = 60  # seconds without reading after which a client is dropped
+KEPT = 16  # voices and contexts whose KV caches are kept
+
+log = logging.getLogger("csm.serve")
+
+# ---------------------------------------------------------------------------------------------------- requests
+
+
+class Refused(Exception):
+    """Why a request fails, as OpenAI says it: which field is wrong, the HTTP status, a code."""
+
+    def __init__(self, message, param=None, status=400, code=None, headers=None):
+        kind = "server_error" if status >= 500 else "rate_limit_error" if status == 429 else "invalid_request_error"
+        self.body = {"error": {"message": message, "type": kind, "param": param, "code": code}}
+        self.status, self.headers = status, headers
+
+
+class Turn(BaseModel):
+    """What was said before."""
+
+    speaker: int = Field(0, ge=0)
+    text: str = Field(min_length=1)
+    audio: Base64Bytes  # an audio file
+
+    def segment(self):
+        try:
+            with soundfile.SoundFile(io.BytesIO(self.audio)) as file:
+                if file.frames > LONGEST_CLIP * file.samplerate:
+                    raise Refused(f"a clip may last {LONGEST_CLIP} s", "ref_audio")
+                audio, rate = file.read(dtype="float32", always_2d=True).mean(axis=1), file.samplerate
+            return csm.Segment(self.speaker, self.text, csm.as_samples(soxr.resample(audio, rate, 24_000)))
+        except (ValueError, TypeError, soundfile.LibsndfileError):
+            raise Refused("the clip is no audio file (WAV, FLAC, MP3, OGG)", "ref_audio") from None
+
+
+class Request(BaseModel):
+    """OpenAI's fields (platform.openai.com/docs/api-reference/audio/createSpeech), and from `speaker` on our own.
+
+    `model` and `instructions` are taken and change nothing. What is null counts as absent.
+    """
+
+    input: str
+    voice: str | dict[Literal["id"], str] | None = None
+    response_format: Literal[tuple(FORMATS)] = "mp3"
+    speed: Annotated[float, Field(ge=0.25, le=4)] = 1
+    stream_format: Literal["audio", "sse"] = "audio"
+    speaker: int = Field(0, ge=0)
+    seed: int = Field(default_factory=lambda: secrets.randbits(32), ge=0, lt=2**64)
+    temperature: float | None = None
+    top_k: int | None = None
+    top_p: float | None = None
+    min_p: float | None = None
+    ref_audio: Base64Bytes | None = None  # a clip of the voice to speak with, an audio file
+    ref_text: str | None = None  # what that clip says
+    context: list[Turn] = []  # what was said since
+
+    @model_validator(mode="before")
+    @classmethod
+    def drop_nulls(cls, fields):
+        return {name: x for name, x in fields.items() if x is not None} if isinstance(fields, dict) else fields
+
+
+@dataclass(eq=False)
+class Speech:
+    """What is said on a Request, and how far it is."""
+
+    request: Request
+    voice: str | None  # a name that the model knows; None: its default
+    sampling: csm.Sampling
+    context: list  # csm.Segments that go before; where there are any, they set the voice
+    parts: list  # [(text, seconds of silence after it)]
+    pieces: asyncio.Queue = field(default_factory=asyncio.Queue)  # (samples,) int16; None: the end; a Refused
+    part: int = 0  # the one that is said now, or next
+    tries: int = 0  # of it that gave nothing
+    codes: list = field(default_factory=list)  # of it so far, (K,) each
+    made: int = 0  # samples
+    taken: int = 0  # of them, by the client
+    gone: bool = False  # nobody listens any more
+
+
+def read_request(body, voices, generator, longest):
+    """A request's bytes -> Speech. voices: {name: the model's}; longest: of an input, characters. Raises Refused."""
+    try:
+        r = Request.model_validate_json(body)
+        sampling = generator.options(r.seed, r.model_dump(include={"temperature", "top_k", "top_p", "min_p"}))[1]
+    except ValidationError as e:
+        field = ".".join(map(str, e.errors()[0]["loc"]))
+        raise Refused(f"{field or 'the body'}: {e.errors()[0]['msg']}", field or None) from None
+    except ValueError as e:
+        raise Refused(str(e)) from None
+    if not r.input.strip():
+        raise Refused("`input` is empty", "input")
+    if len(r.input) > longest:
+        raise Refused(f"`input` has {len(r.input)} characters, and may have {longest}", "input")
+    voice = r.voice["id"] if isinstance(r.voice, dict) else r.voice
+    if voice is not None and voice not in voices:
+        raise Refused(f"unknown voice {voice!r}; there are: {', '.join(voices)}", "voice")
+    if bool(r.ref_audio) != bool(r.ref_text):
+        raise Refused("`ref_audio` and `ref_text` go together: a clip needs its transcript", "ref_audio")
+    clip = [Turn.model_construct(speaker=r.speaker, text=r.ref_text, audio=r.ref_audio)] if r.ref_audio else []
+    parts = sentences(r.input)
+    parts = parts if len(parts) > 1 else [(r.input, 0)]
+    return Speech(r, voices.get(voice), sampling, [turn.segment() for turn in clip + r.context], parts)
+
+
+# ------------------------------------------------------------------------------------------------------ the model
+
+
+class Engine:
+    """Says max_batch Speeches at once; max_waiting more wait in their order. Its thread owns the model."""
+
+    def __init__(self, generator, max_batch, max_waiting):
+        self.generator, self.max_batch, self.max_waiting = generator, max_batch, max_waiting
+        self.thread = ThreadPoolExecutor(1, "model")
+        self.changed = asyncio.Event()  # there may be something to do
+        self.waiting = []  # Speeches; those between two sentences stand in front
+        self.batch, self.live = generator.batch(), {}  # uid -> Speech
+        self.decoded, self.state = [], None  # uids, and Mimi's state of their streams
+        self.steps = deque([(0, 0.0)], maxlen=125)  # (frames, seconds) of each
+
+    def submit(self, speech):
+        """Queue a Speech. Raises Refused where there is no room."""
+        if len(self.waiting) >= self.max_waiting + self.max_batch - len(self.live):
+            raise Refused("the server is busy", None, 429, "rate_limit_exceeded", {"Retry-After": "1"})
+        self.waiting.append(speech)
+        self.changed.set()
+
+    def health(self):
+        """real_time_factor: seconds a second of each stream's sound, below 1 where none has to wait for it."""
+        frames, seconds = map(sum, zip(*self.steps))
+        factor = seconds / len(self.steps) * self.generator.mimi.config.frame_rate
+        speed = {"frames_per_second": round(frames / (seconds or 1), 1), "real_time_factor": round(factor, 3)}
+        return {"status": "ok", "live": len(self.live), "waiting": len(self.waiting)} | speed
+
+    async def run(self):
+        loop, ahead = asyncio.get_running_loop(), AHEAD * self.generator.sample_rate
+        while True:
+            self.changed.clear()
+            self.waiting = [speech for speech in self.waiting if not speech.gone]
+            ready = [speech for speech in self.waiting if speech.made - speech.taken <= ahead]
+            joining = ready[: self.max_batch - len(self.live)]
+            if not joining and not self.live:
+                await self.changed.wait()
+                continue
+            self.waiting = [speech for speech in self.waiting if speech not in joining]
+            try:
+                pieces = await loop.run_in_executor(self.thread, self.step, joining)
+            except Exception:
+                log.exception("a frame failed, and with it all that was being said")
+                lost = [*self.live.values(), *joining]
+                pieces = [(speech, Refused("generation failed", None, 500)) for speech in lost]
+                self.batch, self.live, self.decoded = self.generator.batch(), {}, []
+            for speech, piece in pieces:
+                speech.pieces.put_nowait(piece)
+
+    def step(self, joining):
+        """Let them join, and say a frame of each that is live -> [(Speech, a piece of it)]."""
+        start, pieces = time.perf_counter(), []
+        for speech in joining:
+            try:
+                self.live[self.begin(speech)] = speech
+            except ValueError as e:
+                pieces.append((speech, Refused(str(e))))
+            except Exception:
+                log.exception("a request failed")
+                pieces.append((speech, Refused("generation failed", None, 500)))
+        for uid in [uid for uid, speech in self.live.items() if speech.gone]:
+            self.batch.remove(uid)
+            del self.live[uid]
+        said = self.batch.next() if self.live else []
+        frames = {uid: codes for uid, codes in said if codes is not None}
+        if frames:
+            for (uid, codes), audio in zip(frames.items(), self.decode(frames)):
+                speech = self.live[uid]
+                speech.codes.append(codes)
+                speech.made += len(audio)
+                pieces.append((speech, audio))
+            self.steps.append((len(frames), time.perf_counter() - start))
+        ended = [self.live.pop(uid) for uid, codes in said if codes is None]
+        return pieces + [piece for speech in ended for piece in self.after_part(speech)]
+
+    def begin(self, speech):
+        """Put the next part of a Speech into the batch -> its uid. Raises ValueError."""
+        r, (text, _), generator = speech.request, speech.parts[speech.part], self.generator
+        if speech.part == speech.tries == 0:
+            if r.context and not r.ref_audio:  # the turns follow the voice of whoever speaks first
+                voice = generator.voice_prompt(speech.voice)
+                speech.context = [replace(s, speaker=r.context[0].speaker) for s in voice] + speech.context
+            speech.context = [generator.encode(segment) for segment in speech.context]
+        before, rows = generator.prompt(text, r.speaker, speech.context, speech.voice)
+        seed = (r.seed + speech.part + speech.tries * 2**32) % 2**64
+        cache = generator.prefill(before)
+        return self.batch.insert(rows, generator.max_frames(None, text), seed, speech.sampling, cache)
+
+    def decode(self, frames):
+        """{uid: codes (K,)} -> (B, 1920) int16, each stream going on from its own state."""
+        mimi = self.generator.mimi
+        if list(frames) != self.decoded:
+            states = dict(zip(self.decoded, codec.split_state(self.state))) if self.decoded else {}
+            self.state = codec.join_states([states.get(uid) or mimi.init_state(1) for uid in frames])
+            self.decoded = list(frames)
+        with mx.stream(self.generator.codec_stream):  # beside the next frame, not behind it
+            audio, self.state = mimi.decode_step(np.stack(list(frames.values()))[:, :, None], self.state)
+        return codec.to_pcm16(audio[:, 0])
+
+    def after_part(self, speech):
+        """Let the next part of a Speech wait in front -> [(Speech, the silence before it, or None after the last)]."""
+        text, pause = speech.parts[speech.part]
+        if not speech.codes and speech.tries < 3:  # it ended at once: again with another seed, as narrate does
+            speech.tries += 1
+            self.waiting.insert(0, speech)
+            return []
+        voice = speech.context or self.generator.voice_prompt(speech.voice)
+        if not voice and speech.codes:  # then this sentence's is the others'
+            speech.context = [csm.Segment(speech.request.speaker, text, codes=np.stack(speech.codes))]
+        speech.part, speech.tries, speech.codes = speech.part + 1, 0, []
+        if speech.part == len(speech.parts):
+            nothing = Refused("the model ended the speech at once: try another seed", None, 500)
+            return [(speech, None if speech.made else nothing)]
+        self.waiting.insert(0, speech)
+        silence = np.zeros(int(pause * self.generator.sample_rate), np.int16)
+        speech.made += len(silence)
+        return [(speech, silence)]
+
+
+# ------------------------------------------------------------------------------------------------------ files
+
+
+class Encoder:
+    """Pieces of sound -> pieces of one file. speed: how much faster than it was said, the pitch kept."""
+
+    def __init__(self, format, rate, speed):
+        _, container, encoder, bits, options = FORMATS[format]
+        self.rate, self.samples, self.data = rate, 0, bytearray()
+        # into an object that can only be written to, so that no header is gone back to
+        self.file = av.open(self, "w", format=container, options=options | {"flush_packets": "1"})
+        self.track = self.file.add_stream(encoder, rate=rate, layout="mono")
+        if bits:
+            self.track.bit_rate = bits
+        self.file.start_encoding()
+        factors = [] if speed == 1 else [speed] if speed >= 0.5 else [0.5, speed / 0.5]  # atempo takes 0.5 and more
+        self.graph = av.filter.Graph()
+        source = self.graph.add_abuffer(sample_rate=rate, format="s16", layout="mono", time_base=Fraction(1, rate))
+        tempo = [self.graph.add("atempo", str(factor)) for factor in factors]
+        self.graph.link_nodes(source, *tempo, self.graph.add("abuffersink")).configure()
+
+    def write(self, data):
+        self.data += data
+        return len(data)
+
+    def __call__(self, audio):
+        """(samples,) int16, or None after the last -> the bytes that are ready."""
+        frame = None
+        if audio is not None:
+            frame = av.AudioFrame.from_ndarray(audio[None], format="s16", layout="mono")
+            frame.rate, frame.pts, frame.time_base = self.rate, self.samples, Fraction(1, self.rate)
+            self.samples += len(audio)
+        self.graph.push(frame)
+        while True:
+            try:
+                self.file.mux(self.track.encode(self.graph.pull()))
+            except (av.BlockingIOError, av.EOFError):
+                break
+        if audio is None:
+            self.file.mux(self.track.encode(None))
+            self.file.close()
+        data, self.data = bytes(self.data), bytearray()
+        return data
+
+
+# ------------------------------------------------------------------------------------------------------ HTTP
+
+
+def make_app(engine, args, address):
+    """The Starlette application of an Engine. args: of the command."""
+    generator, rate, name = engine.generator, engine.generator.sample_rate, args.model or "csm-1b"
+    own = sorted(generator.voices)
+    voices = {name: own[i % len(own)] if own else "none" for i, name in enumerate(OPENAI_VOICES)}
+    voices |= {name: name for name in (*own, "none")}
+
+    def check_key(request):
+        given = request.headers.get("authorization", "").removeprefix("Bearer ")
+        if args.api_key and not secrets.compare_digest(given.encode(), args.api_key.encode()):
+            raise Refused("the API key is missing or wrong", None, 401, "invalid_api_key")
+
+    async def speak(request):
+        check_key(request)
+        body = bytearray()
+        async for piece in request.stream():
+            body += piece
+            if len(body) > LARGEST:
+                raise Refused(f"the request is larger than {LARGEST} bytes", None, 413)
+        # in another thread, since a clip takes a while
+        speech = await asyncio.to_thread(read_request, bytes(body), voices, generator, args.max_characters)
+        engine.submit(speech)
+        return partial(answer, speech)
+
+    async def answer(speech, scope, receive, send):
+        """The response, as an ASGI application. It breaks off where the client leaves or stops reading."""
+
+        async def watch():
+            while (await receive())["type"] != "http.disconnect":
+                pass
+            tasks.cancel_scope.cancel()
+
+        try:
+            async with anyio.create_task_group() as tasks:
+                tasks.start_soon(watch)
+                try:
+                    await tell(speech, scope, receive, send)
+                except TimeoutError:
+                    log.error("dropped a client that read nothing for %d s", STALLED)
+                tasks.cancel_scope.cancel()
+        finally:
+            speech.gone = True
+            engine.changed.set()
+
+    async def tell(speech, scope, receive, send):
+        r, start, piece = speech.request, time.perf_counter(), await speech.pieces.get()
+        first = time.perf_counter() - start
+        if isinstance(piece, Refused):
+            return await JSONResponse(piece.body, piece.status)(scope, receive, send)
+        sse = r.stream_format == "sse"
+        headers = {"content-type": "text/event-stream" if sse else FORMATS[r.response_format][0], "x-seed": str(r.seed)}
+        headers |= {"cache-control": "no-store", "x-accel-buffering": "no"}
+        headers = [(name.encode(), value.encode()) for name, value in headers.items()]
+        await send({"type": "http.response.start", "status": 200, "headers": headers})
+        encode = Encoder(r.response_format, rate, r.speed)
+        while not isinstance(piece, Refused):
+            data = encode(piece)
+            if sse:
+                data = event("speech.audio.delta", audio=base64.b64encode(data).decode()) if data else b""
+                data += event("speech.audio.done", usage=usage(speech)) if piece is None else b""
+            with anyio.fail_after(STALLED):
+                await send({"type": "http.response.body", "body": data, "more_body": piece is not None})
+            if piece is None:
+                what = speech.made / rate, r.response_format, time.perf_counter() - start, first, speech.voice, r.seed
+                log.info("%.2f s of %s in %.2f s, the first after %.2f s, voice %s, seed %d", *what)
+                return log.info("%s", r.input) if args.log_text else None
+            speech.taken += len(piece)
+            engine.changed.set()
+            piece = await speech.pieces.get()
+        if sse:
+            await send({"type": "http.response.body", "body": event("error", **piece.body), "more_body": True})
+        # Without a last piece: so the client sees that the file is not whole.
+
+    def usage(speech):
+        said = sum(len(generator.text_rows(text, speech.request.speaker)) for text, _ in speech.parts)
+        frames = round(speech.made / rate * generator.mimi.config.frame_rate)
+        return {"input_tokens": said, "output_tokens": frames, "total_tokens": said + frames}
+
+    def event(kind, **fields):
+        return f"data: {json.dumps({'type': kind} | fields)}\n\n".encode()
+
+    def models(request):
+        check_key(request)
+        return JSONResponse(
+            {"object": "list", "data": [{"id": name, "object": "model", "created": 0, "owned_by": "csm"}]}
+        )
+
+    def voice_list(request):
+        return JSONResponse({"voices": [{"id": voice, "name": voice} for voice in (*own, "none")]})
+
+    def page(request):
+        inline = "script-src 'unsafe-inline'; style-src 'unsafe-inline'"
+        policy = f"default-src 'none'; connect-src 'self'; media-src blob:; img-src data:; {inline}"
+        return FileResponse(Path(__file__).with_name("serve.html"), headers={"content-security-policy": policy})
+
+    async def refuse(request, e):
+        if isinstance(e, HTTPException):
+            e = Refused(e.detail, None, e.status_code, headers=e.headers)
+        elif not isinstance(e, Refused):
+            e = Refused("internal error", None, 500)
+        return JSONResponse(e.body, e.status, e.headers)
+
+    @asynccontextmanager
+    async def lifespan(app):
+        running = asyncio.create_task(engine.run())
+        print(f"ready: {address}", file=sys.stderr, flush=True)
+        yield
+        running.cancel()
+        engine.thread.submit(mx.clear_streams)  # or the process may not end well
+        engine.thread.shutdown()
+
+    routes = [
+        Route("/v1/audio/speech", speak, methods=["POST"]),
+        Route("/v1/models", models),
+        Route("/v1/audio/models", lambda request: JSONResponse({"models": [{"id": name}]})),  # this and the voices
+        Route("/v1/audio/voices", voice_list),  # without a key: Open WebUI sends none
+        Route("/health", lambda request: JSONResponse(engine.health())),
+        Route("/", page),
+    ]
+    handlers = dict.fromkeys((Refused, HTTPException, Exception), refuse)
+    return Starlette(routes=routes, exception_handlers=handlers, lifespan=lifespan)
+
+
+# ------------------------------------------------------------------------------------------------------ command
+
+
+def serve(args):
+    if args.max_batch < 1 or args.max_waiting < 0 or not 0 <= args.port < 2**16:
+        raise ValueError("--max-batch is 1 or more, --max-waiting 0 or more, --port 0 to 65535")
+    generator = csm.load_for(args)
+    generator.kept = KEPT
+    if args.voices:
+        clips = [f for f in Path(args.voices).glob("*.wav") if f.with_suffix(".txt").is_file()]
+        if not clips:
+            raise ValueError(f"{args.voices} holds no clips (name.wav) with their transcripts (name.txt)")
+        generator.voices |= {f.stem: f.parent for f in clips}
+    engine = Engine(generator, args.max_batch, args.max_waiting)
+    # what compiles does so now, and in the thread that it is for
+    engine.thread.submit(generator.generate, "Hello.", max_audio_length_ms=200, seed=0).result()
+    logging.basicConfig(format="%(asctime)s %(message)s")
+    log.setLevel(logging.INFO)
+    family = socket.AF_INET6 if ":" in args.host else socket.AF_INET
+    with socket.create_server((args.host, args.port), family=family) as listener:
+        host = f"[{args.host}]" if ":" in args.host else args.host
+        app = make_app(engine, args, f"http://{host}:{listener.getsockname()[1]}")
+        config = uvicorn.Config(app, log_level="warning", access_log=False, timeout_graceful_shutdown=args.grace)
+        uvicorn.Server(config).run(sockets=[listener])
+
+
+def main(argv=None):
+    p = csm.parser_for("csm_tools.serve", description="A speech server with OpenAI's API.")
+    csm.add_model_options(p)
+    p.add_argument("--host", default="127.0.0.1", help="address to listen on (default 127.0.0.1: this machine alone)")
+    p.add_argument("--port", type=int, default=8000, help="0: any that is free (default 8000)")
+    p.add_argument("--api-key", default=os.environ.get("CSM_API_KEY"), help="asked of clients (default: $CSM_API_KEY)")
+    p.add_argument("--voices", metavar="DIR", help="clips to speak like: name.wav with name.txt beside it")
+    p.add_argument("--max-batch", type=int, default=16, metavar="N", help="requests spoken at once (default 16)")
+    p.add_argument("--max-waiting", type=int, default=64, metavar="N", help="that wait beyond those (default 64)")
+    p.add_argument("--max-characters", type=int, default=4096, metavar="N", help="of an input (default 4096)")
+    p.add_argument("--grace", type=int, default=30, metavar="S", help="seconds that SIGTERM leaves what is under way")
+    p.add_argument("--log-text", action="store_true", help="log what is said")
+    return csm.run(p, serve, p.parse_args(argv), "stopped")
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,327 @@
+"""SilentCipher, the inaudible mark that Sesame's own code puts into all that CSM says, on MLX.
+
+    python -m csm_tools.watermark embed speech.wav marked.wav
+    python -m csm_tools.watermark detect marked.wav
+
+Source: Singh et al., "SilentCipher: Deep Audio Watermarking" (2024, arXiv 2406.03822), and Sony's package
+`silentcipher` 1.0.5 (MIT), whose numbers these are: its detector finds our marks, and ours finds its. The weights are
+Sony's, on the Hub at sony/silentcipher; no licence is stated for them.
+
+How: the sound at 44.1 kHz becomes a spectrogram of T frames. The message, five bytes, is twenty symbols of two bits and
+one that marks the end: one symbol a frame, again every 21 frames (0.975 s). A network looks at the spectrogram and the
+symbols and says by how much to lower each magnitude, `sdr` decibels below the sound on the whole; the phase is kept.
+Another network reads a symbol off each frame.
+
+All its normalizations take the mean and variance of the clip at hand, as the original does (its BatchNorm is never put
+into evaluation). So a clip is marked as a whole, up to WHOLE seconds; a longer one in pieces of WHOLE, a stream in
+pieces of one mark, each by its own statistics. The symbols run on from piece to piece.
+
+Glossary: T frames, F bins, I and O channels in and out.
+"""
+
+import sys
+from pathlib import Path
+from typing import NamedTuple
+
+import mimi as codec
+
+import mlx.core as mx  # isort: skip
+import numpy as np
+
+REPO, FOLDER = "sony/silentcipher", "44_1_khz/73999_iteration"
+FILES = ("enc_c.ckpt", "dec_c.ckpt", "dec_m_0.ckpt")
+SESAME = (212, 211, 146, 56, 201)  # the message in CSM's speech
+RATE = 44_100  # Hz: the network's
+HOP = 2048  # samples from frame to frame; a frame is two hops long
+BAND = 1024  # bins that carry the message, of HOP + 1
+LEAST = 0.5  # of the symbols must agree: of symbols drawn at random, in four marks or more, fewer do
+PERIOD = 21  # frames a mark: twenty symbols and an end
+MARK = PERIOD * HOP  # samples: 0.975 s
+WHOLE = 32  # marks (31 s) that are taken as a whole: 0.5 GB
+POWER = 0.002837200844477648  # the mean square that the network was trained on
+
+
+class Detection(NamedTuple):
+    message: tuple  # five bytes
+    confidence: float  # share of the symbols that agree with their repetitions; 1.0 where there are none (below 1.95 s)
+
+
+# ---------------------------------------------------------------------------------------------------- sound
+
+
+WINDOW = np.hanning(2 * HOP + 1)[:-1].astype(np.float32)  # periodic Hann
+
+
+def stft(audio):
+    """(n,) -> (T, F) complex: frames centred on every HOP-th sample, the ends reflected."""
+    audio = np.pad(audio, (0, 2 * HOP - len(audio) % (2 * HOP)))
+    frames = np.lib.stride_tricks.sliding_window_view(np.pad(audio, HOP, mode="reflect"), 2 * HOP)[::HOP]
+    return np.fft.rfft(frames * WINDOW).astype(np.complex64)
+
+
+def istft(spectrum, n):
+    """(T, F) complex -> (n,): between the centres of two frames lie the second half of one, the first of the next."""
+    frames = np.fft.irfft(spectrum).astype(np.float32) * WINDOW
+    envelope = WINDOW[HOP:] ** 2 + WINDOW[:HOP] ** 2
+    return ((frames[:-1, HOP:] + frames[1:, :HOP]) / envelope).reshape(-1)[:n]
+
+
+def resample(pieces, old, new):
+    """Pieces (samples,) at one rate -> pieces at another, a few seconds at most, rounded up to whole samples in all."""
+    import soxr
+
+    stream, taken, given = soxr.ResampleStream(old, new, 1, dtype="float32", quality="HQ"), 0, 0
+    for piece in pieces:
+        piece = np.asarray(piece, np.float32)
+        if piece.ndim != 1 or not np.isfinite(piece).all():
+            raise ValueError(f"audio must be (samples,), without NaN; this is {piece.shape}")
+        for i in range(0, len(piece), MARK):
+            part = piece[i : i + MARK]
+            out = part if old == new else stream.resample_chunk(part)
+            taken, given = taken + len(part), given + len(out)
+            yield out
+    rest = stream.resample_chunk(np.zeros(0, np.float32), last=True)
+    n = -(-taken * new // old) - given
+    yield np.pad(rest, (0, max(0, n - len(rest))))[:n]
+
+
+def cut(pieces, size):
+    """Pieces (samples,) -> pieces of `size` and what is left."""
+    held = np.zeros(0, np.float32)
+    for piece in pieces:
+        held = np.concatenate([held, piece])
+        while len(held) >= size:
+            yield held[:size]
+            held = held[size:]
+    if len(held):
+        yield held
+
+
+# ---------------------------------------------------------------------------------------------------- network
+
+
+def to_symbols(message):
+    """Five bytes -> a mark's 21 symbols: two bits each, the high ones first, counted from 1; then the end, 0."""
+    if len(message) != 5 or not all(0 <= byte < 256 for byte in message):
+        raise ValueError(f"a watermark's message is five numbers from 0 to 255, not {message}")
+    return [(byte >> shift & 3) + 1 for byte in message for shift in (6, 4, 2, 0)] + [0]
+
+
+def convolve(frames, weight, bias):
+    """Frames [(F, I)] * k, weight (k, k, I, O) -> the middle one's (F, O), zeros beyond the bins."""
+    k, n = len(weight), len(frames[0])
+    x = mx.pad(mx.stack(frames), ((0, 0), (k // 2, k // 2), (0, 0)))
+    if mx.default_device() == mx.gpu:
+        return mx.conv2d(x[None], weight.transpose(3, 0, 1, 2))[0, 0] + bias
+    y = bias  # MLX's convolution is slow on a CPU, its products are not: one for each tap
+    for i in range(k):
+        for j in range(k):
+            y = mx.addmm(y, x[i, j : j + n], weight[i, j])
+    return y
+
+
+class Layer:
+    """BatchNorm(conv(x) * sigmoid(gate(x))), by the statistics of x itself."""
+
+    def __init__(self, weights, name):
+        conv, gate = (weights[f"{name}.{part}.weight"] for part in ("conv", "gate"))  # (O, I, bins, frames)
+        self.weight = mx.contiguous(mx.concatenate([conv, gate]).transpose(3, 2, 1, 0))
+        self.bias = mx.concatenate([weights[f"{name}.conv.bias"], weights[f"{name}.gate.bias"]])
+        self.scale, self.shift = weights[f"{name}.bn.weight"], weights[f"{name}.bn.bias"]
+
+    def __call__(self, frames):
+        """[(F, I)] * T -> [(F, O)] * T. Takes from the list as it goes: memory holds one layer of a clip."""
+        r = len(self.weight) // 2
+        edge = mx.zeros_like(frames[0])
+        near = [edge] * r + [frames.pop(0) for _ in range(r)]
+        out, means, variances = [], [], []
+        for _ in range(len(frames) + r):
+            near.append(frames.pop(0) if frames else edge)
+            value, gate = mx.split(convolve(near, self.weight, self.bias), 2, axis=-1)
+            out.append(value * mx.sigmoid(gate))
+            means.append(mx.mean(out[-1], axis=0))
+            variances.append(mx.var(out[-1], axis=0))
+            mx.eval(out[-1], means[-1], variances[-1])
+            near.pop(0)
+        means = mx.stack(means)
+        mean, variance = mx.mean(means, axis=0), mx.mean(mx.stack(variances), axis=0) + mx.var(means, axis=0)
+        return [(y - mean) * (self.scale * mx.rsqrt(variance + 1e-5)) + self.shift for y in out]
+
+
+class Watermark:
+    """The networks. encoder, decoder, detector: the tensors of enc_c, dec_c and dec_m_0, in PyTorch's shapes."""
+
+    def __init__(self, encoder, decoder, detector):
+        self.encoder = [Layer(encoder, f"main.{i}") for i in range(3)]
+        self.symbols = encoder["linear.weight"].T + encoder["linear.bias"]  # (5, BAND)
+        self.decoder = [Layer(decoder, f"main.{i}") for i in range(4)]
+        # a third of the channels that go in are the encoder's, a third the carrier, a third the message, repeated
+        encoded, carrier, message = mx.split(self.decoder[0].weight, 3, axis=2)
+        once = [w.sum(axis=2, keepdims=True) for w in (carrier, message)]
+        self.decoder[0].weight = mx.concatenate([encoded, *once], axis=2)  # (3, 3, 32 + 2, O)
+        self.detector = [Layer(detector, f"main.{i}") for i in range(1, 20, 2)]
+        self.bins, self.bias = detector["linear.weight"][0], detector["linear.bias"]  # (BAND,), (1,)
+
+    def embed(self, audio, sample_rate=24_000, message=SESAME, sdr=36.0):
+        """(samples,) -> (samples,) float32 NumPy, marked. sdr: decibels from the sound down to the mark.
+
+        Silence stays silence, and what is above 22 kHz is lost. Raises ValueError.
+        """
+        return np.concatenate([*self.embed_stream([audio], sample_rate, message, sdr, WHOLE)])
+
+    def embed_stream(self, pieces, sample_rate=24_000, message=SESAME, sdr=36.0, marks=1):
+        """Pieces (samples,) of any length -> pieces, as many samples in all, about `marks` * 0.975 s behind."""
+        symbols = to_symbols(message)
+        taken = given = 0
+
+        def counted():
+            nonlocal taken
+            for piece in pieces:
+                taken += len(piece)
+                yield piece
+
+        clips = cut(resample(counted(), sample_rate, RATE), marks * MARK)
+        for marked in resample((self.mark(clip, symbols, sdr) for clip in clips), RATE, sample_rate):
+            marked = marked[: taken - given]  # two roundings up can make one sample too many
+            given += len(marked)
+            yield marked
+
+    def mark(self, clip, symbols, sdr):
+        """(n,) at 44.1 kHz -> the same, marked from its first sample on."""
+        power = np.mean(clip**2)
+        if power == 0:
+            return clip
+        spectrum = stft(clip * np.sqrt(POWER / power))
+        carrier = np.abs(spectrum)  # (T, F)
+        info = np.abs(self.info(carrier, np.resize(symbols, len(carrier))))
+        info[:, BAND:] = 0
+        info *= 10 ** (-sdr / 20) * np.sqrt(np.mean(carrier**2) / np.mean(info**2, axis=1, keepdims=True))
+        spectrum *= np.maximum(carrier - info, 0) / np.maximum(carrier, 1e-30)
+        return istft(spectrum, len(clip)) * np.sqrt(power / POWER)
+
+    def info(self, carrier, symbols):
+        """Magnitudes (T, F), symbols (T,) -> what the decoder makes of them, (T, F)."""
+        carrier = [*mx.array(carrier)[:, :, None]]
+        message = [*mx.pad(self.symbols[mx.array(symbols)], ((0, 0), (0, HOP + 1 - BAND)))[:, :, None]]
+        frames = carrier[:]
+        for layer in self.encoder:
+            frames = layer(frames)
+        frames = [mx.concatenate(parts, axis=1) for parts in zip(frames, carrier, message)]
+        for layer in self.decoder:
+            frames = layer(frames)
+        return np.array(mx.stack(frames)[:, :, 0])
+
+    def detect(self, audio, sample_rate=24_000):
+        """(samples,) -> the Detection, or None where there is no mark. Raises ValueError.
+
+        Where a mark begins at the first sample it is read there. Else the beginnings of a frame are tried, on the
+        loudest two seconds, every 256 samples and then finer about the best.
+        """
+        audio = np.concatenate([*resample([audio], sample_rate, RATE)])
+        found, clarity = self.read(audio)
+        if len(audio) < MARK or (found and found.confidence >= 0.9 and len(audio) >= 2 * MARK):
+            return found
+        energy = [np.sum(clip**2) for clip in cut([audio], MARK)]
+        loudest = int(np.argmax(np.convolve(energy, [1, 1])[1:])) * MARK  # where it and the next are
+        excerpt = audio[loudest : loudest + 2 * MARK + HOP]
+
+        def score(shift):
+            return self.read(excerpt[shift:])[1]
+
+        best = max(range(0, HOP, 256), key=score)
+        best = max(((best + step) % HOP for step in (0, -128, -64, 64, 128)), key=score)
+        other, clearer = self.read(audio[best:])
+        return other if clearer > clarity else found
+
+    def read(self, audio):
+        """(n,) at 44.1 kHz, a frame beginning at its first sample -> Detection or None; how clear the symbols are."""
+        logits = np.concatenate([self.logits(clip)[: WHOLE * PERIOD] for clip in cut([audio], WHOLE * MARK)])
+        logits = logits[: len(logits) // PERIOD * PERIOD].reshape(-1, PERIOD, 5)  # a row for each mark
+        if not len(logits):
+            return None, 0.0
+        probabilities = np.exp(logits - logits.max(axis=-1, keepdims=True))
+        probabilities /= probabilities.sum(axis=-1, keepdims=True)
+        clarity = float(probabilities.mean(axis=0).max(axis=-1).mean())
+        rows = logits.argmax(axis=-1)
+        mode = (rows[:, :, None] == np.arange(5)).sum(axis=0).argmax(axis=-1)  # (PERIOD,)
+        confidence = float(np.mean(rows == mode))
+        if (mode == 0).sum() != 1 or confidence < LEAST:
+            return None, clarity
+        pairs = np.roll(mode, -1 - mode.argmin())[:-1] - 1  # from after the end
+        return Detection(tuple((pairs.reshape(5, 4) @ [64, 16, 4, 1]).tolist()), confidence), clarity
+
+    def logits(self, clip):
+        """(n,) at 44.1 kHz -> (T, 5), of the symbols."""
+        clip = clip * np.sqrt(POWER / max(np.mean(clip**2), 1e-30))
+        frames = [*mx.array(np.abs(stft(clip))[:, :BAND, None])]
+        for layer in self.detector:
+            frames = layer(frames)
+        return np.array(mx.einsum("tfs,f->ts", mx.stack(frames), self.bins) + self.bias)
+
+
+def load(path_or_repo=REPO):
+    """The networks, from a folder or a Hub repository with SilentCipher's 44.1 kHz model. Raises ValueError."""
+    import csm_layouts
+
+    folder = Path(path_or_repo)
+    if not folder.is_dir():
+        try:
+            folder = codec.download(str(path_or_repo), *(f"{FOLDER}/{name}" for name in FILES))
+        except (ValueError, OSError) as error:
+            raise ValueError(f"the watermark's weights cannot be had: {error}") from None
+    if (folder / FOLDER).is_dir():
+        folder = folder / FOLDER
+    parts = [csm_layouts.read_pt(folder / name) for name in FILES]
+    try:
+        mark = Watermark(*parts)
+    except (KeyError, ValueError) as error:
+        raise ValueError(f"{folder} does not hold a SilentCipher: {error}") from None
+    if mark.symbols.shape != (5, BAND) or mark.bins.shape != (BAND,):
+        raise ValueError(f"{folder} holds a SilentCipher of another rate than 44.1 kHz")
+    return mark
+
+
+# ---------------------------------------------------------------------------------------------------- command
+
+
+def command(args):
+    import soundfile
+
+    if (args.action == "embed") != (args.output is not None):
+        raise ValueError("it is `embed IN OUT` and `detect IN`")
+    mark = load(args.weights)
+    if args.action == "detect":
+        found = mark.detect(codec.read_audio(args.input, RATE), RATE)
+        whose = "no mark" if not found else "CSM's mark" if found.message == SESAME else "a mark, not CSM's"
+        print(whose + (f": {','.join(map(str, found.message))}, confidence {found.confidence:.2f}" if found else ""))
+        return 0 if found else 1
+    try:
+        rate = soundfile.info(args.input).samplerate
+    except soundfile.LibsndfileError:  # no such file, or one for ffmpeg: read_audio says
+        rate = 24_000
+    audio = codec.read_audio(args.input, rate)
+    with codec.audio_writer(args.output, rate) as write:
+        for piece in mark.embed_stream([audio], rate, args.message, args.sdr, WHOLE):
+            write(piece)
+    return 0
+
+
+def numbers(text):
+    return tuple(int(n) for n in text.split(","))
+
+
+def main(argv=None):
+    import csm  # late: csm.py loads this file, and then may be called __main__
+
+    p = csm.parser_for("watermark", description="Mark speech inaudibly, or find a mark (exit status 1: none).")
+    p.add_argument("action", choices=("embed", "detect"))
+    p.add_argument("input", metavar="IN", help="an audio file")
+    p.add_argument("output", metavar="OUT", nargs="?", help="embed: a .wav, .flac, .mp3, .ogg or .opus file, mono")
+    p.add_argument("--weights", default=REPO, metavar="W", help=f"a folder or a Hub repository (default {REPO})")
+    p.add_argument("--sdr", type=float, default=36.0, help="decibels from the sound down to the mark (default 36)")
+    p.add_argument("--message", type=numbers, default=SESAME, metavar="N,N,N,N,N", help="five bytes (default: CSM's)")
+    return csm.run(p, command, p.parse_args(argv))
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,183 @@
+"""The engine: utterances that join and leave a running batch say what they say alone; compiling is safe."""
+
+import _thread
+import threading
+import time
+
+import csm
+import numpy as np
+import pytest
+
+from conftest import clip, write_model
+
+OPTIONS = (
+    {"temperature": 0},
+    {"temperature": 0.9, "top_k": 50},
+    {"temperature": 1.3, "top_k": 0, "top_p": 0.8},
+    {"temperature": 0.7, "top_k": 5, "min_p": 0.1, "min_tokens_to_keep": 2},
+    {"temperature": 1.0, "top_k": 0},
+)
+
+
+def alone(generator, rows, frames, seed, sampling, cache=None):
+    """What one utterance says in a batch of its own: (F, K)."""
+    batch = generator.batch()
+    uid = batch.insert(rows, frames, seed, sampling, cache)
+    out = []
+    while len(batch):
+        for who, codes in batch.next():
+            assert who == uid
+            out += [] if codes is None else [codes]
+    return np.array(out).reshape(-1, rows.shape[1] - 1)
+
+
+def prompts(generator):
+    """(rows, cache, their own frames) of very different lengths."""
+    texts = ["yes", "hello there, how are you today?", "i am fine", "no " * 30]
+    context = generator.segment_rows(csm.Segment(0, "hello", clip(1.2)))
+    for i, text in enumerate(texts):
+        rows = generator.text_rows(text, i % 2)
+        yield (rows, None) if i % 2 else (rows, generator.prefill(context))
+
+
+@pytest.mark.parametrize("compiled", ["0", "1"])
+def test_joining_and_leaving_changes_nobodys_codes(generator, monkeypatch, compiled):
+    monkeypatch.setenv("CSM_COMPILE", compiled)
+    jobs = [
+        (*p, csm.Sampling(**OPTIONS[i % 5]), 5 + 7 * (i % 4), 100 + i) for i, p in enumerate([*prompts(generator)] * 3)
+    ]
+    expected = [alone(generator, rows, n, seed, s, cache) for rows, cache, s, n, seed in jobs]
+    assert len({e.tobytes() for e in expected}) > 6
+    batch, said, ended = generator.batch(), {}, set()
+    join = {0: jobs[:4], 3: jobs[4:7], 7: jobs[7:11], 20: jobs[11:]}
+    order, gone, frame = [], None, 0
+    while len(batch) or frame <= max(join):
+        for rows, cache, s, n, seed in join.get(frame, ()):
+            order.append(batch.insert(rows, n, seed, s, cache))
+        if frame == 9:  # one leaves in the middle of its speech
+            gone = order[3]
+            batch.remove(gone)
+        for uid, codes in batch.next():
+            assert uid not in ended and (uid != gone or frame <= 9)
+            if codes is None:
+                ended.add(uid)
+            else:
+                said.setdefault(uid, []).append(codes)
+        frame += 1
+    for uid, codes in zip(order, expected):
+        n = len(said.get(uid, []))
+        assert n == len(codes) or (uid == gone and 0 < n < len(codes))
+        np.testing.assert_array_equal(np.array(said[uid]), codes[:n])
+    assert ended == set(order) - {gone}
+
+
+def test_the_cache_is_as_long_as_its_longest_live_sequence(generator):
+    rng, batch, live = np.random.default_rng(0), generator.batch(), {}
+    texts = ["yes", "no", "hello there", "i am fine, how are you today?"]
+    for frame in range(2000):
+        while len(live) < 3:
+            rows = generator.text_rows(texts[rng.integers(4)], 0)
+            uid = batch.insert(rows, int(rng.integers(3, 40)), frame, csm.Sampling())
+            live[uid] = len(rows)
+        for uid, codes in batch.next():
+            live[uid] += 1
+            if codes is None:
+                del live[uid]
+        if live and rng.random() < 0.02:
+            uid = next(iter(live))
+            batch.remove(uid)
+            del live[uid]
+        if batch.cache is not None:
+            longest = max(len(u.rows) + u.launched for u in batch.live)
+            assert batch.cache.offset <= longest
+            assert max(k.shape[2] for k in batch.cache.keys) <= longest + csm.CACHE_STEP
+
+
+def test_a_shared_prompt_is_computed_once(generator, monkeypatch):
+    computed, own = [], csm.prefill
+    monkeypatch.setattr(
+        csm, "prefill", lambda m, prompts, cache=None: computed.append(prompts) or own(m, prompts, cache)
+    )
+    rows = generator.text_rows("hello there", 0)
+    batch = generator.batch()
+    uids = [batch.insert(rows, 6, seed, csm.Sampling()) for seed in range(5)]
+    said = {uid: [] for uid in uids}
+    while len(batch):
+        for uid, codes in batch.next():
+            said[uid] += [] if codes is None else [codes]
+    assert [len(p) for p in computed] == [1]
+    for seed, uid in enumerate(uids):
+        np.testing.assert_array_equal(said[uid], alone(generator, rows, 6, seed, csm.Sampling()))
+    before = len(computed)
+    context = [csm.Segment(0, "hello", clip(1))]
+    generator.generate_batch(["yes", "no"], 0, context, max_audio_length_ms=240)
+    generator.generate("yes", 0, context, max_audio_length_ms=240)
+    n_context = len(generator.segment_rows(context[0]))
+    assert sum(len(p) == 1 and len(p[0]) == n_context for p in computed[before:]) == 1
+
+
+def test_a_batch_refuses(generator):
+    batch, rows = generator.batch(), generator.text_rows("yes", 0)
+    with pytest.raises(ValueError, match="positions"):
+        batch.insert(np.concatenate([rows] * 200), 5, 0)
+    with pytest.raises(ValueError, match="seed"):
+        batch.insert(rows, 5, -1)
+    assert len(batch) == 0 and batch.next() == [] and batch.remove(3) is None
+    uid = batch.insert(rows, 5, 0)
+    batch.remove(uid)
+    assert len(batch) == 0 and batch.next() == []
+
+
+def test_threads_while_the_loop_is_compiled(tmp_path, monkeypatch):
+    monkeypatch.setenv("CSM_COMPILE", "1")
+    generator = csm.load(write_model(tmp_path))
+    options = {"max_audio_length_ms": 400, "voice": "none"}
+    expected = [generator.generate_codes("hello", seed=s, **options).tolist() for s in range(25)]
+    wrong = []
+
+    def work():
+        for s in range(25):
+            if generator.generate_codes("hello", seed=s, **options).tolist() != expected[s]:
+                wrong.append(s)
+
+    threads = [threading.Thread(target=work) for _ in range(4)]
+    [t.start() for t in threads]
+    [t.join() for t in threads]
+    assert not wrong
+
+
+def test_an_interrupted_trace_leaves_the_model_as_it_was(tmp_path, monkeypatch):
+    monkeypatch.setenv("CSM_COMPILE", "1")
+    generator = csm.load(write_model(tmp_path))
+    plain = csm.load(tmp_path)
+    own, calls = csm.CSM.sample_rest, []
+
+    def interrupted(self, *args):
+        calls.append(self)
+        out = own(self, *args)
+        if len(calls) == 1:  # within the trace, after the weights have become tracers
+            _thread.interrupt_main()
+            time.sleep(0.1)
+        return out
+
+    monkeypatch.setattr(csm.CSM, "sample_rest", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        generator.generate_codes("hello", seed=1, max_audio_length_ms=400)
+    assert len(calls) == 1 and calls[0] is not generator.model
+    for seed in (1, 2):
+        codes = generator.generate_codes("hello", seed=seed, max_audio_length_ms=400)
+        monkeypatch.setenv("CSM_COMPILE", "0")
+        np.testing.assert_array_equal(codes, plain.generate_codes("hello", seed=seed, max_audio_length_ms=400))
+        monkeypatch.setenv("CSM_COMPILE", "1")
+
+
+def test_a_changed_weight_is_heard_when_compiled(tmp_path, monkeypatch):
+    monkeypatch.setenv("CSM_COMPILE", "1")
+    generator = csm.load(write_model(tmp_path))
+    before = generator.generate_codes("hello", seed=1, max_audio_length_ms=800)
+    head = generator.model.audio_head[2]
+    head.weight = head.weight[::-1] * 1.0
+    after = generator.generate_codes("hello", seed=1, max_audio_length_ms=800)
+    monkeypatch.setenv("CSM_COMPILE", "0")
+    np.testing.assert_array_equal(after, generator.generate_codes("hello", seed=1, max_audio_length_ms=800))
+    assert not np.array_equal(before[:, 3], after[:, 3])

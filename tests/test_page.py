@@ -1,0 +1,151 @@
+"""The server's page in a headless Chromium: it speaks, plays, shows its errors, on a phone and on a desk."""
+
+import os
+import shutil
+from pathlib import Path
+
+import numpy as np
+import pytest
+import soundfile
+from test_serve import HERE, health, running, until
+
+sync_api = pytest.importorskip("playwright.sync_api")
+CHROMIUM = shutil.which("chromium") or shutil.which("google-chrome")
+pytestmark = pytest.mark.skipif(CHROMIUM is None, reason="no chromium")
+QUIET = ["--disable-quic", "--no-first-run", "--disable-background-networking", "--disable-component-update",
+         "--disable-sync", "--disable-gpu"]  # fmt: skip
+MEDIA = [
+    "--use-fake-device-for-media-stream",
+    "--use-fake-ui-for-media-stream",
+    "--autoplay-policy=no-user-gesture-required",
+]
+
+
+@pytest.fixture(scope="module")
+def browser():
+    with sync_api.sync_playwright() as p:
+        browser = p.chromium.launch(executable_path=CHROMIUM, args=["--no-sandbox", *QUIET, *MEDIA])
+        yield browser
+        browser.close()
+
+
+@pytest.fixture(scope="module")
+def address():
+    with running(env={"CSM_API_KEY": ""}) as (address, _):
+        yield address
+
+
+@pytest.fixture(params=[(390, "dark"), (1280, "light")], ids=["phone", "desk"])
+def page(browser, address, request):
+    width, scheme = request.param
+    page = browser.new_page(viewport={"width": width, "height": 900}, color_scheme=scheme)
+    page.faults = []
+    page.on("pageerror", lambda e: page.faults.append(str(e)))
+    page.on("request", lambda r: r.url.startswith((address, "blob:", "data:")) or page.faults.append(r.url))
+    page.goto(address)
+    until(lambda: page.evaluate("document.getElementById('voice').length > 1"))
+    yield page
+    picture(page, f"{width}")
+    assert page.evaluate("document.documentElement.scrollWidth") <= width  # nothing sticks out
+    assert page.faults == []
+    page.close()
+
+
+def picture(page, name):
+    """A screenshot into the folder that CSM_SHOTS names, if it does."""
+    if folder := os.environ.get("CSM_SHOTS"):
+        test = os.environ["PYTEST_CURRENT_TEST"].split("::")[1].split("[")[0]
+        page.screenshot(path=Path(folder) / f"{test}-{name}.png", full_page=True)
+
+
+def finished(page):
+    until(
+        lambda: page.evaluate("!document.getElementById('save').hidden || document.getElementById('error').textContent")
+    )
+    assert page.inner_text("#error") == ""
+
+
+def test_it_speaks_and_plays_and_offers_the_file(page, tmp_path):
+    page.evaluate("""() => {
+        window.played = 0
+        const start = AudioBufferSourceNode.prototype.start
+        AudioBufferSourceNode.prototype.start = function (when) {
+            played += this.buffer.duration
+            return start.call(this, when)
+        }
+    }""")
+    page.select_option("#voice", "deep")
+    page.click("#options summary")
+    page.fill("#seed", "7")
+    page.focus("#text")
+    page.keyboard.press("Control+Enter")
+    until(lambda: page.evaluate("document.getElementById('status').textContent.startsWith('First sound after')"))
+    finished(page)
+    assert "seed 7" in page.inner_text("#status")
+    with page.expect_download() as download:
+        page.click("#link")
+    download.value.save_as(tmp_path / "speech.wav")
+    audio, rate = soundfile.read(tmp_path / "speech.wav")
+    assert rate == 24000 and abs(audio).max() > 0.05
+    assert abs(page.evaluate("played") - len(audio) / rate) < 0.01  # all of it was played
+    drawn = "c => c.getContext('2d').getImageData(0, 0, c.width, c.height).data.some(x => x)"
+    assert page.eval_on_selector("#wave", drawn)
+    until(lambda: page.evaluate("!document.getElementById('speak').disabled"))
+
+
+def test_a_dialogue_hears_itself(page):
+    bodies = []
+    page.on("request", lambda r: r.url.endswith("speech") and bodies.append(r.post_data_json))
+    page.check("#dialogue")
+    page.fill("#text", "0: Hello there.\n\n1: How are you?\n0: Very well.")
+    page.click("#speak")
+    finished(page)
+    assert [b["speaker"] for b in bodies] == [0, 1, 0] and [len(b["context"]) for b in bodies] == [0, 1, 2]
+    assert bodies[2]["context"][0] == bodies[1]["context"][0]
+    assert page.locator("#turns li").count() == 3
+    until(lambda: page.evaluate("!document.getElementById('speak').disabled"))
+    page.fill("#text", "Nobody says this.")
+    page.click("#speak")
+    assert "0: Hello." in page.inner_text("#error")
+
+
+def test_a_voice_of_ones_own(page, tmp_path):
+    bodies = []
+    page.on("request", lambda r: r.url.endswith("speech") and bodies.append(r.post_data_json))
+    page.click("#clip summary")
+    clip = soundfile.read(HERE / "tiny/prompts/old.wav")[0]
+    soundfile.write(tmp_path / "me.flac", np.stack([clip, clip], axis=1), 24000)
+    page.set_input_files("#file", tmp_path / "me.flac")
+    page.wait_for_selector("#heard", state="visible")
+    page.click("#speak")
+    assert "transcript" in page.inner_text("#error") and not bodies
+    page.fill("#said", (HERE / "tiny/prompts/old.txt").read_text().strip())
+    page.click("#speak")
+    finished(page)
+    assert len(bodies[0]["ref_audio"]) > 2 * len(clip)
+    page.click("#forget")
+    page.click("#record")  # Chromium's false microphone beeps
+    page.wait_for_timeout(500)
+    page.click("#record")
+    page.wait_for_selector("#heard", state="visible")
+    page.set_input_files("#file", HERE / "tiny/prompts/old.txt")
+    until(lambda: page.evaluate("document.getElementById('error').textContent.includes('no audio')"))
+
+
+def test_errors_and_stop(page, address):
+    page.click("#options summary")
+    page.fill("#speed", "3")
+    page.route("**/v1/audio/speech", lambda route: route.fulfill(status=401, json={"error": {"message": "no key"}}))
+    page.click("#speak")
+    until(lambda: page.evaluate("document.getElementById('error').textContent == 'no key'"))
+    assert page.evaluate("document.activeElement.id") == "key"
+    page.unroute("**/v1/audio/speech")
+    page.fill("#text", "a" * 5000)
+    page.click("#speak")
+    until(lambda: page.evaluate("document.getElementById('error').textContent.includes('4096')"))
+    page.fill("#text", "The cat sat on the mat. " * 20)
+    page.click("#speak")
+    until(lambda: health(address)["live"] == 1)
+    page.keyboard.press("Escape")
+    until(lambda: health(address)["live"] == 0)
+    assert page.inner_text("#error") == "" and page.is_enabled("#speak")

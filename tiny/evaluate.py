@@ -13,6 +13,7 @@ import re
 import sys
 import time
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 
@@ -98,6 +99,14 @@ def pitch(wave):
 # ---------------------------------------------------------------------------------------------------- the model
 
 
+class Spoken(NamedTuple):
+    error: float  # word error rate
+    right: int  # sentences of which every word is
+    ended: int  # by themselves
+    seconds: float  # of a sentence, mean
+    longest: float
+
+
 class Evaluation:
     """Each measure returns [(what, value), ...]."""
 
@@ -116,12 +125,12 @@ class Evaluation:
         return np.array(self.generator.mimi.decode(self.generator.mimi.encode(mx.array(wave)[None, None]))[0, 0])
 
     def teacher(self):
-        return [row for speaker in (0, 1) for row in self.spoken(speaker, lambda wave: wave, "teacher")]
+        return [row for speaker in (0, 1) for row in self.changed(speaker, lambda wave: wave, "teacher")]
 
     def codec(self):
-        return [row for speaker in (0, 1) for row in self.spoken(speaker, self.through, "codec alone")]
+        return [row for speaker in (0, 1) for row in self.changed(speaker, self.through, "codec alone")]
 
-    def spoken(self, speaker, change, what):
+    def changed(self, speaker, change, what):
         """The teacher's sentences, changed."""
         speak, said = teacher.Teacher(), typed(texts()[0])
         error, right = self.listen.score(said, [change(speak(t, teacher.VOICES[speaker])[0]) for t in said])
@@ -129,18 +138,21 @@ class Evaluation:
             (f"{what}, speaker {speaker}: word error rate; sentences right", f"{error:.2f}; {right} of {len(said)}")
         ]
 
-    def sentences(self, speakers=(0, 1), n=50):
+    def spoken(self, speaker, n=50):
+        """Of the first n sentences."""
+        said = typed(texts()[0][:n])
+        spoken = [self.say(text, speaker, seed=i) for i, text in enumerate(said)]
+        seconds = [len(wave) / teacher.RATE for wave, _ in spoken]
+        scores = self.listen.score(said, [wave for wave, _ in spoken])
+        return Spoken(*scores, sum(end for _, end in spoken), float(np.mean(seconds)), max(seconds))
+
+    def sentences(self):
         rows = []
-        for speaker in speakers:
-            said = typed(texts()[0][:n])
-            spoken = [self.say(text, speaker, seed=i) for i, text in enumerate(said)]
-            error, right = self.listen.score(said, [wave for wave, _ in spoken])
-            rows.append((f"speaker {speaker}: word error rate; sentences right", f"{error:.2f}; {right} of {n}"))
-            rows.append((f"speaker {speaker}: ended by itself", f"{sum(end for _, end in spoken)} of {n}"))
-            seconds = [len(wave) / teacher.RATE for wave, _ in spoken]
-            rows.append(
-                (f"speaker {speaker}: seconds, mean and longest", f"{np.mean(seconds):.1f}; {max(seconds):.1f}")
-            )
+        for speaker in (0, 1):
+            s = self.spoken(speaker)
+            rows.append((f"speaker {speaker}: word error rate; sentences right", f"{s.error:.2f}; {s.right} of 50"))
+            rows.append((f"speaker {speaker}: ended by itself", f"{s.ended} of 50"))
+            rows.append((f"speaker {speaker}: seconds, mean and longest", f"{s.seconds:.1f}; {s.longest:.1f}"))
         return rows
 
     def long(self):

@@ -45,7 +45,7 @@ DEFAULT_MODEL = ("senstella/csm-1b-mlx", "ckpt.safetensors")
 DEFAULT_TOKENIZER = "unsloth/Llama-3.2-1B"
 DEFAULT_PROMPTS = "mlx-community/csm-1b"
 DEFAULT_VOICES = ("conversational_a", "conversational_b", *(f"read_speech_{x}" for x in "abcd"))
-NO_TEXT = -1  # in the text column of an audio row; the mask is told from it
+NO_TEXT = -1  # in the text column of an audio row, and where it has no code; the mask is told from it
 WEIGHTS = ("model.safetensors", "model.safetensors.index.json", "ckpt.safetensors", "*.index.json", "*.safetensors",
            "ckpt.pt", "*.pt", "*.pth")  # of a folder, the first that there is  # fmt: skip
 BESIDE = ("*.json", "tokenizer.model", *codec.FILES, "prompts/*")  # what else of a Hub repository is wanted
@@ -300,7 +300,8 @@ class Llama(nn.Module):
 
 def row_mask(rows):
     """Which columns of rows (..., K + 1) count: the last of a text row, the others of an audio row."""
-    return (rows[..., -1:] != NO_TEXT) == (mx.arange(rows.shape[-1]) == rows.shape[-1] - 1)
+    is_text = rows[..., -1:] != NO_TEXT
+    return (is_text == (mx.arange(rows.shape[-1]) == rows.shape[-1] - 1)) & (rows != NO_TEXT)
 
 
 class CSM(nn.Module):
@@ -351,12 +352,12 @@ class CSM(nn.Module):
         y = self.decoder(self.projection(mx.concatenate([h[:, None], x], axis=1)))[:, 1:]
         return mx.stack([self.head(i, y[:, i - 1]) for i in range(1, K)], axis=1)
 
-    def sample_rest(self, h, first, sample):
+    def sample_rest(self, h, first, sample, n=None):
         """The depth decoder: h (B, D), the backbone's last, and codebook 0's codes (B,) -> the others (B, K - 1) int32.
 
-        sample(i, logits (B, V)) -> ids (B,) is asked for each codebook i in turn.
+        sample(i, logits (B, V)) -> ids (B,) is asked for each codebook i in turn. n: stop after the first n codebooks.
         """
-        K = self.config.audio_num_codebooks
+        K = n or self.config.audio_num_codebooks
         cache = KVCache(self.config.decoder, self.dtype, capacity=K)  # a fresh one every frame
         codes, x = [], mx.stack([h, self.embed_code(0, first)], axis=1)  # (B, 2, D)
         for i in range(1, K):
@@ -445,7 +446,9 @@ class Segment:
 class Tokenizer:
     """Text -> ids, from `tokenizer.json` (by `tokenizers`) or `tokenizer.model` (by `sentencepiece`)."""
 
-    NAMES = {"bos_token": ("<|begin_of_text|>", "<bos>", "<s>"), "eos_token": ("<|end_of_text|>", "<eos>", "</s>")}
+    MARKS = (  # usual names of what stands before and after a text
+        ("<|begin_of_text|>", "<|end_of_text|>"), ("<bos>", "<eos>"), ("<s>", "</s>"), ("<|im_start|>", "<|im_end|>")
+    )  # fmt: skip
 
     def __init__(self, path):
         self.path = Path(path)
@@ -454,10 +457,9 @@ class Tokenizer:
                 import tokenizers
 
                 t = tokenizers.Tokenizer.from_file(str(path))
+                self.bos, self.eos = self._marks(t)
                 t.encode_special_tokens = True  # "<|end_of_text|>" in a user's text is text
                 self._encode = lambda text: t.encode(text, add_special_tokens=False).ids
-                given = codec.read_json(self.path.with_name("tokenizer_config.json"))
-                self.bos, self.eos = (self._special(t, given.get(kind), kind) for kind in self.NAMES)
             else:
                 import sentencepiece
 
@@ -466,11 +468,23 @@ class Tokenizer:
                 self.bos, self.eos = (i if i >= 0 else None for i in (t.bos_id(), t.eos_id()))
         except Exception as e:  # both libraries raise bare Exceptions
             raise ValueError(f"{path} is not a tokenizer: {e}") from None
+        if None in (self.bos, self.eos):
+            log.warning("%s has no tokens for the beginning and the end of a text, which CSM was trained with", path)
 
-    def _special(self, t, given, kind):
-        """The id of a special token: of the name that tokenizer_config.json gives, else of a usual one, else None."""
-        names = [given["content"] if isinstance(given, dict) else given or "", *self.NAMES[kind]]
-        return next((i for i in map(t.token_to_id, names) if i is not None), None)
+    def _marks(self, t):
+        """The ids before and after a text: of the tokenizer's own template, if that has both, or else by their names.
+
+        Llama's own adds the first alone, and CSM was trained with both.
+        """
+        whole, text = t.encode("a").ids, t.encode("a", add_special_tokens=False).ids
+        if len(whole) == len(text) + 2 and whole[1:-1] == text:
+            return whole[0], whole[-1]
+        given = codec.read_json(self.path.with_name("tokenizer_config.json"))
+        given = [given.get(name) or "" for name in ("bos_token", "eos_token")]
+        given = [token["content"] if isinstance(token, dict) else token for token in given]
+        pairs = [[t.token_to_id(name) for name in pair] for pair in (given, *self.MARKS)]
+        both = [(bos, eos) for bos, eos in pairs if None not in (bos, eos) and bos != eos]  # else one ends documents
+        return both[0] if both else max(pairs, key=lambda pair: 2 - pair.count(None))
 
     def encode(self, text):
         """text -> [bos, ..., eos]: CSM's template has both, once each."""
@@ -625,7 +639,7 @@ class Batch:
     def _launch(self):
         """The next frame of all under way -> (Utterances, codes (B, K))."""
         c, live = self.model.config, list(self.live)
-        K, V, B = c.audio_num_codebooks, c.audio_vocab_size, len(live)
+        K, V, B = self.generator.codebooks, c.audio_vocab_size, len(live)
         if all(u.sampling.greedy for u in live):
             noise = mx.zeros((B, K, V))
         else:
@@ -644,7 +658,8 @@ class Batch:
         for u in live:
             u.launched += 1
         if any(u.launched < u.limit for u in live):
-            row = mx.pad(mx.clip(codes, 0, V - 1), [(0, 0), (0, 1)], constant_values=NO_TEXT)[:, None]
+            empty = c.audio_num_codebooks + 1 - K
+            row = mx.pad(mx.clip(codes, 0, V - 1), [(0, 0), (0, empty)], constant_values=NO_TEXT)[:, None]
             self.h = self.model(mx.maximum(row, 0), row_mask(row), self.cache)[:, -1]
         mx.async_eval(codes, self.h, self.keys)
         if any(u.sampling.logits_processors for u in live):  # which are asked with the codes so far
@@ -701,15 +716,18 @@ class Generator:
     All raise ValueError for what is wrong in them, and for a prompt beyond the model's positions.
     """
 
-    def __init__(self, model, mimi, tokenizer, voices=None, fields=None):
+    def __init__(self, model, mimi, tokenizer, voices=None, fields=None, codebooks=None):
         self.model, self.mimi, self.tokenizer = model, mimi, tokenizer
         self.voices = voices or {}  # name -> folder of its .wav and .txt; None: on the Hub
         self.fields = fields or {}  # of config.json, for `save`
         self.sample_rate = mimi.sample_rate
         self.limit = model.config.backbone.max_positions  # positions that the model has
-        if mimi.n_codebooks < model.config.audio_num_codebooks:
+        self.codebooks = codebooks or model.config.audio_num_codebooks  # that are spoken, the first ones
+        if not 2 <= self.codebooks <= model.config.audio_num_codebooks:
+            raise ValueError(f"codebooks must be 2 to {model.config.audio_num_codebooks}, not {codebooks}")
+        if mimi.n_codebooks < self.codebooks:
             raise ValueError(
-                f"the model writes {model.config.audio_num_codebooks} codebooks, its Mimi has {mimi.n_codebooks}"
+                f"the model writes {self.codebooks} codebooks, its Mimi has {mimi.n_codebooks} (--codebooks: fewer)"
             )
         n_ids = mx.arange(model.config.audio_vocab_size)
         self.forbidden = mx.where(n_ids < mimi.config.codebook_size, 0, -mx.inf)  # ids that Mimi lacks
@@ -791,7 +809,8 @@ class Generator:
         """The Segment with its codes."""
         if segment.codes is not None:
             return segment
-        return replace(segment, codes=self.audio_rows(segment, end=False)[:, :-1])
+        n = min(self.mimi.n_codebooks, self.model.config.audio_num_codebooks)
+        return replace(segment, codes=self.audio_rows(segment, end=False)[:, :n])
 
     def save(self, folder):
         """Write the model as a folder in our own layout, which needs nothing else; whole or not at all. ValueError."""
@@ -841,7 +860,7 @@ class Generator:
                 logits = logits.astype(mx.float32) + self.forbidden
                 return by_samplers(own, logits, sample(logits, noise[:, i - 1], options))
 
-            return model.sample_rest(h, first, draw)
+            return model.sample_rest(h, first, draw, noise.shape[1] + 1)
 
         def traced(weights, *arrays):
             model = twin(self.model)  # it holds tracers afterwards; the shared one never does
@@ -929,7 +948,9 @@ class Generator:
             raise ValueError("the text is empty" if isinstance(text, str) else f"text must be a str, not {text!r}")
         c = self.model.config
         try:
-            ids = self.tokenizer.encode(f"[{speaker}]{' ' if c.speaker_prefix_space else ''}{text}")
+            ids = self.tokenizer.encode(
+                f"[{speaker}] {text.lstrip()}" if c.speaker_prefix_space else f"[{speaker}]{text}"
+            )
         except (UnicodeError, TypeError):  # lone surrogates, which is what Python makes of a wrong byte
             raise ValueError("the text is not UTF-8") from None
         if max(ids) >= c.text_vocab_size:
@@ -941,7 +962,7 @@ class Generator:
     def audio_rows(self, segment, end=True):
         """(F + 1, K + 1) int32 for one turn's audio: its frames and, if `end`, the frame of zeros that ends it.
 
-        The text column holds NO_TEXT.
+        The text column holds NO_TEXT, and so do those of codebooks that the codes, (F, 1 to K), do not have.
         """
         K, V = self.model.config.audio_num_codebooks, self.model.config.audio_vocab_size
         codes = segment.codes
@@ -950,13 +971,12 @@ class Generator:
                 raise ValueError(f"a turn of the context has a text but no audio: {segment.text[:40]!r}")
             codes = self.mimi.encode(mx.array(as_samples(segment.audio))[None, None])[0, :K].T
         codes = np.array(codes)
-        if codes.ndim != 2 or codes.shape[1] != K:
+        if codes.ndim != 2 or not self.codebooks <= codes.shape[1] <= K:
             raise ValueError(f"codes must be (frames, {K}), not {codes.shape}")
         if codes.size and not 0 <= codes.min() <= codes.max() < V:
             raise ValueError(f"codes must lie in 0..{V - 1}")
-        rows = np.pad(codes.astype(np.int32), [(0, int(end)), (0, 1)])
-        rows[:, K] = NO_TEXT
-        return rows
+        rows = np.pad(codes.astype(np.int32), [(0, int(end)), (0, 0)])
+        return np.pad(rows, [(0, 0), (0, K + 1 - rows.shape[1])], constant_values=NO_TEXT)
 
     def segment_rows(self, segment):
         """(T, K + 1) int32 for a finished turn: its text, then its audio."""
@@ -1069,7 +1089,7 @@ class Conversation:
                     if codes is not None:
                         said.append(codes)
                         yield codes
-            turn.codes = mx.array(np.stack(said)) if said else mx.zeros((0, prompt.shape[1] - 1), mx.int32)
+            turn.codes = mx.array(np.stack(said)) if said else mx.zeros((0, self.generator.codebooks), mx.int32)
             mx.eval(turn.codes)
             block = np.concatenate([rows, self.generator.audio_rows(turn)])
             cache = batch.remove(uid)
@@ -1138,34 +1158,48 @@ def split_heads(weights):
 def join_heads(weights):
     """The other way: `audio_head.i.weight` as one `audio_head`; quantized ones stay as they are."""
     names = sorted((k for k in weights if k.startswith("audio_head.")), key=lambda k: int(k.split(".")[1]))
-    if any(not k.endswith(".weight") for k in names):
+    if not names or any(not k.endswith(".weight") for k in names):
         return weights
     others = {k: w for k, w in weights.items() if k not in names}
     return others | {"audio_head": mx.stack([weights[k].T for k in names])}
 
 
+def quantization(how, group_size=64):
+    """4, 6 or 8 bits, in groups of group_size, or one of MODES, which has its own -> arguments of mx.quantize."""
+    if how not in (4, 6, 8, *MODES) or group_size not in (32, 64, 128):
+        raise ValueError(f"quantize takes 4, 6, 8 or {', '.join(MODES)}, in groups of 32, 64 or 128, not {how}")
+    group_size, bits = MODES.get(how, (group_size, how))
+    return {"group_size": group_size, "bits": bits, "mode": how if how in MODES else "affine"}
+
+
 def quantize_weights(weights, how=4, group_size=64):
     """{name: array} of our layout with every matrix quantized, embeddings and audio_head too. ValueError: cannot be.
 
-    how: 4, 6 or 8 bits, in groups of group_size; or one of MODES, which has sizes of its own.
+    how, group_size: see `quantization`.
     """
-    if how not in (4, 6, 8, *MODES) or group_size not in (32, 64, 128):
-        raise ValueError(f"quantize takes 4, 6, 8 or {', '.join(MODES)}, in groups of 32, 64 or 128, not {how}")
     if any(name.endswith(".scales") for name in weights):
         raise ValueError("the model is quantized already")
-    group_size, bits = MODES.get(how, (group_size, how))
-    kind = {"group_size": group_size, "bits": bits, "mode": how if how in MODES else "affine"}
-    out, weights = {}, split_heads(weights)
+    kind, out, weights = quantization(how, group_size), {}, split_heads(weights)
     for name, w in weights.items():
-        if w.ndim < 2 or w.shape[-1] % group_size:
+        if w.ndim < 2 or w.shape[-1] % kind["group_size"]:
             out[name] = w
         else:
             base = name.removesuffix(".weight")
             names = (name, f"{base}.scales", f"{base}.biases")
             out |= zip(names, mx.quantize(w, **kind))
     if len(out) == len(weights):
-        raise ValueError(f"no matrix of the model can be cut into groups of {group_size}")
+        raise ValueError(f"no matrix of the model can be cut into groups of {kind['group_size']}")
     return out
+
+
+def dequantize_weights(config, weights, names=None):
+    """{name: array} with the quantized matrices, or those of them in `names`, plain again."""
+    weights, plain = dict(weights), dict(CSM(config).named_modules())
+    for name, m in blank(config, weights).named_modules():
+        if f"{name}.scales" in weights and (names is None or name in names):
+            parts = [weights.pop(f"{name}.{part}", None) for part in ("weight", "scales", "biases")]
+            weights[f"{name}.weight"] = mx.dequantize(*parts, **packing(m, plain[name].weight.shape[1]))
+    return weights
 
 
 def blank(config, weights):
@@ -1203,10 +1237,16 @@ def locate(model):
     )
 
 
+def weights_file(path):
+    """The file of a folder that holds a CSM's weights, or an index of such; None: there is none. A file is itself."""
+    files = [f for pattern in WEIGHTS for f in sorted(path.glob(pattern))] if path.is_dir() else [path]
+    return next((f for f in files if not any(map(f.match, codec.FILES))), None)
+
+
 def read(path):
     """A folder or weights file in any layout -> (config, weights, (Mimi's config, weights) or None) in ours, lazily."""
-    file = codec.find(path, *WEIGHTS) if path.is_dir() else path
-    if file is None or file.match(codec.FILES[0]):
+    file = weights_file(path)
+    if file is None:
         raise ValueError(f"{path} has no weights of a CSM: no .safetensors, no index of shards, no .pt")
     config, weights = codec.read_json(file.with_name("config.json")), codec.read_weights(file)[0]
     if config.get("layout") == "native":
@@ -1214,42 +1254,50 @@ def read(path):
     return codec.layouts(path).csm_to_native(config, weights, asdict(CSMConfig()))
 
 
-def apply_adapters(weights, adapters):
-    """{name: array} of our layout with what each folder, or (folder, factor), changes. ValueError: one does not fit."""
+def apply_adapters(config, weights, adapters):
+    """{name: array} with what each folder or Hub repository, or (that, factor), changes. ValueError: one does not fit.
+
+    Quantized matrices that are changed become plain.
+    """
+    weights = split_heads(weights)
     for adapter in [adapters] if isinstance(adapters, (str, os.PathLike, tuple)) else adapters:
-        folder, scale = adapter if isinstance(adapter, tuple) else (adapter, 1.0)
-        config = codec.read_json(Path(folder) / "adapter_config.json")
-        file = codec.find(folder, "adapters.safetensors", "adapter_model.safetensors")
-        if not config or not file:
-            raise ValueError(
-                f"{folder} has no adapter_config.json and adapters.safetensors or adapter_model.safetensors"
-            )
-        tensors = codec.read_safetensors(file)[0]
+        folder, factor = adapter if isinstance(adapter, tuple) else (adapter, 1.0)
+        names = "adapters.safetensors", "adapter.safetensors", "adapter_model.safetensors"  # csm-mlx's, ours; PEFT's
+        place = Path(folder)
+        if not place.exists() and re.fullmatch(r"[\w.-]+/[\w.-]+", str(folder)):
+            place = codec.download(str(folder), "adapter_config.json", *names)
+        kind, file = codec.read_json(place / "adapter_config.json"), codec.find(place, *names)
+        if not kind or not file:
+            raise ValueError(f"{folder} has no adapter_config.json and {names[0]} or {names[2]}")
+        layouts = codec.layouts(folder)
         try:
-            weights = codec.layouts(folder).apply_adapter(split_heads(weights), config, tensors, scale)
+            changes = layouts.adapter_to_native(asdict(config), kind, codec.read_safetensors(file)[0])
+            weights = dequantize_weights(config, weights, {name.rpartition(".")[0] for name in changes})
+            weights = layouts.apply_adapter(weights, changes, factor)
         except ValueError as e:
             raise ValueError(f"the adapter {folder}: {e}") from None
     return weights
 
 
-def load(model="csm-1b", *, dtype=None, quantize=None, group_size=64, adapter=None):
+def load(model="csm-1b", *, dtype=None, quantize=None, group_size=64, adapter=None, codebooks=None):
     """A Generator.
 
     model: "csm-1b", "tiny", a folder, a weights file or a Hugging Face repository, in our layout or any that
     csm_layouts.py knows. dtype: of the computation, "float32", "bfloat16" or "float16"; None: bfloat16 on a GPU,
-    float32 on the CPU, where the other types are slow. quantize: 4, 6 or 8 bits, in groups of group_size, or one of
-    MODES. adapter: a folder that finetune, PEFT or csm-mlx wrote, or a list of folders and (folder, factor).
-    What a folder lacks (Mimi, tokenizer) is taken from the default downloads. Raises ValueError.
+    float32 on the CPU, where the other types are slow. quantize: see `quantization`. adapter: a folder or repository
+    that finetune, PEFT or csm-mlx wrote, or a list of them and of (folder, factor). codebooks: speak the first so many,
+    None for all; fewer are quicker and sound worse. What a folder lacks (Mimi, tokenizer) is taken from the default
+    downloads. Raises ValueError.
     """
     path = locate(model)
     folder = path if path.is_dir() else path.parent
     fields, weights, mimi = read(path)
     config = CSMConfig.from_dict(fields)
     if adapter:
-        weights = apply_adapters(weights, adapter)
+        weights = apply_adapters(config, weights, adapter)
     if quantize:
         weights = quantize_weights(weights, quantize, group_size)
-        config = replace(config, quantization={"group_size": group_size, "bits": quantize})
+        config = replace(config, quantization=quantization(quantize, group_size))
     dtype = as_dtype(dtype)
     weights = {k: w.astype(dtype) if mx.issubdtype(w.dtype, mx.floating) else w for k, w in weights.items()}
     network = blank(config, weights)
@@ -1259,10 +1307,12 @@ def load(model="csm-1b", *, dtype=None, quantize=None, group_size=64, adapter=No
     mimi = codec.load(beside) if beside else codec.from_weights(mimi[1], mimi[0]) if mimi else codec.load()
     tokenizer = codec.find(folder, *TOKENIZER[:2])
     if tokenizer is None:
-        tokenizer = codec.download(config.text_tokenizer or DEFAULT_TOKENIZER, "tokenizer.json")
+        tokenizer = codec.find(codec.download(config.text_tokenizer or DEFAULT_TOKENIZER, *TOKENIZER), *TOKENIZER[:2])
+        if tokenizer is None:
+            raise ValueError(f"{config.text_tokenizer} has no {' or '.join(TOKENIZER[:2])}")
     voices = dict.fromkeys(DEFAULT_VOICES) if model == "csm-1b" else {}
     voices |= {f.stem: f.parent for f in (folder / "prompts").glob("*.wav")}
-    return Generator(network, mimi, Tokenizer(tokenizer), voices, fields)
+    return Generator(network, mimi, Tokenizer(tokenizer), voices, fields, codebooks)
 
 
 def as_dtype(dtype):
@@ -1343,14 +1393,22 @@ def read_context(path):
         raise ValueError(f"{path}: expected {expected} ({type(e).__name__}: {e})") from None
 
 
+QUANTIZE = {  # the option of that name
+    "type": lambda x: int(x) if x.isdigit() else x,
+    "choices": (4, 6, 8, *MODES),
+    "help": "bits of the weights, or another of MLX's ways",
+}
+
+
 def add_model_options(p):
     """What `load_for` reads."""
     p.add_argument("--model", help="csm-1b, tiny, a folder, a weights file or a Hugging Face repo (default: csm-1b)")
-    p.add_argument("--quantize", type=lambda x: int(x) if x.isdigit() else x, choices=(4, 6, 8, *MODES), help="weights")
+    p.add_argument("--quantize", **QUANTIZE)
     p.add_argument("--dtype", choices=("float32", "bfloat16", "float16"), help="default: what suits the device")
     p.add_argument(
         "--adapter", metavar="DIR[=FACTOR]", action="append", help="of finetune, PEFT or csm-mlx; repeatable"
     )
+    p.add_argument("--codebooks", type=int, metavar="N", help="speak the first N only: quicker, and sounds worse")
 
 
 def add_options(p):
@@ -1386,7 +1444,7 @@ def load_for(args):
     adapters = [
         (a, 1.0) if "=" not in a else (a.rpartition("=")[0], float(a.rpartition("=")[2])) for a in args.adapter or ()
     ]
-    how = {"dtype": args.dtype, "quantize": args.quantize, "adapter": adapters}
+    how = {name: getattr(args, name) for name in ("dtype", "quantize", "codebooks")} | {"adapter": adapters}
     try:
         return load(args.model or "csm-1b", **how)
     except codec.DownloadError as e:
@@ -1425,7 +1483,7 @@ def command(args):
     with codec.audio_writer(args.out) as write, player(args.play) as play, progress() as bar:  # which check OUT
         generator = load_for(args)
         rate, start = generator.sample_rate, time.perf_counter()
-        talk, opening = generator._open(turns[0][0], context, args.voice, args.voice_match or None)
+        talk, opening = generator._open(turns[0][0], context, args.voice, args.voice_match)
         pieces = (
             audio
             for i, (speaker, text) in enumerate(turns)
@@ -1512,12 +1570,17 @@ def run(p, function, args, interrupted="interrupted: no file was written"):
 
 
 def main(argv=None):
+    import argparse
+
     p = parser_for("csm.py", description="Text to speech with CSM, Sesame's speech model, on MLX.")
     p.add_argument("text", nargs="?", metavar="TEXT", help="what to say; - reads standard input, @file a file")
     p.add_argument("out", metavar="OUT", help="a .wav, .flac, .mp3, .ogg or .opus file; - is standard output, as WAV")
     add_options(p)
     p.add_argument("--context", metavar="JSON", help='earlier turns: [{"speaker", "text", "audio"}, ...]')
-    p.add_argument("--voice-match", action="store_true", help="continue the last clip of the speaker")
+    how = argparse.BooleanOptionalAction
+    p.add_argument(
+        "--voice-match", action=how, help="continue the speaker's last clip (default: as the model's config)"
+    )
     p.add_argument("--dialogue", metavar="F", help='speak a script: lines "0: Hello."')
     p.add_argument("--stream", action="store_true", help="write every --streaming-interval seconds")
     p.add_argument("--streaming-interval", type=float, default=0.5, metavar="S")

@@ -1,32 +1,81 @@
-// cblas_sgemm, which MLX calls on a CPU: C = alpha op(A) op(B) + beta C, float32. Products with few rows, which do little
-// more than read the other matrix, are done here, on all cores; the rest by the library that `rest` points to.
-#include <omp.h>
+// cblas_sgemm, which MLX calls on a CPU: C = alpha op(A) op(B) + beta C in float32, on all cores. Products with few rows,
+// which do little more than read a matrix, are done here; the others, in slices, by the library that `rest` points to.
+#include <pthread.h>
+#include <sched.h>
+#include <stdatomic.h>
 #include <stddef.h>
 
-#ifndef SLICES
-#define SLICES 2
-#endif
-enum { COL_MAJOR = 102, NO_TRANS = 111, FEW = 32, ROWS = 4, SMALL = 1 << 16 };
-#ifdef __AVX512F__
-enum { LANES = 16 };
-#elif defined(__AVX__)
-enum { LANES = 8 };
-#else
-enum { LANES = 4 };
-#endif
+enum { BY_ROWS = 101, PLAIN = 111, FEW = 32, LANES = __BIGGEST_ALIGNMENT__ / 4, ROWS = LANES == 8 ? 2 : 6 };
 typedef float vec __attribute__((vector_size(4 * LANES), aligned(4)));
 #define LOAD(p) (*(const volatile vec *)(p)) // volatile: GCC 12 reads memory again for each use otherwise
+#define LEAST(x, y) ((x) < (y) ? (x) : (y))
+
+typedef struct job {
+  void (*part)(const struct job *, int); // does the numbers from part * step on, of n or m
+  int ta, tb, m, n, k, lda, ldb, ldc, step;
+  float alpha, beta, *c;
+  const float *a, *b;
+  ptrdiff_t down, right; // c[i * down + j * right], i < m, j < n
+} job;
 
 void (*rest)(int, int, int, int, int, int, float, const float *, int, const float *, int, float, float *, int);
+int threads = 1;
 
-// c[i * down + j * right] for i < m rows of a and j < n <= 4 rows of b, each row k long. m is known when it is compiled.
-static inline __attribute__((always_inline)) void tile(
-    const int m, int n, int k, float alpha, const float *a, ptrdiff_t lda, const float *b, ptrdiff_t ldb, float beta,
-    float *c, ptrdiff_t down, ptrdiff_t right) {
+// Threads. A thread takes parts when it comes to it, and the caller does the others itself: it need not wait for a core
+// that something else keeps busy, nor, in a process that was forked, for threads that are not there.
+static job now;
+static atomic_int left, done;
+static pthread_mutex_t turn = PTHREAD_MUTEX_INITIALIZER, door = PTHREAD_MUTEX_INITIALIZER;
+static pthread_cond_t bell = PTHREAD_COND_INITIALIZER;
+
+static void work(void) {
+  while (atomic_load(&left) > 0) {
+    const int i = atomic_fetch_sub(&left, 1); // until that part is done, nobody changes `now`
+    if (i > 0)
+      now.part(&now, i - 1), atomic_fetch_add(&done, 1);
+  }
+}
+
+static void *worker(void *nothing) {
+  for (;;) {
+    for (int i = 0; i < 200 && atomic_load(&left) <= 0; i++) // 50 us or so, then it sleeps
+      sched_yield();
+    pthread_mutex_lock(&door);
+    while (atomic_load(&left) <= 0)
+      pthread_cond_wait(&bell, &door);
+    pthread_mutex_unlock(&door);
+    work();
+  }
+  return nothing;
+}
+
+static void run(job j, int parts) {
+  static int started = 1;
+  if (parts == 1 || pthread_mutex_trylock(&turn)) { // small, or the threads are at another caller's
+    for (int i = 0; i < parts; i++)
+      j.part(&j, i);
+    return;
+  }
+  for (pthread_t t; started < threads && !pthread_create(&t, NULL, worker, NULL); started++)
+    pthread_detach(t);
+  now = j;
+  atomic_store(&done, 0), atomic_store(&left, parts);
+  pthread_mutex_lock(&door), pthread_cond_broadcast(&bell), pthread_mutex_unlock(&door);
+  work();
+  for (int i = 0; atomic_load(&done) < parts; i++)
+    if (i > 1000)
+      sched_yield();
+  pthread_mutex_unlock(&turn);
+}
+
+// m rows of a by n <= 4 rows of b. m is known when this is compiled.
+static inline __attribute__((always_inline)) void tile(const int m, int n, const job *p, const float *a, const float *b,
+                                                       float *c) {
+  const ptrdiff_t lda = p->lda, ldb = p->ldb;
   const float *b1 = b + (n > 1 ? ldb : 0), *b2 = b + (n > 2 ? 2 * ldb : 0), *b3 = b + (n > 3 ? 3 * ldb : 0);
-  vec sums[ROWS][4] = {};
+  vec sums[6][4] = {};
   int l = 0;
-  for (; l + LANES <= k; l += LANES) {
+  for (; l + LANES <= p->k; l += LANES) {
     const vec y0 = LOAD(b + l), y1 = LOAD(b1 + l), y2 = LOAD(b2 + l), y3 = LOAD(b3 + l);
     for (int j = 4; j < 8; j++) // the next four rows, which the CPU does not foresee
       __builtin_prefetch(b + j * ldb + l);
@@ -37,49 +86,49 @@ static inline __attribute__((always_inline)) void tile(
   }
   for (int i = 0; i < m; i++)
     for (int j = 0; j < n; j++) {
-      float sum = 0, *p = c + i * down + j * right;
+      float sum = 0, *to = c + i * p->down + j * p->right;
       for (int lane = 0; lane < LANES; lane++)
         sum += sums[i][j][lane];
-      for (int t = l; t < k; t++)
+      for (int t = l; t < p->k; t++)
         sum += a[i * lda + t] * b[j * ldb + t];
-      *p = alpha * sum + (beta ? beta * *p : 0); // beta 0: what C holds, NaN even, counts for nothing
+      *to = p->alpha * sum + (p->beta ? p->beta * *to : 0); // beta 0: what C holds, NaN even, counts for nothing
     }
 }
 
-// c (m, n) = alpha a b' + beta c for m <= FEW rows of a: b's four rows are read from memory once, a's again and again.
-static void few(int m, int n, int k, float alpha, const float *a, ptrdiff_t lda, const float *b, ptrdiff_t ldb,
-                float beta, float *c, ptrdiff_t down, ptrdiff_t right) {
-#define TILE(m) tile(m, n - j < 4 ? n - j : 4, k, alpha, a + i * lda, lda, b + j * ldb, ldb, beta, \
-                     c + i * down + j * right, down, right)
-#pragma omp parallel for schedule(static) if ((double)n * k > SMALL)
-  for (int j = 0; j < n; j += 4)
-    for (int i = 0; i < m; i += ROWS)
-      switch (m - i) {
+static void few_rows(const job *p, int part) { // each row of b is read from memory once
+#define TILE(rows) tile(rows, LEAST(4, p->n - j), p, p->a + (ptrdiff_t)i * p->lda, p->b + (ptrdiff_t)j * p->ldb, \
+                        p->c + i * p->down + j * p->right)
+  for (int j = part * p->step, end = LEAST(j + p->step, p->n); j < end; j += 4)
+    for (int i = 0; i < p->m; i += ROWS)
+      switch (LEAST(ROWS, p->m - i)) {
       case 1: TILE(1); break;
       case 2: TILE(2); break;
       case 3: TILE(3); break;
-      default: TILE(4);
+      case 4: TILE(4); break;
+      case 5: TILE(5); break;
+      default: TILE(6);
       }
+}
+
+static void slice(const job *p, int part) { // of the rows of C or of its columns, whichever are more
+  const int wide = p->n > p->m, i = part * p->step, m = LEAST(p->step, p->m - i), n = LEAST(p->step, p->n - i);
+  const ptrdiff_t a = wide ? 0 : p->ta == PLAIN ? p->lda : 1, b = !wide ? 0 : p->tb == PLAIN ? 1 : p->ldb;
+  rest(BY_ROWS, p->ta, p->tb, wide ? p->m : m, wide ? n : p->n, p->k, p->alpha, p->a + i * a, p->lda, p->b + i * b,
+       p->ldb, p->beta, p->c + i * (wide ? (ptrdiff_t)1 : p->ldc), p->ldc);
 }
 
 void cblas_sgemm(int order, int ta, int tb, int m, int n, int k, float alpha, const float *a, int lda, const float *b,
                  int ldb, float beta, float *c, int ldc) {
-  if (order == COL_MAJOR) // the same memory by rows: C' = B' A'
-    return cblas_sgemm(101, tb, ta, n, m, k, alpha, b, ldb, a, lda, beta, c, ldc);
-  const int a_rows = ta == NO_TRANS || (m == 1 && lda == 1), b_rows = tb != NO_TRANS || (n == 1 && ldb == 1);
-  if (a_rows && b_rows && alpha != 0 && m <= FEW && m <= n)
-    return few(m, n, k, alpha, a, lda, b, ldb, beta, c, ldc, 1);
-  if (a_rows && b_rows && alpha != 0 && n <= FEW)
-    return few(n, m, k, alpha, b, ldb, a, lda, beta, c, 1, ldc);
-  const int side = m > n ? m : n, slices = (double)m * n * k < 1e6 ? 1 : SLICES * omp_get_max_threads();
-  const int step = (side / slices + 64) / 64 * 64; // slices of the longer side, in whole tiles
-#pragma omp parallel for schedule(dynamic, 1) if (slices > 1)
-  for (int i = 0; i < side; i += step) {
-    const int size = side - i < step ? side - i : step;
-    if (side == n)
-      rest(order, ta, tb, m, size, k, alpha, a, lda, b + (tb == NO_TRANS ? i : (ptrdiff_t)i * ldb), ldb, beta, c + i, ldc);
-    else
-      rest(order, ta, tb, size, n, k, alpha, a + (ta == NO_TRANS ? (ptrdiff_t)i * lda : i), lda, b, ldb, beta,
-           c + (ptrdiff_t)i * ldc, ldc);
-  }
+  if (order != BY_ROWS) // the same memory: C' = B' A'
+    return cblas_sgemm(BY_ROWS, tb, ta, n, m, k, alpha, b, ldb, a, lda, beta, c, ldc);
+  const int rows = (ta == PLAIN || (m == 1 && lda == 1)) && (tb != PLAIN || (n == 1 && ldb == 1)) && alpha != 0;
+  job j = {slice, ta, tb, m, n, k, lda, ldb, ldc, 0, alpha, beta, c, a, b, ldc, 1};
+  if (rows && m <= FEW && m <= n)
+    j.part = few_rows;
+  else if (rows && n <= FEW) // few columns: C' = B' A'
+    j = (job){few_rows, tb, ta, n, m, k, ldb, lda, ldc, 0, alpha, beta, c, b, a, 1, ldc};
+  const int few = j.part == few_rows, longer = LEAST(j.m, j.n) == j.m ? j.n : j.m, unit = few ? 4 : 64;
+  const double parts = few ? (double)j.n * k / (1 << 14) : (double)m * n * k / (1 << 19); // each worth being handed out
+  j.step = (longer / (int)(parts < 2 ? 1 : LEAST(parts, (few ? 8 : 2) * threads)) + unit) / unit * unit;
+  run(j, (longer + j.step - 1) / j.step);
 }

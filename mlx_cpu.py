@@ -54,6 +54,13 @@ def cpu_info():
     return ""
 
 
+def n_threads():
+    """OMP_NUM_THREADS, or as many as there are cores for this process."""
+    with suppress(KeyError, ValueError):
+        return max(1, int(os.environ["OMP_NUM_THREADS"]))
+    return len(os.sched_getaffinity(0))
+
+
 def libraries(info):
     """Paths or names of BLAS libraries, the best for this CPU first."""
     spec = importlib.util.find_spec("scipy_openblas32")  # whose names begin with scipy_
@@ -70,7 +77,7 @@ def compiled(info):
     cc = shutil.which("cc") or shutil.which("gcc") or shutil.which("clang")
     if not cc or not source.is_file():
         return None
-    flags = ["-O3", "-fopenmp", "-shared", "-fPIC", *(["-march=native"] if os.uname().machine == "x86_64" else [])]
+    flags = ["-O3", "-pthread", "-shared", "-fPIC", *(["-march=native"] if os.uname().machine == "x86_64" else [])]
     cc = os.path.realpath(cc)
     key = "\n".join([source.read_text(), *flags, cc, str(os.stat(cc).st_mtime), info])
     name = f"mlx_cpu-{hashlib.sha256(key.encode()).hexdigest()[:16]}.so"
@@ -93,10 +100,9 @@ def compiled(info):
 
 def load_blas():
     """Put the fastest `cblas_sgemm` there is in the place of MLX's. Returns the paths of what now does the products."""
-    info, ours = cpu_info(), None
+    info = cpu_info()
     avx512 = all(f" avx512{kind}" in info for kind in ("f", "cd", "bw", "dq", "vl"))
-    with environment(GOMP_SPINCOUNT="1000"):
-        ours = compiled(info)
+    ours = compiled(info)
     # Slices of a product come from our threads, so the library has none. OpenBLAS takes no AMD for one with AVX-512.
     once = {"OPENBLAS_NUM_THREADS": "1"} if ours else {}
     with environment(**once, **({"OPENBLAS_CORETYPE": "SkylakeX"} if avx512 else {})):
@@ -110,6 +116,7 @@ def load_blas():
                 if "mkl" in path:
                     library.MKL_Set_Num_Threads(1)
                 ctypes.c_void_p.in_dll(ours, "rest").value = ctypes.cast(sgemm, ctypes.c_void_p).value
+                ctypes.c_int.in_dll(ours, "threads").value = n_threads()
                 ctypes.CDLL(ours._name, mode=ctypes.RTLD_GLOBAL)  # only now are its names for all to see
                 return ours._name, path
     log.warning("MLX is slow on this CPU: pip install scipy-openblas32 and a C compiler, or pip install mkl")
@@ -126,7 +133,7 @@ import mlx.core as mx
 
 # ---------------------------------------------------------------------------------------------------- functions
 
-LARGE = 2**13  # elements from which on the functions here are quicker
+LARGE = 2**12  # elements from which on the functions here are quicker
 LOG2E = math.log2(math.e)
 SHIFT = 1.5 * 2**23 + 127  # a float so large has its integer, 127 more than what it was added to, in the lowest bits
 # 2^x for |x| <= 1/2, exact at 0, and erf(x) / x as P(x^2) / Q(x^2) for |x| <= 4: fitted to within 1e-7 and 3e-8

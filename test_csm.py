@@ -10,10 +10,11 @@ from pathlib import Path
 import csm  # before mlx
 
 import mlx.core as mx  # isort: skip
-import mimi
 import numpy as np
 import pytest
 from mlx.utils import tree_map_with_path
+
+import mimi
 
 K, CODES, TEXT = 6, 40, 130
 PLAIN = {"rope_scaling": None, "max_positions": 300}

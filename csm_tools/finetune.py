@@ -20,6 +20,7 @@ no more than a short one (Meng et al. 2405.14734).
     dpo    -log sigmoid(r of the chosen - r of the rejected)                              (Rafailov et al. 2305.18290)
     kto    w (1 - sigmoid(+-(r - KL))), + where the speech is wanted, KL = max(0, mean r of texts with the speech of
            others), which has no gradient                                                 (Ethayarajh et al. 2402.01306)
+--sft-weight adds so much of the L of what is chosen or wanted (Pang et al. 2404.19733), lest all become unlikely.
 The L of the model before training is computed once, frame by frame, and kept in the run's folder.
 
 A run continues where it stopped, to the very weights that it would have reached: the order of the data and every random
@@ -37,7 +38,7 @@ import time
 from dataclasses import asdict
 from pathlib import Path
 
-import csm  # before mlx: it puts a fast BLAS in place
+import csm  # before mlx
 import mimi
 from csm_tools import tuning_data
 from csm_tools.tuning_data import choose, collate
@@ -94,10 +95,11 @@ def objective(args, losses, reference, wanted, kl):
     if args.command == "train":
         return weighted(args, losses)
     r = args.beta * weighted(args, reference - losses)  # of dpo the chosen and the rejected in turn
+    own = args.sft_weight * weighted(args, losses)
     if args.command == "dpo":
-        return mx.logaddexp(0, r[1::2] - r[::2])
+        return mx.logaddexp(0, r[1::2] - r[::2]) + own[::2]
     weight = mx.where(wanted > 0, args.desirable_weight, args.undesirable_weight)
-    return weight * (1 - mx.sigmoid(wanted * (r - kl)))
+    return weight * (1 - mx.sigmoid(wanted * (r - kl))) + mx.where(wanted > 0, own, 0)
 
 
 # ---------------------------------------------------------------------------------------------------- LoRA
@@ -201,26 +203,23 @@ class Run:
     def remember(self):
         """Give each Talk its `reference`: made by all processes together, kept in OUTPUT/reference.safetensors."""
         talks = [t for e in self.examples + self.test for t in [*e.talks, e.other] if t]
-        ends = np.cumsum([len(t.learned) for t in talks])
-        weights = [w.astype(mx.float32).abs().sum() for _, w in tree_flatten(self.model.parameters())]
-        mark = hashlib.sha256(mx.stack(weights).tolist().__repr__().encode())
+        rank, size = self.group.rank(), self.group.size()
+        mark = hashlib.sha256()
+        for _, w in tree_flatten(self.model.parameters()):
+            mark.update(str(w.astype(mx.float32).abs().sum().item()).encode())
         for t in talks:
             mark.update(t.rows.tobytes() + t.learned.tobytes())
-        file, rank = self.args.output_dir / "reference.safetensors", self.group.rank()
+        file = self.args.output_dir / "reference.safetensors"
         kept, metadata = mimi.read_safetensors(file) if rank == 0 and file.exists() else ({}, {})
-        fits = mx.array(metadata.get("mark") == mark.hexdigest())
-        found = kept["losses"] if fits.item() else mx.zeros((int(ends[-1]), 2))
-        if not mx.distributed.all_sum(fits.astype(mx.int32), group=self.group).item():
-            for i in tqdm(
-                range(rank, len(talks), self.group.size()), desc="reference", disable=None if not rank else True
-            ):
-                rows = collate([talks[i]], [talks[i].learned])
-                found[int(ends[i]) - len(talks[i].learned) : int(ends[i])] = mx.stack(
-                    frame_losses(self.model, *rows), axis=1
-                )
-                mx.eval(found)
-        found = mx.distributed.all_sum(found, group=self.group)
-        if rank == 0 and not fits.item():
+        fits = metadata.get("mark") == mark.hexdigest()
+        ends = np.cumsum([len(t.learned) for t in talks])
+        found = np.array(kept["losses"]) if fits else np.zeros((ends[-1], 2), np.float32)
+        if not mx.distributed.all_sum(mx.array(int(fits)), group=self.group).item():
+            for i in tqdm(range(rank, len(talks), size), desc="reference", disable=True if rank else None):
+                losses = frame_losses(self.model, *collate([talks[i]], [talks[i].learned]))
+                found[ends[i] - len(talks[i].learned) : ends[i]] = np.array(mx.stack(losses, axis=1))
+        found = mx.distributed.all_sum(mx.array(found), group=self.group)
+        if rank == 0 and not fits:
             save(file, {"losses": found}, {"mark": mark.hexdigest()})
         for t, part in zip(talks, np.split(np.array(found), ends[:-1])):
             t.reference = part
@@ -399,7 +398,7 @@ def train(args):
             raise ValueError(f"{len(examples)} conversations cannot be split in training and validation")
         test, examples = ([examples[i] for i in part] for part in (order[:n_test], order[n_test:]))
     if args.command == "kto":
-        tuning_data.mismatch(generator, examples + test)
+        tuning_data.mismatch(generator, examples + test, args)
     texts = csm.read_text(f"@{args.sample_texts}").splitlines() if args.sample_texts else []
     run = Run(generator, examples, test, args)
     run.resume()
@@ -470,7 +469,7 @@ def chart(rows, path):
 def fuse(args):
     """A model folder with what was trained in its weights, in the base's type; whole, or not there at all."""
     config = mimi.read_json(args.run / "adapter_config.json")
-    base = args.model or config.get("model") or "csm-1b"
+    base = args.model or config.get("model") or config.get("base_model_name_or_path") or "csm-1b"
     dtype = csm.read(csm.locate(base))[1]["backbone.norm.weight"].dtype
     generator = csm.load(base, dtype=dtype, adapter=args.run if config else None)
     if not config:
@@ -557,7 +556,7 @@ def add_training(t, command):
     t.add_argument("--output-dir", type=Path, required=True)
     t.add_argument("--model", "--pretrained-path", default="csm-1b", help="as csm.py has it")
     t.add_argument("--dtype", choices=("float32", "bfloat16", "float16"), help="default: what suits the device")
-    t.add_argument("--quantize", type=int, choices=(4, 8), help="bits of the frozen weights under LoRA")
+    t.add_argument("--quantize", type=int, choices=(4, 6, 8), help="bits of the frozen weights under LoRA")
     t.add_argument("--epochs", type=int, default=10)
     t.add_argument("--batch-size", type=int, default=4, help="examples at once, in each process")
     t.add_argument("--gradient-accumulation-steps", type=int, default=1)
@@ -593,7 +592,8 @@ def add_training(t, command):
     t.add_argument("--sample-texts", metavar="F", help="say each line of F after each epoch, into the run's folder")
     t.add_argument("--seed", type=int, default=0)
     if command != "train":
-        t.add_argument("--beta", type=float, default=0.1, help="how far the model may go from itself: less is farther")
+        t.add_argument("--beta", type=float, default=0.1, help="more holds the model closer to itself")
+        t.add_argument("--sft-weight", type=float, default=0.0, help="of the L of what is chosen, beside (default 0)")
     t.set_defaults(reference_free=command == "train", function=train)
     if command == "dpo":
         t.add_argument("--reference-free", action="store_true", help="as if all speech were as likely at first")
@@ -603,7 +603,8 @@ def add_training(t, command):
 
 
 def check(args):
-    args.learning_rate = args.learning_rate or (5e-4 if args.lora_rank else 1e-5)
+    usual = (5e-4 if args.lora_rank else 1e-5) * (1 if args.command == "train" else 0.1)
+    args.learning_rate = args.learning_rate or usual
     for name, good in (
         ("depth-fraction", 0 < args.depth_fraction <= 1), ("validation", 0 <= args.validation < 1),
         ("batch-size", args.batch_size > 0), ("gradient-accumulation-steps", args.gradient_accumulation_steps > 0),

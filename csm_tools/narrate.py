@@ -23,7 +23,7 @@ from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 
-import csm  # before mlx: it puts a fast BLAS in place
+import csm  # before mlx
 import mimi
 
 import mlx.core as mx  # isort: skip
@@ -318,7 +318,7 @@ def main(argv=None):
     p.add_argument("--format", default="wav", help="of the files in D: wav (default), flac, mp3, ogg, opus")
     p.add_argument("--batch", type=int, default=8, metavar="N", help="sentences at once (default 8)")
     csm.add_options(p)
-    args = p.parse_args(argv)
+    args = p.parse_intermixed_args(argv)
     group = mx.distributed.init()
     if group.size() > 1:
         p.prog += f", process {group.rank()} of {group.size()}"

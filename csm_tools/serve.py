@@ -3,11 +3,7 @@
     python -m csm_tools.serve --model tiny --port 8000
 
 POST /v1/audio/speech takes the fields of `Request` below: OpenAI's, and more. `/` is a page to try it, `/health` is for
-what watches it.
-
-One thread owns the model and runs a csm.Batch: a request joins before the next frame, and leaves when it has ended or
-its client has gone. Mimi decodes the frames of all in one pass. The rest happens on the event loop: HTTP, limits, and
-the encoding of files.
+what watches it. serve_engine.py has the model; here are requests, files, HTTP and the command.
 """
 
 import asyncio
@@ -20,31 +16,31 @@ import secrets
 import socket
 import sys
 import time
-from collections import deque
-from concurrent.futures import ThreadPoolExecutor
 from contextlib import asynccontextmanager
-from dataclasses import dataclass, field, replace
 from fractions import Fraction
 from functools import partial
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Literal
 
-import csm
-import mimi as codec
-from csm_tools.narrate import sentences
-
-import mlx.core as mx  # isort: skip
-import anyio
-import av
-import numpy as np
 import soundfile
 import soxr
-import uvicorn
-from pydantic import Base64Bytes, BaseModel, Field, ValidationError, model_validator
-from starlette.applications import Starlette
-from starlette.exceptions import HTTPException
-from starlette.responses import FileResponse, JSONResponse
-from starlette.routing import Route
+
+import csm
+from csm_tools.narrate import sentences
+from csm_tools.serve_engine import Busy, Engine, Speech
+
+try:
+    import anyio
+    import av
+    import uvicorn
+    from pydantic import Base64Bytes, BaseModel, Field, ValidationError, model_validator
+    from starlette.applications import Starlette
+    from starlette.exceptions import HTTPException
+    from starlette.responses import FileResponse, JSONResponse
+    from starlette.routing import Route
+except ImportError as e:
+    print(f"csm-serve needs `pip install 'csm[serve]'` ({e})", file=sys.stderr)
+    sys.exit(2)
 
 # response_format -> media type, container, encoder, bits a second, the container's options
 FORMATS = {
@@ -58,9 +54,7 @@ FORMATS = {
 OPENAI_VOICES = "alloy ash ballad cedar coral echo fable marin nova onyx sage shimmer verse".split()
 LARGEST = 16 * 2**20  # bytes of a request
 LONGEST_CLIP = 60  # seconds
-AHEAD = 30  # seconds of sound that a client may leave unread before the next sentence of its text waits for it
 STALLED = 60  # seconds without reading after which a client is dropped
-KEPT = 16  # voices and contexts whose KV caches are kept
 
 log = logging.getLogger("csm.serve")
 
@@ -103,7 +97,7 @@ class Request(BaseModel):
     input: str
     voice: str | dict[Literal["id"], str] | None = None
     response_format: Literal[tuple(FORMATS)] = "mp3"
-    speed: Annotated[float, Field(ge=0.25, le=4)] = 1
+    speed: float = Field(1, ge=0.25, le=4)
     stream_format: Literal["audio", "sse"] = "audio"
     speaker: int = Field(0, ge=0)
     seed: int = Field(default_factory=lambda: secrets.randbits(32), ge=0, lt=2**64)
@@ -121,26 +115,8 @@ class Request(BaseModel):
         return {name: x for name, x in fields.items() if x is not None} if isinstance(fields, dict) else fields
 
 
-@dataclass(eq=False)
-class Speech:
-    """What is said on a Request, and how far it is."""
-
-    request: Request
-    voice: str | None  # a name that the model knows; None: its default
-    sampling: csm.Sampling
-    context: list  # csm.Segments that go before; where there are any, they set the voice
-    parts: list  # [(text, seconds of silence after it)]
-    pieces: asyncio.Queue = field(default_factory=asyncio.Queue)  # (samples,) int16; None: the end; a Refused
-    part: int = 0  # the one that is said now, or next
-    tries: int = 0  # of it that gave nothing
-    codes: list = field(default_factory=list)  # of it so far, (K,) each
-    made: int = 0  # samples
-    taken: int = 0  # of them, by the client
-    gone: bool = False  # nobody listens any more
-
-
 def read_request(body, voices, generator, longest):
-    """A request's bytes -> Speech. voices: {name: the model's}; longest: of an input, characters. Raises Refused."""
+    """A request's bytes -> Request, Speech, or Refused. voices: {name: the model's}; longest: an input's characters."""
     try:
         r = Request.model_validate_json(body)
         sampling = generator.options(r.seed, r.model_dump(include={"temperature", "top_k", "top_p", "min_p"}))[1]
@@ -158,130 +134,12 @@ def read_request(body, voices, generator, longest):
         raise Refused(f"unknown voice {voice!r}; there are: {', '.join(voices)}", "voice")
     if bool(r.ref_audio) != bool(r.ref_text):
         raise Refused("`ref_audio` and `ref_text` go together: a clip needs its transcript", "ref_audio")
-    clip = [Turn.model_construct(speaker=r.speaker, text=r.ref_text, audio=r.ref_audio)] if r.ref_audio else []
+    turns, voice = r.context, voices.get(voice)
+    if r.ref_audio:  # in place of the voice
+        turns, voice = [Turn.model_construct(speaker=r.speaker, text=r.ref_text, audio=r.ref_audio), *turns], "none"
     parts = sentences(r.input)
     parts = parts if len(parts) > 1 else [(r.input, 0)]
-    return Speech(r, voices.get(voice), sampling, [turn.segment() for turn in clip + r.context], parts)
-
-
-# ------------------------------------------------------------------------------------------------------ the model
-
-
-class Engine:
-    """Says max_batch Speeches at once; max_waiting more wait in their order. Its thread owns the model."""
-
-    def __init__(self, generator, max_batch, max_waiting):
-        self.generator, self.max_batch, self.max_waiting = generator, max_batch, max_waiting
-        self.thread = ThreadPoolExecutor(1, "model")
-        self.changed = asyncio.Event()  # there may be something to do
-        self.waiting = []  # Speeches; those between two sentences stand in front
-        self.batch, self.live = generator.batch(), {}  # uid -> Speech
-        self.decoded, self.state = [], None  # uids, and Mimi's state of their streams
-        self.steps = deque([(0, 0.0)], maxlen=125)  # (frames, seconds) of each
-
-    def submit(self, speech):
-        """Queue a Speech. Raises Refused where there is no room."""
-        if len(self.waiting) >= self.max_waiting + self.max_batch - len(self.live):
-            raise Refused("the server is busy", None, 429, "rate_limit_exceeded", {"Retry-After": "1"})
-        self.waiting.append(speech)
-        self.changed.set()
-
-    def health(self):
-        """real_time_factor: seconds a second of each stream's sound, below 1 where none has to wait for it."""
-        frames, seconds = map(sum, zip(*self.steps))
-        factor = seconds / len(self.steps) * self.generator.mimi.config.frame_rate
-        speed = {"frames_per_second": round(frames / (seconds or 1), 1), "real_time_factor": round(factor, 3)}
-        return {"status": "ok", "live": len(self.live), "waiting": len(self.waiting)} | speed
-
-    async def run(self):
-        loop, ahead = asyncio.get_running_loop(), AHEAD * self.generator.sample_rate
-        while True:
-            self.changed.clear()
-            self.waiting = [speech for speech in self.waiting if not speech.gone]
-            ready = [speech for speech in self.waiting if speech.made - speech.taken <= ahead]
-            joining = ready[: self.max_batch - len(self.live)]
-            if not joining and not self.live:
-                await self.changed.wait()
-                continue
-            self.waiting = [speech for speech in self.waiting if speech not in joining]
-            try:
-                pieces = await loop.run_in_executor(self.thread, self.step, joining)
-            except Exception:
-                log.exception("a frame failed, and with it all that was being said")
-                lost = [*self.live.values(), *joining]
-                pieces = [(speech, Refused("generation failed", None, 500)) for speech in lost]
-                self.batch, self.live, self.decoded = self.generator.batch(), {}, []
-            for speech, piece in pieces:
-                speech.pieces.put_nowait(piece)
-
-    def step(self, joining):
-        """Let them join, and say a frame of each that is live -> [(Speech, a piece of it)]."""
-        start, pieces = time.perf_counter(), []
-        for speech in joining:
-            try:
-                self.live[self.begin(speech)] = speech
-            except ValueError as e:
-                pieces.append((speech, Refused(str(e))))
-            except Exception:
-                log.exception("a request failed")
-                pieces.append((speech, Refused("generation failed", None, 500)))
-        for uid in [uid for uid, speech in self.live.items() if speech.gone]:
-            self.batch.remove(uid)
-            del self.live[uid]
-        said = self.batch.next() if self.live else []
-        frames = {uid: codes for uid, codes in said if codes is not None}
-        if frames:
-            for (uid, codes), audio in zip(frames.items(), self.decode(frames)):
-                speech = self.live[uid]
-                speech.codes.append(codes)
-                speech.made += len(audio)
-                pieces.append((speech, audio))
-            self.steps.append((len(frames), time.perf_counter() - start))
-        ended = [self.live.pop(uid) for uid, codes in said if codes is None]
-        return pieces + [piece for speech in ended for piece in self.after_part(speech)]
-
-    def begin(self, speech):
-        """Put the next part of a Speech into the batch -> its uid. Raises ValueError."""
-        r, (text, _), generator = speech.request, speech.parts[speech.part], self.generator
-        if speech.part == speech.tries == 0:
-            if r.context and not r.ref_audio:  # the turns follow the voice of whoever speaks first
-                voice = generator.voice_prompt(speech.voice)
-                speech.context = [replace(s, speaker=r.context[0].speaker) for s in voice] + speech.context
-            speech.context = [generator.encode(segment) for segment in speech.context]
-        before, rows = generator.prompt(text, r.speaker, speech.context, speech.voice)
-        seed = (r.seed + speech.part + speech.tries * 2**32) % 2**64
-        cache = generator.prefill(before)
-        return self.batch.insert(rows, generator.max_frames(None, text), seed, speech.sampling, cache)
-
-    def decode(self, frames):
-        """{uid: codes (K,)} -> (B, 1920) int16, each stream going on from its own state."""
-        mimi = self.generator.mimi
-        if list(frames) != self.decoded:
-            states = dict(zip(self.decoded, codec.split_state(self.state))) if self.decoded else {}
-            self.state = codec.join_states([states.get(uid) or mimi.init_state(1) for uid in frames])
-            self.decoded = list(frames)
-        with mx.stream(self.generator.codec_stream):  # beside the next frame, not behind it
-            audio, self.state = mimi.decode_step(np.stack(list(frames.values()))[:, :, None], self.state)
-        return codec.to_pcm16(audio[:, 0])
-
-    def after_part(self, speech):
-        """Let the next part of a Speech wait in front -> [(Speech, the silence before it, or None after the last)]."""
-        text, pause = speech.parts[speech.part]
-        if not speech.codes and speech.tries < 3:  # it ended at once: again with another seed, as narrate does
-            speech.tries += 1
-            self.waiting.insert(0, speech)
-            return []
-        voice = speech.context or self.generator.voice_prompt(speech.voice)
-        if not voice and speech.codes:  # then this sentence's is the others'
-            speech.context = [csm.Segment(speech.request.speaker, text, codes=np.stack(speech.codes))]
-        speech.part, speech.tries, speech.codes = speech.part + 1, 0, []
-        if speech.part == len(speech.parts):
-            nothing = Refused("the model ended the speech at once: try another seed", None, 500)
-            return [(speech, None if speech.made else nothing)]
-        self.waiting.insert(0, speech)
-        silence = np.zeros(int(pause * self.generator.sample_rate), np.int16)
-        speech.made += len(silence)
-        return [(speech, silence)]
+    return r, Speech(parts, r.speaker, voice, [turn.segment() for turn in turns], r.seed, sampling)
 
 
 # ------------------------------------------------------------------------------------------------------ files
@@ -352,11 +210,14 @@ def make_app(engine, args, address):
             if len(body) > LARGEST:
                 raise Refused(f"the request is larger than {LARGEST} bytes", None, 413)
         # in another thread, since a clip takes a while
-        speech = await asyncio.to_thread(read_request, bytes(body), voices, generator, args.max_characters)
-        engine.submit(speech)
-        return partial(answer, speech)
+        r, speech = await asyncio.to_thread(read_request, bytes(body), voices, generator, args.max_characters)
+        try:
+            engine.submit(speech)
+        except Busy as e:
+            raise Refused(str(e), None, 429, "rate_limit_exceeded", {"Retry-After": "1"}) from None
+        return partial(answer, r, speech)
 
-    async def answer(speech, scope, receive, send):
+    async def answer(r, speech, scope, receive, send):
         """The response, as an ASGI application. It breaks off where the client leaves or stops reading."""
 
         async def watch():
@@ -368,7 +229,7 @@ def make_app(engine, args, address):
             async with anyio.create_task_group() as tasks:
                 tasks.start_soon(watch)
                 try:
-                    await tell(speech, scope, receive, send)
+                    await tell(r, speech, scope, receive, send)
                 except TimeoutError:
                     log.error("dropped a client that read nothing for %d s", STALLED)
                 tasks.cancel_scope.cancel()
@@ -376,18 +237,18 @@ def make_app(engine, args, address):
             speech.gone = True
             engine.changed.set()
 
-    async def tell(speech, scope, receive, send):
-        r, start, piece = speech.request, time.perf_counter(), await speech.pieces.get()
+    async def tell(r, speech, scope, receive, send):
+        start, piece = time.perf_counter(), await speech.pieces.get()
         first = time.perf_counter() - start
-        if isinstance(piece, Refused):
-            return await JSONResponse(piece.body, piece.status)(scope, receive, send)
+        if isinstance(piece, Exception):
+            return await (await refuse(None, piece))(scope, receive, send)
         sse = r.stream_format == "sse"
         headers = {"content-type": "text/event-stream" if sse else FORMATS[r.response_format][0], "x-seed": str(r.seed)}
         headers |= {"cache-control": "no-store", "x-accel-buffering": "no"}
         headers = [(name.encode(), value.encode()) for name, value in headers.items()]
         await send({"type": "http.response.start", "status": 200, "headers": headers})
         encode = Encoder(r.response_format, rate, r.speed)
-        while not isinstance(piece, Refused):
+        while not isinstance(piece, Exception):
             data = encode(piece)
             if sse:
                 data = event("speech.audio.delta", audio=base64.b64encode(data).decode()) if data else b""
@@ -395,18 +256,20 @@ def make_app(engine, args, address):
             with anyio.fail_after(STALLED):
                 await send({"type": "http.response.body", "body": data, "more_body": piece is not None})
             if piece is None:
-                what = speech.made / rate, r.response_format, time.perf_counter() - start, first, speech.voice, r.seed
-                log.info("%.2f s of %s in %.2f s, the first after %.2f s, voice %s, seed %d", *what)
-                return log.info("%s", r.input) if args.log_text else None
+                taken, text = time.perf_counter() - start, f": {r.input}" if args.log_text else ""
+                what = speech.made / rate, r.response_format, taken, first, speech.voice, r.seed, text
+                return log.info("%.2f s of %s in %.2f s, the first after %.2f s, voice %s, seed %d%s", *what)
             speech.taken += len(piece)
             engine.changed.set()
             piece = await speech.pieces.get()
         if sse:
-            await send({"type": "http.response.body", "body": event("error", **piece.body), "more_body": True})
+            await send(
+                {"type": "http.response.body", "body": event("error", error={"message": str(piece)}), "more_body": True}
+            )
         # Without a last piece: so the client sees that the file is not whole.
 
     def usage(speech):
-        said = sum(len(generator.text_rows(text, speech.request.speaker)) for text, _ in speech.parts)
+        said = sum(len(generator.text_rows(text, speech.speaker)) for text, _ in speech.parts)
         frames = round(speech.made / rate * generator.mimi.config.frame_rate)
         return {"input_tokens": said, "output_tokens": frames, "total_tokens": said + frames}
 
@@ -415,9 +278,8 @@ def make_app(engine, args, address):
 
     def models(request):
         check_key(request)
-        return JSONResponse(
-            {"object": "list", "data": [{"id": name, "object": "model", "created": 0, "owned_by": "csm"}]}
-        )
+        model = {"id": name, "object": "model", "created": 0, "owned_by": "csm"}
+        return JSONResponse({"object": "list", "data": [model]})
 
     def voice_list(request):
         return JSONResponse({"voices": [{"id": voice, "name": voice} for voice in (*own, "none")]})
@@ -430,8 +292,10 @@ def make_app(engine, args, address):
     async def refuse(request, e):
         if isinstance(e, HTTPException):
             e = Refused(e.detail, None, e.status_code, headers=e.headers)
+        elif isinstance(e, ValueError):  # the Engine's
+            e = Refused(str(e))
         elif not isinstance(e, Refused):
-            e = Refused("internal error", None, 500)
+            e = Refused(str(e) if isinstance(e, RuntimeError) else "internal error", None, 500)
         return JSONResponse(e.body, e.status, e.headers)
 
     @asynccontextmanager
@@ -440,8 +304,6 @@ def make_app(engine, args, address):
         print(f"ready: {address}", file=sys.stderr, flush=True)
         yield
         running.cancel()
-        engine.thread.submit(mx.clear_streams)  # or the process may not end well
-        engine.thread.shutdown()
 
     routes = [
         Route("/v1/audio/speech", speak, methods=["POST"]),
@@ -462,15 +324,13 @@ def serve(args):
     if args.max_batch < 1 or args.max_waiting < 0 or not 0 <= args.port < 2**16:
         raise ValueError("--max-batch is 1 or more, --max-waiting 0 or more, --port 0 to 65535")
     generator = csm.load_for(args)
-    generator.kept = KEPT
     if args.voices:
         clips = [f for f in Path(args.voices).glob("*.wav") if f.with_suffix(".txt").is_file()]
         if not clips:
             raise ValueError(f"{args.voices} holds no clips (name.wav) with their transcripts (name.txt)")
         generator.voices |= {f.stem: f.parent for f in clips}
     engine = Engine(generator, args.max_batch, args.max_waiting)
-    # what compiles does so now, and in the thread that it is for
-    engine.thread.submit(generator.generate, "Hello.", max_audio_length_ms=200, seed=0).result()
+    engine.warm_up()
     logging.basicConfig(format="%(asctime)s %(message)s")
     log.setLevel(logging.INFO)
     family = socket.AF_INET6 if ":" in args.host else socket.AF_INET

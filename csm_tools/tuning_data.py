@@ -17,7 +17,7 @@ from collections import deque
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-import csm  # before mlx: it puts a fast BLAS in place
+import csm  # before mlx
 import mimi
 
 import mlx.core as mx  # isort: skip
@@ -26,7 +26,7 @@ from tqdm import tqdm
 
 AUDIO = (".wav", ".mp3", ".flac", ".ogg", ".m4a", ".aac", ".opus", ".aiff")
 
-# ---------------------------------------------------------------------------------------------------- read
+# ---------------------------------------------------------------------------------------------------- files
 
 
 def read_folder(folder):
@@ -51,11 +51,21 @@ EXPECTED = {
 }
 
 
-def read_data(path, command="train"):
-    """A JSON file or a folder -> [(conversations [[Segment]], wanted)], audio and codes as paths. Raises ValueError.
+@dataclass
+class Example:
+    """What counts as one in a batch."""
 
-    train: one conversation each; dpo: the chosen and the rejected; kto: one, wanted 1 or -1. kto takes dpo's data too.
-    A segment may have "codes_path", an .npy of (F, K), in place of "audio_path" or beside it.
+    talks: list  # one Talk; of dpo the chosen and the rejected
+    wanted: int = 1  # of kto: 1 or -1
+    given: int = 0  # turns that a chosen and a rejected conversation both begin with: they are not learned
+    other: "Talk | None" = None  # of kto: its texts with the speech of another
+
+
+def read_data(path, command="train"):
+    """A JSON file or a folder -> [Example], their Talks still conversations [Segment], audio and codes as paths.
+
+    kto takes the data of dpo too. A segment may have "codes_path", an .npy of (F, K), in place of "audio_path" or
+    beside it. Raises ValueError.
     """
     path = Path(path).expanduser()
     if not path.exists():
@@ -76,20 +86,27 @@ def read_data(path, command="train"):
     try:
         for item in read_folder(path) if path.is_dir() else json.loads(path.read_text(encoding="utf-8")):
             if command == "train":
-                out.append(([segments(item)], 1))
-            elif command == "dpo":
-                out.append(([segments(item["chosen"]), segments(item["rejected"])], 1))
-            elif "chosen" in item:
-                out += [([segments(item["chosen"])], 1), ([segments(item["rejected"])], -1)]
-            elif item["preference"] in (1, -1):
-                out.append(([segments(item["segments"])], item["preference"]))
+                out.append(Example([segments(item)]))
+            elif command == "kto" and "segments" in item:
+                if item["preference"] not in (1, -1):
+                    raise TypeError(f"preference {item['preference']}")
+                out.append(Example([segments(item["segments"])], wanted=item["preference"]))
             else:
-                raise TypeError(f"preference {item['preference']}")
+                good, bad = item["chosen"], item["rejected"]
+                given = len([*itertools.takewhile(lambda pair: pair[0] == pair[1], zip(good, bad))])
+                if given == min(len(good), len(bad)):
+                    raise TypeError(f"chosen and rejected are the same: {good}")
+                good, bad = segments(good), segments(bad)
+                pair = [Example([good, bad], 1, given)], [Example([good], 1, given), Example([bad], -1, given)]
+                out += pair[command == "kto"]
     except (KeyError, TypeError, AttributeError, UnicodeDecodeError, json.JSONDecodeError) as e:
         raise ValueError(f"{path}: expected {EXPECTED[command]} ({type(e).__name__}: {e})") from None
     if not out:
         raise ValueError(f"{path} holds no conversations")
     return out
+
+
+# ---------------------------------------------------------------------------------------------------- rows
 
 
 class Talk:
@@ -110,44 +127,28 @@ class Talk:
         self.rows, self.learned, self.reference = np.concatenate(rows), np.array(learned, np.int32), None
 
 
-@dataclass
-class Example:
-    """What counts as one in a batch."""
-
-    talks: list  # one Talk; of dpo the chosen and the rejected
-    wanted: int = 1  # of kto: 1 or -1
-    other: Talk | None = None  # of kto: its texts with the speech of another
-
-
-def encode(generator, data, args):
-    """What read_data gave -> [Example]. Codes are kept in OUTPUT/codes by what a file holds; bad files stop it, or are
-    skipped."""
+def encode(generator, examples, args):
+    """What read_data gave, with Talks. Codes are kept in OUTPUT/codes by what a file holds. Bad files: --skip-bad."""
     (args.output_dir / "codes").mkdir(parents=True, exist_ok=True)
-    examples = []
-    for conversations, wanted in data:
+    out = []
+    for example in examples:
         try:
-            conversations = [[with_codes(generator, s, args) for s in segments] for segments in conversations]
-            given = 0
-            if args.command == "dpo":  # what both begin with is no choice
-                alike = (a.speaker == b.speaker and a.text == b.text and np.array_equal(a.codes, b.codes)
-                         for a, b in zip(*conversations))  # fmt: skip
-                given = len(list(itertools.takewhile(bool, alike)))
-            talks = [Talk(generator, segments, args.mask_speaker_ids, given) for segments in conversations]
-            for talk in talks:
-                if len(talk.rows) > generator.limit:
-                    name = talk.segments[0].audio or talk.segments[0].text
-                    raise ValueError(f"{name} ...: {len(talk.rows)} positions, and the model has {generator.limit}")
+            talks = []
+            for segments in example.talks:
+                segments = [with_codes(generator, s, args) for s in segments]
+                talks.append(Talk(generator, segments, args.mask_speaker_ids, example.given))
+                if (n := len(talks[-1].rows)) > generator.limit:
+                    name = segments[0].audio or segments[0].text
+                    raise ValueError(f"{name} ...: {n} positions, and the model has {generator.limit}")
             if all(len(talk.learned) for talk in talks):
-                examples.append(Example(talks, wanted))
-            elif args.command == "dpo" and not args.mask_speaker_ids:
-                raise ValueError(f"{conversations[0][0].text[:40]!r} ...: chosen and rejected are the same")
+                out.append(replace(example, talks=talks))
         except ValueError as e:
             if not args.skip_bad:
                 raise ValueError(f"{e} (--skip-bad leaves such conversations out)") from None
             print(f"skipped: {e}", file=sys.stderr)
-    if not examples:
+    if not out:
         raise ValueError("nothing is left to learn from")
-    return examples
+    return out
 
 
 def with_codes(generator, segment, args):
@@ -170,17 +171,17 @@ def with_codes(generator, segment, args):
     return replace(segment, codes=codes)
 
 
-def mismatch(generator, examples):
+def mismatch(generator, examples, args):
     """Give each Example its texts with the speech of the next one that says something else, turn by turn."""
     texts = [[s.text for s in e.talks[0].segments] for e in examples]
     for i, e in enumerate(examples):
-        others = (
-            examples[j % len(examples)] for j in range(i + 1, i + len(examples)) if texts[j % len(examples)] != texts[i]
-        )
-        if (other := next(others, None)) is None:
+        following = [*range(i + 1, len(examples)), *range(i)]
+        if (j := next((j for j in following if texts[j] != texts[i]), None)) is None:
             raise ValueError("kto needs conversations that say different things")
-        speech = itertools.cycle(other.talks[0].segments)
-        e.other = Talk(generator, [replace(s, codes=o.codes) for s, o in zip(e.talks[0].segments, speech)])
+        speech = itertools.cycle(s.codes for s in examples[j].talks[0].segments[examples[j].given :])
+        own = e.talks[0].segments
+        segments = own[: e.given] + [replace(s, codes=codes) for s, codes in zip(own[e.given :], speech)]
+        e.other = Talk(generator, segments, args.mask_speaker_ids, e.given)
         e.other.rows = e.other.rows[: generator.limit]
         e.other.learned = e.other.learned[e.other.learned < len(e.other.rows)]
 
@@ -200,7 +201,7 @@ def choose(talk, fraction, *seed):
     return np.sort(np.random.default_rng(seed).choice(talk.learned, n, replace=False))
 
 
-# ---------------------------------------------------------------------------------------------------- made
+# ---------------------------------------------------------------------------------------------------- pairs
 
 
 def pairs(args):
@@ -214,55 +215,65 @@ def pairs(args):
     if args.samples < 2 or args.batch < 1:
         raise ValueError("--samples is 2 or more, --batch 1 or more")
     context, options = csm.read_options(args)
-    marked = {k: str(v) for k, v in vars(args).items() if k not in ("out", "batch", "command", "function")}
-    marked["texts"] = hashlib.sha256("\n".join(texts).encode()).hexdigest()
     args.out.mkdir(parents=True, exist_ok=True)
-    log_file = args.out / "scores.jsonl"
-    lines = log_file.read_text().splitlines(keepends=True) if log_file.exists() else []
-    lines = [json.loads(line) for line in lines if line.endswith("\n")]  # the last may be half a line
-    if lines and lines[0] != marked:
-        other = ", ".join(k for k in marked if marked[k] != lines[0].get(k))
-        raise ValueError(f"{log_file} is of another {other}: give the same, or another --out")
-    with mimi.replacing(log_file) as file:
-        file.write("".join(json.dumps(line) + "\n" for line in lines or [marked]).encode())
-    done = lines[1:]
+    done = scores_so_far(args, texts)
     generator = csm.load_for(args)
     context = [generator.encode(s) for s in context]
     context = context or [replace(s, speaker=args.speaker) for s in generator.voice_prompt(args.voice)]
-    for i, s in enumerate(context):
-        np.save(args.out / f"context_{i}.npy", s.codes)
-    with open(log_file, "a") as log, tqdm(total=len(texts), initial=len(done), unit="text", disable=None) as bar:
+    with open(args.out / "scores.jsonl", "a") as log:
+        bar = tqdm(total=len(texts), initial=len(done), unit="text", disable=None)
         for i, said in samplings(generator, texts, len(done), args, context, options):
             scores = []
             for j, (codes, ended) in enumerate(said):
                 audio = np.array(generator.decode(mx.array(codes)))
-                wav = args.out / f"{i:05}_{j}.wav"
-                mimi.write_audio(wav, audio if len(audio) else np.zeros(1920, np.float32))
-                np.save(wav.with_suffix(".npy"), codes)
-                scores.append(asked(args.judge, wav, texts[i]) if args.judge else judged(texts[i], codes, audio, ended))
-            best, worst = int(np.argmax(scores)), int(np.argmin(scores))
-            for j in range(len(said)):
-                if j not in (best, worst) or scores[best] - scores[worst] <= args.margin:
-                    for suffix in (".wav", ".npy"):
-                        (args.out / f"{i:05}_{j}{suffix}").unlink()
-            done.append({"text": texts[i], "scores": scores})
-            log.write(json.dumps(done[-1]) + "\n")
+                file = args.out / f"{i:05}_{j}.wav"
+                mimi.write_audio(file, audio if len(audio) else np.zeros(1920, np.float32))
+                np.save(file.with_suffix(".npy"), codes)
+                if args.judge:
+                    scores.append(asked(args.judge, file, texts[i]))
+                else:
+                    scores.append(judged(texts[i], codes, audio, ended))
+            for j in set(range(len(scores))) - set(extremes(scores, args.margin)):
+                for suffix in ("wav", "npy"):
+                    (args.out / f"{i:05}_{j}.{suffix}").unlink()
+            log.write(json.dumps(scores) + "\n")
             log.flush()
+            done.append(scores)
             bar.update(1)
+    before = []
+    for i, s in enumerate(context):
+        np.save(args.out / f"context_{i}.npy", s.codes)
+        before.append({"text": s.text, "speaker": s.speaker, "codes_path": f"context_{i}.npy"})
     found = []
-    for i, line in enumerate(done):
-        scores = line["scores"]
-        if max(scores) - min(scores) > args.margin:
-            names = (f"{i:05}_{j}" for j in (int(np.argmax(scores)), int(np.argmin(scores))))
-            turns = ({"text": line["text"], "speaker": args.speaker, "audio_path": f"{n}.wav", "codes_path": f"{n}.npy"}
-                     for n in names)  # fmt: skip
-            before = [
-                {"text": s.text, "speaker": s.speaker, "codes_path": f"context_{i}.npy"} for i, s in enumerate(context)
-            ]
+    for i, scores in enumerate(done):
+        names = [f"{i:05}_{j}" for j in extremes(scores, args.margin)]
+        turn = {"text": texts[i], "speaker": args.speaker}
+        turns = [turn | {"audio_path": f"{name}.wav", "codes_path": f"{name}.npy"} for name in names]
+        if turns:
             found.append({kind: [*before, turn] for kind, turn in zip(("chosen", "rejected"), turns)})
     with mimi.replacing(args.out / "pairs.json") as file:
         file.write(json.dumps(found, indent=1, ensure_ascii=False).encode())
     print(f"{args.out / 'pairs.json'}: {len(found)} pairs of {len(texts)} texts", file=sys.stderr)
+
+
+def extremes(scores, margin):
+    """The indices of the best and the worst, or none where they are as good."""
+    best, worst = int(np.argmax(scores)), int(np.argmin(scores))
+    return [best, worst] if scores[best] - scores[worst] > margin else []
+
+
+def scores_so_far(args, texts):
+    """The lines of OUT/scores.jsonl, each the scores of a text, behind a first one that tells what they are of."""
+    file = args.out / "scores.jsonl"
+    mark = {k: str(v) for k, v in vars(args).items() if k not in ("out", "batch", "command", "function")}
+    mark["texts"] = hashlib.sha256("\n".join(texts).encode()).hexdigest()
+    lines = file.read_text().splitlines(keepends=True) if file.exists() else []
+    first, *done = [json.loads(line) for line in lines if line.endswith("\n")] or [mark]  # the last may be half a line
+    if other := [k for k in mark if mark[k] != first.get(k)]:
+        raise ValueError(f"{file} is of another {', '.join(other)}: give the same, or another --out")
+    with mimi.replacing(file) as f:
+        f.write("".join(json.dumps(line) + "\n" for line in (mark, *done)).encode())
+    return done
 
 
 def samplings(generator, texts, start, args, context, options):
@@ -279,7 +290,8 @@ def samplings(generator, texts, start, args, context, options):
     while waiting or running:
         while waiting and len(running) < args.batch:
             i, j = waiting.popleft()
-            rows, n = generator.text_rows(texts[i], args.speaker), generator.max_frames(longest, texts[i])
+            rows = generator.text_rows(texts[i], args.speaker)
+            n = min(generator.max_frames(longest, texts[i]), generator.limit - sum(map(len, before)) - len(rows))
             uid = batch.insert(rows, n, (seed + i * args.samples + j) % 2**64, sampling, cache)
             running[uid] = i, j, n, []
         for uid, codes in batch.next():

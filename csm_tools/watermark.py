@@ -1,25 +1,22 @@
 """SilentCipher, the inaudible mark that Sesame's own code puts into all that CSM says, on MLX.
 
-    python -m csm_tools.watermark embed speech.wav marked.wav
-    python -m csm_tools.watermark detect marked.wav
+    python -m csm_tools.watermark embed speech.wav marked.wav    # and: detect marked.wav
 
 Source: Singh et al., "SilentCipher: Deep Audio Watermarking" (2024, arXiv 2406.03822), and Sony's package
-`silentcipher` 1.0.5 (MIT), whose numbers these are: its detector finds our marks, and ours finds its. The weights are
-Sony's, on the Hub at sony/silentcipher; no licence is stated for them.
+`silentcipher` 1.0.5 (MIT), which finds our marks as we find its. The weights are Sony's, on the Hub at
+sony/silentcipher; no licence is stated for them.
 
-How: the sound at 44.1 kHz becomes a spectrogram of T frames. The message, five bytes, is twenty symbols of two bits and
-one that marks the end: one symbol a frame, again every 21 frames (0.975 s). A network looks at the spectrogram and the
-symbols and says by how much to lower each magnitude, `sdr` decibels below the sound on the whole; the phase is kept.
-Another network reads a symbol off each frame.
+How: sound at 44.1 kHz becomes a spectrogram. The message, five bytes, becomes twenty symbols of two bits and one for
+the end: one a frame, again every 21 frames (0.975 s). Two networks look at both and say by how much to lower each
+magnitude, on the whole `sdr` decibels below the sound; the phase is kept. A third reads a symbol off each frame.
 
-All its normalizations take the mean and variance of the clip at hand, as the original does (its BatchNorm is never put
-into evaluation). So a clip is marked as a whole, up to WHOLE seconds; a longer one in pieces of WHOLE, a stream in
-pieces of one mark, each by its own statistics. The symbols run on from piece to piece.
-
-Glossary: T frames, F bins, I and O channels in and out.
+Each normalization takes the mean and variance of the clip at hand, as in the original, whose BatchNorm never goes into
+evaluation. So up to 31 s are marked as one; what is longer in pieces of so many, a stream in pieces of one mark, and
+the symbols run on from piece to piece. Glossary: T frames, F bins, I and O channels.
 """
 
 import sys
+from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
@@ -38,18 +35,13 @@ LEAST = 0.5  # of the symbols must agree: of symbols drawn at random, in four ma
 PERIOD = 21  # frames a mark: twenty symbols and an end
 MARK = PERIOD * HOP  # samples: 0.975 s
 WHOLE = 32  # marks (31 s) that are taken as a whole: 0.5 GB
+WINDOW = np.hanning(2 * HOP + 1)[:-1].astype(np.float32)  # periodic Hann
 POWER = 0.002837200844477648  # the mean square that the network was trained on
 
 
 class Detection(NamedTuple):
     message: tuple  # five bytes
     confidence: float  # share of the symbols that agree with their repetitions; 1.0 where there are none (below 1.95 s)
-
-
-# ---------------------------------------------------------------------------------------------------- sound
-
-
-WINDOW = np.hanning(2 * HOP + 1)[:-1].astype(np.float32)  # periodic Hann
 
 
 def stft(audio):
@@ -67,7 +59,7 @@ def istft(spectrum, n):
 
 
 def resample(pieces, old, new):
-    """Pieces (samples,) at one rate -> pieces at another, a few seconds at most, rounded up to whole samples in all."""
+    """Pieces (samples,) at one rate -> pieces at another, a second each at most, rounded up to whole samples in all."""
     import soxr
 
     stream, taken, given = soxr.ResampleStream(old, new, 1, dtype="float32", quality="HQ"), 0, 0
@@ -75,8 +67,7 @@ def resample(pieces, old, new):
         piece = np.asarray(piece, np.float32)
         if piece.ndim != 1 or not np.isfinite(piece).all():
             raise ValueError(f"audio must be (samples,), without NaN; this is {piece.shape}")
-        for i in range(0, len(piece), MARK):
-            part = piece[i : i + MARK]
+        for part in np.array_split(piece, len(piece) // MARK + 1):
             out = part if old == new else stream.resample_chunk(part)
             taken, given = taken + len(part), given + len(out)
             yield out
@@ -108,15 +99,14 @@ def to_symbols(message):
 
 
 def convolve(frames, weight, bias):
-    """Frames [(F, I)] * k, weight (k, k, I, O) -> the middle one's (F, O), zeros beyond the bins."""
+    """Frames [(F, I)] * k, weight (bins k, frames k, I, O) -> the middle one's (F, O), zeros beyond the bins."""
     k, n = len(weight), len(frames[0])
-    x = mx.pad(mx.stack(frames), ((0, 0), (k // 2, k // 2), (0, 0)))
+    x = mx.pad(mx.concatenate(frames, axis=1), ((k // 2, k // 2), (0, 0)))  # (F + k - 1, k I)
     if mx.default_device() == mx.gpu:
-        return mx.conv2d(x[None], weight.transpose(3, 0, 1, 2))[0, 0] + bias
-    y = bias  # MLX's convolution is slow on a CPU, its products are not: one for each tap
+        return mx.conv2d(x.reshape(1, len(x), k, -1), weight.transpose(3, 0, 1, 2))[0, :, 0] + bias
+    y = bias  # MLX's convolution is slow on a CPU, its products are not: one for each tap of the bins
     for i in range(k):
-        for j in range(k):
-            y = mx.addmm(y, x[i, j : j + n], weight[i, j])
+        y = mx.addmm(y, x[i : i + n], weight[i].flatten(0, 1))
     return y
 
 
@@ -125,7 +115,7 @@ class Layer:
 
     def __init__(self, weights, name):
         conv, gate = (weights[f"{name}.{part}.weight"] for part in ("conv", "gate"))  # (O, I, bins, frames)
-        self.weight = mx.contiguous(mx.concatenate([conv, gate]).transpose(3, 2, 1, 0))
+        self.weight = mx.contiguous(mx.concatenate([conv, gate]).transpose(2, 3, 1, 0))
         self.bias = mx.concatenate([weights[f"{name}.conv.bias"], weights[f"{name}.gate.bias"]])
         self.scale, self.shift = weights[f"{name}.bn.weight"], weights[f"{name}.bn.bias"]
 
@@ -163,11 +153,8 @@ class Watermark:
         self.bins, self.bias = detector["linear.weight"][0], detector["linear.bias"]  # (BAND,), (1,)
 
     def embed(self, audio, sample_rate=24_000, message=SESAME, sdr=36.0):
-        """(samples,) -> (samples,) float32 NumPy, marked. sdr: decibels from the sound down to the mark.
-
-        Silence stays silence, and what is above 22 kHz is lost. Raises ValueError.
-        """
-        return np.concatenate([*self.embed_stream([audio], sample_rate, message, sdr, WHOLE)])
+        """(samples,) -> (samples,) float32 NumPy, marked; silence stays silence. sdr: dB from the sound to the mark."""
+        return np.concatenate([np.zeros(0, np.float32), *self.embed_stream([audio], sample_rate, message, sdr, WHOLE)])
 
     def embed_stream(self, pieces, sample_rate=24_000, message=SESAME, sdr=36.0, marks=1):
         """Pieces (samples,) of any length -> pieces, as many samples in all, about `marks` * 0.975 s behind."""
@@ -184,7 +171,8 @@ class Watermark:
         for marked in resample((self.mark(clip, symbols, sdr) for clip in clips), RATE, sample_rate):
             marked = marked[: taken - given]  # two roundings up can make one sample too many
             given += len(marked)
-            yield marked
+            if len(marked):
+                yield marked
 
     def mark(self, clip, symbols, sdr):
         """(n,) at 44.1 kHz -> the same, marked from its first sample on."""
@@ -193,43 +181,38 @@ class Watermark:
             return clip
         spectrum = stft(clip * np.sqrt(POWER / power))
         carrier = np.abs(spectrum)  # (T, F)
-        info = np.abs(self.info(carrier, np.resize(symbols, len(carrier))))
+        sound = mx.array(carrier)[:, :, None]
+        message = self.symbols[mx.array(np.resize(symbols, len(carrier)))]  # (T, BAND)
+        message = mx.pad(message, ((0, 0), (0, HOP + 1 - BAND)))[:, :, None]
+        frames = [*sound]
+        for layer in self.encoder:
+            frames = layer(frames)
+        frames = [mx.concatenate(parts, axis=1) for parts in zip(frames, sound, message)]  # (F, 32 + 2)
+        for layer in self.decoder:
+            frames = layer(frames)
+        info = np.array(mx.abs(mx.stack(frames)[:, :, 0]))  # (T, F)
         info[:, BAND:] = 0
         info *= 10 ** (-sdr / 20) * np.sqrt(np.mean(carrier**2) / np.mean(info**2, axis=1, keepdims=True))
         spectrum *= np.maximum(carrier - info, 0) / np.maximum(carrier, 1e-30)
         return istft(spectrum, len(clip)) * np.sqrt(power / POWER)
 
-    def info(self, carrier, symbols):
-        """Magnitudes (T, F), symbols (T,) -> what the decoder makes of them, (T, F)."""
-        carrier = [*mx.array(carrier)[:, :, None]]
-        message = [*mx.pad(self.symbols[mx.array(symbols)], ((0, 0), (0, HOP + 1 - BAND)))[:, :, None]]
-        frames = carrier[:]
-        for layer in self.encoder:
-            frames = layer(frames)
-        frames = [mx.concatenate(parts, axis=1) for parts in zip(frames, carrier, message)]
-        for layer in self.decoder:
-            frames = layer(frames)
-        return np.array(mx.stack(frames)[:, :, 0])
-
     def detect(self, audio, sample_rate=24_000):
-        """(samples,) -> the Detection, or None where there is no mark. Raises ValueError.
+        """(samples,) -> the Detection, or None where there is no mark.
 
-        Where a mark begins at the first sample it is read there. Else the beginnings of a frame are tried, on the
-        loudest two seconds, every 256 samples and then finer about the best.
+        It is read from the first sample on; where that fails, other beginnings of a frame are tried on two seconds.
         """
         audio = np.concatenate([*resample([audio], sample_rate, RATE)])
+        if len(audio) < MARK:
+            return None
         found, clarity = self.read(audio)
-        if len(audio) < MARK or (found and found.confidence >= 0.9 and len(audio) >= 2 * MARK):
+        if found and found.confidence >= 0.9 and len(audio) >= 2 * MARK:
             return found
         energy = [np.sum(clip**2) for clip in cut([audio], MARK)]
-        loudest = int(np.argmax(np.convolve(energy, [1, 1])[1:])) * MARK  # where it and the next are
+        loudest = int(np.argmax(np.convolve(energy, [1, 1])[1:])) * MARK  # and the mark after it
         excerpt = audio[loudest : loudest + 2 * MARK + HOP]
-
-        def score(shift):
-            return self.read(excerpt[shift:])[1]
-
-        best = max(range(0, HOP, 256), key=score)
-        best = max(((best + step) % HOP for step in (0, -128, -64, 64, 128)), key=score)
+        clearest = partial(max, key=lambda shift: self.read(excerpt[shift:])[1])
+        best = clearest(range(0, HOP, 256))
+        best = clearest((best + step) % HOP for step in (0, -128, -64, 64, 128))
         other, clearer = self.read(audio[best:])
         return other if clearer > clarity else found
 
@@ -237,11 +220,7 @@ class Watermark:
         """(n,) at 44.1 kHz, a frame beginning at its first sample -> Detection or None; how clear the symbols are."""
         logits = np.concatenate([self.logits(clip)[: WHOLE * PERIOD] for clip in cut([audio], WHOLE * MARK)])
         logits = logits[: len(logits) // PERIOD * PERIOD].reshape(-1, PERIOD, 5)  # a row for each mark
-        if not len(logits):
-            return None, 0.0
-        probabilities = np.exp(logits - logits.max(axis=-1, keepdims=True))
-        probabilities /= probabilities.sum(axis=-1, keepdims=True)
-        clarity = float(probabilities.mean(axis=0).max(axis=-1).mean())
+        clarity = mx.softmax(mx.array(logits), axis=-1).mean(axis=0).max(axis=-1).mean().item()
         rows = logits.argmax(axis=-1)
         mode = (rows[:, :, None] == np.arange(5)).sum(axis=0).argmax(axis=-1)  # (PERIOD,)
         confidence = float(np.mean(rows == mode))
@@ -264,20 +243,15 @@ def load(path_or_repo=REPO):
     import csm_layouts
 
     folder = Path(path_or_repo)
-    if not folder.is_dir():
-        try:
-            folder = codec.download(str(path_or_repo), *(f"{FOLDER}/{name}" for name in FILES))
-        except (ValueError, OSError) as error:
-            raise ValueError(f"the watermark's weights cannot be had: {error}") from None
-    if (folder / FOLDER).is_dir():
-        folder = folder / FOLDER
-    parts = [csm_layouts.read_pt(folder / name) for name in FILES]
     try:
-        mark = Watermark(*parts)
-    except (KeyError, ValueError) as error:
-        raise ValueError(f"{folder} does not hold a SilentCipher: {error}") from None
-    if mark.symbols.shape != (5, BAND) or mark.bins.shape != (BAND,):
-        raise ValueError(f"{folder} holds a SilentCipher of another rate than 44.1 kHz")
+        if not folder.is_dir():
+            folder = codec.download(str(path_or_repo), *(f"{FOLDER}/{name}" for name in FILES))
+        folder = next(f for f in (folder / FOLDER, folder) if f.is_dir())
+        mark = Watermark(*(csm_layouts.read_pt(folder / name) for name in FILES))
+        if mark.symbols.shape != (5, BAND) or mark.bins.shape != (BAND,):
+            raise ValueError("the networks are for another sample rate")
+    except (KeyError, ValueError, OSError) as error:
+        raise ValueError(f"no weights for the watermark in {path_or_repo}: {error}") from None
     return mark
 
 
@@ -292,9 +266,12 @@ def command(args):
     mark = load(args.weights)
     if args.action == "detect":
         found = mark.detect(codec.read_audio(args.input, RATE), RATE)
-        whose = "no mark" if not found else "CSM's mark" if found.message == SESAME else "a mark, not CSM's"
-        print(whose + (f": {','.join(map(str, found.message))}, confidence {found.confidence:.2f}" if found else ""))
-        return 0 if found else 1
+        if not found:
+            print("no mark")
+            return 1
+        whose = "CSM's mark" if found.message == SESAME else "a mark, not CSM's"
+        print(f"{whose}: {' '.join(map(str, found.message))}, confidence {found.confidence:.2f}")
+        return 0
     try:
         rate = soundfile.info(args.input).samplerate
     except soundfile.LibsndfileError:  # no such file, or one for ffmpeg: read_audio says
@@ -306,10 +283,6 @@ def command(args):
     return 0
 
 
-def numbers(text):
-    return tuple(int(n) for n in text.split(","))
-
-
 def main(argv=None):
     import csm  # late: csm.py loads this file, and then may be called __main__
 
@@ -319,7 +292,7 @@ def main(argv=None):
     p.add_argument("output", metavar="OUT", nargs="?", help="embed: a .wav, .flac, .mp3, .ogg or .opus file, mono")
     p.add_argument("--weights", default=REPO, metavar="W", help=f"a folder or a Hub repository (default {REPO})")
     p.add_argument("--sdr", type=float, default=36.0, help="decibels from the sound down to the mark (default 36)")
-    p.add_argument("--message", type=numbers, default=SESAME, metavar="N,N,N,N,N", help="five bytes (default: CSM's)")
+    p.add_argument("--message", type=int, nargs=5, default=SESAME, metavar="N", help="five bytes (default: CSM's own)")
     return csm.run(p, command, p.parse_args(argv))
 
 

@@ -7,7 +7,7 @@ import sys
 from dataclasses import asdict
 from pathlib import Path
 
-import csm  # first: it puts a fast BLAS in place before mlx is imported
+import csm  # before mlx
 
 import mlx.core as mx  # isort: skip
 import pytest
@@ -182,20 +182,20 @@ def test_mimi_of_kyutai_there_and_back(tmp_path):
     native, metadata = mx.load(str(tmp_path / "b/mimi.safetensors"), return_metadata=True)
     sizes = json.loads(metadata["config"])
     assert sizes["n_codebooks"] == 4 and sizes["ratios"] == [8, 6, 5, 4]
-    assert "encoder_transformer.transformer.layers.1.self_attn.in_proj_weight" in native
+    assert "encoder_transformer.layers.1.in_proj" in native
     convert.convert(tmp_path / "b", tmp_path / "c", to="sesame")
     (file,) = (tmp_path / "c").iterdir()
-    same(mx.load(str(file)), native)
     same(convert.read(file)[2][1], native)
     back = loaders.get_mimi(file, config, num_codebooks=4)  # strict
-    assert all(torch.equal(w, back.state_dict()[name]) for name, w in model.state_dict().items())
+    for name, w in model.state_dict().items():
+        assert torch.equal(w, back.state_dict()[name]) or name.endswith("_initialized")  # what is published, is
     convert.convert(tmp_path / "b", tmp_path / "d", to="transformers")
     same(convert.read(tmp_path / "d")[2][1], native)
 
 
 def test_broken_mimi_of_transformers(tmp_path):
-    native, sizes = random_mimi(4, 32)
-    config = asdict(mimi.from_weights(native, sizes).config)
+    known, native = csm_layouts.mimi_to_native(*random_mimi(4, 32)[::-1])
+    config = asdict(mimi.from_weights(native, known).config)
     theirs = csm_layouts.mimi_to_transformers(config, native)
     fields = csm_layouts.transformers_mimi_config(config)
     same(convert.read(folder(tmp_path / "a", theirs, fields))[2][1], native)
@@ -265,10 +265,10 @@ def test_command_and_its_errors(tmp_path, native):
     bad("3", [f"{q} is (3, 3), not (64, 32)"], weights | {q: mx.zeros((3, 3))})
     bad("4", ["truncated"], break_it=truncate)
     bad("5", ["gone-1.safetensors"], break_it=shard)
-    bad("6", ["known layout", "some.key"], {"some.key": mx.zeros((1,))})
+    bad("6", ["known layout", "some.key"], {"some.key": mx.zeros((1,))}, config=None)
     bad("7", ["config.json"], config=None)
     bad("8", ["--mimi"], options=("--to", "transformers"))
-    bad("9", ["no checkpoint"], break_it=lambda path: (path / "model.safetensors").unlink())
+    bad("9", ["no weights of a CSM"], break_it=lambda path: (path / "model.safetensors").unlink())
     bad("10", ["not a JSON"], break_it=lambda path: (path / "config.json").write_text("{"))
     assert "another folder" in run(source, source).stderr
     assert "no such" in run(tmp_path / "none", tmp_path / "z").stderr and not (tmp_path / "z").exists()

@@ -20,6 +20,7 @@ FLOORS = {
 }  # each may import those below
 ALLOWED = {
     ("csm_tools/serve.py", "csm_tools.narrate"),  # how a long text is cut
+    ("csm_tools/serve.py", "csm_tools.serve_engine"),  # its other half
     ("csm_tools/finetune.py", "csm_tools.tuning_data"),  # its other half
 }
 

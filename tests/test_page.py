@@ -7,6 +7,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import soundfile
+
 from test_serve import HERE, health, running, until
 
 sync_api = pytest.importorskip("playwright.sync_api")

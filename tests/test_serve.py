@@ -19,12 +19,12 @@ import numpy as np
 import pytest
 import soundfile
 
-import csm  # first: it puts a fast BLAS in place before mlx is imported
+import csm  # before mlx
 import mimi
 
 openai, httpx, av = (pytest.importorskip(name) for name in ("openai", "httpx", "av"))
 serve = pytest.importorskip("csm_tools.serve")
-from csm_tools import narrate
+from csm_tools import narrate, serve_engine
 
 HERE = Path(__file__).resolve().parents[1]
 TEXT = "Hello there, how are you today?"
@@ -447,7 +447,7 @@ def engine(tiny):
 
 
 def test_a_reader_who_stops_holds_nobody_up(engine, monkeypatch, caplog):
-    monkeypatch.setattr(serve, "AHEAD", 2)
+    monkeypatch.setattr(serve_engine, "AHEAD", 2)
     monkeypatch.setattr(serve, "STALLED", 1)
 
     async def stuck(message):

@@ -5,7 +5,7 @@ import subprocess
 import sys
 from pathlib import Path
 
-import csm  # first: it puts a fast BLAS in place before mlx is imported
+import csm  # before mlx
 import mimi
 
 import mlx.core as mx  # isort: skip

@@ -78,7 +78,7 @@ def test_transformers_says_the_same(tiny, evaluate, tmp_path):
 
 
 def test_is_understood(evaluation):
-    """Whisper hears a quarter of the words at least; speech ends by itself. Over all fifty sentences: tiny/README.md."""
+    """Whisper hears a fifth of the words at least; speech ends by itself. Over all sentences: tiny/README.md."""
     for speaker in (0, 1):
         said = evaluation.spoken(speaker, 16)
         assert said.error < 0.8 and said.ended == 16 and 1.5 < said.seconds < 3.5, said

@@ -77,7 +77,7 @@ class Ours:
             return
         model = randomize(csm.CSM(config), dtype)
         if quantize:
-            weights = csm.quantize_weights(dict(tree_flatten(model.parameters())), quantize)
+            weights, _ = csm_layouts.quantize(dict(tree_flatten(model.parameters())), quantize)
             model = csm.blank(config, weights)
             mimi.fill(model, weights)
         self.generator = csm.Generator(model, randomize(mimi.Mimi(codec)), None)

@@ -123,7 +123,7 @@ def draw(run, generator, layer=None):
     axes[0].set(ylim=(K + 1, 0), yticks=[0.5, K - 0.5, K + 0.5], yticklabels=[0, K - 1, "text"])
     names = np.array(["clip"] * T + [f"frame {f}" for f in range(F)], dtype=object)  # of each row
     names[text] = pieces(generator.tokenizer, run.rows[text, -1].tolist())
-    if S <= 100:
+    if S <= 80:
         turned = 90 if S * max(map(len, names[text])) > 150 else 0  # where they would touch
         axes[0].set_xticks(np.flatnonzero(text) + 0.5, names[text], rotation=turned, fontsize=8)
     panel(0, f"rows 0 to {S - 1}: {T} of the prompt, then one a frame; a row is the sum of what is on", "codebook")
@@ -143,12 +143,12 @@ def draw(run, generator, layer=None):
         labels = dict(enumerate(names[:-1]))
     axes[3].set_yticks([*labels], labels.values(), fontsize=7 if S <= 45 else 10)
     axes[3].hlines([a - 0.5 for a, _ in parts[1:]], 0, end, color="w", lw=0.5)
-    panel(3, f"attention in layer {layer}, mean over heads: a frame's, to earlier rows", "row", image, "weight (sum 1)")
+    panel(3, f"attention, layer {layer}, mean over heads: from frames (across) to rows", "row", image, "weight (sum 1)")
     axes[4].plot(np.arange(len(run.audio)) / c.sample_rate, run.audio, lw=0.5, color="#0072b2")
     panel(4, f"waveform: {seconds:.2f} s, {c.sample_rate / 1000:g} kHz; 1 is full scale", "amplitude")
     if seconds:
         how = {"Fs": c.sample_rate / 1000, "xextent": (0, seconds), "cmap": "magma", "interpolation": "nearest"}
-        *_, image = axes[5].specgram(np.pad(run.audio, 256), 512, noverlap=256, vmin=-80, **how)
+        *_, image = axes[5].specgram(np.pad(run.audio, 256), NFFT=512, noverlap=256, vmin=-80, **how)
     panel(5, "spectrogram: windows of 512 samples", "frequency (kHz)", image if seconds else None, "level (dB/kHz)")
     axes[5].set_xlabel("time (s)")
     return fig

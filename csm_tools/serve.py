@@ -211,10 +211,7 @@ def make_app(engine, args, address):
                 raise Refused(f"the request is larger than {LARGEST} bytes", None, 413)
         # in another thread, since a clip takes a while
         r, speech = await asyncio.to_thread(read_request, bytes(body), voices, generator, args.max_characters)
-        try:
-            engine.submit(speech)
-        except Busy as e:
-            raise Refused(str(e), None, 429, "rate_limit_exceeded", {"Retry-After": "1"}) from None
+        engine.submit(speech)
         return partial(answer, r, speech)
 
     async def answer(r, speech, scope, receive, send):
@@ -263,15 +260,14 @@ def make_app(engine, args, address):
             engine.changed.set()
             piece = await speech.pieces.get()
         if sse:
-            await send(
-                {"type": "http.response.body", "body": event("error", error={"message": str(piece)}), "more_body": True}
-            )
+            data = event("error", error={"message": str(piece)})
+            await send({"type": "http.response.body", "body": data, "more_body": True})
         # Without a last piece: so the client sees that the file is not whole.
 
     def usage(speech):
-        said = sum(len(generator.text_rows(text, speech.speaker)) for text, _ in speech.parts)
-        frames = round(speech.made / rate * generator.mimi.config.frame_rate)
-        return {"input_tokens": said, "output_tokens": frames, "total_tokens": said + frames}
+        n = sum(len(generator.text_rows(text, speech.speaker)) for text, _ in speech.parts)
+        frames = speech.made // generator.mimi.frame_size
+        return {"input_tokens": n, "output_tokens": frames, "total_tokens": n + frames}
 
     def event(kind, **fields):
         return f"data: {json.dumps({'type': kind} | fields)}\n\n".encode()
@@ -292,6 +288,8 @@ def make_app(engine, args, address):
     async def refuse(request, e):
         if isinstance(e, HTTPException):
             e = Refused(e.detail, None, e.status_code, headers=e.headers)
+        elif isinstance(e, Busy):
+            e = Refused(str(e), None, 429, "rate_limit_exceeded", {"Retry-After": "1"})
         elif isinstance(e, ValueError):  # the Engine's
             e = Refused(str(e))
         elif not isinstance(e, Refused):
@@ -313,7 +311,7 @@ def make_app(engine, args, address):
         Route("/health", lambda request: JSONResponse(engine.health())),
         Route("/", page),
     ]
-    handlers = dict.fromkeys((Refused, HTTPException, Exception), refuse)
+    handlers = dict.fromkeys((Refused, Busy, HTTPException, Exception), refuse)
     return Starlette(routes=routes, exception_handlers=handlers, lifespan=lifespan)
 
 

@@ -117,7 +117,8 @@ class Engine:
                 out.append((speech, audio))
             if frames:
                 self.steps.append((len(frames), time.perf_counter() - start))
-            out += [(speech, self.after(speech)) for speech in (self.live.pop(uid) for uid, c in said if c is None)]
+            ended = [self.live.pop(uid) for uid, codes in said if codes is None]
+            out += [(speech, piece) for speech in ended for piece in self.after(speech)]
         except Exception as e:  # and with it all that was being said
             out += [(speech, failed(e)) for speech in self.live.values()]
             self.batch, self.live, self.decoded = self.generator.batch(), {}, []
@@ -152,19 +153,19 @@ class Engine:
         return codec.to_pcm16(audio[:, 0])
 
     def after(self, speech):
-        """A part has ended: let the next wait in front -> the silence before it; None or an exception at the end."""
+        """A part has ended: let the next wait in front -> what `pieces` get: silence, or at the end what ends them."""
         text, pause = speech.parts[speech.part]
         if not speech.codes and speech.tries < 3:  # it ended at once: again with another seed, as narrate does
             speech.tries += 1
             self.waiting.insert(0, speech)
-            return np.zeros(0, np.int16)
+            return []
         if speech.codes and not speech.context:  # this part's voice is that of the others
             speech.context = [csm.Segment(speech.speaker, text, codes=np.stack(speech.codes))]
         speech.part, speech.tries, speech.codes = speech.part + 1, 0, []
         if speech.part < len(speech.parts):
             self.waiting.insert(0, speech)
-            return np.zeros(int(pause * self.generator.sample_rate), np.int16)
-        return None if speech.made else RuntimeError("the model ended the speech at once: try another seed")
+            return [np.zeros(int(pause * self.generator.sample_rate), np.int16)]
+        return [None if speech.made else RuntimeError("the model ended the speech at once: try another seed")]
 
 
 def failed(e):

@@ -488,3 +488,26 @@ def test_what_fails_fails_alone(engine, monkeypatch):
         running.cancel()
 
     asyncio.run(scenario())
+
+
+def test_what_ends_at_once_is_tried_again(engine):
+    class Silent:  # a csm.Batch
+        seeds = ()
+
+        def insert(self, rows, max_frames, seed, sampling, cache):
+            self.seeds += (seed,)
+            return len(self.seeds)
+
+        def next(self):
+            return [(len(self.seeds), None)]
+
+    async def scenario():
+        e, (messages, send) = engine(), collector()
+        e.batch = Silent()
+        running = asyncio.create_task(e.run())
+        await ask(serve.make_app(e, ARGUMENTS, ""), {"input": TEXT, "seed": 7}, send)
+        assert messages[0]["status"] == 500 and b"another seed" in messages[1]["body"]
+        assert e.batch.seeds == tuple(7 + i * 2**32 for i in range(4))
+        running.cancel()
+
+    asyncio.run(scenario())

@@ -125,9 +125,7 @@ def draw(run, generator, layer=None):
     names = np.array(["clip"] * T + [f"frame {f}" for f in range(F)], dtype=object)  # of each row
     names[text] = words = pieces(generator.tokenizer, run.rows[text, -1].tolist())
     if S <= 80:  # upright where they would touch
-        axes[0].set_xticks(
-            np.flatnonzero(text) + 0.5, words, rotation=90 * (S * max(map(len, words)) > 150), fontsize=8
-        )
+        axes[0].set_xticks(np.flatnonzero(text) + 0.5, words, size=8, rotation=90 * (S * max(map(len, words)) > 150))
     panel(0, f"rows 0 to {S - 1}: {T} of the prompt, then one a frame; a row is the sum of what is on", "codebook")
     area = {"extent": (0, end, K - 0.5, -0.5), "aspect": "auto", "interpolation": "nearest", "vmin": 0}
     image = axes[1].imshow(codes[T:, :K].T, vmax=c.codebook_size - 1, **area)

@@ -93,7 +93,7 @@ def pieces(tokenizer, ids):
 
 
 def draw(run, generator, layer=None):
-    """Run -> matplotlib's Figure, 1200 pixels wide. layer: of the attention; None: what looks at the text most."""
+    """Run -> matplotlib's Figure, 1200 pixels wide. layer: None for what looks at the text most, but row 0, a sink."""
     from matplotlib.colors import ListedColormap, PowerNorm
     from matplotlib.figure import Figure
     from matplotlib.patches import Patch
@@ -101,8 +101,7 @@ def draw(run, generator, layer=None):
     c, S, T, (F, K) = generator.mimi.config, len(run.rows), run.n_prompt, run.entropy.shape
     text, codes = run.rows[:, -1] != csm.NO_TEXT, run.rows[:, :-1]
     starts = [0, *np.flatnonzero(np.diff(text)) + 1]  # of text and audio in turn; the last two: of what is said now
-    reading = run.attention[:, :, max(starts[-2], 1) : T].sum(axis=(1, 2))  # a layer's; row 0 aside, where heads rest
-    layer = int(reading.argmax()) if layer is None else layer
+    layer = run.attention[:, :, max(starts[-2], 1) : T].sum((1, 2)).argmax() if layer is None else layer
     end, seconds = F / c.frame_rate, len(run.audio) / c.sample_rate
     fig = Figure(figsize=(12, 16.5), dpi=100, layout="constrained")
     axes, bars = fig.subplots(6, 2, width_ratios=[1, 0.013], height_ratios=[1.4, 2, 2, 4.4, 1, 1.8]).T
@@ -119,13 +118,14 @@ def draw(run, generator, layer=None):
     kind[-1, text], kind[:-1, ~text], kind[:-1, T:], kind[:-1, ~text & ~codes.any(axis=1)] = 1, 2, 3, 4
     patches = [Patch(color=color) for color in KINDS.values()]
     fig.legend(patches, KINDS, loc="outside upper center", ncols=5, frameon=False, title=run.title, title_fontsize=13)
-    axes[0].pcolormesh(kind, cmap=ListedColormap([*KINDS.values()]), vmin=0, vmax=4, ec="w", lw=0.5 * (S <= 120))
-    axes[0].set(ylim=(K + 1, 0), yticks=[0.5, K - 0.5, K + 0.5], yticklabels=[0, K - 1, "text"])
+    colors, y = ListedColormap([*KINDS.values()]), [*range(K + 1), K + max(1, K / 8)]  # the text's column is wider
+    axes[0].pcolormesh(range(S + 1), y, kind, cmap=colors, vmin=0, vmax=4, ec="w", lw=0.5 * (S <= 120))
+    axes[0].set(ylim=(y[-1], 0), yticks=[0.5, (y[-1] + K) / 2], yticklabels=[0, "text"])
     names = np.array(["clip"] * T + [f"frame {f}" for f in range(F)], dtype=object)  # of each row
     names[text] = pieces(generator.tokenizer, run.rows[text, -1].tolist())
     if S <= 80:
-        turned = 90 if S * max(map(len, names[text])) > 150 else 0  # where they would touch
-        axes[0].set_xticks(np.flatnonzero(text) + 0.5, names[text], rotation=turned, fontsize=8)
+        upright = S * max(map(len, names[text])) > 150  # where they would touch
+        axes[0].set_xticks(np.flatnonzero(text) + 0.5, names[text], rotation=90 * upright, fontsize=8)
     panel(0, f"rows 0 to {S - 1}: {T} of the prompt, then one a frame; a row is the sum of what is on", "codebook")
     area = {"extent": (0, end, K - 0.5, -0.5), "aspect": "auto", "interpolation": "nearest", "vmin": 0}
     image = axes[1].imshow(codes[T:].T, vmax=c.codebook_size - 1, **area)

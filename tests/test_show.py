@@ -14,7 +14,7 @@ import mlx.nn as nn
 import numpy as np
 import pytest
 
-from conftest import clip
+from conftest import clip, write_model
 
 Text = pytest.importorskip("matplotlib.text").Text
 HERE = Path(__file__).parent.parent
@@ -139,10 +139,13 @@ def test_panels(generator, run):
     assert bars == {"code", "entropy (bits)", "weight (sum 1)", "level (dB/kHz)"}
 
 
-@pytest.mark.parametrize("kind", ["short", "clip", "long", "cut"])
-def test_legible(tiny, kind):
+@pytest.mark.parametrize("kind", ["short", "clip", "long", "cut", "32 codebooks"])
+def test_legible(tiny, kind, tmp_path):
     """At 1200 pixels no text is cut, none lies on another."""
-    if kind == "clip":
+    if kind == "32 codebooks":
+        tiny = csm.load(write_model(tmp_path, "k32"))
+        run = show.observe(tiny, "hello there , how are you ?", seed=1, max_audio_length_ms=1200)
+    elif kind == "clip":
         run = show.observe(tiny, SHORT, 0, tiny.voice_prompt(min(tiny.voices)), seed=1)
     else:
         length = {"max_audio_length_ms": 400 if kind == "cut" else None}

@@ -1231,6 +1231,9 @@ def write_folder(folder, files):
             else:
                 text = content if isinstance(content, str) else json.dumps(content, indent=2) + "\n"
                 path.write_text(text, encoding="utf-8")
+        if not folder.exists():
+            staging.rename(folder)
+            return
         for name in files:  # all are whole by now, and on the same disk
             (folder / name).parent.mkdir(parents=True, exist_ok=True)
             (staging / name).replace(folder / name)

@@ -489,7 +489,7 @@ def locate(path_or_repo=None):
     return file
 
 
-def local(source, *kinds, beside=("*.json",), known=""):
+def local(source, *kinds, beside=("*.json",), known="no such file or folder"):
     """The path of a file or folder as it is; or a Hugging Face repository, downloaded: a folder. Raises ValueError.
 
     kinds: patterns of the files wanted; the first kind that there is will do. beside: of what else to bring.
@@ -497,7 +497,7 @@ def local(source, *kinds, beside=("*.json",), known=""):
     if Path(source).exists():
         return Path(source)
     if not re.fullmatch(r"[\w.-]+/[\w.-]+", str(source)):
-        raise ValueError(f"no such model: {source} ({known}a folder, a file or a Hugging Face repository)")
+        raise ValueError(f"no such model: {source} ({known})")
     for patterns in kinds:
         folder = download(str(source), *patterns, *beside)
         if find(folder, *patterns):

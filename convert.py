@@ -58,8 +58,8 @@ def convert(
     """Write `source` (folder, file or Hub repo) as the folder `destination`; the names of its files come back.
 
     mimi, tokenizer: sources of these where `source` has none, or others are wanted. quantize: 4, 6 or 8 bits, or one of
-    csm.MODES. dequantize: make a quantized source plain (first). dtype: cast CSM's tensors (None: as stored). to: None
-    for our layout, "sesame" or "transformers" for theirs. Raises ValueError.
+    csm_layouts.MODES. dequantize: make a quantized source plain (first). dtype: cast CSM's tensors (None: as stored).
+    to: None for our layout, "sesame" or "transformers" for theirs. Raises ValueError.
     """
     source, destination = csm.locate(source), Path(destination).resolve()
     folder = source if source.is_dir() else source.parent
@@ -93,8 +93,7 @@ def convert(
             plain = [name for name in weights if not name.endswith((".scales", ".biases"))]
             weights |= {name: weights[name].astype(cast) for name in plain if weights[name].dtype != mx.uint32}
         if quantize:
-            weights = csm.quantize_weights(weights, quantize, group_size)
-            config["quantization"] = csm.quantization(quantize, group_size)
+            weights, config["quantization"] = csm_layouts.quantize(csm.split_heads(weights), quantize, group_size)
 
     if to == "transformers":
         if "tokenizer.json" in files:

@@ -29,7 +29,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import closing, contextmanager, nullcontext
 from dataclasses import asdict, dataclass, field, fields, replace
 from itertools import count, islice
 from pathlib import Path
@@ -39,7 +39,7 @@ import mimi as codec  # before mlx, as mimi.py says
 import mlx.core as mx  # isort: skip
 import mlx.nn as nn
 import numpy as np
-from mlx.utils import tree_flatten, tree_map
+from mlx.utils import tree_flatten
 
 DEFAULT_MODEL = ("senstella/csm-1b-mlx", "ckpt.safetensors")
 DEFAULT_TOKENIZER = "unsloth/Llama-3.2-1B"
@@ -50,7 +50,6 @@ WEIGHTS = ("model.safetensors", "model.safetensors.index.json", "ckpt.safetensor
            "ckpt.pt", "*.pt", "*.pth")  # of a folder, the first that there is  # fmt: skip
 BESIDE = ("*.json", "tokenizer.model", *codec.FILES, "prompts/*")  # what else of a Hub repository is wanted
 TOKENIZER = ("tokenizer.json", "tokenizer.model", "tokenizer_config.json", "special_tokens_map.json")
-MODES = {"mxfp4": (32, 4), "nvfp4": (16, 4), "mxfp8": (32, 8)}  # MLX's other ways to quantize: group size, bits
 PREFILL = 256  # rows per pass over a prompt: bounds the memory of long ones
 CACHE_STEP = 256  # positions by which a KV cache grows
 
@@ -123,8 +122,8 @@ class KVCache:
     RoPE counts. What lies before is never attended to.
     """
 
-    def __init__(self, config, dtype=mx.float32, capacity=0):
-        self.config, self.dtype, self.capacity = config, dtype, capacity
+    def __init__(self, config, dtype=mx.float32, step=CACHE_STEP):
+        self.dtype, self.step = dtype, step
         self.keys, self.values = [None] * config.n_layers, [None] * config.n_layers
         self.offset, self.pad = 0, np.zeros(1, np.int32)
 
@@ -132,12 +131,10 @@ class KVCache:
         """Put k, v (B, H_kv, T, head_dim) behind what is held; return all held by then. The last layer moves on."""
         end = self.offset + k.shape[2]
         for held, new in ((self.keys, k), (self.values, v)):
-            if held[layer] is None:
-                held[layer] = mx.zeros((*k.shape[:2], self.capacity, k.shape[3]), self.dtype)
-            short = end - held[layer].shape[2]
-            if short > 0:
-                room = -(-short // CACHE_STEP) * CACHE_STEP
-                held[layer] = mx.pad(held[layer], [(0, 0), (0, 0), (0, room), (0, 0)])
+            old = new[:, :, :0] if held[layer] is None else held[layer]
+            if (short := end - old.shape[2]) > 0:
+                room = -(-short // self.step) * self.step
+                held[layer] = mx.pad(old.astype(self.dtype), [(0, 0), (0, 0), (0, room), (0, 0)])
             held[layer][:, :, self.offset : end] = new
         if layer == len(self.keys) - 1:
             self.offset = end
@@ -158,42 +155,28 @@ class KVCache:
         """Forget the last n positions."""
         self.offset -= max(0, min(n, self.offset))
 
-    def map(self, f):
-        """A new cache, with f of each array."""
-        other = copy.copy(self)
-        other.keys, other.values = ([x if x is None else f(x) for x in xs] for xs in (self.keys, self.values))
-        return other
-
     def filter(self, rows):
         """A new cache of these sequences alone, a list of indices; one may occur more than once."""
-        pad, at = self.pad[rows], mx.array(rows)
-        start = int(pad.min())  # what lies before all of them goes
-        other = self.map(lambda x: x[at, :, start : self.offset])
-        other.offset, other.pad = self.offset - start, pad - start
+        other, start, at = copy.copy(self), int(self.pad[rows].min()), mx.array(rows)  # what lies before all goes
+        other.offset, other.pad = self.offset - start, self.pad[rows] - start
+        held = (self.keys, self.values)
+        other.keys, other.values = ([x[at, :, start : self.offset] for x in layers] for layers in held)
         return other
 
-    def extend(self, other):
-        """A new cache of these sequences and the other's below them, the shorter moved to end where the longest do."""
-        end = max(self.offset, other.offset)
+    @staticmethod
+    def join(caches):
+        """A new cache of all their sequences side by side, the shorter moved to end where the longest do."""
+        whole, end = copy.copy(caches[0]), max(c.offset for c in caches)
+        left = [end - c.offset for c in caches]
+        whole.offset, whole.pad = end, np.concatenate([c.pad + n for c, n in zip(caches, left)])
 
-        def moved(cache):
-            left = [(0, 0), (0, 0), (end - cache.offset, 0), (0, 0)]
-            return cache.map(lambda x: mx.pad(x[:, :, : cache.offset], left))
+        def joined(arrays):  # of one layer
+            ends = [mx.pad(x[:, :, : end - n], [(0, 0), (0, 0), (n, 0), (0, 0)]) for x, n in zip(arrays, left)]
+            return mx.concatenate(ends)
 
-        a, b = moved(self), moved(other)
-        a.keys, a.values = ([mx.concatenate(x) for x in zip(*xs)] for xs in ((a.keys, b.keys), (a.values, b.values)))
-        a.offset, a.pad = end, np.concatenate([c.pad + end - c.offset for c in (self, other)])
-        return a
-
-    def align(self, spare):
-        """A new cache in which sequence b, whose last spare[b] positions do not count, ends where the others do."""
-        if not any(spare):
-            return self
-        index = mx.arange(self.offset) - mx.array(spare)[:, None]  # (B, S): where from
-        index = mx.maximum(index, 0)[:, None, :, None]
-        other = self.map(lambda x: mx.take_along_axis(x, index, axis=2))
-        other.pad = self.pad + np.array(spare, np.int32)
-        return other
+        whole.keys = [joined(arrays) for arrays in zip(*(c.keys for c in caches))]
+        whole.values = [joined(arrays) for arrays in zip(*(c.values for c in caches))]
+        return whole
 
 
 class Linear(nn.Module):
@@ -228,7 +211,7 @@ class Embedding(nn.Module):
 def packing(module, n_in):
     """How a matrix with rows of n_in numbers was quantized, told from its shapes: arguments of mx.quantized_matmul."""
     bits, group_size = 32 * module.weight.shape[-1] // n_in, n_in // module.scales.shape[-1]
-    mode = "affine" if "biases" in module else next((m for m, how in MODES.items() if how == (group_size, bits)), "")
+    mode = "affine" if "biases" in module else "nvfp4" if group_size == 16 else f"mxfp{bits}"
     return {"group_size": group_size, "bits": bits, "mode": mode}
 
 
@@ -358,7 +341,7 @@ class CSM(nn.Module):
         sample(i, logits (B, V)) -> ids (B,) is asked for each codebook i in turn. n: stop after the first n codebooks.
         """
         K = n or self.config.audio_num_codebooks
-        cache = KVCache(self.config.decoder, self.dtype, capacity=K)  # a fresh one every frame
+        cache = KVCache(self.config.decoder, self.dtype, step=K)  # a fresh one every frame
         codes, x = [], mx.stack([h, self.embed_code(0, first)], axis=1)  # (B, 2, D)
         for i in range(1, K):
             y = self.decoder(self.projection(x), cache)[:, -1]
@@ -383,15 +366,11 @@ class Sampling:
     logits_processors: tuple = ()  # of codebook 0: (ids so far (F,), logits (1, V)) -> logits
 
     def __post_init__(self):
-        for name, good, range in (
-            ("temperature", 0 <= self.temperature < math.inf, "0 or more"),
-            ("top_k", (self.top_k or 0) >= 0, "0 (off) or more"),
-            ("top_p", 0 <= self.top_p <= 1, "in 0..1"),
-            ("min_p", 0 <= self.min_p <= 1, "in 0..1"),
-            ("min_tokens_to_keep", self.min_tokens_to_keep >= 1, "1 or more"),
-        ):
-            if not good:
-                raise ValueError(f"{name} must be {range}, not {getattr(self, name)}")
+        limits = {"temperature": (0, 1e9), "top_p": (0, 1), "min_p": (0, 1)}
+        limits |= {"top_k": (0, math.inf), "min_tokens_to_keep": (1, math.inf)}
+        for name, (low, high) in limits.items():
+            if not low <= (getattr(self, name) or 0) <= high:
+                raise ValueError(f"{name} must lie in {low:g}..{high:g}, not {getattr(self, name)}")
 
     @property
     def greedy(self):
@@ -446,9 +425,8 @@ class Segment:
 class Tokenizer:
     """Text -> ids, from `tokenizer.json` (by `tokenizers`) or `tokenizer.model` (by `sentencepiece`)."""
 
-    MARKS = (  # usual names of what stands before and after a text
-        ("<|begin_of_text|>", "<|end_of_text|>"), ("<bos>", "<eos>"), ("<s>", "</s>"), ("<|im_start|>", "<|im_end|>")
-    )  # fmt: skip
+    # Usual names of what stands before and after a text.
+    MARKS = ("<|begin_of_text|> <|end_of_text|>", "<bos> <eos>", "<s> </s>", "<|im_start|> <|im_end|>")
 
     def __init__(self, path):
         self.path = Path(path)
@@ -479,12 +457,12 @@ class Tokenizer:
         whole, text = t.encode("a").ids, t.encode("a", add_special_tokens=False).ids
         if len(whole) == len(text) + 2 and whole[1:-1] == text:
             return whole[0], whole[-1]
-        given = codec.read_json(self.path.with_name("tokenizer_config.json"))
-        given = [given.get(name) or "" for name in ("bos_token", "eos_token")]
-        given = [token["content"] if isinstance(token, dict) else token for token in given]
-        pairs = [[t.token_to_id(name) for name in pair] for pair in (given, *self.MARKS)]
-        both = [(bos, eos) for bos, eos in pairs if None not in (bos, eos) and bos != eos]  # else one ends documents
-        return both[0] if both else max(pairs, key=lambda pair: 2 - pair.count(None))
+        own = codec.read_json(self.path.with_name("tokenizer_config.json"))
+        own = [own.get(name) or "" for name in ("bos_token", "eos_token")]
+        own = [token["content"] if isinstance(token, dict) else token for token in own]
+        pairs = [[t.token_to_id(name) for name in pair] for pair in (own, *(marks.split() for marks in self.MARKS))]
+        # The first that there is whole. Where both are one token, that ends documents.
+        return max(pairs, key=lambda pair: (None not in pair and pair[0] != pair[1], -pair.count(None)))
 
     def encode(self, text):
         """text -> [bos, ..., eos]: CSM's template has both, once each."""
@@ -499,8 +477,8 @@ def as_samples(audio):
         audio = audio.astype(mx.float32)
     audio = np.array(audio)
     if np.issubdtype(audio.dtype, np.integer):
-        half = (np.iinfo(audio.dtype).max + 1) / (2 if np.issubdtype(audio.dtype, np.unsignedinteger) else 1)
-        audio = audio / half - (1 if np.issubdtype(audio.dtype, np.unsignedinteger) else 0)
+        low, high = np.iinfo(audio.dtype).min, np.iinfo(audio.dtype).max + 1
+        audio = (audio - (low + high) / 2) / ((high - low) / 2)
     if audio.ndim == 2:  # (channels, samples) or (samples, channels)
         audio = audio.mean(axis=int(np.argmin(audio.shape)))
     if audio.ndim != 1 or not audio.size:
@@ -524,27 +502,20 @@ class Utterance:
     sampling: Sampling
     cache: KVCache | None  # of what goes before; afterwards of all, if `keep`
     keep: bool
-    at_end: bool  # whether the limit is the model's own, not the caller's
     launched: int = 0  # frames
     seen: int = 0  # frames
     over: bool = False  # whether it has ended, or was removed
     said: list = field(default_factory=list)  # codes of codebook 0, for logits processors
 
 
-def prefill(model, prompts, cache=None):
-    """Prompts [(T, K + 1)] after what `cache`, of a batch of one, holds -> last hidden (B, D), KVCache of all."""
-    B, n, T = len(prompts), np.array([len(p) for p in prompts]), max(len(p) for p in prompts)
-    cache = cache.filter([0] * B) if cache else KVCache(model.config.backbone, model.dtype)
-    cache.pad, h = np.zeros(B, np.int32), None
-    rows = np.stack([np.pad(p, [(0, T - len(p)), (0, 0)]) for p in prompts])  # causal: what is behind changes nothing
-    for i in range(0, T, PREFILL):
-        part = mx.array(rows[:, i : i + PREFILL])
-        y = model(mx.maximum(part, 0), row_mask(part), cache)  # (B, t, D)
-        last = mx.array(np.clip(n - 1 - i, 0, y.shape[1] - 1))[:, None, None]
-        y = mx.take_along_axis(y, last, axis=1)[:, 0]
-        h = y if h is None else mx.where(mx.array(n > i)[:, None], y, h)
+def prefill(model, rows, cache=None):
+    """Rows (T, K + 1) behind those that `cache`, which is not altered, holds -> last hidden (1, D), KVCache of all."""
+    cache = cache.filter([0]) if cache else KVCache(model.config.backbone, model.dtype)
+    for i in range(0, len(rows), PREFILL):
+        part = mx.array(rows[None, i : i + PREFILL])
+        h = model(mx.maximum(part, 0), row_mask(part), cache)[:, -1]
         mx.eval(h, cache.keys, cache.values)
-    return h, cache.align(T - n)
+    return h, cache
 
 
 class Batch:
@@ -558,8 +529,10 @@ class Batch:
         self.ids = count()
         self.waiting, self.live = [], []  # Utterances; the live ones in the order of the arrays' rows
         self.kept = {}  # uid -> the KVCache of one that was inserted with keep, once it has ended
-        self.cache = None
-        self.h, self.keys, self.options = None, None, None  # (B, D) last hidden; (B, 2) randomness; (B, 5) sampling
+        self.cache = None  # KVCache of the live ones
+        self.h = mx.zeros((0, self.model.config.backbone.dim), self.model.dtype)  # (B, D) last hidden
+        self.keys = mx.zeros((0, 2), mx.uint32)  # (B, 2) randomness
+        mx.eval(self.h, self.keys)  # so that another thread may go on with them
         self.flying = None  # the frame under way: its Utterances and codes (B, K)
 
     def __len__(self):
@@ -578,8 +551,8 @@ class Batch:
         room = self.generator.limit - n
         if not len(prompt_rows) or room < 1:
             raise ValueError(f"the prompt takes {n} positions, and the model has {self.generator.limit}")
-        limit, uid = min(max_frames, room), next(self.ids)
-        self.waiting.append(Utterance(uid, prompt_rows, limit, seed, sampling, cache, keep, room <= max_frames))
+        uid = next(self.ids)
+        self.waiting.append(Utterance(uid, prompt_rows, min(max_frames, room), seed, sampling, cache, keep))
         return uid
 
     def next(self):
@@ -612,29 +585,21 @@ class Batch:
             if u.keep and i not in rows:
                 self.kept[u.uid] = kept = self.cache.filter([i])
                 mx.async_eval(kept.keys, kept.values)  # so that another thread may go on with them
-        self.live = [self.live[i] for i in rows]
-        self.cache = self.cache.filter(rows) if rows else None
-        self.h, self.keys, self.options = (
-            x[mx.array(rows)] if rows else None for x in (self.h, self.keys, self.options)
-        )
+        at, self.live = mx.array(rows, mx.int32), [self.live[i] for i in rows]
+        self.h, self.keys, self.cache = self.h[at], self.keys[at], self.cache.filter(rows) if rows else None
 
     def _join(self):
-        """Those that wait into the arrays. Prompts that the same goes before pass through the backbone together."""
-        for cache in {id(u.cache): u.cache for u in self.waiting}.values():
-            new = [u for u in self.waiting if u.cache is cache]
-            distinct = list({u.rows.tobytes(): u.rows for u in new}.values())  # a prompt of many is computed once
-            h, after = prefill(self.model, distinct, cache)
-            which = [next(i for i, rows in enumerate(distinct) if np.array_equal(rows, u.rows)) for u in new]
-            keys = mx.stack([mx.random.key(u.seed) for u in new])
-            joining = h[mx.array(which)], keys, mx.array([u.sampling.numbers() for u in new])
-            if len(distinct) < len(new):
-                after = after.filter(which)
-            if self.live:
-                old = (self.h, self.keys, self.options)
-                joining, after = [mx.concatenate(x) for x in zip(old, joining)], self.cache.extend(after)
-            (self.h, self.keys, self.options), self.cache = joining, after
-            self.live += new
-        self.waiting = []
+        """Those that wait into the arrays. A prompt that several have is computed once."""
+        done, starts = {}, []
+        for u in self.waiting:
+            what = u.rows.tobytes(), id(u.cache)
+            done[what] = done.get(what) or prefill(self.model, u.rows, u.cache)
+            starts.append(done[what])
+        if starts:
+            self.h = mx.concatenate([self.h, *(h for h, _ in starts)])
+            self.keys = mx.concatenate([self.keys, *(mx.random.key(u.seed)[None] for u in self.waiting)])
+            self.cache = KVCache.join([self.cache] * bool(self.live) + [cache for _, cache in starts])
+            self.live, self.waiting = self.live + self.waiting, []
 
     def _launch(self):
         """The next frame of all under way -> (Utterances, codes (B, K))."""
@@ -652,8 +617,9 @@ class Batch:
                 logits = mx.concatenate([logits[:i], row, logits[i + 1 :]])
         logits = logits + self.generator.forbidden
         own = [(i, u.sampling.sampler) for i, u in enumerate(live) if u.sampling.sampler]
-        first = by_samplers(own, logits, sample(logits, noise[:, 0], self.options))
-        codes = self.generator.depth(self.h, first, noise[:, 1:], self.options, own)
+        options = mx.array([u.sampling.numbers() for u in live])  # (B, 5)
+        first = by_samplers(own, logits, sample(logits, noise[:, 0], options))
+        codes = self.generator.depth(self.h, first, noise[:, 1:], options, own)
         codes = mx.concatenate([first[:, None], codes], axis=1)
         for u in live:
             u.launched += 1
@@ -673,20 +639,16 @@ class Batch:
         for u, ids in zip(utterances, np.array(codes)):
             if u.over:
                 continue
-            if ids.min() < 0 or ids.max() >= n_codes:
+            wrong = ids[(ids < 0) | (ids >= n_codes)]
+            if len(wrong):
                 self.remove(u.uid)
-                raise ValueError(
-                    f"the sampler gave {ids[(ids < 0) | (ids >= n_codes)][0]}, and Mimi has {n_codes} codes"
-                )
+                raise ValueError(f"the sampler gave {wrong[0]}, and Mimi has {n_codes} codes")
             u.seen += 1
+            u.over = u.seen == u.limit or not ids.any()
             if ids.any():
                 out.append((u.uid, ids))
-                u.over = u.seen == u.limit
                 if u.over:
-                    where = f"the model's {self.generator.limit} positions" if u.at_end else f"{u.limit} frames"
-                    log.warning("the speech was cut off at %s", where)
-            else:
-                u.over = True
+                    log.warning("the speech was cut off at %d frames", u.limit)
             if u.over:
                 out.append((u.uid, None))
         return out
@@ -726,9 +688,8 @@ class Generator:
         if not 2 <= self.codebooks <= model.config.audio_num_codebooks:
             raise ValueError(f"codebooks must be 2 to {model.config.audio_num_codebooks}, not {codebooks}")
         if mimi.n_codebooks < self.codebooks:
-            raise ValueError(
-                f"the model writes {self.codebooks} codebooks, its Mimi has {mimi.n_codebooks} (--codebooks: fewer)"
-            )
+            n = mimi.n_codebooks
+            raise ValueError(f"the model writes {self.codebooks} codebooks, its Mimi has {n} (--codebooks: fewer)")
         n_ids = mx.arange(model.config.audio_vocab_size)
         self.forbidden = mx.where(n_ids < mimi.config.codebook_size, 0, -mx.inf)  # ids that Mimi lacks
         mx.eval(self.forbidden)
@@ -741,17 +702,17 @@ class Generator:
         """A Batch, empty."""
         return Batch(self)
 
-    def conversation(self, context=(), *, voice=None):
-        """A Conversation that starts with `context`, or without one with a voice for whoever speaks first."""
-        context = list(context)
-        return Conversation(self, context, [] if context else self.voice_prompt(voice))
+    def conversation(self, context=(), *, voice=None, voice_match=False):
+        """A Conversation that starts with `context`, or without one with a voice for whoever speaks first.
 
-    def stream(
-        self, text, speaker=0, context=(), *, voice=None, voice_match=None, streaming_interval=0.5, **options
-    ) -> Iterator[mx.array]:
-        """Speech for `text` in pieces of `streaming_interval` seconds, (samples,) float32 each; joined, `generate`."""
-        conversation, opening = self._open(speaker, context, voice, voice_match)
-        return conversation.stream(text, speaker, streaming_interval=streaming_interval, opening=opening, **options)
+        voice_match: whether its first turn continues a clip, as `generate` has it.
+        """
+        context = list(context)
+        return Conversation(self, context, [] if context else self.voice_prompt(voice), voice_match)
+
+    def stream(self, text, speaker=0, context=(), *, voice=None, voice_match=None, **options) -> Iterator[mx.array]:
+        """What `generate` gives, in pieces of streaming_interval=0.5 seconds: (samples,) float32 each."""
+        return self.conversation(context, voice=voice, voice_match=voice_match).stream(text, speaker, **options)
 
     def generate(self, text, speaker=0, context=(), **options) -> mx.array:
         """Speech for `text`: (samples,) float32 at `sample_rate`; empty if the model ends at once."""
@@ -759,10 +720,10 @@ class Generator:
 
     def generate_codes(self, text, speaker=0, context=(), *, voice=None, voice_match=None, **options) -> mx.array:
         """The codes of the speech: (F, K) int32."""
-        conversation, opening = self._open(speaker, context, voice, voice_match)
-        for _ in conversation.frames(text, speaker, opening=opening, **options):
+        talk = self.conversation(context, voice=voice, voice_match=voice_match)
+        for _ in talk.frames(text, speaker, **options):
             pass
-        return conversation.turns[-1].codes
+        return talk.turns[-1].codes
 
     def generate_batch(
         self, texts, speaker=0, context=(), *, voice=None, voice_match=None, max_audio_length_ms=None, seed=None,
@@ -776,30 +737,23 @@ class Generator:
         if isinstance(texts, str):
             raise ValueError("texts must be a list of texts, not one")
         texts, context = list(texts), list(context)
-        own = bool(context) and not isinstance(context[0], Segment)
-        try:
-            speakers = [speaker] * len(texts) if isinstance(speaker, (int, np.integer)) else list(speaker)
-            lengths = max_audio_length_ms
-            lengths = [lengths] * len(texts) if isinstance(lengths, (int, float, np.number, type(None))) else [*lengths]
-            contexts = [list(c) for c in context] if own else [context] * len(texts)
-        except TypeError as e:
-            raise ValueError(f"speaker, context or max_audio_length_ms: {e}") from None
+        speakers, lengths = ([x] * len(texts) if np.ndim(x) == 0 else x for x in (speaker, max_audio_length_ms))
+        if context and not isinstance(context[0], Segment):
+            contexts = [[self.encode(s) for s in own] for own in context]
+        else:
+            contexts = [[self.encode(s) for s in context]] * len(texts)
         if not len(speakers) == len(lengths) == len(contexts) == len(texts):
             raise ValueError(f"{len(texts)} texts need as many speakers, contexts and lengths, or one for all")
-        if not all(isinstance(s, Segment) for c in contexts for s in c):
-            raise ValueError("a context is a list of Segments")
         seed, sampling = self.options(seed, sampling)
-        encoded = {id(s): s for c in contexts for s in c}
-        encoded = {i: self.encode(s) for i, s in encoded.items()}  # each once
         batch, codes = self.batch(), {}
         for i, (text, speaker, context, ms) in enumerate(zip(texts, speakers, contexts, lengths)):
-            before, rows = self.prompt(text, speaker, [encoded[id(s)] for s in context], voice, voice_match)
+            before, rows = self.prompt(text, speaker, context, voice, voice_match)
             frames = self.max_frames(ms, text)
             codes[batch.insert(rows, frames, (seed + i) % 2**64, sampling, self.prefill(before))] = []
         while len(batch):
             for uid, frame in batch.next():
                 codes[uid] += [] if frame is None else [frame]
-        return [self.decode(mx.array(np.stack(c)) if c else mx.zeros((0, 1), mx.int32)) for c in codes.values()]
+        return [self.decode(mx.array(np.array(c, np.int32).reshape(-1, self.codebooks))) for c in codes.values()]
 
     def decode(self, codes) -> mx.array:
         """Codes (F, K) -> (samples,) float32, in bounded memory."""
@@ -807,10 +761,12 @@ class Generator:
 
     def encode(self, segment):
         """The Segment with its codes."""
+        if not isinstance(segment, Segment):
+            raise ValueError(f"a context is a list of Segments, not of {segment!r}")
         if segment.codes is not None:
             return segment
         n = min(self.mimi.n_codebooks, self.model.config.audio_num_codebooks)
-        return replace(segment, codes=self.audio_rows(segment, end=False)[:, :n])
+        return replace(segment, codes=self.audio_rows(segment)[:-1, :n])
 
     def save(self, folder):
         """Write the model as a folder in our own layout, which needs nothing else; whole or not at all. ValueError."""
@@ -863,7 +819,7 @@ class Generator:
             return model.sample_rest(h, first, draw, noise.shape[1] + 1)
 
         def traced(weights, *arrays):
-            model = twin(self.model)  # it holds tracers afterwards; the shared one never does
+            model = copy.deepcopy(self.model)  # of the same arrays; it holds tracers afterwards, the shared one never
             model.update(weights)
             return rest(model, *arrays)
 
@@ -889,7 +845,7 @@ class Generator:
         if not len(rows):
             return None
         key = rows.tobytes()
-        cache = self._contexts.pop(key, None) or prefill(self.model, [rows])[1]
+        cache = self._contexts.pop(key, None) or prefill(self.model, rows)[1]
         self._contexts[key] = cache  # the last of them
         for old in list(self._contexts)[: -self.kept]:
             self._contexts.pop(old, None)
@@ -897,36 +853,23 @@ class Generator:
 
     def prompt(self, text, speaker=0, context=(), voice=None, voice_match=None):
         """The rows of the context, to be prefilled, and the rows (T, K + 1) after them: what Batch.insert takes."""
-        conversation, opening = self._open(speaker, context, voice, voice_match)
-        rows = conversation.prompt(text, speaker, opening)
-        return np.concatenate([rows[:0], *conversation.blocks]), rows
-
-    def _open(self, speaker, context, voice, voice_match):
-        """A Conversation, and the Segment that the new turn continues, if any."""
-        asked, context = voice_match, list(context)
-        if not (self.model.config.voice_match if asked is None else asked):
-            return self.conversation(context, voice=voice), None
-        context = context or [replace(s, speaker=speaker) for s in self.voice_prompt(voice)]
-        mine = [i for i, s in enumerate(context) if s.speaker == speaker]
-        if not mine and asked:
-            raise ValueError(f"voice_match continues a clip of speaker {speaker}, and the context has none")
-        clip = context.pop(mine[-1]) if mine else None
-        return Conversation(self, context), clip
+        talk = self.conversation(context, voice=voice, voice_match=voice_match)
+        rows = talk.prompt(text, speaker)
+        return np.concatenate([rows[:0], *talk.blocks]), rows
 
     def voice_prompt(self, voice=None):
         """A voice as a list of one Segment with codes, or [] for none."""
         if voice == "none" or (voice is None and not (self.voices and self.model.config.use_default_voice_prompt)):
             return []
         name = str(voice or ("conversational_a" if "conversational_a" in self.voices else min(self.voices)))
-        if name not in self._prompts:
-            try:
-                self._prompts[name] = self.encode(self._clip(name))
-            except (ValueError, FileNotFoundError) as e:
-                if voice:
-                    raise ValueError(str(e)) from None
-                log.warning("speaking without the default voice %s: %s", name, e)
-                return []
-        return [self._prompts[name]]
+        try:
+            self._prompts[name] = self._prompts.get(name) or self.encode(self._clip(name))
+            return [self._prompts[name]]
+        except (ValueError, FileNotFoundError) as e:
+            if voice:
+                raise ValueError(str(e)) from None
+            log.warning("speaking without the default voice %s: %s", name, e)
+            return []
 
     def _clip(self, name):
         """A voice's clip and what it says, as a Segment."""
@@ -947,10 +890,9 @@ class Generator:
         if not isinstance(text, str) or not text.strip():
             raise ValueError("the text is empty" if isinstance(text, str) else f"text must be a str, not {text!r}")
         c = self.model.config
+        mark = f"[{speaker}] {text.lstrip()}" if c.speaker_prefix_space else f"[{speaker}]{text}"
         try:
-            ids = self.tokenizer.encode(
-                f"[{speaker}] {text.lstrip()}" if c.speaker_prefix_space else f"[{speaker}]{text}"
-            )
+            ids = self.tokenizer.encode(mark)
         except (UnicodeError, TypeError):  # lone surrogates, which is what Python makes of a wrong byte
             raise ValueError("the text is not UTF-8") from None
         if max(ids) >= c.text_vocab_size:
@@ -959,23 +901,22 @@ class Generator:
         rows[:, -1] = ids
         return rows
 
-    def audio_rows(self, segment, end=True):
-        """(F + 1, K + 1) int32 for one turn's audio: its frames and, if `end`, the frame of zeros that ends it.
+    def audio_rows(self, segment):
+        """(F + 1, K + 1) int32 for one turn's audio: its frames and the frame of zeros that ends it.
 
         The text column holds NO_TEXT, and so do those of codebooks that the codes, (F, 1 to K), do not have.
         """
         K, V = self.model.config.audio_num_codebooks, self.model.config.audio_vocab_size
-        codes = segment.codes
-        if codes is None:
-            if segment.audio is None:
-                raise ValueError(f"a turn of the context has a text but no audio: {segment.text[:40]!r}")
+        if segment.codes is None and segment.audio is None:
+            raise ValueError(f"a turn of the context has a text but no audio: {segment.text[:40]!r}")
+        if (codes := segment.codes) is None:
             codes = self.mimi.encode(mx.array(as_samples(segment.audio))[None, None])[0, :K].T
         codes = np.array(codes)
         if codes.ndim != 2 or not self.codebooks <= codes.shape[1] <= K:
             raise ValueError(f"codes must be (frames, {K}), not {codes.shape}")
         if codes.size and not 0 <= codes.min() <= codes.max() < V:
             raise ValueError(f"codes must lie in 0..{V - 1}")
-        rows = np.pad(codes.astype(np.int32), [(0, int(end)), (0, 0)])
+        rows = np.pad(codes.astype(np.int32), [(0, 1), (0, 0)])
         return np.pad(rows, [(0, 0), (0, K + 1 - rows.shape[1])], constant_values=NO_TEXT)
 
     def segment_rows(self, segment):
@@ -990,12 +931,13 @@ class Conversation:
     and warns on the logger "csm". A turn whose stream is abandoned, or fails, is not part of the conversation.
     """
 
-    def __init__(self, generator, context=(), voice=()):
+    def __init__(self, generator, context=(), voice=(), voice_match=False):
         self.generator = generator
-        self.voice = list(voice)  # Segments to put first, in the voice of whoever speaks first
         self.turns = list(context)  # Segments
         self.blocks = [generator.segment_rows(s) for s in self.turns]  # the rows of each turn
         self.n_kept = len(self.blocks)  # the context, or the voice prompt, is never forgotten
+        self.voice, self.voice_match = list(voice), voice_match  # Segments to put first; both of who speaks first
+        self.opening = None  # what the first turn continues: its text, and its frames as rows
         self.cache = None  # of the rows that went through the backbone
         self.prefilled = 0  # rows that went through it as prompt, in all
         self.busy = False
@@ -1013,23 +955,21 @@ class Conversation:
         frames = self.frames(text, speaker, **options)
 
         def pieces():
-            state, interrupt, more = mimi.init_state(1), None, True
-            try:
-                while more:
+            state, interrupt = mimi.init_state(1), None
+            with closing(frames):
+                while not interrupt:
                     waiting = []
                     try:
                         waiting.extend(islice(frames, size))
                     except KeyboardInterrupt as e:  # what is finished is handed out before it goes on
                         interrupt = e
-                    more = len(waiting) == size and not interrupt
-                    if waiting:
-                        with mx.stream(self.generator.codec_stream):  # beside the next frame, not behind it
-                            audio, state = mimi.decode_step(mx.array(np.stack(waiting, axis=-1)[None]), state)
-                            piece = audio[0, 0]
-                            mx.async_eval(piece)
-                        yield piece
-            finally:
-                frames.close()
+                    if not waiting:
+                        break
+                    with mx.stream(self.generator.codec_stream):  # beside the next frame, not behind it
+                        audio, state = mimi.decode_step(mx.array(np.stack(waiting, axis=-1)[None]), state)
+                        piece = audio[0, 0]
+                        mx.async_eval(piece)
+                    yield piece
             if interrupt:
                 raise interrupt
 
@@ -1043,23 +983,32 @@ class Conversation:
         self.blocks.append(rows)
         self.turns.append(segment)
 
-    def prompt(self, text, speaker=0, opening=None):
+    def prompt(self, text, speaker=0):
         """The rows (T, K + 1) of the next turn before its speech; `blocks` go before them. ValueError: too many."""
-        rows = self.generator.text_rows(text if opening is None else f"{opening.text} {text}", speaker)
-        if opening is not None:
-            rows = np.concatenate([rows, self.generator.audio_rows(opening, end=False)])
+        rows = self.generator.text_rows(text, speaker)
         voice = [replace(s, speaker=speaker) for s in self.voice]
-        blocks = [self.generator.segment_rows(s) for s in voice]
-        self._check_length(sum(map(len, blocks)) + len(rows))
-        self.turns, self.blocks, self.voice = voice + self.turns, blocks + self.blocks, []
-        self.n_kept += len(voice)
+        self.turns, self.blocks = voice + self.turns, [self.generator.segment_rows(s) for s in voice] + self.blocks
+        self.n_kept, self.voice = self.n_kept + len(voice), []
+        if self.generator.model.config.voice_match if self.voice_match is None else self.voice_match:
+            mine = [i for i, s in enumerate(self.turns[: self.n_kept]) if s.speaker == speaker]
+            if mine:
+                clip, block = self.turns.pop(mine[-1]), self.blocks.pop(mine[-1])
+                self.opening = clip.text, block[block[:, -1] == NO_TEXT][:-1]
+                self.n_kept -= 1
+            elif self.voice_match:
+                raise ValueError(f"voice_match continues a clip of speaker {speaker}, and the context has none")
+        self.voice_match = False
+        if self.opening:
+            said, frames = self.opening
+            rows = np.concatenate([self.generator.text_rows(f"{said} {text}", speaker), frames])
+        self._check_length(len(rows))
         return rows
 
-    def frames(self, text, speaker=0, *, opening=None, max_audio_length_ms=None, seed=None, **sampling):
+    def frames(self, text, speaker=0, *, max_audio_length_ms=None, seed=None, **sampling):
         """Say the next turn as frames of codes, (K,) int32 each. Arguments are checked at once, not at the first."""
         seed, sampling = self.generator.options(seed, sampling)
         max_frames = self.generator.max_frames(max_audio_length_ms, str(text))
-        return self._frames(Segment(speaker, text), self.prompt(text, speaker, opening), max_frames, seed, sampling)
+        return self._frames(Segment(speaker, text), self.prompt(text, speaker), max_frames, seed, sampling)
 
     def _check_free(self):
         if self.busy:
@@ -1068,10 +1017,8 @@ class Conversation:
     def _check_length(self, n_rows):
         n, limit = sum(map(len, self.blocks[: self.n_kept])) + n_rows, self.generator.limit
         if n >= limit:
-            raise ValueError(
-                f"the prompt takes {n} positions, and the model has {limit}: shorten context or text (a long text: "
-                "python -m csm_tools.narrate)"
-            )
+            hint = "shorten context or text (a long text: python -m csm_tools.narrate)"
+            raise ValueError(f"the prompt takes {n} positions, and the model has {limit}: {hint}")
 
     def _frames(self, turn, rows, max_frames, seed, sampling):
         self._check_free()
@@ -1097,21 +1044,22 @@ class Conversation:
             self.busy = False
         cache.trim(cache.offset - len(prompt) - len(said) - 1)  # the frame of zeros stays, what followed goes
         self.cache = cache
+        self.opening = None
         self.blocks.append(block)
         self.turns.append(turn)
 
     def _make_room(self, n_rows, max_frames):
         """Forget old turns where the prompt leaves no room for the speech, or a quarter of the positions."""
-        limit, need = self.generator.limit, n_rows + min(max_frames, self.generator.limit // 4)
-        sizes, n_kept = [len(b) for b in self.blocks], self.n_kept
-        if sum(sizes) + need <= limit or len(sizes) == n_kept:
+        limit, n = self.generator.limit, 0
+        if sum(map(len, self.blocks)) + n_rows + min(max_frames, limit // 4) <= limit:
             return
-        n = 0  # down to half of them at once, so that the next turns find their cache again
-        while n_kept + n < len(sizes) and sum(sizes[:n_kept]) + sum(sizes[n_kept + n :]) + n_rows > limit // 2:
+        # Down to half of them at once, so that the next turns find their cache again.
+        while len(self.blocks) > self.n_kept and sum(map(len, self.blocks)) + n_rows > limit // 2:
+            del self.blocks[self.n_kept], self.turns[self.n_kept]
             n += 1
-        del self.blocks[n_kept : n_kept + n], self.turns[n_kept : n_kept + n]
-        log.warning("%d old turns forgotten: the model has %d positions", n, limit)
-        self.cache = None
+        if n:
+            log.warning("%d old turns forgotten: the model has %d positions", n, limit)
+            self.cache = None
 
 
 def on_gpu():
@@ -1128,18 +1076,8 @@ def compiles(model):
     return asked == "1" if asked else on_gpu() or model.config.backbone.dim * model.config.decoder.dim >= 2e6
 
 
-def twin(module):
-    """A module of the same arrays, which can be given others without the first one noticing."""
-    other = copy.copy(module)
-    for name, child in module.items():
-        kind = {"is_leaf": lambda m: isinstance(m, nn.Module)}
-        other[name] = tree_map(lambda m: twin(m) if isinstance(m, nn.Module) else m, child, **kind)
-    return other
-
-
 def join(pieces):
-    pieces = list(pieces)
-    whole = mx.concatenate(pieces) if pieces else mx.zeros((0,))
+    whole = mx.concatenate([mx.zeros((0,)), *pieces])
     mx.eval(whole)
     return whole
 
@@ -1164,39 +1102,11 @@ def join_heads(weights):
     return others | {"audio_head": mx.stack([weights[k].T for k in names])}
 
 
-def quantization(how, group_size=64):
-    """4, 6 or 8 bits, in groups of group_size, or one of MODES, which has its own -> arguments of mx.quantize."""
-    if how not in (4, 6, 8, *MODES) or group_size not in (32, 64, 128):
-        raise ValueError(f"quantize takes 4, 6, 8 or {', '.join(MODES)}, in groups of 32, 64 or 128, not {how}")
-    group_size, bits = MODES.get(how, (group_size, how))
-    return {"group_size": group_size, "bits": bits, "mode": how if how in MODES else "affine"}
-
-
-def quantize_weights(weights, how=4, group_size=64):
-    """{name: array} of our layout with every matrix quantized, embeddings and audio_head too. ValueError: cannot be.
-
-    how, group_size: see `quantization`.
-    """
-    if any(name.endswith(".scales") for name in weights):
-        raise ValueError("the model is quantized already")
-    kind, out, weights = quantization(how, group_size), {}, split_heads(weights)
-    for name, w in weights.items():
-        if w.ndim < 2 or w.shape[-1] % kind["group_size"]:
-            out[name] = w
-        else:
-            base = name.removesuffix(".weight")
-            names = (name, f"{base}.scales", f"{base}.biases")
-            out |= zip(names, mx.quantize(w, **kind))
-    if len(out) == len(weights):
-        raise ValueError(f"no matrix of the model can be cut into groups of {kind['group_size']}")
-    return out
-
-
 def dequantize_weights(config, weights, names=None):
     """{name: array} with the quantized matrices, or those of them in `names`, plain again."""
     weights, plain = dict(weights), dict(CSM(config).named_modules())
     for name, m in blank(config, weights).named_modules():
-        if f"{name}.scales" in weights and (names is None or name in names):
+        if "scales" in m and (names is None or name in names):
             parts = [weights.pop(f"{name}.{part}", None) for part in ("weight", "scales", "biases")]
             weights[f"{name}.weight"] = mx.dequantize(*parts, **packing(m, plain[name].weight.shape[1]))
     return weights
@@ -1208,33 +1118,23 @@ def blank(config, weights):
     for name, m in model.named_modules():
         if f"{name}.scales" in weights:
             for part in ("weight", "scales", "biases"):
-                if f"{name}.{part}" in weights:
-                    w = weights[f"{name}.{part}"]
+                if (w := weights.get(f"{name}.{part}")) is not None:
                     m[part] = mx.zeros((len(m.weight), *w.shape[1:]), w.dtype)
     return model
 
 
 def locate(model):
-    """What `load` was given -> the path of a local folder or file, downloaded if need be."""
+    """What `load` was given -> the path of a local folder or file, downloaded if need be. Raises ValueError."""
     if model == "csm-1b":
         return codec.download(*DEFAULT_MODEL)
-    if model == "tiny":
+    if model == "tiny":  # beside csm.py, or, installed, in the package
         here = Path(__file__).resolve().parent
-        model = next((f for f in (here / "tiny", here / "csm_tools/tiny") if (f / "config.json").is_file()), None)
-        if model is None:  # beside csm.py, or, installed, in the package
-            raise ValueError("the model `tiny` is not beside csm.py")
-    if Path(model).exists():
-        return Path(model)
-    if re.fullmatch(r"[\w.-]+/[\w.-]+", str(model)):
-        # A repository may hold its weights in several layouts: the MLX or Sesame ones first, in one file.
-        for weights in (("model*.safetensors*", "ckpt.safetensors"), ("*.safetensors*",), ("*.pt",)):
-            folder = codec.download(str(model), *weights, *BESIDE)
-            if any(f.name not in BESIDE for pattern in weights for f in folder.glob(pattern)):
-                break
-        return folder
-    raise ValueError(
-        f"no such model: {model} (csm-1b, tiny, a folder, a .safetensors file or a Hugging Face repository)"
-    )
+        places = [place for place in (here / "tiny", here / "csm_tools/tiny") if (place / "config.json").is_file()]
+        return places[0] if places else here / "tiny"
+    # A repository may hold its weights in several layouts: the MLX or Sesame ones first, in one file.
+    kinds = ("model*.safetensors*", "ckpt.safetensors"), ("*.pt",), ("*.safetensors*",)
+    known = "csm-1b, tiny, a folder, a .safetensors file or a Hugging Face repository"
+    return codec.local(model, *kinds, beside=BESIDE, known=known)
 
 
 def weights_file(path):
@@ -1254,29 +1154,22 @@ def read(path):
     return codec.layouts(path).csm_to_native(config, weights, asdict(CSMConfig()))
 
 
-def apply_adapters(config, weights, adapters):
-    """{name: array} with what each folder or Hub repository, or (that, factor), changes. ValueError: one does not fit.
+def adapted(config, weights, folder, factor=1.0):
+    """{name: array} with `factor` times what the adapter in a folder or Hub repository changes. Raises ValueError.
 
     Quantized matrices that are changed become plain.
     """
-    weights = split_heads(weights)
-    for adapter in [adapters] if isinstance(adapters, (str, os.PathLike, tuple)) else adapters:
-        folder, factor = adapter if isinstance(adapter, tuple) else (adapter, 1.0)
-        names = "adapters.safetensors", "adapter.safetensors", "adapter_model.safetensors"  # csm-mlx's, ours; PEFT's
-        place = Path(folder)
-        if not place.exists() and re.fullmatch(r"[\w.-]+/[\w.-]+", str(folder)):
-            place = codec.download(str(folder), "adapter_config.json", *names)
-        kind, file = codec.read_json(place / "adapter_config.json"), codec.find(place, *names)
-        if not kind or not file:
-            raise ValueError(f"{folder} has no adapter_config.json and {names[0]} or {names[2]}")
-        layouts = codec.layouts(folder)
-        try:
-            changes = layouts.adapter_to_native(asdict(config), kind, codec.read_safetensors(file)[0])
-            weights = dequantize_weights(config, weights, {name.rpartition(".")[0] for name in changes})
-            weights = layouts.apply_adapter(weights, changes, factor)
-        except ValueError as e:
-            raise ValueError(f"the adapter {folder}: {e}") from None
-    return weights
+    files = "adapters.safetensors", "adapter.safetensors", "adapter_model.safetensors"  # csm-mlx's, ours; PEFT's
+    place, layouts = codec.local(folder, files, beside=("adapter_config.json",)), codec.layouts(folder)
+    kind, file = codec.read_json(place / "adapter_config.json"), codec.find(place, *files)
+    if not kind or not file:
+        raise ValueError(f"{folder} has no adapter_config.json and {files[0]} or {files[2]}")
+    try:
+        changes = layouts.adapter_to_native(asdict(config), kind, codec.read_safetensors(file)[0])
+        names = {name.rpartition(".")[0] for name in changes}
+        return layouts.apply_adapter(dequantize_weights(config, weights, names), changes, factor)
+    except ValueError as e:
+        raise ValueError(f"the adapter {folder}: {e}") from None
 
 
 def load(model="csm-1b", *, dtype=None, quantize=None, group_size=64, adapter=None, codebooks=None):
@@ -1284,32 +1177,31 @@ def load(model="csm-1b", *, dtype=None, quantize=None, group_size=64, adapter=No
 
     model: "csm-1b", "tiny", a folder, a weights file or a Hugging Face repository, in our layout or any that
     csm_layouts.py knows. dtype: of the computation, "float32", "bfloat16" or "float16"; None: bfloat16 on a GPU,
-    float32 on the CPU, where the other types are slow. quantize: see `quantization`. adapter: a folder or repository
-    that finetune, PEFT or csm-mlx wrote, or a list of them and of (folder, factor). codebooks: speak the first so many,
-    None for all; fewer are quicker and sound worse. What a folder lacks (Mimi, tokenizer) is taken from the default
-    downloads. Raises ValueError.
+    float32 on the CPU, where the other types are slow. quantize: 4, 6 or 8 bits, mxfp4, nvfp4 or mxfp8. adapter: a
+    folder or repository that finetune, PEFT or csm-mlx wrote, or a list of them and of (folder, factor). codebooks:
+    speak the first so many, None for all; fewer are quicker and sound worse. What a folder lacks (Mimi, tokenizer) is
+    taken from the default downloads. Raises ValueError.
     """
     path = locate(model)
     folder = path if path.is_dir() else path.parent
     fields, weights, mimi = read(path)
-    config = CSMConfig.from_dict(fields)
-    if adapter:
-        weights = apply_adapters(config, weights, adapter)
+    config, weights = CSMConfig.from_dict(fields), split_heads(weights)
+    for one in adapter if isinstance(adapter, list) else [adapter] if adapter else []:
+        weights = adapted(config, weights, *(one if isinstance(one, tuple) else (one,)))
     if quantize:
-        weights = quantize_weights(weights, quantize, group_size)
-        config = replace(config, quantization=quantization(quantize, group_size))
+        weights, kind = codec.layouts("what is quantized here").quantize(weights, quantize, group_size)
+        config = replace(config, quantization=kind)
     dtype = as_dtype(dtype)
     weights = {k: w.astype(dtype) if mx.issubdtype(w.dtype, mx.floating) else w for k, w in weights.items()}
     network = blank(config, weights)
-    codec.fill(network, split_heads(weights))
+    codec.fill(network, weights)
     del weights
     beside = codec.find(folder, *codec.FILES)
     mimi = codec.load(beside) if beside else codec.from_weights(mimi[1], mimi[0]) if mimi else codec.load()
-    tokenizer = codec.find(folder, *TOKENIZER[:2])
+    elsewhere, names = config.text_tokenizer or DEFAULT_TOKENIZER, TOKENIZER[:2]
+    tokenizer = codec.find(folder, *names) or codec.find(codec.download(elsewhere, *TOKENIZER), *names)
     if tokenizer is None:
-        tokenizer = codec.find(codec.download(config.text_tokenizer or DEFAULT_TOKENIZER, *TOKENIZER), *TOKENIZER[:2])
-        if tokenizer is None:
-            raise ValueError(f"{config.text_tokenizer} has no {' or '.join(TOKENIZER[:2])}")
+        raise ValueError(f"{elsewhere} has no {' or '.join(names)}")
     voices = dict.fromkeys(DEFAULT_VOICES) if model == "csm-1b" else {}
     voices |= {f.stem: f.parent for f in (folder / "prompts").glob("*.wav")}
     return Generator(network, mimi, Tokenizer(tokenizer), voices, fields, codebooks)
@@ -1369,12 +1261,10 @@ def read_dialogue(path):
     """Lines "0: Hello." -> [(speaker, text)]."""
     turns = []
     for n, line in enumerate(read_text(f"@{path}").splitlines(), 1):
-        if not line.strip():
-            continue
-        m = re.match(r"\s*\[?(\d+)\]?\s*:\s*(\S.*)", line)
-        if not m:
+        if m := re.match(r"\s*\[?(\d+)\]?\s*:\s*(\S.*)", line):
+            turns.append((int(m[1]), m[2].strip()))
+        elif line.strip():
             raise ValueError(f"{path}, line {n}: expected `speaker: text`, such as `0: Hello.`")
-        turns.append((int(m[1]), m[2].strip()))
     if not turns:
         raise ValueError(f"{path} holds no turns")
     return turns
@@ -1386,7 +1276,7 @@ def read_context(path):
     try:
         for t in json.loads(read_text(f"@{path}")):
             speaker, audio = t["speaker"] if "speaker" in t else t["speaker_id"], t.get("audio") or t["audio_path"]
-            context.append(Segment(int(speaker), t["text"], Path(path).parent / audio))
+            context.append(Segment(int(speaker), t["text"], as_samples(Path(path).parent / audio)))
         return context
     except (KeyError, TypeError, AttributeError, ArithmeticError, RecursionError, json.JSONDecodeError) as e:
         expected = '[{"speaker": 0, "text": "...", "audio": "file.wav"}, ...]'
@@ -1395,9 +1285,15 @@ def read_context(path):
 
 QUANTIZE = {  # the option of that name
     "type": lambda x: int(x) if x.isdigit() else x,
-    "choices": (4, 6, 8, *MODES),
+    "choices": (4, 6, 8, "mxfp4", "nvfp4", "mxfp8"),
     "help": "bits of the weights, or another of MLX's ways",
 }
+
+
+def adapter(argument):
+    """DIR or DIR=FACTOR -> (folder, factor)."""
+    folder, _, factor = argument.rpartition("=")
+    return (folder, float(factor)) if folder else (argument, 1.0)
 
 
 def add_model_options(p):
@@ -1405,9 +1301,8 @@ def add_model_options(p):
     p.add_argument("--model", help="csm-1b, tiny, a folder, a weights file or a Hugging Face repo (default: csm-1b)")
     p.add_argument("--quantize", **QUANTIZE)
     p.add_argument("--dtype", choices=("float32", "bfloat16", "float16"), help="default: what suits the device")
-    p.add_argument(
-        "--adapter", metavar="DIR[=FACTOR]", action="append", help="of finetune, PEFT or csm-mlx; repeatable"
-    )
+    how = {"metavar": "DIR[=FACTOR]", "action": "append", "type": adapter}
+    p.add_argument("--adapter", **how, help="of finetune, PEFT or csm-mlx; repeatable")
     p.add_argument("--codebooks", type=int, metavar="N", help="speak the first N only: quicker, and sounds worse")
 
 
@@ -1434,17 +1329,13 @@ def read_options(args):
     context = [] if args.ref_audio is None else [Segment(args.speaker, args.ref_text, as_samples(args.ref_audio))]
     options = {k: getattr(args, k) for k in ("temperature", "top_k", "top_p", "min_p")}
     Sampling(**{k: v for k, v in options.items() if v is not None})
-    if args.seed is not None:
-        check_seed(args.seed)
+    check_seed(args.seed or 0)
     return context, options | {"max_audio_length_ms": args.max_audio_length_ms}
 
 
 def load_for(args):
     """The Generator that the options name; without --model CSM-1B, or, where it cannot be had, the one in the box."""
-    adapters = [
-        (a, 1.0) if "=" not in a else (a.rpartition("=")[0], float(a.rpartition("=")[2])) for a in args.adapter or ()
-    ]
-    how = {name: getattr(args, name) for name in ("dtype", "quantize", "codebooks")} | {"adapter": adapters}
+    how = {name: getattr(args, name) for name in ("dtype", "quantize", "adapter", "codebooks")}
     try:
         return load(args.model or "csm-1b", **how)
     except codec.DownloadError as e:
@@ -1466,32 +1357,30 @@ def marked(pieces, rate):
 
 
 def command(args):
-    if args.dialogue and args.text is not None:
-        raise ValueError("give a text or --dialogue, not both")
-    if not args.dialogue and args.text is None:
-        raise ValueError("give TEXT and OUT")
-    turns = read_dialogue(args.dialogue) if args.dialogue else [(args.speaker, read_text(args.text))]
-    if not all(text.strip() for _, text in turns):
-        raise ValueError("the text is empty")
-    context, options = read_options(args)
-    if args.context:
-        context += [replace(s, audio=as_samples(s.audio)) for s in read_context(args.context)]
-    seed = secrets.randbits(32) if args.seed is None else args.seed
-    options["streaming_interval"] = args.streaming_interval if args.stream or args.play or args.out == "-" else 2.0
+    from tqdm import tqdm
 
-    n_samples, first, stopped = 0, None, False
-    with codec.audio_writer(args.out) as write, player(args.play) as play, progress() as bar:  # which check OUT
+    if (args.dialogue is None) == (args.text is None):
+        raise ValueError("give TEXT and OUT, or --dialogue and OUT, and not both")
+    turns = read_dialogue(args.dialogue) if args.dialogue else [(args.speaker, read_text(args.text))]
+    context, options = read_options(args)
+    context += read_context(args.context) if args.context else []
+    seed = secrets.randbits(32) if args.seed is None else args.seed
+    live = args.stream or args.play or args.out == "-"
+    options["streaming_interval"] = args.streaming_interval if live else 2.0
+
+    bar = tqdm(unit="s", bar_format="{n:.1f} s of speech, {elapsed}", disable=None, leave=False, delay=0.1)
+    n_samples, first, stopped, speaker = 0, 0.0, False, player() if args.play else nullcontext(lambda audio: None)
+    with codec.audio_writer(args.out) as write, speaker as play, bar:  # which check OUT
         generator = load_for(args)
         rate, start = generator.sample_rate, time.perf_counter()
-        talk, opening = generator._open(turns[0][0], context, args.voice, args.voice_match)
+        talk = generator.conversation(context, voice=args.voice, voice_match=args.voice_match)
         pieces = (
             audio
             for i, (speaker, text) in enumerate(turns)
-            for audio in talk.stream(text, speaker, opening=None if i else opening, seed=(seed + i) % 2**64, **options)
+            for audio in talk.stream(text, speaker, seed=(seed + i) % 2**64, **options)
         )
         try:
-            for audio in marked(pieces, rate) if args.watermark else pieces:
-                audio = np.array(audio)
+            for audio in map(np.array, marked(pieces, rate) if args.watermark else pieces):
                 first = first or time.perf_counter() - start
                 n_samples += len(audio)
                 write(audio)
@@ -1508,32 +1397,23 @@ def command(args):
         print("the model ended the speech at once: there is no audio (try another seed)", file=sys.stderr)
     print(
         f"{seconds:.2f} s of audio in {taken:.2f} s, real-time factor {taken / seconds if seconds else math.inf:.2f}, "
-        f"first audio after {first or 0:.2f} s, peak memory {peak_memory() / 1e9:.2f} GB, seed {seed}",
+        f"first audio after {first:.2f} s, peak memory {peak_memory() / 1e9:.2f} GB, seed {seed}",
         file=sys.stderr,
     )
     return 130 if stopped else 0
 
 
 @contextmanager
-def player(on, rate=24_000):
-    """A function that plays pieces of audio as they come, or does nothing."""
-    if not on:
-        yield lambda audio: None
-        return
+def player():
+    """A function that plays pieces of audio, 24 kHz, as they come."""
     try:
         import sounddevice
 
-        speaker = sounddevice.OutputStream(samplerate=rate, channels=1, dtype="float32")
+        speaker = sounddevice.OutputStream(samplerate=24_000, channels=1, dtype="float32")
     except Exception as e:  # no package, no PortAudio, no device
         raise ValueError(f"--play needs `pip install sounddevice` and a sound card: {e or type(e).__name__}") from None
     with speaker:
         yield lambda audio: speaker.write(audio[:, None])
-
-
-def progress():
-    from tqdm import tqdm
-
-    return tqdm(unit="s", bar_format="{n:.1f} s of speech, {elapsed}", disable=None, leave=False)
 
 
 def peak_memory():
@@ -1577,10 +1457,8 @@ def main(argv=None):
     p.add_argument("out", metavar="OUT", help="a .wav, .flac, .mp3, .ogg or .opus file; - is standard output, as WAV")
     add_options(p)
     p.add_argument("--context", metavar="JSON", help='earlier turns: [{"speaker", "text", "audio"}, ...]')
-    how = argparse.BooleanOptionalAction
-    p.add_argument(
-        "--voice-match", action=how, help="continue the speaker's last clip (default: as the model's config)"
-    )
+    how = {"action": argparse.BooleanOptionalAction}
+    p.add_argument("--voice-match", **how, help="continue the speaker's last clip (default: as the model's config)")
     p.add_argument("--dialogue", metavar="F", help='speak a script: lines "0: Hello."')
     p.add_argument("--stream", action="store_true", help="write every --streaming-interval seconds")
     p.add_argument("--streaming-interval", type=float, default=0.5, metavar="S")

@@ -680,6 +680,33 @@ def adapter_to_peft(config, adapter, tensors):
     }, {name: mx.contiguous(w) for name, w in theirs.items()}  # fmt: skip
 
 
+# ---- quantization -----------------------------------------------------------------------------------------------
+
+MODES = {"mxfp4": (32, 4), "nvfp4": (16, 4), "mxfp8": (32, 8)}  # beside MLX's affine one: group size, bits
+
+
+def quantize(weights, how=4, group_size=64):
+    """{name: array} of the model, each head a matrix -> the same with every matrix quantized, and the config's note.
+
+    how: 4, 6 or 8 bits, in groups of group_size, or one of MODES, which has its own. Raises ValueError.
+    """
+    if how not in (4, 6, 8, *MODES) or group_size not in (32, 64, 128):
+        raise ValueError(f"quantize takes 4, 6, 8 or {', '.join(MODES)}, in groups of 32, 64 or 128, not {how}")
+    if any(name.endswith(".scales") for name in weights):
+        raise ValueError("the model is quantized already")
+    group_size, bits = MODES.get(how, (group_size, how))
+    kind, out = {"group_size": group_size, "bits": bits, "mode": how if how in MODES else "affine"}, {}
+    for name, w in weights.items():
+        if w.ndim < 2 or w.shape[-1] % group_size:
+            out[name] = w
+        else:
+            base = name.removesuffix(".weight")
+            out |= zip((name, f"{base}.scales", f"{base}.biases"), mx.quantize(w, **kind))
+    if len(out) == len(weights):
+        raise ValueError(f"no matrix of the model can be cut into groups of {group_size}")
+    return out, kind
+
+
 # ---- PyTorch's checkpoints --------------------------------------------------------------------------------------
 
 STATES = ("model_state", "model_state_dict", "model", "state_dict")  # where trainers keep the weights in a checkpoint

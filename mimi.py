@@ -137,10 +137,6 @@ class Upsample(nn.Module):
         return y.reshape(B, 2 * T, D), x[:, T:, 0]
 
 
-def elu(x):
-    return mx.maximum(x, mx.exp(mx.minimum(x, 0)) - 1)
-
-
 def gelu(x):
     """x Phi(x), exactly. (nn.gelu and its like are compiled: on a Linux CPU they need g++ and a writable /tmp.)"""
     return x * (0.5 + 0.5 * mx.erf(x * math.sqrt(0.5)))
@@ -148,7 +144,7 @@ def gelu(x):
 
 class ELU(nn.Module):
     def __call__(self, x, past):
-        return elu(x), None
+        return mx.maximum(x, mx.exp(mx.minimum(x, 0)) - 1), None
 
 
 def run(layers, x, past, *shared):
@@ -172,9 +168,8 @@ class ResBlock(nn.Module):
 
 
 def seanet_block(c, dim):
-    return [
-        ResBlock(dim, dim // c.compress, c.residual_kernel_size, c.dilation_base**i) for i in range(c.n_residual_layers)
-    ]
+    hidden, kernel = dim // c.compress, c.residual_kernel_size
+    return [ResBlock(dim, hidden, kernel, c.dilation_base**i) for i in range(c.n_residual_layers)]
 
 
 def seanet_encoder(c):
@@ -289,11 +284,8 @@ def join_states(states):
 
 def split_state(state):
     """The other way: the state of each stream of the batch by itself."""
-
-    def row(i):
-        return lambda x: None if x is None else x[i : i + 1]
-
-    return [State(*(tree_map(row(i), part) for part in state)) for i in range(len(state.rest))]
+    rows = [lambda x, i=i: None if x is None else x[i : i + 1] for i in range(len(state.rest))]
+    return [State(*(tree_map(row, part) for part in state)) for row in rows]
 
 
 class Mimi(nn.Module):
@@ -421,9 +413,8 @@ def check(model, weights):
     expected = dict(tree_flatten(model.parameters()))
     problems = [f"missing {k}" for k in expected if k not in weights]
     problems += [f"unexpected {k}" for k in weights if k not in expected]
-    problems += [
-        f"{k} is {weights[k].shape}, not {w.shape}" for k, w in expected.items() if weights.get(k, w).shape != w.shape
-    ]
+    shapes = {k: (weights[k].shape, w.shape) for k, w in expected.items() if k in weights}
+    problems += [f"{k} is {ours}, not {wanted}" for k, (ours, wanted) in shapes.items() if ours != wanted]
     if problems:
         more = f" and {len(problems) - 4} more" if len(problems) > 4 else ""
         raise ValueError(f"the checkpoint does not fit the model: {'; '.join(problems[:4])}{more}")
@@ -480,10 +471,9 @@ def download(repo, *patterns):
     except Exception as e:  # of many kinds: connection, proxy, disk
         if isinstance(e, errors.EntryNotFoundError) and not isinstance(e, errors.LocalEntryNotFoundError):
             raise FileNotFoundError(f"{repo} has no {patterns[0]}") from None
-        reason = next((text for kind, text in known.items() if isinstance(e, kind)), f"{e or type(e).__name__}")
-        raise DownloadError(
-            f"cannot download {patterns[0]} from {repo}: {reason.splitlines()[0]} (without: --model tiny)"
-        ) from None
+        reason = next((text for kind, text in known.items() if isinstance(e, kind)), str(e) or type(e).__name__)
+        reason = f"{reason.splitlines()[0]} (without: --model tiny)"
+        raise DownloadError(f"cannot download {patterns[0]} from {repo}: {reason}") from None
 
 
 FILES = ("mimi.safetensors", "tokenizer-*.safetensors")  # a Mimi by itself: ours, kyutai's
@@ -492,18 +482,27 @@ INSIDE = ("model.safetensors", "*.index.json", "*.safetensors")  # in transforme
 
 def locate(path_or_repo=None):
     """A Mimi's local file; downloaded if need be. Raises ValueError."""
-    path = download(DEFAULT_REPO, DEFAULT_FILE) if path_or_repo is None else Path(path_or_repo)
-    if not path.exists():
-        if not re.fullmatch(r"[\w.-]+/[\w.-]+", str(path_or_repo)):
-            raise ValueError(f"no such file or folder: {path_or_repo}")
-        for files in (FILES, ("*.json", *INSIDE)):
-            path = download(str(path_or_repo), *files)
-            if any(f for pattern in files[-2:] for f in path.glob(pattern)):
-                break
+    path = download(DEFAULT_REPO, DEFAULT_FILE) if path_or_repo is None else local(path_or_repo, FILES, INSIDE)
     file = find(path, *FILES, *INSIDE) if path.is_dir() else path
     if file is None:
         raise ValueError(f"no Mimi in {path}")
     return file
+
+
+def local(source, *kinds, beside=("*.json",), known="no such file or folder"):
+    """The path of a file or folder as it is; or a Hugging Face repository, downloaded: a folder. Raises ValueError.
+
+    kinds: patterns of the files wanted; the first kind that there is will do. beside: of what else to bring.
+    """
+    if Path(source).exists():
+        return Path(source)
+    if not re.fullmatch(r"[\w.-]+/[\w.-]+", str(source)):
+        raise ValueError(f"no such model: {source} ({known})")
+    for patterns in kinds:
+        folder = download(str(source), *patterns, *beside)
+        if find(folder, *patterns):
+            break
+    return folder
 
 
 def find(folder, *patterns):

@@ -1,12 +1,12 @@
-// cblas_sgemm, which MLX calls on a CPU: C = alpha op(A) op(B) + beta C in float32, on all cores. Products with few rows,
-// which do little more than read a matrix, are done here; the others, in slices, by the library that `rest` points to.
+// cblas_sgemm, which MLX calls on a CPU: C = alpha op(A) op(B) + beta C in float32, on all cores. Products with few
+// rows, which do little more than read a matrix, are done here; others, sliced, by the library that `rest` points to.
 #include <pthread.h>
 #include <sched.h>
 #include <stdatomic.h>
 #include <stddef.h>
 
 enum { BY_ROWS = 101, PLAIN = 111, FEW = 32, LANES = __BIGGEST_ALIGNMENT__ / 4, ROWS = LANES == 8 ? 2 : 6 };
-typedef float vec __attribute__((vector_size(4 * LANES), aligned(4)));
+typedef float vec __attribute__((vector_size(4 * LANES), aligned(4))), quad __attribute__((vector_size(16)));
 #define LOAD(p) (*(const volatile vec *)(p)) // volatile: GCC 12 reads memory again for each use otherwise
 #define LEAST(x, y) ((x) < (y) ? (x) : (y))
 
@@ -68,6 +68,13 @@ static void run(job j, int parts) {
   pthread_mutex_unlock(&turn);
 }
 
+static inline float total(vec v) {
+  union { vec all; quad part[LANES / 4]; } u = {v};
+  for (int i = 1; i < LANES / 4; i++)
+    u.part[0] += u.part[i];
+  return (u.part[0][0] + u.part[0][1]) + (u.part[0][2] + u.part[0][3]);
+}
+
 // m rows of a by n <= 4 rows of b. m is known when this is compiled.
 static inline __attribute__((always_inline)) void tile(const int m, int n, const job *p, const float *a, const float *b,
                                                        float *c) {
@@ -86,9 +93,7 @@ static inline __attribute__((always_inline)) void tile(const int m, int n, const
   }
   for (int i = 0; i < m; i++)
     for (int j = 0; j < n; j++) {
-      float sum = 0, *to = c + i * p->down + j * p->right;
-      for (int lane = 0; lane < LANES; lane++)
-        sum += sums[i][j][lane];
+      float sum = total(sums[i][j]), *to = c + i * p->down + j * p->right;
       for (int t = l; t < p->k; t++)
         sum += a[i * lda + t] * b[j * ldb + t];
       *to = p->alpha * sum + (p->beta ? p->beta * *to : 0); // beta 0: what C holds, NaN even, counts for nothing
@@ -121,7 +126,8 @@ void cblas_sgemm(int order, int ta, int tb, int m, int n, int k, float alpha, co
                  int ldb, float beta, float *c, int ldc) {
   if (order != BY_ROWS) // the same memory: C' = B' A'
     return cblas_sgemm(BY_ROWS, tb, ta, n, m, k, alpha, b, ldb, a, lda, beta, c, ldc);
-  const int rows = (ta == PLAIN || (m == 1 && lda == 1)) && (tb != PLAIN || (n == 1 && ldb == 1)) && alpha != 0;
+  const int lines = (ta == PLAIN || (m == 1 && lda == 1)) && (tb != PLAIN || (n == 1 && ldb == 1)); // of k
+  const int rows = lines && alpha != 0 && k > 128;
   job j = {slice, ta, tb, m, n, k, lda, ldb, ldc, 0, alpha, beta, c, a, b, ldc, 1};
   if (rows && m <= FEW && m <= n)
     j.part = few_rows;
@@ -129,6 +135,6 @@ void cblas_sgemm(int order, int ta, int tb, int m, int n, int k, float alpha, co
     j = (job){few_rows, tb, ta, n, m, k, ldb, lda, ldc, 0, alpha, beta, c, b, a, 1, ldc};
   const int few = j.part == few_rows, longer = LEAST(j.m, j.n) == j.m ? j.n : j.m, unit = few ? 4 : 64;
   const double parts = few ? (double)j.n * k / (1 << 14) : (double)m * n * k / (1 << 19); // each worth being handed out
-  j.step = (longer / (int)(parts < 2 ? 1 : LEAST(parts, (few ? 8 : 2) * threads)) + unit) / unit * unit;
+  j.step = (longer / (int)(parts < 2 ? 1 : LEAST(parts, (few ? 4 : 2) * threads)) + unit) / unit * unit;
   run(j, (longer + j.step - 1) / j.step);
 }

@@ -1,16 +1,34 @@
 """MLX, fast on a Linux CPU: `import mlx_cpu` before mlx. On other systems and on a GPU nothing changes.
 
-TABLE
+What is slow in MLX 0.32 there, on two cores of an AMD EPYC (Zen 5, 80 GB/s), float32:
 
-Two things are done about it.
+- Products. The wheel's BLAS is the reference one, on one core. Milliseconds of (rows, k) x (k, n), the matrices read
+  from memory in turn, of the wheel's, MKL 2026.2, OpenBLAS 0.3.34 with its own threads, and ours over OpenBLAS:
 
-1. A BLAS beneath MLX, unless CSM_FAST_BLAS=0. MLX calls plain `cblas_sgemm`, so one that is in the process already
-   takes the place of the wheel's. Ours is mlx_cpu.c, compiled once into ~/.cache/csm: it reads the matrix of a product
-   with few rows at the speed of the memory, and hands slices of the larger ones to a library, one slice a core. Without
-   a C compiler the library goes there by itself, if it is one that has the plain names (MKL, a system's OpenBLAS).
-2. Quick functions of the same name, signature, result and gradients in place of mx.exp, mx.erf, mx.sigmoid and
-   mx.fast.scaled_dot_product_attention, unless CSM_PLAIN=1. They are for large float32 arrays; for all else, on a GPU,
-   and in functions compiled `shapeless`, they call MLX's own.
+                                                              wheel    MKL  OpenBLAS   ours
+      a frame of CSM-1B, MLP        (1, 2048) x (2048, 8192)    7.9    2.7       2.8    0.9
+      the same, depth decoder       (1, 1024) x (1024, 1024)    0.49   0.16      0.18   0.07
+      16 at once                   (16, 2048) x (2048, 8192)    125    6.5       3.7    2.0
+      a prompt of 256             (256, 2048) x (2048, 8192)   2030     51        23     21
+      a prompt of 1024           (1024, 8192) x (8192, 2048)      -    173        83     88
+      Mimi's transformer, 1 s        (24, 512) x (512, 2048)     11   0.41      0.30   0.24
+      a convolution of Mimi, 1 s    (5760, 256) x (256, 256)    118    3.4       1.6    1.6
+      the same, one frame         (16, 1024) x (1024, 1536)     6.5   0.66      0.38   0.42
+      a narrow one, 1 s             (23040, 32) x (32, 64)       12   0.46      0.25   0.24
+
+  Beside processes that keep the cores busy OpenBLAS's threads, which wait for each other, take 10 to 100 times as long.
+- exp, sigmoid and erf take 9.5, 9.5 and 17 ns an element; here 2.2, 2.5 and 3.0. Attention of a prompt of 1024 rows
+  (32 heads of 64, 8 of keys) takes 450 ms, of which most is exp; here 113.
+
+So this module does two things.
+
+1. It puts a BLAS beneath MLX, unless CSM_FAST_BLAS=0. MLX calls plain `cblas_sgemm`, and one that is in the process
+   already takes the place of the wheel's. Ours is mlx_cpu.c, compiled once into ~/.cache/csm: it does the products with
+   few rows itself and gives slices of the others to a library, on OMP_NUM_THREADS or all cores. Without a C compiler
+   the library is put there alone, if it has the plain names (MKL, a system's OpenBLAS; scipy-openblas32 has not).
+2. It puts quick functions of the same name, signature, result and gradients in the place of mx.exp, mx.sigmoid, mx.erf
+   and mx.fast.scaled_dot_product_attention, unless CSM_PLAIN=1. They are for large float32 arrays; for all else, on a
+   GPU, and while a `shapeless` function is compiled, they call MLX's own.
 """
 
 import ctypes
@@ -37,14 +55,14 @@ log = logging.getLogger("mlx_cpu")
 
 @contextmanager
 def environment(**variables):
-    """These variables for a while, for libraries that read them when they are loaded; what the user has set stays."""
-    added = {k: v for k, v in variables.items() if k not in os.environ}
-    os.environ.update(added)
+    """These variables for a while, for what reads them when it is loaded."""
+    before = {k: os.environ.get(k) for k in variables}
+    os.environ.update(variables)
     try:
         yield
     finally:
-        for k in added:
-            del os.environ[k]
+        for k, value in before.items():
+            os.environ.pop(k) if value is None else os.environ.update({k: value})
 
 
 def cpu_info():
@@ -78,23 +96,24 @@ def compiled(info):
     if not cc or not source.is_file():
         return None
     flags = ["-O3", "-pthread", "-shared", "-fPIC", *(["-march=native"] if os.uname().machine == "x86_64" else [])]
-    cc = os.path.realpath(cc)
-    key = "\n".join([source.read_text(), *flags, cc, str(os.stat(cc).st_mtime), info])
+    key = "\n".join([source.read_text(), *flags, os.path.realpath(cc), str(os.stat(cc).st_mtime), info])
     name = f"mlx_cpu-{hashlib.sha256(key.encode()).hexdigest()[:16]}.so"
-    cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "csm"
+    cache = Path(os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")) / "csm"
+
+    def build(folder):
+        with tempfile.TemporaryDirectory(dir=folder) as work, environment(TMPDIR=work):
+            subprocess.run([cc, *flags, "-o", f"{work}/{name}", source], check=True, capture_output=True, timeout=60)
+            os.replace(f"{work}/{name}", folder / name)  # whole, however many processes do the same
+        return ctypes.CDLL(str(folder / name))
+
+    failures = OSError, subprocess.SubprocessError
     with suppress(OSError):
         return ctypes.CDLL(str(cache / name))
-    with tempfile.TemporaryDirectory() as private:  # from where a library may be loaded though its file goes
-        for folder in (cache, Path(private)):
-            with suppress(OSError, subprocess.SubprocessError):
-                folder.mkdir(parents=True, exist_ok=True)
-                part = folder / f"{name}.{os.getpid()}"
-                try:
-                    subprocess.run([cc, *flags, "-o", part, source], check=True, capture_output=True, timeout=60)
-                    os.replace(part, folder / name)  # whole, however many processes do the same
-                finally:
-                    part.unlink(missing_ok=True)
-                return ctypes.CDLL(str(folder / name))
+    with suppress(*failures):
+        cache.mkdir(parents=True, exist_ok=True)
+        return build(cache)
+    with suppress(*failures), tempfile.TemporaryDirectory() as private:  # what is loaded may lose its file
+        return build(Path(private))
     return None
 
 
@@ -103,9 +122,10 @@ def load_blas():
     info = cpu_info()
     avx512 = all(f" avx512{kind}" in info for kind in ("f", "cd", "bw", "dq", "vl"))
     ours = compiled(info)
-    # Slices of a product come from our threads, so the library has none. OpenBLAS takes no AMD for one with AVX-512.
-    once = {"OPENBLAS_NUM_THREADS": "1"} if ours else {}
-    with environment(**once, **({"OPENBLAS_CORETYPE": "SkylakeX"} if avx512 else {})):
+    # Slices of a product come from our threads, so the library has none. OpenBLAS takes no AMD for one with AVX-512 by
+    # itself; whatever type of core is set for others, this copy of it is ours alone.
+    variables = ({"OPENBLAS_NUM_THREADS": "1"} if ours else {}) | ({"OPENBLAS_CORETYPE": "SkylakeX"} if avx512 else {})
+    with environment(**variables):
         for path in libraries(info):
             with suppress(OSError, AttributeError):
                 library = ctypes.CDLL(path, mode=ctypes.RTLD_LOCAL if ours else ctypes.RTLD_GLOBAL)
@@ -119,21 +139,24 @@ def load_blas():
                 ctypes.c_int.in_dll(ours, "threads").value = n_threads()
                 ctypes.CDLL(ours._name, mode=ctypes.RTLD_GLOBAL)  # only now are its names for all to see
                 return ours._name, path
-    log.warning("MLX is slow on this CPU: pip install scipy-openblas32 and a C compiler, or pip install mkl")
     return ()
 
 
 FIRST = "mlx.core" not in sys.modules  # else nothing can be put beneath it, nor in its place in functions made already
-BLAS = load_blas() if FIRST and sys.platform == "linux" and os.environ.get("CSM_FAST_BLAS", "1") != "0" else ()
+WANTED = FIRST and sys.platform == "linux" and os.environ.get("CSM_FAST_BLAS", "1") != "0"
+BLAS = load_blas() if WANTED else ()
 with suppress(AttributeError, OSError, TypeError):  # glibc alone: keep what is freed, since new pages are slow
     for setting, size in ((-3, 2**25), (-1, 2**28)):  # M_MMAP_THRESHOLD, the most it takes, and M_TRIM_THRESHOLD
         ctypes.CDLL(None).mallopt(setting, size)
 
 import mlx.core as mx
 
+if WANTED and not BLAS and mx.default_device() == mx.cpu:
+    log.warning("MLX will be slow on this CPU: install a C compiler and scipy-openblas32, or mkl")
+
 # ---------------------------------------------------------------------------------------------------- functions
 
-LARGE = 2**12  # elements from which on the functions here are quicker
+LARGE = 2**14  # elements from which on the functions here are quicker
 LOG2E = math.log2(math.e)
 SHIFT = 1.5 * 2**23 + 127  # a float so large has its integer, 127 more than what it was added to, in the lowest bits
 # 2^x for |x| <= 1/2, exact at 0, and erf(x) / x as P(x^2) / Q(x^2) for |x| <= 4: fitted to within 1e-7 and 3e-8

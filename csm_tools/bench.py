@@ -16,6 +16,7 @@ import gc
 import importlib.metadata
 import importlib.util
 import json
+import logging
 import platform
 import statistics
 import sys
@@ -76,7 +77,7 @@ class Ours:
             return
         model = randomize(csm.CSM(config), dtype)
         if quantize:
-            weights = csm.quantize_weights(dict(tree_flatten(model.parameters())), quantize)
+            weights, _ = csm_layouts.quantize(dict(tree_flatten(model.parameters())), quantize)
             model = csm.blank(config, weights)
             mimi.fill(model, weights)
         self.generator = csm.Generator(model, randomize(mimi.Mimi(codec)), None)
@@ -416,6 +417,7 @@ def main(argv=None):
     p.add_argument("--json", type=Path)
     p.add_argument("--png", type=Path)
     args = p.parse_args(argv)
+    logging.getLogger("csm").setLevel(logging.ERROR)  # not that each speech was cut off, as it is meant to be
     with tempfile.TemporaryDirectory() as work:
         folder = Path(work) if args.checkpoint else None
         config, codec = (SMALL, SMALL_MIMI) if args.tiny else (csm.CSMConfig(), mimi.MimiConfig())

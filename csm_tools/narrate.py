@@ -244,7 +244,14 @@ def write(generator, text, out, mark, seed, watermark, arguments):
         for _ in narrate(generator, text, **shared(0, 0), **arguments):
             pass
         return 0, seed
-    part, state = (Path(f"{out}.part{x}") for x in ("", ".json"))
+    part, state, rate = Path(f"{out}.part"), Path(f"{out}.part.json"), generator.sample_rate
+
+    def blocks():
+        samples = np.memmap(part, np.int16, "r")
+        for i in range(0, len(samples), 2**20):
+            yield samples[i : i + 2**20] / np.float32(32767)
+
+    sound = csm.marked(blocks(), rate) if watermark else blocks()  # what that lacks is said before an hour of work
     with resumed(out, mark, seed) as (file, done):
         pieces = narrate(generator, text, **shared(done["sentences"], done["seed"]), **arguments)
         with tqdm(unit=" sentences", initial=done["sentences"], disable=None) as bar:
@@ -256,19 +263,16 @@ def write(generator, text, out, mark, seed, watermark, arguments):
                     f.write(json.dumps(done).encode())
                 bar.total = total
                 bar.update(1)
-        samples, rate = np.memmap(part, np.int16, "r"), generator.sample_rate
-        blocks = (samples[i : i + 2**20] / np.float32(32767) for i in range(0, len(samples), 2**20))
         with mimi.audio_writer(out, rate) as add:
-            for block in csm.marked(blocks, rate) if watermark else blocks:
+            for block in sound:
                 add(np.array(block))
-        seconds = len(samples) / rate
         part.unlink()
         state.unlink()
-    return seconds, done["seed"]
+    return done["bytes"] / 2 / rate, done["seed"]
 
 
 def command(args):
-    begun, seconds, seed = time.perf_counter(), 0, args.seed
+    begun, seconds, seed, group = time.perf_counter(), 0, args.seed, mx.distributed.init()
     if args.out_dir:
         jobs = [(path, args.out_dir / f"{Path(path).stem}.{args.format}") for path in args.paths]
     elif len(args.paths) == 2:
@@ -296,7 +300,8 @@ def command(args):
     if args.out_dir:
         args.out_dir.mkdir(parents=True, exist_ok=True)
     for (_, out), text in zip(jobs, texts):
-        if args.out_dir and out.exists():
+        there = args.out_dir is not None and group.rank() == 0 and out.exists()
+        if mx.distributed.all_sum(mx.array(int(there)), group=group).item():  # as process 0 sees it
             print(f"{out} is there already, and stays", file=sys.stderr)
             continue
         own = hashlib.sha256(mark + text.encode()).hexdigest()

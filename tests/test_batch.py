@@ -95,9 +95,7 @@ def test_the_cache_is_as_long_as_its_longest_live_sequence(generator):
 
 def test_a_shared_prompt_is_computed_once(generator, monkeypatch):
     computed, own = [], csm.prefill
-    monkeypatch.setattr(
-        csm, "prefill", lambda m, prompts, cache=None: computed.append(prompts) or own(m, prompts, cache)
-    )
+    monkeypatch.setattr(csm, "prefill", lambda m, rows, cache=None: computed.append(rows) or own(m, rows, cache))
     rows = generator.text_rows("hello there", 0)
     batch = generator.batch()
     uids = [batch.insert(rows, 6, seed, csm.Sampling()) for seed in range(5)]
@@ -105,7 +103,7 @@ def test_a_shared_prompt_is_computed_once(generator, monkeypatch):
     while len(batch):
         for uid, codes in batch.next():
             said[uid] += [] if codes is None else [codes]
-    assert [len(p) for p in computed] == [1]
+    assert len(computed) == 1
     for seed, uid in enumerate(uids):
         np.testing.assert_array_equal(said[uid], alone(generator, rows, 6, seed, csm.Sampling()))
     before = len(computed)
@@ -113,7 +111,7 @@ def test_a_shared_prompt_is_computed_once(generator, monkeypatch):
     generator.generate_batch(["yes", "no"], 0, context, max_audio_length_ms=240)
     generator.generate("yes", 0, context, max_audio_length_ms=240)
     n_context = len(generator.segment_rows(context[0]))
-    assert sum(len(p) == 1 and len(p[0]) == n_context for p in computed[before:]) == 1
+    assert sum(len(rows) == n_context for rows in computed[before:]) == 1
 
 
 def test_a_batch_refuses(generator):

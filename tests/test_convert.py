@@ -276,7 +276,7 @@ def test_command_and_its_errors(tmp_path, native):
 
 def test_quantized(tmp_path):
     config = NATIVE | {"decoder": NATIVE["decoder"] | {"dim": 32}}
-    pack = csm.quantize_weights(random_weights(config, mx.bfloat16), 4, 32)
+    pack = csm_layouts.quantize(csm.split_heads(random_weights(config, mx.bfloat16)), 4, 32)[0]
     assert pack["audio_head.2.weight"].shape == (35, 4) and pack["audio_head.2.scales"].shape == (35, 1)
     config = config | {"quantization": {"group_size": 32, "bits": 4}}
     same(csm_layouts.csm_to_native(config, pack, CSM_1B)[1], pack)

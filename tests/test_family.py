@@ -106,7 +106,7 @@ def quantized(weights, how):
 
 
 AFFINE = {f"{bits} bits": {"group_size": 32 if bits == 3 else 64, "bits": bits} for bits in (2, 3, 4, 5, 6, 8)}
-MODES = {mode: {"mode": mode, "group_size": size, "bits": bits} for mode, (size, bits) in csm.MODES.items()}
+MODES = {mode: {"mode": mode, "group_size": size, "bits": bits} for mode, (size, bits) in csm_layouts.MODES.items()}
 
 
 @pytest.mark.parametrize("kind", [*AFFINE, *MODES, "mixed", "left out", "heads too"])
@@ -140,7 +140,7 @@ def test_quantized(kind, tmp_path):
     assert len(said["a"]) == 5 and mx.array_equal(said["a"], said["b"])
 
 
-@pytest.mark.parametrize("how", [4, 6, 8, *csm.MODES])
+@pytest.mark.parametrize("how", [4, 6, 8, *csm_layouts.MODES])
 def test_quantizing(how, tmp_path):
     """--quantize of convert and of load give the same model; the note in config.json is MLX's."""
     config = native(beside(tmp_path / "a"))
@@ -183,7 +183,7 @@ def test_adapters(tmp_path):
     assert codes(adapter=[a, (b, 0.5)]) == codes(adapter=[(str(a), 1.0), (b, 0.5)]) == fused
     assert len({str(c) for c in (fused, codes(), codes(adapter=a), codes(adapter=b), codes(adapter=(b, 0.5)))}) == 5
     # quantized: what it changes becomes plain, the rest stays as it is
-    pack = csm.quantize_weights(weights, 4, 32)
+    pack = csm_layouts.quantize(csm.split_heads(weights), 4, 32)[0]
     write(tmp_path / "model", config, {"model.safetensors": pack})
     model = csm.load(tmp_path / "model", adapter=a).model
     assert (

@@ -77,8 +77,9 @@ def matrix(rng, rows, columns, order, spare):
 @pytest.mark.parametrize("tb", [PLAIN, TURNED])
 def test_every_kind_of_product(sgemm, order, ta, tb):
     rng = np.random.default_rng(0)
-    sizes = [(1, 1, 1), (1, 7, 3), (5, 1, 40), (1, 1030, 130), (1030, 1, 130), (3, 66, 67), (130, 6, 35), (32, 33, 16),
-             (33, 32, 17), (40, 50, 60), (7, 5, 0), (200, 130, 150), (130, 700, 90)]  # fmt: skip
+    sizes = [(1, 1, 1), (1, 7, 3), (5, 1, 40), (1, 1030, 130), (1030, 1, 130), (3, 66, 267), (130, 6, 235),
+             (32, 33, 216), (33, 32, 217), (1, 1, 300), (7, 2, 300), (40, 50, 60), (7, 5, 0), (200, 130, 150),
+             (130, 700, 90)]  # fmt: skip
     for (m, n, k), (alpha, beta), spare in itertools.product(sizes, [(1, 0), (0.5, -2), (0, 1), (0, 0)], [0, 3]):
         a_held, a = matrix(rng, *((m, k) if ta == PLAIN else (k, m)), order, spare)
         b_held, b = matrix(rng, *((k, n) if tb == PLAIN else (n, k)), order, spare)
@@ -172,6 +173,8 @@ def test_settings():
     assert output(python(report, CSM_PLAIN="1"))[0] == "2 False"
     assert output(python(report, CSM_FAST_BLAS="0"))[0] == "0 True"
     assert output(python("import mlx.core\n" + report))[0] == "0 False"  # too late
+    report = "import os, mlx_cpu\nprint(os.environ['OPENBLAS_NUM_THREADS'], os.environ['OPENBLAS_CORETYPE'])"
+    assert output(python(report, OPENBLAS_NUM_THREADS="7", OPENBLAS_CORETYPE="Haswell"))[0] == "7 Haswell"  # for others
 
 
 # ---------------------------------------------------------------------------------------------------- functions

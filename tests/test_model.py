@@ -9,6 +9,7 @@ import json
 import threading
 
 import csm  # before mlx
+import csm_layouts
 import mimi
 
 import mlx.core as mx  # isort: skip
@@ -411,7 +412,7 @@ def test_embeddings_are_added_up_in_float32(tmp_path):
 
 def test_voice_match_continues_the_clip_and_keeps_the_turns(generator, monkeypatch):
     prompts = []
-    monkeypatch.setattr(csm, "prefill", lambda model, rows, cache=None: prompts.append(rows[0]) or 1 / 0)
+    monkeypatch.setattr(csm, "prefill", lambda model, rows, cache=None: prompts.append(rows) or 1 / 0)
     monkeypatch.setattr(csm.Generator, "prefill", lambda self, rows: prompts.append(rows) and None)
     turns = [
         csm.Segment(0, "hello", clip(0.4)),
@@ -582,7 +583,7 @@ def test_quantized(folder, generator, bits):
     q = csm.load(folder, quantize=bits, group_size=32)
     assert q.model.audio_head[0].weight.dtype == q.model.text_embeddings.weight.dtype == mx.uint32
     assert q.generate_codes("hello there", seed=1, max_audio_length_ms=800).shape == (10, 8)
-    weights = csm.quantize_weights(mx.load(str(folder / "model.safetensors")), bits, 32)
+    weights = csm_layouts.quantize(csm.split_heads(mx.load(str(folder / "model.safetensors"))), bits, 32)[0]
     plain = {}  # what the quantized matrices stand for
     for name, w in weights.items():
         base = name.removesuffix(".weight")

@@ -98,7 +98,7 @@ def test_the_batch_stays_full(generator, monkeypatch):
     """Sentences of other lengths join as others end."""
     sizes, step = [], csm.Batch.next
     monkeypatch.setattr(csm.Batch, "next", lambda self: sizes.append(len(self)) or step(self))
-    text = "\n\n".join("hello there, how are you today? " * (1 + i % 3) for i in range(9))
+    text = "\n\n".join("hello there, you" + " you" * (i % 3) * 4 for i in range(9))
     n = len(narrate.sentences(text))
     pieces = list(narrate.narrate(generator, text, batch=4, seed=1))
     frames = sum((len(audio) - 24000 * narrate.sentences(text)[i][1]) / 1920 for i, (_, _, audio) in enumerate(pieces))

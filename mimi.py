@@ -352,14 +352,18 @@ class Mimi(nn.Module):
         Raises ValueError for another shape.
         """
         audio = mx.array(audio)
+        if audio.ndim != 3 or audio.shape[1] != 1:
+            raise ValueError(f"audio must be (batch, 1, samples), not {audio.shape}")
         if not mx.isfinite(audio).all().item():
             raise ValueError("the audio contains NaN or infinite samples")
-        short = -audio.shape[-1] % self.frame_size
-        return self._whole(self.encode_step, mx.pad(audio, [(0, 0)] * (audio.ndim - 1) + [(0, short)]), self.frame_size)
+        audio = mx.pad(audio, [(0, 0), (0, 0), (0, -audio.shape[2] % self.frame_size)])
+        return self._whole(self.encode_step, audio, self.frame_size)
 
     def decode(self, codes):
         """codes (B, K, F) -> audio (B, 1, F * 1920) float32. Raises ValueError for a code outside the codebook."""
         codes = mx.array(codes)
+        if codes.ndim != 3:
+            raise ValueError(f"codes must be (batch, codebooks, frames), not {codes.shape}")
         if codes.size and not 0 <= codes.min().item() <= codes.max().item() < self.config.codebook_size:
             raise ValueError(f"codes must lie in 0..{self.config.codebook_size - 1}")
         return self._whole(self.decode_step, codes, 1)
@@ -368,8 +372,8 @@ class Mimi(nn.Module):
         """x (B, channels, width a frame) through `step` in chunks."""
         chunk = width * (12 if mx.default_device() == mx.cpu else 120)  # a second's activations fit a CPU's cache
         state, out = self.init_state(x.shape[0]), []
-        for i in range(0, max(x.shape[-1], 1), chunk):
-            y, state = step(x[..., i : i + chunk], state)
+        for i in range(0, max(x.shape[2], 1), chunk):
+            y, state = step(x[:, :, i : i + chunk], state)
             mx.eval(y, state)  # else the graph of a long clip keeps every activation alive
             out.append(y)
         return mx.concatenate(out, axis=2)
@@ -485,7 +489,7 @@ def locate(path_or_repo=None):
     return file
 
 
-def local(source, *kinds, beside=("*.json",), known=""):
+def local(source, *kinds, beside=("*.json",), known="no such file or folder"):
     """The path of a file or folder as it is; or a Hugging Face repository, downloaded: a folder. Raises ValueError.
 
     kinds: patterns of the files wanted; the first kind that there is will do. beside: of what else to bring.
@@ -493,7 +497,7 @@ def local(source, *kinds, beside=("*.json",), known=""):
     if Path(source).exists():
         return Path(source)
     if not re.fullmatch(r"[\w.-]+/[\w.-]+", str(source)):
-        raise ValueError(f"no such model: {source} ({known}a folder, a file or a Hugging Face repository)")
+        raise ValueError(f"no such model: {source} ({known})")
     for patterns in kinds:
         folder = download(str(source), *patterns, *beside)
         if find(folder, *patterns):

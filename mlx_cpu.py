@@ -122,10 +122,9 @@ def load_blas():
     info = cpu_info()
     avx512 = all(f" avx512{kind}" in info for kind in ("f", "cd", "bw", "dq", "vl"))
     ours = compiled(info)
-    # Slices of a product come from our threads, so the library has none. OpenBLAS takes no AMD for one with AVX-512.
-    variables = {"OPENBLAS_NUM_THREADS": "1"} if ours else {}
-    if avx512:
-        variables["OPENBLAS_CORETYPE"] = os.environ.get("OPENBLAS_CORETYPE", "SkylakeX")
+    # Slices of a product come from our threads, so the library has none. OpenBLAS takes no AMD for one with AVX-512 by
+    # itself; whatever type of core is set for others, this copy of it is ours alone.
+    variables = ({"OPENBLAS_NUM_THREADS": "1"} if ours else {}) | ({"OPENBLAS_CORETYPE": "SkylakeX"} if avx512 else {})
     with environment(**variables):
         for path in libraries(info):
             with suppress(OSError, AttributeError):

@@ -44,9 +44,9 @@ def observe(generator, text, speaker=0, context=(), *, voice=None, seed=None, **
     context = [generator.encode(segment) for segment in context]
     prompt = np.concatenate(generator.prompt(text, speaker, context, voice))
     codes = generator.generate_codes(text, speaker, context, voice=voice, seed=seed, **options)
-    T, most = len(prompt), generator.max_frames(options.get("max_audio_length_ms"), text)
-    ended = len(codes) < min(most, generator.limit - T)
-    rows = np.concatenate([prompt, generator.audio_rows(csm.Segment(speaker, text, codes=codes), end=ended)])
+    T = len(prompt)
+    ended = len(codes) < min(generator.max_frames(options.get("max_audio_length_ms"), text), generator.limit - T)
+    rows = np.concatenate([prompt, generator.audio_rows(csm.Segment(speaker, text, codes=codes))[: len(codes) + ended]])
     h, attention = read(generator.model, rows[:-1], T - 1)  # the last row was not asked what follows it
     bits = [entropy(generator, h[i : i + 64], rows[T:][i : i + 64, :-1]) for i in range(0, len(h), 64)]  # bounds memory
     title = shorten(f"seed {seed}, speaker {speaker}: {text}", 110).replace("$", r"\$")
@@ -71,9 +71,9 @@ def read(model, rows, first):
 
 def entropy(generator, h, codes):
     """Hidden states h (n, D), the frames that they foretold (n, K) -> (n, K) bits. 0: sure; log2 V: no idea."""
-    V = generator.mimi.config.codebook_size  # ids beyond are never drawn
-    logits = generator.model.head(0, h)[:, None], generator.model.depth_logits(h, mx.array(codes))
-    logits = mx.concatenate(logits, axis=1)[..., :V].astype(mx.float32)
+    n, V = (codes[0] >= 0).sum(), generator.mimi.config.codebook_size  # --codebooks n; ids beyond V are never drawn
+    logits = generator.model.head(0, h)[:, None], generator.model.depth_logits(h, mx.array(np.maximum(codes, 0)))
+    logits = mx.concatenate(logits, axis=1)[:, : int(n), :V].astype(mx.float32)
     logp = logits - mx.logsumexp(logits, axis=-1, keepdims=True)
     return np.array(-(mx.exp(logp) * logp).sum(axis=-1)) / np.log(2)
 
@@ -93,7 +93,7 @@ def pieces(tokenizer, ids):
 
 
 def draw(run, generator, layer=None):
-    """Run -> matplotlib's Figure, 1200 pixels wide. layer: of the attention; None: what looks at the text most."""
+    """Run -> matplotlib's Figure, 1200 pixels wide. layer: None for what looks at the text most, but row 0, a sink."""
     from matplotlib.colors import ListedColormap, PowerNorm
     from matplotlib.figure import Figure
     from matplotlib.patches import Patch
@@ -101,8 +101,7 @@ def draw(run, generator, layer=None):
     c, S, T, (F, K) = generator.mimi.config, len(run.rows), run.n_prompt, run.entropy.shape
     text, codes = run.rows[:, -1] != csm.NO_TEXT, run.rows[:, :-1]
     starts = [0, *np.flatnonzero(np.diff(text)) + 1]  # of text and audio in turn; the last two: of what is said now
-    reading = run.attention[:, :, max(starts[-2], 1) : T].sum(axis=(1, 2))  # a layer's; row 0 aside, where heads rest
-    layer = int(reading.argmax()) if layer is None else layer
+    layer = run.attention[:, :, max(starts[-2], 1) : T].sum((1, 2)).argmax() if layer is None else layer
     end, seconds = F / c.frame_rate, len(run.audio) / c.sample_rate
     fig = Figure(figsize=(12, 16.5), dpi=100, layout="constrained")
     axes, bars = fig.subplots(6, 2, width_ratios=[1, 0.013], height_ratios=[1.4, 2, 2, 4.4, 1, 1.8]).T
@@ -115,21 +114,22 @@ def draw(run, generator, layer=None):
             axes[i].axvline(end - 1 / c.frame_rate if run.ended else end, color="#d55e00", ls="--")
             axes[i].set_xlim(0, end)
 
-    kind = np.zeros((K + 1, S), int)  # of each cell, of KINDS
-    kind[-1, text], kind[:-1, ~text], kind[:-1, T:], kind[:-1, ~text & ~codes.any(axis=1)] = 1, 2, 3, 4
+    on = np.array(csm.row_mask(mx.array(run.rows)))  # (S, K + 1)
+    kind = np.select([text, ~(codes > 0).any(axis=1), np.arange(S) < T], [1, 4, 2], 3)  # of each row, of KINDS
     patches = [Patch(color=color) for color in KINDS.values()]
     fig.legend(patches, KINDS, loc="outside upper center", ncols=5, frameon=False, title=run.title, title_fontsize=13)
-    axes[0].pcolormesh(kind, cmap=ListedColormap([*KINDS.values()]), vmin=0, vmax=4, ec="w", lw=0.5 * (S <= 120))
-    axes[0].set(ylim=(K + 1, 0), yticks=[0.5, K - 0.5, K + 0.5], yticklabels=[0, K - 1, "text"])
+    look = {"cmap": ListedColormap([*KINDS.values()]), "ec": "w", "lw": 0.5 * (S <= 120)}
+    y = [*range(on.shape[1]), on.shape[1] + on.shape[1] // 9 - 1]  # the text's column is wider among many
+    axes[0].pcolormesh(range(S + 1), y, (on * kind[:, None]).T, vmin=0, vmax=4, **look)
+    axes[0].set(ylim=(y[-1], 0), yticks=[0.5, (y[-1] + y[-2]) / 2], yticklabels=[0, "text"])
     names = np.array(["clip"] * T + [f"frame {f}" for f in range(F)], dtype=object)  # of each row
-    names[text] = pieces(generator.tokenizer, run.rows[text, -1].tolist())
-    if S <= 80:
-        turned = 90 if S * max(map(len, names[text])) > 150 else 0  # where they would touch
-        axes[0].set_xticks(np.flatnonzero(text) + 0.5, names[text], rotation=turned, fontsize=8)
+    names[text] = words = pieces(generator.tokenizer, run.rows[text, -1].tolist())
+    if S <= 80:  # upright where they would touch
+        axes[0].set_xticks(np.flatnonzero(text) + 0.5, words, size=8, rotation=90 * (S * max(map(len, words)) > 150))
     panel(0, f"rows 0 to {S - 1}: {T} of the prompt, then one a frame; a row is the sum of what is on", "codebook")
     area = {"extent": (0, end, K - 0.5, -0.5), "aspect": "auto", "interpolation": "nearest", "vmin": 0}
-    image = axes[1].imshow(codes[T:].T, vmax=c.codebook_size - 1, **area)
-    for (f, k), code in np.ndenumerate(codes[T:] if F <= 36 and K <= 16 else []):
+    image = axes[1].imshow(codes[T:, :K].T, vmax=c.codebook_size - 1, **area)
+    for (f, k), code in np.ndenumerate(codes[T:, :K] if F <= 36 and K <= 16 else []):
         ink = "k" if code > c.codebook_size / 2 else "w"
         axes[1].text((f + 0.5) / c.frame_rate, k, code, color=ink, ha="center", va="center", fontsize=8)
     ending = "the column of zeros is the end (dashed)" if run.ended else "cut off: no column of zeros came"

@@ -173,6 +173,8 @@ def test_settings():
     assert output(python(report, CSM_PLAIN="1"))[0] == "2 False"
     assert output(python(report, CSM_FAST_BLAS="0"))[0] == "0 True"
     assert output(python("import mlx.core\n" + report))[0] == "0 False"  # too late
+    report = "import os, mlx_cpu\nprint(os.environ['OPENBLAS_NUM_THREADS'], os.environ['OPENBLAS_CORETYPE'])"
+    assert output(python(report, OPENBLAS_NUM_THREADS="7", OPENBLAS_CORETYPE="Haswell"))[0] == "7 Haswell"  # for others
 
 
 # ---------------------------------------------------------------------------------------------------- functions

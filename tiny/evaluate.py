@@ -251,7 +251,7 @@ def encoder(work, listener, n=50):
         spoken = {"latents": [], "codes": []}
         for text in said:
             x = torch.tensor(np.pad(speak(text, teacher.VOICES[speaker])[0], (0, teacher.FRAME)))[None]
-            z = train.understand(mimi, train.hear(train.ear_layers(mimi)[0], x))
+            z = train.understand(mimi, train.ear_layers(mimi)[0](x[None]))
             latents = [s.input_proj(z).transpose(1, 2)[0] for s in splits]
             codes = [book(r)[0] for book, r in zip(books, latents)]
             for kind, vectors in (("latents", latents), ("codes", codes)):

@@ -42,7 +42,7 @@ EAR = 16  # rows a frame, inside the encoder
 DELAY = FRAME // PARTS  # samples by which the decoder is late, so that the encoder hears a little ahead
 N_PHONEMES, PITCHES = 178, 96  # Kokoro's letters; classes of fundamental frequencies, and one for none
 N_MELS, N_LOW = 80, 64  # what a spectrum holds: see spectra()
-SAMPLING = {"temperature": 0.6, "top_k": 50}  # defaults of the exported folder, found on texts of text()
+SAMPLING = {"temperature": 0.6, "top_k": 50}  # the exported folder's defaults
 
 torch.set_flush_denormal(True)
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
@@ -72,7 +72,7 @@ def speech(args):
     """WORK/speech-i.npy: (S,) int16, one turn after the other, ten minutes or so.
     WORK/speech-i.pkl: [[(text, speaker, whether it is trained on, frames, phonemes, pitches)]], a list a conversation
     """
-    kokoro, words = teacher.Teacher(), tokenizer(args)
+    kokoro, words = teacher.Teacher(), teacher.tokenizer(args.work / "tokenizer.model")
     shards = math.ceil(args.hours * 6)
     for i in range(args.part, shards, args.parts):
         if (args.work / f"speech-{i}.pkl").exists():
@@ -193,13 +193,16 @@ def mimi_config():
     )  # fmt: skip
 
 
-def new_mimi():
+def new_mimi(path=None):
+    """With the weights in the file `path`, or random ones."""
     from transformers import MimiModel
 
     mimi = MimiModel(mimi_config()).to(DEVICE)
     for name, p in mimi.named_parameters():
         if name.endswith("layer_scale.scale"):
             p.data.fill_(0.1)
+    if path:
+        mimi.load_state_dict(torch.load(path, map_location=DEVICE))
     return mimi
 
 
@@ -230,23 +233,14 @@ def stft(x, n, hop, center=True):
 
 
 def ear_layers(mimi):
-    """Mimi's first convolutions, from sound to 200 rows a second, and what comes after them: quick to train."""
+    """Mimi's first convolutions, (B, 1, S) -> (B, C, EAR rows a frame), and those after them: quick to train."""
     layers = mimi.encoder.encoder_seanet.layers
-    return layers[:10], layers[10:]
-
-
-def hear(layers, x):
-    """(B, S) -> (B, C, EAR rows a frame)"""
-    x = x[:, None]
-    for layer in layers:
-        x = layer(x)
-    return x
+    return nn.Sequential(*layers[:10]), nn.Sequential(*layers[10:])
 
 
 def understand(mimi, x):
     """(B, C, EAR rows a frame) -> latents (B, DIM, F)"""
-    for layer in ear_layers(mimi)[1]:
-        x = layer(x)
+    x = ear_layers(mimi)[1](x)
     x = mimi.encoder.encoder_transformer(x.transpose(1, 2)).last_hidden_state
     return mimi.encoder.downsample(x.transpose(1, 2))
 
@@ -254,9 +248,10 @@ def understand(mimi, x):
 def ear(args):
     """WORK/ear.pt: Mimi whose first convolutions tell, by a linear map, short log-mel spectra and the wave below 1 kHz.
 
-    WORK/ear-i.npy: (frames * EAR, C) float16, what they make of each shard. A pass of all that is above them costs an
-    eighth of a pass of the whole encoder; its hours go further so.
+    A pass of all that is above them costs an eighth of a pass of the whole encoder; its hours go further so.
     """
+    if (args.work / "ear.pt").exists():
+        return  # what has been learned above it holds for it alone
     torch.manual_seed(0)
     mimi, data = new_mimi(), Clips(args.work, "speech")
     layers, _ = ear_layers(mimi)
@@ -271,20 +266,18 @@ def ear(args):
         if steps.step % 500 == 0:
             data.look()
         x = data.batch(6, 8)[0] * torch.empty(8, 1, device=DEVICE).uniform_(0.5, 1.3)
-        out = head(F.pad(hear(layers, x), (4, 0)))
+        out = head(F.pad(layers(x[:, None]), (4, 0)))
         spectrum = torch.log(mels @ stft(F.pad(x, (392, 0)), 512, 120, center=False).abs() + 0.01)
         low = F.conv1d(F.pad(x[:, None], (120, 0)), taps / taps.sum(), stride=10)[:, 0]
         low = low.unflatten(1, (-1, wave)).transpose(1, 2) / 0.05
         far, away = (out[:, :80] - spectrum).abs().mean(), (out[:, 80:] - low).abs().mean()
         steps.optimize(far + away, parameters, spectrum=far, wave=away)
-    if not (args.work / "ear.pt").exists():
-        save(args.work / "ear.pt", mimi.state_dict())
-    listen(args, layers)
+    save(args.work / "ear.pt", mimi.state_dict())
 
 
 @torch.no_grad()
 def listen(args, layers):
-    """WORK/ear-i.npy of the shards that have none."""
+    """WORK/ear-i.npy: (frames * EAR, C) float16, what the ear makes of each shard that has none yet."""
     for index in sorted(args.work.glob("speech-*.pkl")):
         if beside(index, "ear").exists():
             continue
@@ -292,7 +285,7 @@ def listen(args, layers):
         for talk in pickle.loads(index.read_bytes()):
             for *_, frames, _, _ in talk:
                 x = sound[start * FRAME : (start + frames) * FRAME].astype(np.float32) / 32767
-                rows.append(hear(layers, torch.from_numpy(x).to(DEVICE)[None])[0].T.half().cpu().numpy())
+                rows.append(layers(torch.from_numpy(x).to(DEVICE)[None, None])[0].T.half().cpu().numpy())
                 start += frames
         save(beside(index, "ear"), np.concatenate(rows))
 
@@ -372,10 +365,8 @@ def phases(x, pitch):
     size = FRAME // PARTS
     windows = F.pad(x, (size // 2, size // 2)).unfold(1, 2 * size, size)[:, : pitch.shape[1]]  # centred on the parts
     t = (torch.arange(2 * size, device=x.device) - size + 0.5) / RATE
-    turn = torch.polar(
-        torch.hann_window(2 * size, device=x.device).expand(*pitch.shape, -1), -2 * math.pi * pitch[..., None] * t
-    )
-    z = (windows * turn).sum(-1)
+    windows = windows * torch.hann_window(2 * size, device=x.device)
+    z = (windows * torch.exp(-2j * math.pi * pitch[..., None] * t)).sum(-1)
     return torch.view_as_real(z / z.abs().clamp(min=1e-6)).permute(0, 2, 1)
 
 
@@ -391,9 +382,8 @@ class Heads(nn.Module):
         self.phase = self.layers(256, PARTS * 2)
 
     def layers(self, width, n_out, *more):
-        return nn.Sequential(
-            nn.ConstantPad1d((2, 0), 0), nn.Conv1d(DIM, width, 3), nn.GELU(), *more, nn.Conv1d(width, n_out, 1)
-        )
+        first = nn.ConstantPad1d((2, 0), 0), nn.Conv1d(DIM, width, 3), nn.GELU()
+        return nn.Sequential(*first, *more, nn.Conv1d(width, n_out, 1))
 
     def forward(self, semantic, both, x, names, pitch, phase):
         """The losses by name, on what sound, phonemes and pitches Clips.batch gives."""
@@ -416,8 +406,7 @@ class Heads(nn.Module):
 def encoder(args):
     """WORK/encoder.pt: Mimi with a trained encoder and quantizers."""
     torch.manual_seed(0)
-    mimi, books, heads = new_mimi(), new_books(), Heads().to(DEVICE)
-    mimi.load_state_dict(torch.load(args.work / "ear.pt", map_location=DEVICE))
+    mimi, books, heads = new_mimi(args.work / "ear.pt"), new_books(), Heads().to(DEVICE)
     ears, above = ear_layers(mimi)
     listen(args, ears)
     data, quantizers = Clips(args.work, "speech", "ear"), splits(mimi)
@@ -427,6 +416,8 @@ def encoder(args):
     optimizer = torch.optim.AdamW(parameters, lr=1e-3, betas=(0.9, 0.98), weight_decay=0.01)
     kept = {"mimi": mimi, "books": books, "heads": heads, "optimizer": optimizer}
     steps = Steps(args, 40_000, args.work / "encoder-state.pt", 1e-3, **kept)
+    if steps.step >= steps.n and (args.work / "encoder.pt").exists():
+        return
     waiting, first = [], 400  # steps before there are codes
     weights = {"spectrum": 1, "phoneme": 0.1, "semantic": 0.1, "pitch": 0.1, "phase": 0.1}
     for done in steps:
@@ -449,9 +440,8 @@ def encoder(args):
             latents, commit = [s, a], c0 + c1
         elif first - 30 <= steps.step < first:
             waiting.append([r.detach() for r in raw])
-        semantic, acoustic = (
-            s.output_proj(r.view(len(x), frames, -1).transpose(1, 2)) for s, r in zip(quantizers, latents)
-        )
+        latents = (r.view(len(x), frames, -1).transpose(1, 2) for r in latents)
+        semantic, acoustic = (s.output_proj(r) for s, r in zip(quantizers, latents))
         losses = heads(semantic, semantic + acoustic, x, names, pitch, phase=done > 0.5)
         rms = sum(torch.log(r.pow(2).mean().sqrt() + 1e-6) ** 2 for r in raw)
         loss = sum(weights[name] * value for name, value in losses.items()) + 0.25 * commit + 0.1 * rms
@@ -466,18 +456,14 @@ def encoder(args):
         vectors[int(books[0].usage[0].argmin())] = vectors[0]
         vectors[0] = 3 * vectors.norm(dim=1).max() / CODE_DIM**0.5
     save(args.work / "encoder.pt", mimi.state_dict())
-
-
-def load_mimi(path):
-    mimi = new_mimi()
-    mimi.load_state_dict(torch.load(path, map_location=DEVICE))
-    return mimi
+    for old in args.work.glob("codes-*.npy"):
+        old.unlink()
 
 
 @torch.no_grad()
 def codes(args):
     """WORK/codes-i.npy: (frames, K) uint16, the codes of each shard, turn by turn."""
-    mimi = load_mimi(args.work / "encoder.pt")
+    mimi = new_mimi(args.work / "encoder.pt")
     listen(args, ear_layers(mimi)[0])
     for index in sorted(args.work.glob("speech-*.pkl")):
         if beside(index, "codes").exists():
@@ -497,12 +483,15 @@ def codes(args):
 def decoder(args):
     """WORK/mimi.pt: encoder.pt with a trained decoder. What it says is DELAY samples late."""
     torch.manual_seed(1)
-    codes(args)
-    data, mimi = Clips(args.work, "speech", "codes"), load_mimi(args.work / "encoder.pt")
-    parameters = [*mimi.decoder.parameters(), *(p for s in splits(mimi) for p in s.output_proj.parameters())]
+    data, mimi = Clips(args.work, "speech", "codes"), new_mimi(args.work / "encoder.pt")
+    kept = {"decoder": mimi.decoder, "first": splits(mimi)[0].output_proj, "rest": splits(mimi)[1].output_proj}
+    parameters = [p for module in kept.values() for p in module.parameters()]
     optimizer = torch.optim.AdamW(parameters, lr=1e-3, betas=(0.8, 0.95), weight_decay=0.01)
-    steps = Steps(args, 12_000, args.work / "decoder-state.pt", 1.5e-3, mimi=mimi, optimizer=optimizer)
+    steps = Steps(args, 12_000, args.work / "decoder-state.pt", 1.5e-3, optimizer=optimizer, **kept)
     for _ in steps:
+        if not data.turns or steps.step % 1000 == 0:
+            codes(args)
+            data.look()
         frames = int(data.rng.choice((8, 12, 16)))
         x, ids, _, _ = data.batch(frames, 64 // frames)
         x = x[:, :-DELAY]
@@ -523,10 +512,6 @@ def decoder(args):
 
 
 # ---------------------------------------------------------------------------------------------------- language model
-
-
-def tokenizer(args):
-    return teacher.tokenizer(args.work / "tokenizer.model")
 
 
 def lm_config(n_text):
@@ -638,7 +623,7 @@ def lm(args):
 
     torch.manual_seed(2)
     codes(args)
-    words = tokenizer(args)
+    words = teacher.tokenizer(args.work / "tokenizer.model")
     model = CsmForConditionalGeneration(lm_config(words.vocab_size())).to(DEVICE)
     model.codec_model.requires_grad_(False)
     parameters = [p for p in model.parameters() if p.requires_grad]
@@ -648,11 +633,11 @@ def lm(args):
     talks, groups = Talks(args.work, words), []
     for done in steps:
         if not groups:
+            codes(args)
             talks.look()
             talks.r.seed(steps.step)
-            groups = talks.batches(
-                args.positions, 90 if done < 0.05 else 640
-            )  # short ones first: attention finds its way
+            longest = 90 if done < 0.05 else 640  # short ones first: attention finds its way sooner
+            groups = talks.batches(args.positions, longest)
             print(f"{len(talks.talks)} conversations, {len(groups)} batches", flush=True)
         first, rest = losses(model, collate(groups.pop()), 0.5, 0.06)
         steps.optimize(first + rest, parameters, first=first, rest=rest)
@@ -668,7 +653,7 @@ def export(args):
     import soundfile
     from transformers import CsmForConditionalGeneration
 
-    words, out = tokenizer(args), args.work / "transformers"
+    words, out = teacher.tokenizer(args.work / "tokenizer.model"), args.work / "transformers"
     config = lm_config(words.vocab_size())
     config.use_default_voice_prompt = False  # speakers 0 and 1 have voices without
     model = CsmForConditionalGeneration(config)

@@ -28,6 +28,7 @@ import signal
 import sys
 import threading
 import time
+import weakref
 from collections.abc import Callable, Iterator
 from contextlib import closing, contextmanager, nullcontext
 from dataclasses import asdict, dataclass, field, fields, replace
@@ -694,7 +695,7 @@ class Generator:
         self.forbidden = mx.where(n_ids < mimi.config.codebook_size, 0, -mx.inf)  # ids that Mimi lacks
         mx.eval(self.forbidden)
         self.codec_stream = mx.new_thread_local_stream(mx.default_device())
-        self._compiled, self._lock = [], threading.Lock()  # the depth decoder's loop is the last of them
+        self._compiled, self._lock = None, threading.Lock()  # the depth decoder's loop
         self._contexts, self.kept = {}, 4  # rows, as bytes -> KVCache of the contexts used last; how many of them
         self._prompts = {}  # the voices asked for so far, as Segments with codes
 
@@ -810,35 +811,27 @@ class Generator:
         Compiled, where that pays, it has fewer of its thousands of small operations, and C++ builds them. The weights
         are inputs, and so may change. own: as of `by_samplers`.
         """
-
-        def rest(model, h, first, noise, options):
-            def draw(i, logits):
-                logits = logits.astype(mx.float32) + self.forbidden
-                return by_samplers(own, logits, sample(logits, noise[:, i - 1], options))
-
-            return model.sample_rest(h, first, draw, noise.shape[1] + 1)
-
-        def traced(weights, *arrays):
-            model = copy.deepcopy(self.model)  # of the same arrays; it holds tracers afterwards, the shared one never
-            model.update(weights)
-            return rest(model, *arrays)
-
         if own or not compiles(self.model):
-            return rest(self.model, h, first, noise, options)
-        B = len(first)
+            return self._rest(self.model, h, first, noise, options, own)
+        B, m = len(first), self.model
         size = next(n for i in count() for n in (2**i, 3 * 2**i // 2) if n >= B)  # so that few sizes are compiled
         arrays = [mx.pad(x, [(0, size - B)] + [(0, 0)] * (x.ndim - 1)) for x in (h, first, noise, options)]
-        m = self.model
         weights = {part: m[part].parameters() for part in ("decoder", "projection", "audio_embeddings")}
         weights["audio_head"] = [head.parameters() for head in m.audio_head]
         with self._lock:  # for any call may trace: each thread and size does once
-            if not self._compiled:
-                self._compiled.append(mx.compile(traced))
             try:
-                return self._compiled[-1](weights, *arrays)[:B]
-            except BaseException:  # also Ctrl-C: MLX keeps the half of a trace. Never freed, since another might get
-                self._compiled.append(mx.compile(traced))  # the address, by which MLX knows a function
+                self._compiled = self._compiled or compiled(self)
+                return self._compiled(weights, *arrays)[:B]
+            except BaseException:  # also Ctrl-C: MLX keeps the half of a trace
+                self._compiled = None
                 raise
+
+    def _rest(self, model, h, first, noise, options, own=()):
+        def draw(i, logits):
+            logits = logits.astype(mx.float32) + self.forbidden
+            return by_samplers(own, logits, sample(logits, noise[:, i - 1], options))
+
+        return model.sample_rest(h, first, draw, noise.shape[1] + 1)
 
     def prefill(self, rows):
         """The KVCache of a context's rows (T, K + 1), None for none; those of the last few are kept."""
@@ -1074,6 +1067,24 @@ def compiles(model):
     """
     asked = os.environ.get("CSM_COMPILE", "")
     return asked == "1" if asked else on_gpu() or model.config.backbone.dim * model.config.decoder.dim >= 2e6
+
+
+COMPILED = []  # MLX knows a function by its address, and another's may be the same once it is freed: none ever is
+
+
+def compiled(generator):
+    """The depth decoder's loop of a Generator, compiled: a function of its weights and `depth`'s arrays."""
+    generator = weakref.ref(generator)
+
+    def traced(weights, *arrays):
+        model = copy.deepcopy(
+            generator().model
+        )  # of the same arrays; it holds tracers afterwards, the shared one never
+        model.update(weights)
+        return generator()._rest(model, *arrays)
+
+    COMPILED.append(mx.compile(traced))
+    return COMPILED[-1]
 
 
 def join(pieces):

@@ -84,7 +84,7 @@ PART_FIELDS = (  # native field, transformers' field
     ("norm_eps", "rms_norm_eps"), ("max_positions", "max_position_embeddings"),
 )
 PART_FIXED = {"hidden_act": "silu", "attention_bias": False, "mlp_bias": False}
-CARRIED = r"speaker_prefix_space|text_tokenizer|use_default_voice_prompt|voice_match|quantization|\w+_token_id"
+CARRIED = r"sampling|speaker_prefix_space|text_tokenizer|use_default_voice_prompt|voice_match|quantization|\w+_token_id"
 MIMI_FIELDS = (  # native field, transformers' field; the first row are those that shapes do not tell
     ("n_heads", "num_attention_heads"), ("context", "sliding_window"), ("norm_eps", "norm_eps"),
     ("dilation_base", "dilation_growth_rate"), ("sample_rate", "sampling_rate"),
@@ -165,6 +165,12 @@ def flavors(csm_1b):
     return {"llama-1B": csm_1b["backbone"], "llama-100M": csm_1b["decoder"], **other}
 
 
+def n_rows(weights, name):
+    if name not in weights:
+        raise ValueError(f"the checkpoint does not fit the model: missing {name}")
+    return weights[name].shape[0]
+
+
 def measure(weights, part):
     """The sizes of a backbone or a decoder from the shapes of its tensors, quantized or not.
 
@@ -172,9 +178,7 @@ def measure(weights, part):
     """
 
     def rows(name):
-        if f"{part}.{name}.weight" not in weights:
-            raise ValueError(f"the checkpoint does not fit the model: missing {part}.{name}.weight")
-        return weights[f"{part}.{name}.weight"].shape[0]
+        return n_rows(weights, f"{part}.{name}.weight")
 
     layers = {m[1] for name in weights if (m := re.match(rf"{part}\.layers\.(\d+)\.", name))}
     first = {x: rows(f"layers.0.{name}_proj") for x, name in (("q", "self_attn.q"), ("k", "self_attn.k"))}
@@ -218,7 +222,7 @@ def csm_config(config, weights, csm_1b):
         level = logging.WARNING if config else logging.INFO
         log.log(level, "sizes are told by the tensors; heads and RoPE are those of %s", " and ".join(filled))
     native = {"model_type": "csm", "layout": "native", **{part: fields for part, (fields, _) in parts.items()}}
-    rows = [weights[f"{name}.weight"].shape[0] for name in ("text_embeddings", "codebook0_head", "audio_embeddings")]
+    rows = [n_rows(weights, f"{x}.weight") for x in ("text_embeddings", "codebook0_head", "audio_embeddings")]
     native |= {"text_vocab_size": rows[0], "audio_vocab_size": rows[1], "audio_num_codebooks": rows[2] // rows[1]}
     for told in (tuple(native["backbone"][field] for field in SIZES), native["text_vocab_size"]):
         native |= KINDS.get(told, {})

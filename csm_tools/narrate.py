@@ -293,7 +293,7 @@ def command(args):
     generator = csm.load_for(args)
     options |= {"speaker": args.speaker, "context": context, "voice": args.voice, "batch": args.batch}
     mark = {k: v for k, v in vars(args).items() if k not in ("paths", "out_dir", "format", "batch", "seed")}
-    adapters = [adapter.partition("=")[0] for adapter in args.adapter or ()]
+    adapters = [folder for folder, _ in args.adapter or ()]
     used = [f for p in (args.model, *adapters) if p for f in (Path(p), *sorted(Path(p).glob("*.safetensors")))]
     mark["files"] = [(f.name, f.stat().st_size, f.stat().st_mtime_ns) for f in used if f.is_file()]
     mark = json.dumps(mark).encode() + b"".join(s.audio.tobytes() for s in context)

@@ -20,6 +20,7 @@ from contextlib import asynccontextmanager
 from fractions import Fraction
 from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Literal
 
 import soundfile
@@ -151,21 +152,19 @@ class Encoder:
     def __init__(self, format, rate, speed):
         _, container, encoder, bits, options = FORMATS[format]
         self.rate, self.samples, self.data = rate, 0, bytearray()
-        # into an object that can only be written to, so that no header is gone back to
-        self.file = av.open(self, "w", format=container, options=options | {"flush_packets": "1"})
+        pipe = SimpleNamespace(write=self.data.extend)  # which has no seek, so that no header is gone back to
+        self.file = av.open(pipe, "w", format=container, options=options | {"flush_packets": "1"})
         self.track = self.file.add_stream(encoder, rate=rate, layout="mono")
+        self.track.codec_context.thread_count = 1
         if bits:
             self.track.bit_rate = bits
         self.file.start_encoding()
         factors = [] if speed == 1 else [speed] if speed >= 0.5 else [0.5, speed / 0.5]  # atempo takes 0.5 and more
         self.graph = av.filter.Graph()
+        self.graph.threads = 1
         source = self.graph.add_abuffer(sample_rate=rate, format="s16", layout="mono", time_base=Fraction(1, rate))
         tempo = [self.graph.add("atempo", str(factor)) for factor in factors]
         self.graph.link_nodes(source, *tempo, self.graph.add("abuffersink")).configure()
-
-    def write(self, data):
-        self.data += data
-        return len(data)
 
     def __call__(self, audio):
         """(samples,) int16, or None after the last -> the bytes that are ready."""
@@ -183,7 +182,8 @@ class Encoder:
         if audio is None:
             self.file.mux(self.track.encode(None))
             self.file.close()
-        data, self.data = bytes(self.data), bytearray()
+        data = bytes(self.data)
+        self.data.clear()
         return data
 
 

@@ -214,6 +214,8 @@ def pairs(args):
         raise ValueError(f"{args.texts} holds no texts")
     if args.samples < 2 or args.batch < 1:
         raise ValueError("--samples is 2 or more, --batch 1 or more")
+    if args.watermark:
+        raise ValueError("a model must not learn the mark: no --watermark")
     context, options = csm.read_options(args)
     args.out.mkdir(parents=True, exist_ok=True)
     done = scores_so_far(args, texts)

@@ -5,6 +5,7 @@ import base64
 import io
 import json
 import os
+import shutil
 import signal
 import socket
 import subprocess
@@ -327,10 +328,23 @@ def test_a_command_that_cannot_start(tmp_path):
         assert "in use" in fails("--model", "tiny", "--port", taken.getsockname()[1])
     assert "no such model" in fails("--port", 0, "--model", tmp_path / "none")
     assert "transcripts" in fails("--port", 0, "--model", "tiny", "--voices", tmp_path)
+    hidden = "import sys; sys.modules['av'] = None; import csm_tools.serve"
+    done = subprocess.run([sys.executable, "-c", hidden], cwd=HERE, capture_output=True, text=True)
+    assert done.returncode == 2 and "pip install" in done.stderr and len(done.stderr.splitlines()) == 1
     assert "--max-batch" in fails("--port", 0, "--model", "tiny", "--max-batch", 0)
 
 
 # ------------------------------------------------------------------------------------------------------ many at once
+
+
+def test_voices_of_a_folder_and_the_log(tmp_path):
+    for suffix in (".wav", ".txt"):
+        shutil.copy(HERE / f"tiny/prompts/deep{suffix}", tmp_path / f"mine{suffix}")
+    with running("--voices", tmp_path, "--log-text") as (address, process):
+        assert "mine" in [voice["id"] for voice in httpx.get(f"{address}/v1/audio/voices").json()["voices"]]
+        assert speak(address, voice="mine", seed=1) == speak(address, voice="deep", seed=1)
+    assert f"voice mine, seed 1: {TEXT}" in "".join(process.log)
+    assert {f.name for f in tmp_path.iterdir()} == {"mine.wav", "mine.txt"}  # nothing is written
 
 
 def test_a_full_server_says_so():

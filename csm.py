@@ -548,12 +548,13 @@ class Batch:
         is not altered. keep: `remove` shall return a KVCache of all that was said. ValueError: a prompt too long.
         """
         check_seed(seed)
-        n = len(prompt_rows) + (cache.offset if cache else 0)
+        rows = np.array(prompt_rows, np.int32)
+        n = len(rows) + (cache.offset if cache else 0)
         room = self.generator.limit - n
-        if not len(prompt_rows) or room < 1:
+        if not len(rows) or room < 1:
             raise ValueError(f"the prompt takes {n} positions, and the model has {self.generator.limit}")
         uid = next(self.ids)
-        self.waiting.append(Utterance(uid, prompt_rows, min(max_frames, room), seed, sampling, cache, keep))
+        self.waiting.append(Utterance(uid, rows, min(max_frames, room), seed, sampling, cache, keep))
         return uid
 
     def next(self):

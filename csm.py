@@ -973,29 +973,31 @@ class Conversation:
         """Add a turn that somebody else spoke."""
         self._check_free()
         rows = self.generator.segment_rows(segment)
-        self._check_length(len(rows))
+        self._check_length(len(rows), self.blocks[: self.n_kept])
         self.blocks.append(rows)
         self.turns.append(segment)
 
     def prompt(self, text, speaker=0):
         """The rows (T, K + 1) of the next turn before its speech; `blocks` go before them. ValueError: too many."""
-        rows = self.generator.text_rows(text, speaker)
+        g, opening = self.generator, self.opening
         voice = [replace(s, speaker=speaker) for s in self.voice]
-        self.turns, self.blocks = voice + self.turns, [self.generator.segment_rows(s) for s in voice] + self.blocks
-        self.n_kept, self.voice = self.n_kept + len(voice), []
-        if self.generator.model.config.voice_match if self.voice_match is None else self.voice_match:
-            mine = [i for i, s in enumerate(self.turns[: self.n_kept]) if s.speaker == speaker]
+        turns, blocks = voice + self.turns, [*map(g.segment_rows, voice), *self.blocks]
+        n_kept = self.n_kept + len(voice)
+        if g.model.config.voice_match if self.voice_match is None else self.voice_match:
+            mine = [i for i, s in enumerate(turns[:n_kept]) if s.speaker == speaker]
             if mine:
-                clip, block = self.turns.pop(mine[-1]), self.blocks.pop(mine[-1])
-                self.opening = clip.text, block[block[:, -1] == NO_TEXT][:-1]
-                self.n_kept -= 1
+                clip, block = turns.pop(mine[-1]), blocks.pop(mine[-1])
+                opening, n_kept = (clip.text, block[block[:, -1] == NO_TEXT][:-1]), n_kept - 1
             elif self.voice_match:
                 raise ValueError(f"voice_match continues a clip of speaker {speaker}, and the context has none")
-        self.voice_match = False
-        if self.opening:
-            said, frames = self.opening
-            rows = np.concatenate([self.generator.text_rows(f"{said} {text}", speaker), frames])
-        self._check_length(len(rows))
+        rows = g.text_rows(text, speaker)
+        if opening:
+            said, frames = opening
+            rows = np.concatenate([g.text_rows(f"{said} {text}", speaker), frames])
+        self._check_length(len(rows), blocks[:n_kept])
+        # Only now, since a prompt that is refused binds nobody to the voice.
+        self.turns, self.blocks, self.n_kept, self.opening = turns, blocks, n_kept, opening
+        self.voice, self.voice_match = [], False
         return rows
 
     def frames(self, text, speaker=0, *, max_audio_length_ms=None, seed=None, **sampling):
@@ -1008,8 +1010,8 @@ class Conversation:
         if self.busy:
             raise ValueError("a turn is still being said: finish its stream, or close it")
 
-    def _check_length(self, n_rows):
-        n, limit = sum(map(len, self.blocks[: self.n_kept])) + n_rows, self.generator.limit
+    def _check_length(self, n_rows, kept):
+        n, limit = sum(map(len, kept)) + n_rows, self.generator.limit
         if n >= limit:
             hint = "shorten context or text (a long text: python -m csm_tools.narrate)"
             raise ValueError(f"the prompt takes {n} positions, and the model has {limit}: {hint}")

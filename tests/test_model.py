@@ -360,6 +360,17 @@ def test_a_voice_is_a_clip_with_its_transcript_beside_it(generator, folder, tmp_
     assert "without the default voice conversational_a" in caplog.text
 
 
+def test_a_refused_prompt_binds_nobody_to_the_voice(generator):
+    talk, options = generator.conversation(voice="other"), {"temperature": 0, "max_audio_length_ms": 400}
+    with pytest.raises(ValueError, match="positions"):
+        talk.say("no " * 500, 3, **options)
+    with pytest.raises(ValueError, match="empty"):
+        talk.say(" ", 3, **options)
+    assert talk.turns == []
+    talk.say("yes", 1, **options)
+    assert [s.speaker for s in talk.turns] == [1, 1]
+
+
 def test_defaults_of_the_models_own(tmp_path):
     write_model(tmp_path)
     config = json.loads((tmp_path / "config.json").read_text())

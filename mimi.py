@@ -459,15 +459,21 @@ def download(repo, *patterns):
         errors.RepositoryNotFoundError: "no such folder, file or Hugging Face repository",
         errors.LocalEntryNotFoundError: "no network, or HF_HUB_OFFLINE is set, and it was not downloaded before",
     }
-    try:
-        with suppress(errors.LocalEntryNotFoundError):
-            if len(patterns) == 1:
-                return Path(hf_hub_download(repo, *patterns, local_files_only=True))
-        if not constants.HF_HUB_OFFLINE:
-            log.warning("fetching %s from %s", patterns[0], repo)
+
+    def fetch(**how):
         if len(patterns) == 1:
-            return Path(hf_hub_download(repo, *patterns))
-        return Path(snapshot_download(repo, allow_patterns=list(patterns)))
+            return Path(hf_hub_download(repo, *patterns, **how))
+        return Path(snapshot_download(repo, allow_patterns=list(patterns), **how))
+
+    try:
+        held = None
+        with suppress(errors.LocalEntryNotFoundError):
+            held = fetch(local_files_only=True)
+            if len(patterns) == 1:
+                return held
+        if not constants.HF_HUB_OFFLINE and not (held and find(held, patterns[0])):
+            log.warning("fetching %s from %s", patterns[0], repo)
+        return fetch()
     except Exception as e:  # of many kinds: connection, proxy, disk
         if isinstance(e, errors.EntryNotFoundError) and not isinstance(e, errors.LocalEntryNotFoundError):
             raise FileNotFoundError(f"{repo} has no {patterns[0]}") from None
@@ -634,13 +640,14 @@ def audio_writer(path, sample_rate=24_000):
     file = nullcontext(sys.stdout.buffer) if path == "-" else open(path, "wb") if live else replacing(path)
     with file as out:
         if suffix == ".wav":
-            out.write(wav_head(sample_rate))
+            head = [wav_head(sample_rate)]  # before the first piece, since until then something may go wrong
 
             def write(audio):
-                out.write(to_pcm16(audio).tobytes())
+                out.write((head.pop() if head else b"") + to_pcm16(audio).tobytes())
                 out.flush()
 
             yield write
+            write([])
             if not live:
                 n = out.tell() - 44
                 out.seek(0)

@@ -7,6 +7,7 @@ of codes the first frame has to agree in most: after that one other code changes
 
 import json
 import os
+import signal
 
 import csm  # before mlx
 import mimi
@@ -16,6 +17,7 @@ import numpy as np
 import pytest
 import soundfile
 
+signal.signal(signal.SIGINT, signal.default_int_handler)  # which a shell's background job ignores, and tests send
 DTYPE = os.environ.get("CSM_TEST_DTYPE", "float32")
 EXACT = DTYPE == "float32" and mx.default_device() == mx.cpu
 LOGITS = 1e-4 if EXACT else 0.02 if DTYPE == "float32" else 0.3  # how far they may be off; their spread is about 3

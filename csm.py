@@ -1359,15 +1359,14 @@ def load_for(args):
         return load("tiny", **how)
 
 
-def marked(pieces, rate):
-    """Pieces of sound with a watermark in them, by the program of that name, which this file does not depend on."""
+def watermark():
+    """A Watermark, by the program of that name, which this file does not depend on. ValueError: it cannot be had."""
     import importlib
 
     try:
-        watermark = importlib.import_module("csm_tools.watermark")
+        return importlib.import_module("csm_tools.watermark").load()
     except ImportError as e:
         raise ValueError(f"--watermark takes the folder csm_tools beside csm.py ({e})") from None
-    return watermark.load().embed_stream(pieces, rate)
 
 
 def command(args):
@@ -1394,7 +1393,7 @@ def command(args):
             for audio in talk.stream(text, speaker, seed=(seed + i) % 2**64, **options)
         )
         try:
-            for audio in map(np.array, marked(pieces, rate) if args.watermark else pieces):
+            for audio in map(np.array, watermark().embed_stream(pieces, rate) if args.watermark else pieces):
                 first = first or time.perf_counter() - start
                 n_samples += len(audio)
                 write(audio)

@@ -251,7 +251,8 @@ def write(generator, text, out, mark, seed, watermark, arguments):
         for i in range(0, len(samples), 2**20):
             yield samples[i : i + 2**20] / np.float32(32767)
 
-    sound = csm.marked(blocks(), rate) if watermark else blocks()  # what that lacks is said before an hour of work
+    # What the watermark lacks is said before an hour of work.
+    sound = csm.watermark().embed_stream(blocks(), rate) if watermark else blocks()
     with resumed(out, mark, seed) as (file, done):
         pieces = narrate(generator, text, **shared(done["sentences"], done["seed"]), **arguments)
         with tqdm(unit=" sentences", initial=done["sentences"], disable=None) as bar:

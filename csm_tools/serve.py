@@ -15,6 +15,7 @@ import os
 import secrets
 import socket
 import sys
+import threading
 import time
 from contextlib import asynccontextmanager
 from fractions import Fraction
@@ -26,9 +27,13 @@ from typing import Literal
 import soundfile
 import soxr
 
-import csm
+import csm  # before mlx
+import mimi as codec
 from csm_tools.narrate import sentences
 from csm_tools.serve_engine import Busy, Engine, Speech
+
+import mlx.core as mx  # isort: skip
+import numpy as np
 
 try:
     import anyio
@@ -190,8 +195,8 @@ class Encoder:
 # ------------------------------------------------------------------------------------------------------ HTTP
 
 
-def make_app(engine, args, address):
-    """The Starlette application of an Engine. args: of the command."""
+def make_app(engine, args, address, mark=None):
+    """The Starlette application of an Engine. args: of the command. mark: a Watermark for all that it says."""
     generator, rate, name = engine.generator, engine.generator.sample_rate, args.model or "csm-1b"
     own = sorted(generator.voices)
     voices = {name: own[i % len(own)] if own else "none" for i, name in enumerate(OPENAI_VOICES)}
@@ -214,6 +219,26 @@ def make_app(engine, args, address):
         engine.submit(speech)
         return partial(answer, r, speech)
 
+    def marked(speech, loop):
+        """The queue of its pieces with the watermark in them, which a thread makes, a mark (0.975 s) at a time."""
+        out, last = asyncio.Queue(), []
+
+        def said():
+            while True:
+                piece = asyncio.run_coroutine_threadsafe(speech.pieces.get(), loop).result()
+                if not isinstance(piece, np.ndarray):
+                    return last.append(piece)
+                yield piece / np.float32(32767)
+
+        def work():
+            for piece in mark.embed_stream(said(), rate):
+                loop.call_soon_threadsafe(out.put_nowait, codec.to_pcm16(piece))
+            loop.call_soon_threadsafe(out.put_nowait, *last)
+            mx.clear_streams()  # or the process may not end well
+
+        threading.Thread(target=work, daemon=True).start()
+        return out
+
     async def answer(r, speech, scope, receive, send):
         """The response, as an ASGI application. It breaks off where the client leaves or stops reading."""
 
@@ -232,10 +257,12 @@ def make_app(engine, args, address):
                 tasks.cancel_scope.cancel()
         finally:
             speech.gone = True
+            speech.pieces.put_nowait(None)  # for a thread that waits for more
             engine.changed.set()
 
     async def tell(r, speech, scope, receive, send):
-        start, piece = time.perf_counter(), await speech.pieces.get()
+        pieces = marked(speech, asyncio.get_running_loop()) if mark else speech.pieces
+        start, piece = time.perf_counter(), await pieces.get()
         first = time.perf_counter() - start
         if isinstance(piece, Exception):
             return await (await refuse(None, piece))(scope, receive, send)
@@ -258,7 +285,7 @@ def make_app(engine, args, address):
                 return log.info("%.2f s of %s in %.2f s, the first after %.2f s, voice %s, seed %d%s", *what)
             speech.taken += len(piece)
             engine.changed.set()
-            piece = await speech.pieces.get()
+            piece = await pieces.get()
         if sse:
             data = event("error", error={"message": str(piece)})
             await send({"type": "http.response.body", "body": data, "more_body": True})
@@ -321,6 +348,7 @@ def make_app(engine, args, address):
 def serve(args):
     if args.max_batch < 1 or args.max_waiting < 0 or not 0 <= args.port < 2**16:
         raise ValueError("--max-batch is 1 or more, --max-waiting 0 or more, --port 0 to 65535")
+    mark = csm.watermark() if args.watermark else None
     generator = csm.load_for(args)
     if args.voices:
         clips = [f for f in Path(args.voices).glob("*.wav") if f.with_suffix(".txt").is_file()]
@@ -329,12 +357,14 @@ def serve(args):
         generator.voices |= {f.stem: f.parent for f in clips}
     engine = Engine(generator, args.max_batch, args.max_waiting)
     engine.warm_up()
+    if mark:  # so that its arrays are there for other threads
+        mark.embed(np.sin(np.arange(generator.sample_rate, dtype=np.float32)), generator.sample_rate)
     logging.basicConfig(format="%(asctime)s %(message)s")
     log.setLevel(logging.INFO)
     family = socket.AF_INET6 if ":" in args.host else socket.AF_INET
     with socket.create_server((args.host, args.port), family=family) as listener:
         host = f"[{args.host}]" if ":" in args.host else args.host
-        app = make_app(engine, args, f"http://{host}:{listener.getsockname()[1]}")
+        app = make_app(engine, args, f"http://{host}:{listener.getsockname()[1]}", mark)
         config = uvicorn.Config(app, log_level="warning", access_log=False, timeout_graceful_shutdown=args.grace)
         uvicorn.Server(config).run(sockets=[listener])
 
@@ -350,6 +380,7 @@ def main(argv=None):
     p.add_argument("--max-waiting", type=int, default=64, metavar="N", help="that wait beyond those (default 64)")
     p.add_argument("--max-characters", type=int, default=4096, metavar="N", help="of an input (default 4096)")
     p.add_argument("--grace", type=int, default=30, metavar="S", help="seconds that SIGTERM leaves what is under way")
+    p.add_argument("--watermark", action="store_true", help="mark all sound as generated; it comes a second later")
     p.add_argument("--log-text", action="store_true", help="log what is said")
     return csm.run(p, serve, p.parse_args(argv), "stopped")
 

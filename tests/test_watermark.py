@@ -6,11 +6,13 @@ CSM_SILENTCIPHER names the folder.
 
 import itertools
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
 
-import mimi  # before mlx
+import csm  # before mlx
+import mimi
 
 import mlx.core as mx  # isort: skip
 import numpy as np
@@ -415,6 +417,49 @@ def test_without_the_weights_there_is_an_error_and_no_file(tmp_path):
         ran.stderr
     )
     assert not (tmp_path / "marked.wav").exists()
+
+
+@pytest.fixture(scope="module")
+def hub(weights, tmp_path_factory):
+    """The environment in which the Hub's repository has those weights."""
+    cache = tmp_path_factory.mktemp("hub")
+    place = cache / "hub/models--sony--silentcipher"
+    (place / "refs").mkdir(parents=True)
+    (place / "refs/main").write_text("0" * 40)
+    shutil.copytree(weights, place / "snapshots" / ("0" * 40))
+    return os.environ | {"HF_HUB_OFFLINE": "1", "HF_HOME": str(cache)}
+
+
+def test_the_command_marks_what_it_says(small, hub, tmp_path):
+    text = "The cat sat on the mat, and the dog went to the market."
+    command = [sys.executable, "csm.py", text, tmp_path / "a.wav", "--model", "tiny", "--seed", "1", "--watermark"]
+    subprocess.run(command, cwd=HERE, env=hub, check=True, capture_output=True)
+    said = csm.load("tiny").generate(text, seed=1)
+    audio = mimi.read_audio(tmp_path / "a.wav")
+    assert len(audio) == said.size and small.detect(audio).message == watermark.SESAME
+
+
+def test_the_server_marks_what_it_says(small, hub, tmp_path):
+    httpx = pytest.importorskip("httpx")
+    command = [sys.executable, "-m", "csm_tools.serve", "--model", "tiny", "--port", "0", "--watermark"]
+    with subprocess.Popen(command, cwd=HERE, env=hub, stderr=subprocess.PIPE, text=True) as server:
+        try:
+            address = next(line for line in server.stderr if line.startswith("ready: ")).split()[1]
+            request = {"input": "The cat sat on the mat, and the dog went to the market.", "voice": "alloy", "seed": 1}
+            request |= {"model": "csm", "response_format": "pcm"}
+            for _ in range(2):
+                answer = httpx.post(f"{address}/v1/audio/speech", json=request, timeout=600)
+                audio = np.frombuffer(answer.content, "<i2") / np.float32(32767)
+                assert small.detect(audio).message == watermark.SESAME
+            with httpx.stream("POST", f"{address}/v1/audio/speech", json=request, timeout=600) as answer:
+                next(answer.iter_bytes())  # and leaves
+            bad = httpx.post(f"{address}/v1/audio/speech", json=request | {"input": ""}, timeout=600)
+            assert bad.status_code == 400
+            while httpx.get(f"{address}/health").json()["live"]:
+                pass
+        finally:
+            server.terminate()
+    assert server.returncode in (0, -15, 143)
 
 
 @pytest.mark.skipif("CSM_SILENTCIPHER" not in os.environ, reason="CSM_SILENTCIPHER names no folder with Sony's weights")

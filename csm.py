@@ -501,8 +501,8 @@ class Utterance:
     limit: int  # frames at most
     seed: int
     sampling: Sampling
-    cache: KVCache | None  # of what goes before; afterwards of all, if `keep`
-    keep: bool
+    cache: KVCache | None  # of what goes before
+    keep: bool  # whether its own cache is wanted when it leaves
     launched: int = 0  # frames
     seen: int = 0  # frames
     over: bool = False  # whether it has ended, or was removed
@@ -740,10 +740,10 @@ class Generator:
             raise ValueError("texts must be a list of texts, not one")
         texts, context = list(texts), list(context)
         speakers, lengths = ([x] * len(texts) if np.ndim(x) == 0 else x for x in (speaker, max_audio_length_ms))
-        if context and not isinstance(context[0], Segment):
-            contexts = [[self.encode(s) for s in own] for own in context]
-        else:
-            contexts = [[self.encode(s) for s in context]] * len(texts)
+        own = context and not isinstance(context[0], Segment)
+        contexts = [list(c) for c in context] if own else [context] * len(texts)
+        encoded = {i: self.encode(s) for i, s in {id(s): s for c in contexts for s in c}.items()}  # each once
+        contexts = [[encoded[id(s)] for s in c] for c in contexts]
         if not len(speakers) == len(lengths) == len(contexts) == len(texts):
             raise ValueError(f"{len(texts)} texts need as many speakers, contexts and lengths, or one for all")
         seed, sampling = self.options(seed, sampling)

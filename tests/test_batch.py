@@ -114,6 +114,17 @@ def test_a_shared_prompt_is_computed_once(generator, monkeypatch):
     assert sum(len(rows) == n_context for rows in computed[before:]) == 1
 
 
+def test_a_clip_in_many_contexts_is_encoded_once(generator, monkeypatch):
+    whole, clips = csm.codec.Mimi.encode, []
+    monkeypatch.setattr(csm.codec.Mimi, "encode", lambda self, audio: clips.append(audio.shape) or whole(self, audio))
+    a, b = csm.Segment(0, "hello", clip(0.4)), csm.Segment(1, "yes", clip(0.6))
+    options = {"seed": 1, "max_audio_length_ms": 400}
+    said = generator.generate_batch(["no", "there", "yes"], 0, [[a], [a, b], [a, b]], **options)
+    assert len(clips) == 2
+    alone = generator.generate("there", 0, [a, b], seed=2, max_audio_length_ms=400)
+    np.testing.assert_allclose(said[1], alone, atol=1e-5)
+
+
 def test_a_batch_refuses(generator):
     batch, rows = generator.batch(), generator.text_rows("yes", 0)
     with pytest.raises(ValueError, match="positions"):

@@ -479,11 +479,13 @@ def from_kyutai(config, weights):
             w = mx.tile(w, -s)
         elif w.ndim == 3 and stem == "upsample":  # (D, 1, 4) -> (taps, 2, D)
             w = w[:, 0].T.reshape(2, 2, -1)[::-1]
-        elif w.ndim == 3 and s < 0:  # (C, O, kernel) -> (taps, C, u * O), the newest input's tap last
+        elif w.ndim == 3 and s < 0:  # (C, O, kernel) -> (taps, u * O, C), the newest input's tap last
             C, O, _ = w.shape
-            w = w.transpose(2, 0, 1).reshape(-1, -s, C, O)[::-1].swapaxes(1, 2).reshape(-1, C, -s * O)
-        elif w.ndim == 3:  # (O, C, kernel) -> (taps, s * C, O); a projection's kernel is 1
-            w = w[..., 0] if kind.endswith("proj") else w.transpose(2, 1, 0).reshape(-1, w.shape[1] * s, w.shape[0])
+            w = w.transpose(2, 1, 0).reshape(-1, -s * O, C)[::-1]
+        elif w.ndim == 3:  # (O, C, kernel) -> (taps, O, s * C); a projection's kernel is 1
+            O, C, _ = w.shape
+            conv = w.reshape(O, C, -1, s).transpose(2, 0, 3, 1).reshape(-1, O, s * C)
+            w = w[..., 0] if kind.endswith("proj") else conv
         out[key] = w
     for key, each in books.items():
         if sorted(each) != list(range(len(each))) or len({w.shape for w in each.values()}) > 1:
@@ -508,7 +510,7 @@ def to_kyutai(config, weights):
         elif stem == "upsample":
             out["upsample.convtr.convtr.convtr.weight"] = w[::-1].reshape(4, -1).T[:, None]
         elif stem == "downsample":
-            out["downsample.conv.conv.conv.weight"] = w.reshape(4, -1, w.shape[-1]).transpose(2, 1, 0)
+            out["downsample.conv.conv.conv.weight"] = w.reshape(2, len(w[0]), 2, -1).transpose(1, 3, 0, 2).flatten(2)
         elif "_transformer." in key:
             names = {"in_proj": "self_attn.in_proj_weight", "out_proj": "self_attn.out_proj.weight",
                      "linear1": "linear1.weight", "linear2": "linear2.weight",
@@ -518,10 +520,11 @@ def to_kyutai(config, weights):
             if kind == "bias" and s < 0:
                 w = w[: len(w) // -s]
             elif s < 0:
-                taps, C, _ = w.shape
-                w = w.reshape(taps, C, -s, -1).swapaxes(1, 2)[::-1].reshape(-s * taps, C, -1).transpose(1, 2, 0)
+                taps, _, C = w.shape
+                w = w[::-1].reshape(taps * -s, -1, C).transpose(2, 1, 0)
             elif kind == "weight":
-                w = w.reshape(len(w) * s, -1, w.shape[-1]).transpose(2, 1, 0)
+                taps, O, _ = w.shape
+                w = w.reshape(taps, O, s, -1).transpose(1, 3, 0, 2).flatten(2)
             part, rest = stem.split(".", 1)
             out[f"{part}.model.{rest}.{conv}.{kind}"] = w
     return out

@@ -87,7 +87,7 @@ class Conv(nn.Module):
 
     With `stride` s, s input rows are read as one row of s * C channels. With `upsample` u (a transposed convolution of
     stride u), a row of u * O channels is written as u rows. In between, every case is a stride-1 convolution of few
-    taps, weight (taps, C_in, C_out). `pad` is what stands before the first input: "zeros" or "first", its first row.
+    taps, weight (taps, C_out, C_in). `pad` is what stands before the first input: "zeros" or "first", its first row.
     """
 
     def __init__(self, c_in, c_out, kernel, stride=1, upsample=1, dilation=1, bias=True, pad="zeros"):
@@ -95,12 +95,12 @@ class Conv(nn.Module):
         assert kernel % (stride * upsample) == 0
         self.stride, self.upsample, self.dilation, self.pad = stride, upsample, dilation, pad
         taps = kernel // (stride * upsample)
-        self.weight = mx.zeros((taps, c_in * stride, c_out * upsample))
+        self.weight = mx.zeros((taps, c_out * upsample, c_in * stride))
         self.bias = mx.zeros((c_out * upsample,)) if bias else None
 
     def __call__(self, x, past):
         B, T, _ = x.shape
-        taps, c_in, c_out = self.weight.shape
+        taps, c_out, c_in = self.weight.shape
         n_past = (taps - 1) * self.dilation
         bias = mx.zeros((1,)) if self.bias is None else self.bias
         if past is None and n_past:
@@ -111,14 +111,14 @@ class Conv(nn.Module):
         if n_past:
             x = mx.concatenate([past, x], axis=1)
             past = x[:, T:]
-        # One product over the unfolded input copies taps * C_in a position, one product a tap rereads C_out.
-        if c_in < c_out and taps > 1:
-            x = mx.concatenate([x[:, i * self.dilation :][:, :T] for i in range(taps)], axis=-1)
-            y = mx.addmm(bias, x, self.weight.reshape(taps * c_in, c_out))
+        windows = [x[:, i * self.dilation :][:, :T] for i in range(taps)]
+        if c_in < taps:  # a waveform: one product in place of one a tap
+            windows, weight = [mx.concatenate(windows, axis=-1)], self.weight.swapaxes(0, 1).reshape(1, c_out, -1)
         else:
-            y = bias
-            for i in range(taps):
-                y = mx.addmm(y, x[:, i * self.dilation :][:, :T], self.weight[i])
+            weight = self.weight
+        y = bias
+        for window, w in zip(windows, weight):
+            y = mx.addmm(y, window, w.T)
         return y.reshape(B, T * self.upsample, c_out // self.upsample), past
 
 
@@ -253,7 +253,7 @@ class RVQ(nn.Module):
         residual = x @ self.input_proj.T
         codes = []
         for vectors, norms in zip(self.codebooks, self.norms):  # nearest: |r - v|^2 less the constant |r|^2
-            codes.append(mx.argmin(norms - 2 * (residual @ vectors.T), axis=-1))
+            codes.append(mx.argmin(mx.addmm(norms, residual, vectors.T, alpha=-2), axis=-1))
             residual = residual - vectors[codes[-1]]
         return mx.stack(codes, axis=1)
 
@@ -395,7 +395,7 @@ def from_weights(weights, config=None, n_codebooks=None):
     if not c.n_semantic <= K <= c.n_codebooks:
         raise ValueError(f"this Mimi works with {c.n_semantic} to {c.n_codebooks} codebooks, not {K}")
     model = Mimi(replace(c, ratios=tuple(c.ratios), n_codebooks=K))
-    weights = {name: w.astype(mx.float32) for name, w in weights.items()}
+    weights = {name: mx.contiguous(w.astype(mx.float32)) for name, w in weights.items()}
     for part, n in (("first", c.n_semantic), ("rest", K - c.n_semantic)):
         # A code vector is stored as the sum of what was assigned to it in training, and how much that was.
         sums, usage = (weights.pop(f"{part}.{name}", None) for name in ("embedding_sum", "cluster_usage"))

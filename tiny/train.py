@@ -72,7 +72,7 @@ def speech(args):
     """WORK/speech-i.npy: (S,) int16, one turn after the other, ten minutes or so.
     WORK/speech-i.pkl: [[(text, speaker, whether it is trained on, frames, phonemes, pitches)]], a list a conversation
     """
-    kokoro, words = teacher.Teacher(), teacher.tokenizer(args.work / "tokenizer.model")
+    speak, words = teacher.TEACHERS[args.teacher](), teacher.tokenizer(args.work / "tokenizer.model")
     shards = math.ceil(args.hours * 6)
     for i in range(args.part, shards, args.parts):
         if (args.work / f"speech-{i}.pkl").exists():
@@ -82,7 +82,7 @@ def speech(args):
             talks.append([])
             for said, speaker, (voice, speed), trained in teacher.conversation(r):
                 spoken = words.decode(words.encode(said))  # as the model reads it: numbers in words
-                wave, names, pitch = kokoro(spoken, voice, speed)
+                wave, names, pitch = speak(spoken, voice, speed)
                 waves.append((wave * 32767).astype(np.int16))
                 talks[-1].append((said, speaker, trained, len(wave) // FRAME, names, pitch))
         save(args.work / f"speech-{i}.npy", np.concatenate(waves))
@@ -672,9 +672,9 @@ def export(args):
     model.to(torch.bfloat16).save_pretrained(out)
     (out / "tokenizer.model").write_bytes((args.work / "tokenizer.model").read_bytes())
     (out / "prompts").mkdir(exist_ok=True)
-    kokoro = teacher.Teacher()
+    speak = teacher.TEACHERS[args.teacher]()
     for name, voice, said in teacher.PROMPTS:
-        soundfile.write(out / "prompts" / f"{name}.wav", kokoro(said, voice)[0], RATE, subtype="PCM_16")
+        soundfile.write(out / "prompts" / f"{name}.wav", speak(said, voice)[0], RATE, subtype="PCM_16")
         (out / "prompts" / f"{name}.txt").write_text(said + "\n")
     folder = args.folder or HERE
     subprocess.run([sys.executable, HERE.parent / "convert.py", out, folder], check=True)
@@ -690,6 +690,7 @@ def main():
     p.add_argument("stage", choices=("all", *STAGES))
     p.add_argument("work", type=Path, help="folder for what the stages make")
     p.add_argument("--steps", type=int, help="of ear, encoder, decoder or lm; more than before: it goes on")
+    p.add_argument("--teacher", choices=teacher.TEACHERS, default="kokoro", help="of the stages speech and export")
     p.add_argument("--hours", type=float, default=20, help="of the stage speech")
     p.add_argument("--part", type=int, default=0, help="of the stage speech: which of --parts processes this is")
     p.add_argument("--parts", type=int, default=1)

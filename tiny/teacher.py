@@ -239,6 +239,18 @@ class Espeak:
         self.hear = kind(self.heard)  # held, since C holds it
         self.espeak.espeak_SetSynthCallback(self.hear)
 
+    def phonemes(self, text):
+        """Kokoro's letters with stress marks and punctuation, which shape the melody."""
+        out = ""
+        for clause in re.findall(r"[^,.?!;:]+|[,.?!;:]+", text):
+            if clause[0] in ",.?!;:":
+                out = out.rstrip() + clause[-1] + " "
+            else:
+                rest = ctypes.c_char_p(clause.encode())
+                while rest.value:
+                    out += self.espeak.espeak_TextToPhonemes(ctypes.byref(rest), 1, 2).decode() + " "
+        return [c for c in re.sub(r" +", " ", self.kokoros(out)).strip() if c in self.ids]
+
     def heard(self, wave, n, events):
         self.wave += wave[:n] if wave else []
         while events[0].type:
@@ -258,7 +270,7 @@ class Espeak:
         self.espeak.espeak_Synth(data, ctypes.c_size_t(len(data)), 0, 1, 0, 1, None, None)
         wave = soxr.resample(np.array(self.wave, np.float32) / 32768, self.rate, RATE)
         starts = np.array([ms * RATE / 1000 for ms, _ in self.events] or [0])
-        names = [self.kokoros(ipa) or " " for _, ipa in self.events] or [" "]
+        names = [self.kokoros(ipa).strip(MARKS) or " " for _, ipa in self.events] or [" "]
         names = np.array([self.ids.get(name[0], 0) for name in names], np.uint8)
 
         def labels(middles):
@@ -270,7 +282,7 @@ class Espeak:
         """Kokoro's letters for espeak-ng's."""
         for theirs, letters in LETTERS:
             ipa = ipa.replace(theirs, letters)
-        return ipa.strip(MARKS)
+        return ipa
 
 
 def track(wave, middles):
@@ -315,20 +327,6 @@ class Kokoro(Espeak):
         options.intra_op_num_threads = 1  # two processes of one thread do not slow each other
         self.session = onnxruntime.InferenceSession(graph.SerializeToString(), options, ["CPUExecutionProvider"])
         self.styles = dict(np.load(self.data / "voices_ja.npz"))  # name: (phonemes, 1, 256)
-
-    def phonemes(self, text):
-        """Kokoro's letters with stress marks and punctuation, which shape the melody."""
-        out = ""
-        for clause in re.findall(r"[^,.?!;:]+|[,.?!;:]+", text):
-            if clause[0] in ",.?!;:":
-                out = out.rstrip() + clause[-1] + " "
-            else:
-                rest = ctypes.c_char_p(clause.encode())
-                while rest.value:
-                    out += self.espeak.espeak_TextToPhonemes(ctypes.byref(rest), 1, 2).decode() + " "
-        for theirs, letters in LETTERS:
-            out = out.replace(theirs, letters)
-        return [c for c in re.sub(r" +", " ", out).strip() if c in self.ids]
 
     def __call__(self, text, voice, speed=1.0):
         """-> sound (S,) float32, whole frames, of even loudness; phonemes and pitch in Hz of each 20 ms, 0 for none."""

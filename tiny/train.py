@@ -281,18 +281,24 @@ def ear(args):
 
 
 @torch.no_grad()
-def listen(args, layers):
-    """WORK/ear-i.npy: (frames * EAR, C) float16, what the ear makes of each shard that has none yet."""
-    for index in sorted(args.work.glob("speech-*.pkl")):
-        if beside(index, "ear").exists():
+def each_turn(work, source, kind, function):
+    """WORK/kind-i.npy: function(a turn of WORK/source-i.npy), turn after turn, for each shard that has none yet."""
+    size = {"speech": FRAME, "ear": EAR}[source]
+    for index in sorted(work.glob("speech-*.pkl")):
+        if beside(index, kind).exists():
             continue
-        sound, start, rows = np.load(beside(index, "speech"), mmap_mode="r"), 0, []
+        rows, start, out = np.load(beside(index, source), mmap_mode="r"), 0, []
         for talk in pickle.loads(index.read_bytes()):
             for *_, frames, _, _ in talk:
-                x = sound[start * FRAME : (start + frames) * FRAME].astype(np.float32) / 32767
-                rows.append(layers(torch.from_numpy(x).to(DEVICE)[None, None])[0].T.half().cpu().numpy())
+                x = rows[start * size : (start + frames) * size].astype(np.float32)
+                out.append(function(torch.from_numpy(x).to(DEVICE)).cpu().numpy())
                 start += frames
-        save(beside(index, "ear"), np.concatenate(rows))
+        save(beside(index, kind), np.concatenate(out))
+
+
+def listen(args, layers):
+    """WORK/ear-i.npy: (frames * EAR, C) float16, what the ear makes of each shard."""
+    each_turn(args.work, "speech", "ear", lambda x: layers(x[None, None] / 32767)[0].T.half())
 
 
 class Codebooks(nn.Module):
@@ -467,21 +473,12 @@ def encoder(args):
         old.unlink()
 
 
-@torch.no_grad()
 def codes(args):
-    """WORK/codes-i.npy: (frames, K) uint16, the codes of each shard, turn by turn."""
+    """WORK/codes-i.npy: (frames, K) int16, the codes of each shard, turn by turn."""
     mimi = new_mimi(args.work / "encoder.pt")
     listen(args, ear_layers(mimi)[0])
-    for index in sorted(args.work.glob("speech-*.pkl")):
-        if beside(index, "codes").exists():
-            continue
-        rows, start, out = np.load(beside(index, "ear"), mmap_mode="r"), 0, []
-        for talk in pickle.loads(index.read_bytes()):
-            for *_, frames, _, _ in talk:
-                x = torch.from_numpy(rows[start * EAR : (start + frames) * EAR].astype(np.float32)).T[None].to(DEVICE)
-                out.append(mimi.quantizer.encode(understand(mimi, x))[:, 0].T.cpu().numpy().astype(np.uint16))
-                start += frames
-        save(beside(index, "codes"), np.concatenate(out))
+    encode = mimi.quantizer.encode
+    each_turn(args.work, "ear", "codes", lambda x: encode(understand(mimi, x.T[None]))[:, 0].T.short())
 
 
 # ---------------------------------------------------------------------------------------------------- codec: decoder

@@ -161,7 +161,7 @@ def spoken(generator, todo, job, size, group):
     how many a process says at once.
     """
     todo, mine, batch, running = deque(todo), deque(), generator.batch(), {}
-    n, K = len(todo), generator.model.config.audio_num_codebooks
+    n, K = len(todo), generator.codebooks
     wanted = [2 * size] * group.size()  # by each process: what it says next waits with it
     while n:
         while todo and max(wanted) > 0:  # one each in turn, so that the last ones are spread

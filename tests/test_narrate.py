@@ -94,6 +94,15 @@ def test_the_same_whatever_the_batch(generator):
     assert len(said[0][2][1]) == len(alone) + round(24000 * pause)
 
 
+def test_fewer_codebooks(generator):
+    g = generator
+    fewer = csm.Generator(g.model, g.mimi, g.tokenizer, g.voices, codebooks=3)
+    said = [audio for _, _, audio in narrate.narrate(fewer, TEXT, seed=3, max_audio_length_ms=240)]
+    alone = fewer.generate(narrate.sentences(TEXT)[0][0], 0, seed=3, max_audio_length_ms=240)
+    assert len(said) == len(narrate.sentences(TEXT)) and 0 < len(alone) < len(said[0])
+    np.testing.assert_allclose(said[0][: len(alone)], alone, atol=1e-5)
+
+
 def test_the_batch_stays_full(generator, monkeypatch):
     """Sentences of other lengths join as others end."""
     sizes, step = [], csm.Batch.next

@@ -5,10 +5,12 @@
     python tiny/evaluate.py --encoder WORK        the codes of train.py's encoder, through its own head
     python tiny/evaluate.py [FOLDER] --spectrograms PNG
 
-The texts are those of heldout.txt, fifty sentences and thirty longer texts, which training never sees.
+The texts are those of heldout.txt, fifty sentences and thirty longer texts, which training never sees. Settings are
+chosen on others: `--drawn 7 --only sentences` speaks fifty new sentences of teacher.py, drawn with that seed.
 """
 
 import argparse
+import random
 import re
 import sys
 import time
@@ -28,8 +30,14 @@ import teacher
 # ---------------------------------------------------------------------------------------------------- listening
 
 
+DRAWN = None  # a seed: speak new sentences in place of those of heldout.txt
+
+
 def texts():
     """(the sentences, the longer texts)"""
+    if DRAWN is not None:
+        r = random.Random(DRAWN)
+        return [teacher.text(r, 60).rstrip(".") for _ in range(50)], []
     lines = (HERE / "heldout.txt").read_text().splitlines()
     return lines[:50], lines[50:]
 
@@ -214,7 +222,7 @@ MEASURES = ("teacher", "codec", "sentences", "long", "voices", "dialogue", "spee
 
 
 def typed(sentences):
-    return [s.capitalize() + "." for s in sentences]
+    return [s[0].upper() + s[1:] + ("" if s[-1] in "?!" else ".") for s in sentences]
 
 
 # ---------------------------------------------------------------------------------------------------- the encoder
@@ -286,10 +294,13 @@ def main():
     p.add_argument("--quantize", type=int, choices=(4, 8))
     p.add_argument("--only", nargs="+", default=MEASURES, choices=MEASURES)
     p.add_argument("--temperature", type=float, help="in place of the model's own")
+    p.add_argument("--drawn", type=int, metavar="SEED", help="new sentences in place of those of heldout.txt")
     p.add_argument("--threads", type=int, default=1)
     p.add_argument("--encoder", type=Path, metavar="WORK")
     p.add_argument("--spectrograms", type=Path, metavar="PNG")
     args = p.parse_args()
+    global DRAWN
+    DRAWN = args.drawn
     listener = Listener(args.threads)
     if args.encoder:
         for row in encoder(args.encoder, listener):

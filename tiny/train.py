@@ -10,7 +10,7 @@ The stages, all resumable, each leaving its result in WORK:
     encoder   the second half and the quantizers: log spectra, phonemes and pitch through throwaway heads
     codes     the shards as codes
     decoder   Mimi's decoder, from the frozen codes back to sound: log spectra at several resolutions
-    lm        the CSM itself, on the codes; and, by a throwaway head, on how any text is pronounced
+    lm        the CSM itself, on the codes
     export    a checkpoint in transformers' layout, and of it, by convert.py, the folder beside this file
 Several processes may do `speech`; the others take in what there is of it, and what comes later.
 Shapes: B batch, T positions, F frames, K codebooks, S samples, C channels.
@@ -72,7 +72,7 @@ def speech(args):
     """WORK/speech-i.npy: (S,) int16, one turn after the other, ten minutes or so.
     WORK/speech-i.pkl: [[(text, speaker, whether it is trained on, frames, phonemes, pitches)]], a list a conversation
     """
-    speak, words = teacher.TEACHERS[args.teacher](), teacher.tokenizer(args.work / "tokenizer.model")
+    speak, words = teacher.TEACHERS[args.teacher](), teacher.tokenizer(args.work / "words.model", spelled=True)
     shards = math.ceil(args.hours * 6)
     for i in range(args.part, shards, args.parts):
         if (args.work / f"speech-{i}.pkl").exists():
@@ -539,7 +539,7 @@ def lm_config(n_text):
 
 
 class Talks:
-    """The conversations that have codes: [[(ids, codes (F, K), phoneme of each frame (F,), trained)]]."""
+    """The conversations that have codes, as rows of the backbone: [[(ids, codes (F, K), trained)]]."""
 
     def __init__(self, work, tokenizer):
         self.work, self.tokenizer, self.files, self.talks, self.r = work, tokenizer, set(), [], random.Random(0)
@@ -555,9 +555,8 @@ class Talks:
             codes, start = np.load(beside(index, "codes")), 0
             for talk in pickle.loads(index.read_bytes()):
                 self.talks.append([])
-                for said, speaker, trained, frames, names, _ in talk:
-                    said, names = self.ids(said, speaker), names[PARTS // 2 :: PARTS]
-                    self.talks[-1].append((said, codes[start : start + frames], names, trained))
+                for said, speaker, trained, frames, _, _ in talk:
+                    self.talks[-1].append((self.ids(said, speaker), codes[start : start + frames], trained))
                     start += frames
 
     def ids(self, said, speaker):
@@ -573,7 +572,7 @@ class Talks:
 
     def batches(self, positions, longest):
         """Lists of conversations alike in length, together at most `positions` long when padded."""
-        lengths = [sum(len(ids) + len(codes) + 1 for ids, codes, *_ in talk) for talk in self.talks]
+        lengths = [sum(len(ids) + len(codes) + 1 for ids, codes, _ in talk) for talk in self.talks]
         some = sorted((n + self.r.random() * 4, i) for i, n in enumerate(lengths) if n <= longest)
         groups, group = [], []
         for n, i in some:
@@ -585,66 +584,36 @@ class Talks:
         return groups
 
 
-class Spelled:
-    """Sentences without sound: any number of (ids, phonemes), so that words that nobody spoke are learned too."""
-
-    def __init__(self, talks):
-        self.talks, self.espeak, self.r = talks, teacher.Espeak(), random.Random()
-
-    def batch(self, positions):
-        said = [teacher.text(self.r, 80) for _ in range(positions // 75)]
-        plain = (self.talks.tokenizer.decode(self.talks.tokenizer.encode(text)) for text in said)
-        names = [[self.espeak.ids[c] for c in self.espeak.phonemes(text) if c not in teacher.MARKS] for text in plain]
-        names = [np.array([n for n in some if n >= 24]) for some in names]  # as the labels of the speech
-        return [[(self.talks.ids(text, self.r.randrange(2)), None, some, True)] for text, some in zip(said, names)]
-
-
 def collate(talks):
-    """ids (B, T), codes (B, T, K), kind (B, T): 0 text, 1 audio, 2 phonemes; what follows each position, -100 where it
-    is not trained: codes (B, T, K) and phonemes (B, T)."""
-    n = max(sum(len(ids) + len(names) + 1 for ids, _, names, _ in talk) for talk in talks)
+    """ids (B, T), codes (B, T, K), is_audio (B, T), target (B, T, K): the next frame, -100 where it is not trained."""
+    n = max(sum(len(ids) + len(codes) + 1 for ids, codes, _ in talk) for talk in talks)
     ids, audio = np.zeros((len(talks), n), np.int64), np.zeros((len(talks), n, K), np.int64)
-    kind, target = np.zeros((len(talks), n), np.int64), np.full((len(talks), n, K), -100)
-    spelled = np.full((len(talks), n), -100)
+    is_audio, target = np.zeros((len(talks), n), bool), np.full((len(talks), n, K), -100)
     for b, talk in enumerate(talks):
         t = 0
-        for words, codes, names, trained in talk:
+        for words, codes, trained in talk:
             ids[b, t : t + len(words)] = words
-            t, end = t + len(words), t + len(words) + len(names)
-            if trained:
-                spelled[b, t - 1 : end - 1] = names
-            if codes is None:
-                ids[b, t:end], kind[b, t:end] = names, 2
-                continue
+            t, end = t + len(words), t + len(words) + len(codes)
             audio[b, t:end] = codes
-            kind[b, t : end + 1] = 1  # and the frame of zeros that ends it
+            is_audio[b, t : end + 1] = True  # and the frame of zeros that ends it
             if trained:
                 target[b, t - 1 : end - 1] = codes
                 target[b, end - 1] = 0
             t = end + 1
-    return [torch.from_numpy(x).to(DEVICE) for x in (ids, audio, kind, target, spelled)]
+    return [torch.from_numpy(x).to(DEVICE) for x in (ids, audio, is_audio, target)]
 
 
-def losses(model, spell, batch, fraction=1.0, corrupt=0.0):
-    """Cross-entropy of codebook 0 in every frame, of the others in a fraction of them and in all last frames, and of
-    the phonemes. A batch has sound or it has not: what it lacks costs 0."""
-    ids, audio, kind, target, spelled = batch
+def losses(model, batch, fraction=1.0, corrupt=0.0):
+    """Cross-entropy of codebook 0 in every frame, and of the others in a fraction of them and in all last frames."""
+    ids, audio, is_audio, target = batch
     offsets = torch.arange(K, device=DEVICE) * V
-    if corrupt:  # of the frames that it reads, so that it can go on from its own mistakes
-        hit = (torch.rand(audio.shape, device=DEVICE) < corrupt) & (torch.rand(len(audio), 1, 1, device=DEVICE) < 0.4)
+    if corrupt:  # of the frames that it reads: it shall follow the text, and go on from its own mistakes
+        rate = corrupt * torch.rand(len(audio), 1, 1, device=DEVICE)
+        hit = torch.rand(audio.shape, device=DEVICE) < rate
         audio = torch.where(hit, torch.randint(1, N_CODES, audio.shape, device=DEVICE), audio)
     table = model.backbone_model.embed_tokens.embed_audio_tokens.weight
-    sounding = bool((kind == 1).any())
-    if sounding:
-        other = F.embedding(audio + offsets, table).sum(2)
-    else:
-        other = spell["embed"](ids)
-    text = model.embed_text_tokens(torch.where(kind == 0, ids, 0))
-    x = torch.where(kind[..., None] == 0, text, other)
+    x = torch.where(is_audio[..., None], F.embedding(audio + offsets, table).sum(2), model.embed_text_tokens(ids))
     h = model.backbone_model(inputs_embeds=x, use_cache=False).last_hidden_state
-    phonemes = F.cross_entropy(spell["head"](h[spelled >= 0]), spelled[spelled >= 0])
-    if not sounding:
-        return h.new_zeros(()), h.new_zeros(()), phonemes
     h, target = h[target[..., 0] >= 0], target[target[..., 0] >= 0]  # (N, D), (N, K)
     first = F.cross_entropy(model.lm_head(h), target[:, 0])
     some = (torch.rand(len(h), device=DEVICE) < fraction) | (target[:, 0] == 0)
@@ -652,7 +621,7 @@ def losses(model, spell, batch, fraction=1.0, corrupt=0.0):
     x = torch.cat([h[:, None], F.embedding(target[:, :-1] + offsets[:-1], table)], 1)
     y = model.depth_decoder.model(inputs_embeds=x, use_cache=False).last_hidden_state[:, 1:]  # (N, K - 1, D')
     logits = torch.bmm(y.transpose(0, 1), model.depth_decoder.codebooks_head.weight)  # (K - 1, N, V)
-    return first, F.cross_entropy(logits.reshape(-1, V), target[:, 1:].T.reshape(-1)), phonemes
+    return first, F.cross_entropy(logits.reshape(-1, V), target[:, 1:].T.reshape(-1))
 
 
 def lm(args):
@@ -664,13 +633,11 @@ def lm(args):
     words = teacher.tokenizer(args.work / "tokenizer.model")
     model = CsmForConditionalGeneration(lm_config(words.vocab_size())).to(DEVICE)
     model.codec_model.requires_grad_(False)
-    spell = nn.ModuleDict({"embed": nn.Embedding(N_PHONEMES, 256), "head": nn.Linear(256, N_PHONEMES)}).to(DEVICE)
-    parameters = [p for p in (*model.parameters(), *spell.parameters()) if p.requires_grad]
+    parameters = [p for p in model.parameters() if p.requires_grad]
     decay = [{"params": [p for p in parameters if (p.ndim > 1) == big], "weight_decay": 0.05 * big} for big in (1, 0)]
     optimizer = torch.optim.AdamW(decay, lr=1e-3, betas=(0.9, 0.96))
-    steps = Steps(args, 30_000, args.work / "lm-state.pt", 1.5e-3, model=model, spell=spell, optimizer=optimizer)
+    steps = Steps(args, 30_000, args.work / "lm-state.pt", 1.5e-3, model=model, optimizer=optimizer)
     talks, groups = Talks(args.work, words), []
-    spelled = Spelled(talks)
     for done in steps:
         if not groups:
             codes(args)
@@ -679,16 +646,13 @@ def lm(args):
             longest = 90 if done < 0.05 else 640  # short ones first: attention finds its way sooner
             groups = talks.batches(args.positions, longest)
             print(f"{len(talks.talks)} conversations, {len(groups)} batches", flush=True)
-        batch = groups.pop()
         with half(args):
-            first, rest, phonemes = losses(model, spell, collate(batch), 0.5, 0.06)
-            if steps.step % 2 == 0:
-                phonemes = phonemes + 2 * losses(model, spell, collate(spelled.batch(args.positions // 2)))[2]
-        steps.optimize(first + rest + 0.5 * phonemes, parameters, first=first, rest=rest, phonemes=phonemes)
+            first, rest = losses(model, collate(groups.pop()), 0.5, 0.5)
+        steps.optimize(first + rest, parameters, first=first, rest=rest)
         if (steps.step + 1) % 500 == 0:
             with torch.no_grad():
-                first, rest, phonemes = losses(model, spell, collate(talks.test))
-            print(f"held out: first {first:.3f}, rest {rest:.3f}, phonemes {phonemes:.3f}", flush=True)
+                first, rest = losses(model, collate(talks.test))
+            print(f"held out: first {first:.3f}, rest {rest:.3f}", flush=True)
     save(args.work / "lm.pt", model.state_dict())
 
 

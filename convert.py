@@ -105,6 +105,7 @@ def convert(
             config, weights = csm_layouts.to_sesame(config, weights, asdict(csm.CSMConfig()))
         files |= {"config.json": config, "model.safetensors": (weights, kind)}
     if sound and to == "sesame":
+        kind |= {"config": json.dumps(sound_config)}  # its number of heads is not to be seen in the shapes
         files[codec.DEFAULT_FILE] = csm_layouts.to_kyutai(sound_config, sound), kind
     elif sound and not to:
         files["mimi.safetensors"] = sound, kind | {"config": json.dumps(sound_config)}

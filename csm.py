@@ -382,7 +382,8 @@ class Sampling:
         if self.greedy:
             return [1.0, 1, 2.0, -math.inf, 1]
         top_p, min_p = self.top_p if 0 < self.top_p < 1 else 2.0, math.log(self.min_p) if self.min_p else -math.inf
-        return [1 / self.temperature, self.top_k or 2**20, top_p, min_p, self.min_tokens_to_keep]
+        top_k, spared = (min(n, 2**20) for n in (self.top_k or 2**20, self.min_tokens_to_keep))  # they become floats
+        return [1 / self.temperature, top_k, top_p, min_p, spared]
 
 
 def sample(logits, noise, options):
@@ -548,6 +549,8 @@ class Batch:
         is not altered. keep: `remove` shall return a KVCache of all that was said. ValueError: a prompt too long.
         """
         check_seed(seed)
+        if max_frames < 1:
+            raise ValueError(f"max_frames must be 1 or more, not {max_frames}")
         rows = np.array(prompt_rows, np.int32)
         n = len(rows) + (cache.offset if cache else 0)
         room = self.generator.limit - n
@@ -572,7 +575,8 @@ class Batch:
 
     def remove(self, uid):
         """Let an utterance leave at once. Returns its KVCache if it was inserted with `keep`, else None."""
-        for u in [*self.waiting, *self.live]:
+        landing = self.flying[0] if self.flying else []  # among them one that has left `live` with its last frame
+        for u in [*self.waiting, *self.live, *landing]:
             u.over |= u.uid == uid
         self._leave()
         return self.kept.pop(uid, None)
@@ -686,9 +690,10 @@ class Generator:
         self.fields = fields or {}  # of config.json, for `save`
         self.sample_rate = mimi.sample_rate
         self.limit = model.config.backbone.max_positions  # positions that the model has
-        self.codebooks = codebooks or model.config.audio_num_codebooks  # that are spoken, the first ones
-        if not 2 <= self.codebooks <= model.config.audio_num_codebooks:
-            raise ValueError(f"codebooks must be 2 to {model.config.audio_num_codebooks}, not {codebooks}")
+        K = model.config.audio_num_codebooks
+        self.codebooks = K if codebooks is None else codebooks  # that are spoken, the first ones
+        if not 2 <= self.codebooks <= K:
+            raise ValueError(f"codebooks must be 2 to {K}, not {codebooks}")
         if mimi.n_codebooks < self.codebooks:
             n = mimi.n_codebooks
             raise ValueError(f"the model writes {self.codebooks} codebooks, its Mimi has {n} (--codebooks: fewer)")
@@ -697,7 +702,7 @@ class Generator:
         mx.eval(self.forbidden)
         self.codec_stream = mx.new_thread_local_stream(mx.default_device())
         self._compiled, self._lock = None, threading.Lock()  # the depth decoder's loop
-        self._contexts, self.kept = {}, 4  # rows, as bytes -> KVCache of the contexts used last; how many of them
+        self.contexts, self.kept = {}, 4  # rows, as bytes -> KVCache of the contexts used last; how many of them
         self._prompts = {}  # the voices asked for so far, as Segments with codes
 
     def batch(self):
@@ -763,9 +768,7 @@ class Generator:
 
     def encode(self, segment):
         """The Segment with its codes."""
-        if not isinstance(segment, Segment):
-            raise ValueError(f"a context is a list of Segments, not of {segment!r}")
-        if segment.codes is not None:
+        if isinstance(segment, Segment) and segment.codes is not None:
             return segment
         n = min(self.mimi.n_codebooks, self.model.config.audio_num_codebooks)
         return replace(segment, codes=self.audio_rows(segment)[:-1, :n])
@@ -839,10 +842,10 @@ class Generator:
         if not len(rows):
             return None
         key = rows.tobytes()
-        cache = self._contexts.pop(key, None) or prefill(self.model, rows)[1]
-        self._contexts[key] = cache  # the last of them
-        for old in list(self._contexts)[: -self.kept]:
-            self._contexts.pop(old, None)
+        cache = self.contexts.pop(key, None) or prefill(self.model, rows)[1]
+        self.contexts[key] = cache  # the last of them
+        for old in list(self.contexts)[: -self.kept]:
+            self.contexts.pop(old, None)
         return cache
 
     def prompt(self, text, speaker=0, context=(), voice=None, voice_match=None):
@@ -901,6 +904,8 @@ class Generator:
         The text column holds NO_TEXT, and so do those of codebooks that the codes, (F, 1 to K), do not have.
         """
         K, V = self.model.config.audio_num_codebooks, self.model.config.audio_vocab_size
+        if not isinstance(segment, Segment):
+            raise ValueError(f"a context is a list of Segments, not of {segment!r}")
         if segment.codes is None and segment.audio is None:
             raise ValueError(f"a turn of the context has a text but no audio: {segment.text[:40]!r}")
         if (codes := segment.codes) is None:
@@ -915,7 +920,8 @@ class Generator:
 
     def segment_rows(self, segment):
         """(T, K + 1) int32 for a finished turn: its text, then its audio."""
-        return np.concatenate([self.text_rows(segment.text, segment.speaker), self.audio_rows(segment)])
+        audio = self.audio_rows(segment)
+        return np.concatenate([self.text_rows(segment.text, segment.speaker), audio])
 
 
 class Conversation:
@@ -1004,7 +1010,14 @@ class Conversation:
         """Say the next turn as frames of codes, (K,) int32 each. Arguments are checked at once, not at the first."""
         seed, sampling = self.generator.options(seed, sampling)
         max_frames = self.generator.max_frames(max_audio_length_ms, str(text))
-        return self._frames(Segment(speaker, text), self.prompt(text, speaker), max_frames, seed, sampling)
+        held = self._bound()
+        self.prompt(text, speaker)  # for its errors alone; bound is who speaks, not who asked to
+        vars(self).update(held)
+        return self._frames(Segment(speaker, text), max_frames, seed, sampling)
+
+    def _bound(self):
+        """What `prompt` changes."""
+        return {x: getattr(self, x) for x in ("turns", "blocks", "n_kept", "opening", "voice", "voice_match")}
 
     def _check_free(self):
         if self.busy:
@@ -1016,8 +1029,9 @@ class Conversation:
             hint = "shorten context or text (a long text: python -m csm_tools.narrate)"
             raise ValueError(f"the prompt takes {n} positions, and the model has {limit}: {hint}")
 
-    def _frames(self, turn, rows, max_frames, seed, sampling):
+    def _frames(self, turn, max_frames, seed, sampling):
         self._check_free()
+        held, rows = self._bound(), self.prompt(turn.text, turn.speaker)
         self._make_room(len(rows), max_frames)
         prompt, said, self.busy = np.concatenate([*self.blocks, rows]), [], True
         try:
@@ -1036,6 +1050,9 @@ class Conversation:
             mx.eval(turn.codes)
             block = np.concatenate([rows, self.generator.audio_rows(turn)])
             cache = batch.remove(uid)
+        except BaseException:  # abandoned, or failed
+            vars(self).update(held)
+            raise
         finally:
             self.busy = False
         cache.trim(cache.offset - len(prompt) - len(said) - 1)  # the frame of zeros stays, what followed goes
@@ -1251,6 +1268,11 @@ def write_folder(folder, files):
         for name in files:  # all are whole by now, and on the same disk
             (folder / name).parent.mkdir(parents=True, exist_ok=True)
             (staging / name).replace(folder / name)
+        for kind in (TOKENIZER, codec.FILES):  # of another model, which `load` might take in their place
+            there = {f for pattern in kind for f in folder.glob(pattern)}
+            if ours := there & {folder / name for name in files}:
+                for f in there - ours:
+                    f.unlink()
     except (OSError, RuntimeError) as e:  # RuntimeError: MLX, of a full disk
         raise ValueError(f"cannot write {folder}: {getattr(e, 'strerror', None) or e}") from None
     finally:
@@ -1307,7 +1329,7 @@ QUANTIZE = {  # the option of that name
 def adapter(argument):
     """DIR or DIR=FACTOR -> (folder, factor)."""
     folder, _, factor = argument.rpartition("=")
-    return (folder, float(factor)) if folder else (argument, 1.0)
+    return (folder, float(factor)) if folder and not Path(argument).exists() else (argument, 1.0)
 
 
 def add_model_options(p):

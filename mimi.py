@@ -370,7 +370,7 @@ class Mimi(nn.Module):
 
     def _whole(self, step, x, width):
         """x (B, channels, width a frame) through `step` in chunks."""
-        chunk = width * (25 if mx.default_device() == mx.cpu else 125)  # two seconds fit a CPU's cache, ten a GPU's memory
+        chunk = width * (25 if mx.default_device() == mx.cpu else 125)  # frames: two seconds fit a CPU's cache
         state, out = self.init_state(x.shape[0]), []
         for i in range(0, max(x.shape[2], 1), chunk):
             y, state = step(x[:, :, i : i + chunk], state)
@@ -621,7 +621,7 @@ def replacing(path):
 
 def wav_head(sample_rate, n_bytes=None):
     """The 44 bytes before 16-bit mono samples; None: their number is not known yet, the largest there is."""
-    sizes = (2**32 - 1, 2**32 - 1) if n_bytes is None else (n_bytes + 36, n_bytes)
+    sizes = (2**32 - 1, 2**32 - 1) if n_bytes is None or n_bytes + 36 >= 2**32 else (n_bytes + 36, n_bytes)
     form = (b"WAVE", b"fmt ", 16, 1, 1, sample_rate, 2 * sample_rate, 2, 16)  # PCM, mono
     return struct.pack("<4sI4s4sIHHIIHH4sI", b"RIFF", sizes[0], *form, b"data", sizes[1])
 
@@ -657,7 +657,11 @@ def audio_writer(path, sample_rate=24_000):
 
             held = io.BytesIO()  # libsndfile swallows the errors of a file that it writes to
             kind, subtype = FORMATS[suffix]
-            with soundfile.SoundFile(held, "w", sample_rate, 1, subtype, format=kind) as sound:
+            try:
+                sound = soundfile.SoundFile(held, "w", sample_rate, 1, subtype, format=kind)
+            except soundfile.LibsndfileError as e:  # of the rate: Opus has five, MP3 nine
+                raise ValueError(f"cannot write {path} at {sample_rate} Hz: {e.error_string}") from None
+            with sound:
                 # in parts, since a long one overflows the stack of libvorbis
                 yield lambda audio: [sound.write(x) for x in np.array_split(to_pcm16(audio), len(audio) // 2**16 + 1)]
             out.write(held.getbuffer())
@@ -686,12 +690,12 @@ def main(argv=None):
     try:
         audio = mx.array(read_audio(args.input))
         codec = load(args.model, args.n_codebooks)
-        codes = codec.encode(audio[None, None])
-        decoded = codec.decode(codes)[0, 0, : audio.size]
-        if args.codes:
-            with replacing(args.codes) as file:
-                np.savez(file, codes=np.array(codes[0]), sample_rate=codec.sample_rate)
-        write_audio(args.output, decoded, codec.sample_rate)
+        with audio_writer(args.output, codec.sample_rate) as write:  # which checks OUT
+            codes = codec.encode(audio[None, None])
+            write(codec.decode(codes)[0, 0, : audio.size])
+            if args.codes:
+                with replacing(args.codes) as file:
+                    np.savez(file, codes=np.array(codes[0]), sample_rate=codec.sample_rate)
     except (ValueError, OSError) as e:
         parser.exit(2, f"mimi.py: error: {' '.join(str(e).split())}\n")
     except KeyboardInterrupt:

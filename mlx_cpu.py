@@ -197,6 +197,14 @@ def elementwise(slope):
     def vjp(x, cotangent, y):
         return cotangent * slope(x, y)
 
+    @function.jvp
+    def jvp(x, tangent):
+        return tangent * slope(x, function(x))
+
+    @function.vmap
+    def vmap(x, axis):  # else a gradient of it is the product's
+        return function(x), axis
+
     def make(plain):
         def either(a, /, *, stream=None):
             ours = len(BLAS) == 2 and stream is None and isinstance(a, mx.array) and quick(a.size, a)

@@ -444,6 +444,7 @@ def train(args):
 def speak(generator, texts, folder, seed):
     """What the model says by now: FOLDER/0.wav, 1.wav ..., of the texts that are not empty."""
     folder.mkdir(parents=True, exist_ok=True)
+    generator.contexts.clear()  # of the weights before
     texts = [t for t in texts if t.strip()]
     for i, audio in enumerate(generator.generate_batch(texts, seed=seed)):
         mimi.write_audio(folder / f"{i}.wav", audio)

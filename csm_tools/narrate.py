@@ -125,11 +125,11 @@ def narrate(
     group = mx.distributed.init()
 
     def said(context, todo):
-        before = [generator.segment_rows(s) for s in context]
-        cache = generator.prefill(np.concatenate([rows[0][:0], *before]))
+        cache = generator.prefill(generator.prompt(parts[0][0], speaker, context, "none")[0])
 
         def job(i, again):
-            return rows[i], frames[i], (seed + i + again * 2**32) % 2**64, sampling, cache
+            own = generator.prompt(parts[i][0], speaker, context, "none")[1]  # which may continue the voice's clip
+            return own, frames[i], (seed + i + again * 2**32) % 2**64, sampling, cache
 
         return spoken(generator, todo, job, batch, group)
 
@@ -275,7 +275,7 @@ def write(generator, text, out, mark, seed, watermark, arguments):
 def command(args):
     begun, seconds, seed, group = time.perf_counter(), 0, args.seed, mx.distributed.init()
     if args.out_dir:
-        jobs = [(path, args.out_dir / f"{Path(path).stem}.{args.format}") for path in args.paths]
+        jobs = [(path, args.out_dir / f"{Path(path).stem}.{args.format.lstrip('.')}") for path in args.paths]
     elif len(args.paths) == 2:
         jobs = [(args.paths[0], Path(args.paths[1]))]
     else:

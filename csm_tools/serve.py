@@ -135,7 +135,7 @@ def read_request(body, voices, generator, longest):
         raise Refused("`input` is empty", "input")
     if len(r.input) > longest:
         raise Refused(f"`input` has {len(r.input)} characters, and may have {longest}", "input")
-    voice = r.voice["id"] if isinstance(r.voice, dict) else r.voice
+    voice = r.voice.get("id", "") if isinstance(r.voice, dict) else r.voice
     if voice is not None and voice not in voices:
         raise Refused(f"unknown voice {voice!r}; there are: {', '.join(voices)}", "voice")
     if bool(r.ref_audio) != bool(r.ref_text):

@@ -157,7 +157,8 @@ def with_codes(generator, segment, args):
     if not file.is_file():
         raise ValueError(f"no such file: {file}")
     if not segment.codes:
-        kept = args.output_dir / "codes" / f"{hashlib.sha256(file.read_bytes()).hexdigest()[:32]}.npy"
+        codec = np.array(generator.mimi.first.codebooks[:, :8]).tobytes()  # another model's codes are others
+        kept = args.output_dir / "codes" / f"{hashlib.sha256(codec + file.read_bytes()).hexdigest()[:32]}.npy"
         if not kept.exists():
             with mimi.replacing(kept) as f:
                 np.save(f, generator.encode(segment).codes)
@@ -216,6 +217,8 @@ def pairs(args):
         raise ValueError("--samples is 2 or more, --batch 1 or more")
     if args.watermark:
         raise ValueError("a model must not learn the mark: no --watermark")
+    if args.codebooks:
+        raise ValueError("dpo and kto learn all codebooks: no --codebooks")
     context, options = csm.read_options(args)
     args.out.mkdir(parents=True, exist_ok=True)
     done = scores_so_far(args, texts)

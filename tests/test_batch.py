@@ -125,12 +125,32 @@ def test_a_clip_in_many_contexts_is_encoded_once(generator, monkeypatch):
     np.testing.assert_allclose(said[1], alone, atol=1e-5)
 
 
+def test_what_is_removed_with_its_last_frame_under_way_says_nothing(generator):
+    rows = generator.text_rows("hello", 0)
+    for order in ((0, 1), (1, 0)):
+        batch = generator.batch()
+        uids = [batch.insert(rows, n, seed=n) for n in (10, 3, 9)]
+        assert len(batch.next()) == len(batch.next()) == 3
+        for i in order:
+            batch.remove(uids[i])
+        assert {uid for uid, _ in batch.next()} == {uids[2]}
+
+
+@pytest.mark.parametrize("options", [{"top_k": 10**30}, {"min_tokens_to_keep": 2**70, "min_p": 0.5}])
+def test_numbers_beyond_all_ids_are_all_ids(generator, options):
+    most = {"top_k": 0} if "top_k" in options else {"min_p": 0}
+    one, other = (generator.generate_codes("hello", seed=1, max_audio_length_ms=400, **o) for o in (options, most))
+    np.testing.assert_array_equal(one, other)
+
+
 def test_a_batch_refuses(generator):
     batch, rows = generator.batch(), generator.text_rows("yes", 0)
     with pytest.raises(ValueError, match="positions"):
         batch.insert(np.concatenate([rows] * 200), 5, 0)
     with pytest.raises(ValueError, match="seed"):
         batch.insert(rows, 5, -1)
+    with pytest.raises(ValueError, match="max_frames"):
+        batch.insert(rows, 0, 0)
     assert len(batch) == 0 and batch.next() == [] and batch.remove(3) is None
     uid = batch.insert(rows, 5, 0)
     batch.remove(uid)

@@ -10,6 +10,7 @@ from pathlib import Path
 import csm  # before mlx
 
 import mlx.core as mx  # isort: skip
+import numpy as np
 import pytest
 
 import convert
@@ -191,6 +192,22 @@ def test_mimi_of_kyutai_there_and_back(tmp_path):
         assert torch.equal(w, back.state_dict()[name]) or name.endswith("_initialized")  # what is published, is
     convert.convert(tmp_path / "b", tmp_path / "d", to="transformers")
     same(convert.read(tmp_path / "d")[2][1], native)
+
+
+def test_sesame_keeps_what_shapes_do_not_tell_of_mimi(tmp_path):
+    """How many heads it has."""
+    codes = mx.array(np.random.default_rng(0).integers(0, 400, (1, 8, 20)))
+    convert.convert(HERE / "tiny/mimi.safetensors", tmp_path / "s", to="sesame")
+    theirs, ours = mimi.load(tmp_path / "s"), mimi.load(HERE / "tiny")
+    assert theirs.config == ours.config and mx.array_equal(theirs.decode(codes), ours.decode(codes))
+
+
+def test_no_tokenizer_of_another_model_stays(tmp_path):
+    write_model(tmp_path)
+    assert (tmp_path / "tokenizer.json").exists()
+    tiny = csm.load("tiny")
+    tiny.save(tmp_path)
+    assert csm.load(tmp_path).tokenizer.encode("[0]hello") == tiny.tokenizer.encode("[0]hello")
 
 
 def test_broken_mimi_of_transformers(tmp_path):

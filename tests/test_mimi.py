@@ -431,6 +431,14 @@ def files(tmp_path_factory, published):
     return folder
 
 
+def test_what_a_format_cannot_hold_is_said(files, tmp_path):
+    for name, rate in (("a.opus", 44_100), ("a.mp3", 96_000)):
+        with pytest.raises(ValueError, match=f"cannot write .* at {rate} Hz"):
+            mimi.write_audio(tmp_path / name, np.zeros(1000), rate)
+    assert list(tmp_path.iterdir()) == []
+    assert mimi.wav_head(24_000, 2**32) == mimi.wav_head(24_000)  # a day of sound
+
+
 @pytest.mark.parametrize("k", [None, 3])
 def test_the_command(files, tmp_path, k):
     model, npz = files / "mimi.safetensors", tmp_path / "codes.npz"
@@ -461,6 +469,7 @@ in.wav lacking.safetensors out.wav | missing decoder.0.bias
 in.wav mimi.safetensors none/out.wav | cannot write
 in.wav mimi.safetensors . | cannot write
 in.wav mimi.safetensors out.wav --n-codebooks 7 | 6 codebooks
+in.wav mimi.safetensors out.xyz --codes codes.npz | suffix
 in.wav mimi.safetensors out.wav --codes none/codes.npz | none/codes.npz"""
 
 

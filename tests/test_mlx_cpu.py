@@ -215,6 +215,23 @@ def test_elementwise_gradients_and_transformations(name):
     assert all(mx.allclose(shapeless(part), function(part), atol=1e-6) for part in (x, x[: N // 3], x[:5]))
 
 
+@pytest.mark.parametrize("name", REFERENCE)
+def test_elementwise_transformations_of_transformations(name):
+    function, own = getattr(mlx_cpu, name), getattr(mx, name)
+    x, tangent = (mx.random.normal((8, N // 8), key=mx.random.key(i)) for i in (0, 1))
+
+    def results(f):
+        yield mx.grad(lambda x: (mx.vmap(f)(x) * tangent).sum())(x)
+        yield mx.grad(lambda x: (mx.vmap(f, in_axes=1, out_axes=1)(x) * tangent).sum())(x)
+        yield mx.vmap(mx.grad(lambda x: f(x).sum()))(x)
+        yield mx.jvp(f, [x], [tangent])[1][0]
+        yield mx.jvp(mx.vmap(f), [x], [tangent])[1][0]
+        yield mx.jvp(mx.grad(lambda x: f(x).sum()), [x], [tangent])[1][0]
+
+    for ours, expected in zip(results(function), results(partial(own, stream=mx.cpu)), strict=True):
+        assert mx.allclose(ours, expected, rtol=1e-4, atol=1e-5)
+
+
 def test_what_is_left_to_mlx():
     assert mlx_cpu.exp(1.0).item() == mx.exp(1.0).item()
     x = mx.linspace(-3, 3, N)

@@ -210,6 +210,23 @@ def test_an_abandoned_stream_leaves_the_conversation_as_it_was(generator):
     np.testing.assert_array_equal(*(mx.concatenate(list(t.stream("yes", 0, **options))) for t in (talk, other)))
 
 
+def test_an_abandoned_stream_binds_nobody_to_the_voice(generator):
+    options, clips = {"seed": 4, "max_audio_length_ms": 400}, [csm.Segment(i, "yes", clip(0.4, i)) for i in (0, 1)]
+    for how in ({"voice": "other"}, {"context": clips, "voice_match": True}):
+        talk = generator.conversation(**how)
+        talk.stream("hi", 0, **options).close()
+        begun = talk.stream("hi", 0, streaming_interval=0.08, **options)
+        next(begun), begun.close()
+        assert len(talk.turns) == len(how.get("context", ()))
+        np.testing.assert_array_equal(talk.say("hello", 1, **options), generator.generate("hello", 1, **how, **options))
+
+
+def test_a_context_is_of_segments(generator):
+    for context in (["hello"], [("hello", 0)]):
+        with pytest.raises(ValueError, match="list of Segments"):
+            generator.generate("hi", 0, context)
+
+
 def test_conversation_forgets_the_oldest_turns_but_not_the_voice(generator, caplog):
     talk = generator.conversation(voice="other")
     for i in range(5):

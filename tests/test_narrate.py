@@ -17,6 +17,8 @@ import numpy as np
 import pytest
 import soundfile
 
+from conftest import clip, write_model
+
 HERE = Path(__file__).parent.parent
 SHORT = ["--max-audio-length-ms", "240"]
 
@@ -101,6 +103,18 @@ def test_fewer_codebooks(generator):
     alone = fewer.generate(narrate.sentences(TEXT)[0][0], 0, seed=3, max_audio_length_ms=240)
     assert len(said) == len(narrate.sentences(TEXT)) and 0 < len(alone) < len(said[0])
     np.testing.assert_allclose(said[0][: len(alone)], alone, atol=1e-5)
+
+
+def test_a_model_that_continues_its_voice_does_so_here_too(tmp_path):
+    write_model(tmp_path)
+    config = json.loads((tmp_path / "config.json").read_text())
+    (tmp_path / "config.json").write_text(json.dumps(config | {"voice_match": True}))
+    generator = csm.load(tmp_path, dtype="float32")
+    said = [audio for _, _, audio in narrate.narrate(generator, TEXT, seed=3, max_audio_length_ms=240)]
+    for i in (0, 1):
+        part = narrate.sentences(TEXT)[i][0]
+        alone = generator.generate(part, 0, seed=3 + i, max_audio_length_ms=240)
+        np.testing.assert_allclose(said[i][: len(alone)], alone, atol=1e-5)
 
 
 def test_the_batch_stays_full(generator, monkeypatch):
@@ -343,7 +357,6 @@ def test_errors(folder, tmp_path, capfd):
 
 
 def test_batch_is_one_at_a_time(generator):
-    from conftest import clip
 
     texts = ["hello", "how are you today ? i am fine .", "yes", "no no no"]
     a, b = csm.Segment(1, "hello there", clip(1)), csm.Segment(0, "yes", clip(0.6, 1))
@@ -373,7 +386,6 @@ def test_batch_is_one_at_a_time(generator):
 
 
 def test_long_beside_short_up_to_the_limit(generator):
-    from conftest import clip
 
     contexts = [[csm.Segment(0, "hello", clip(36))], [csm.Segment(0, "hello", clip(1))]]
     said = generator.generate_batch(["hello", "yes"], 0, contexts, max_audio_length_ms=8_000, seed=1)
@@ -386,8 +398,6 @@ def test_long_beside_short_up_to_the_limit(generator):
 def test_a_shared_context_is_nobody_elses(generator):
     """The cache of a context is held and used again: what one goes on with must not reach another."""
     import threading
-
-    from conftest import clip
 
     context, options = [csm.Segment(0, "hello there", clip(1))], {"temperature": 0, "max_audio_length_ms": 800}
     expected = [np.array(generator.generate_codes(text, 0, context, **options)) for text in ("yes", "no no")]

@@ -134,18 +134,25 @@ def load_blas():
                     library.cblas_sgemm  # noqa: B018  an AttributeError where it has no plain names
                     return (path,)
                 sgemm = getattr(library, "scipy_cblas_sgemm" if "scipy" in path else "cblas_sgemm")
-                if "mkl" in path:
-                    library.MKL_Set_Num_Threads(1)
                 ctypes.c_void_p.in_dll(ours, "rest").value = ctypes.cast(sgemm, ctypes.c_void_p).value
                 ctypes.c_int.in_dll(ours, "threads").value = n_threads()
                 ctypes.CDLL(ours._name, mode=ctypes.RTLD_GLOBAL)  # only now are its names for all to see
+                if "mkl" in path:
+                    library.MKL_Set_Num_Threads(1)  # MKL's first call, which puts its own names there, behind ours
                 return ours._name, path
     return ()
+
+
+def is_first(path):
+    """Whether the `cblas_sgemm` that the process finds is that of the library `path`."""
+    found, own = (ctypes.cast(ctypes.CDLL(p).cblas_sgemm, ctypes.c_void_p).value for p in (None, path))
+    return found == own
 
 
 FIRST = "mlx.core" not in sys.modules  # else nothing can be put beneath it, nor in its place in functions made already
 WANTED = FIRST and sys.platform == "linux" and os.environ.get("CSM_FAST_BLAS", "1") != "0"
 BLAS = load_blas() if WANTED else ()
+OURS = len(BLAS) == 2 and is_first(BLAS[0])  # whether what MLX finds is mlx_cpu.c
 with suppress(AttributeError, OSError, TypeError):  # glibc alone: keep what is freed, since new pages are slow
     for setting, size in ((-3, 2**25), (-1, 2**28)):  # M_MMAP_THRESHOLD, the most it takes, and M_TRIM_THRESHOLD
         ctypes.CDLL(None).mallopt(setting, size)
@@ -207,7 +214,7 @@ def elementwise(slope):
 
     def make(plain):
         def either(a, /, *, stream=None):
-            ours = len(BLAS) == 2 and stream is None and isinstance(a, mx.array) and quick(a.size, a)
+            ours = OURS and stream is None and isinstance(a, mx.array) and quick(a.size, a)
             return function(a) if ours else plain(a, stream=stream)
 
         return either

@@ -26,9 +26,11 @@ for m, n, k in ((1, 2051, 700), (5, 700, 300), (200, 300, 400)):
     a, b = (rng.standard_normal(shape).astype(np.float32) for shape in ((m, k), (n, k)))
     error = np.abs(np.array(mx.array(a) @ mx.array(b).T) - a.astype(float) @ b.T.astype(float)).max()
     assert error < 1e-3, error
+assert np.abs(np.array(mx.exp(mx.zeros(9999))) - 1).max() < 1e-6
 print(*mlx_cpu.BLAS, sep="|")
 """
 NO_COMPILER = "import shutil; shutil.which = lambda name: None\n"
+NO_OPENBLAS = "import importlib.util; importlib.util.find_spec = lambda name: None\n"  # but MKL, where it is
 NO_LIBRARY = """
 import ctypes, glob, importlib.util
 importlib.util.find_spec, glob.glob, load = lambda name: None, lambda pattern: [], ctypes.CDLL
@@ -140,7 +142,7 @@ def test_products_in_threads_and_after_a_fork():
 # ---------------------------------------------------------------------------------------------------- loading
 
 
-@pytest.mark.parametrize("without", ["", NO_COMPILER, NO_LIBRARY, NO_COMPILER + NO_LIBRARY])
+@pytest.mark.parametrize("without", ["", NO_COMPILER, NO_LIBRARY, NO_COMPILER + NO_LIBRARY, NO_OPENBLAS])
 def test_with_and_without_compiler_and_library(without, tmp_path):
     out, err = output(python(without + REPORT, XDG_CACHE_HOME=str(tmp_path)))
     if without == "":

@@ -423,7 +423,7 @@ def test_sigterm_lets_speech_finish():
 def refuses(address):
     try:
         return bool(httpx.get(f"{address}/health")) and False
-    except httpx.ConnectError:
+    except httpx.TransportError:  # also one whose connection was being taken
         return True
 
 
@@ -473,7 +473,8 @@ def test_a_reader_who_stops_holds_nobody_up(engine, monkeypatch, caplog):
         app = serve.make_app(e, ARGUMENTS, "")
         running = asyncio.create_task(e.run())
         slow = ask(app, {"input": LONG * 3}, stuck)
-        while not (e.waiting and not e.live):  # it has enough to read, and has given up its place
+        # It has enough to read, and has given up its place; on a slow machine it may be dropped before.
+        while (e.live or not e.waiting) and "dropped" not in caplog.text:
             await asyncio.sleep(0.01)
         messages, send = collector()
         await ask(app, {"input": TEXT, "response_format": "pcm"}, send)

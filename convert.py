@@ -78,6 +78,7 @@ def convert(
     files, kind = {}, {"format": "pt" if to else "mlx"}  # name: what to write there
     if sound:
         sound_config, sound = asdict(codec.from_weights(sound[1], sound[0]).config), sound[1]  # checks them, too
+        sound_kind = kind | {"config": json.dumps(sound_config)}  # since the shapes do not tell how many heads it has
     if weights:
         files = text_files(folder, tokenizer)
         sizes = csm.CSMConfig.from_dict(config)
@@ -105,10 +106,9 @@ def convert(
             config, weights = csm_layouts.to_sesame(config, weights, asdict(csm.CSMConfig()))
         files |= {"config.json": config, "model.safetensors": (weights, kind)}
     if sound and to == "sesame":
-        kind |= {"config": json.dumps(sound_config)}  # its number of heads is not to be seen in the shapes
-        files[codec.DEFAULT_FILE] = csm_layouts.to_kyutai(sound_config, sound), kind
+        files[codec.DEFAULT_FILE] = csm_layouts.to_kyutai(sound_config, sound), sound_kind
     elif sound and not to:
-        files["mimi.safetensors"] = sound, kind | {"config": json.dumps(sound_config)}
+        files["mimi.safetensors"] = sound, sound_kind
     csm.write_folder(destination, files)
     return sorted(files)
 

@@ -539,8 +539,7 @@ class Batch:
 
     def __len__(self):
         """How many speak or wait to."""
-        landing = self.flying[0] if self.flying else []
-        return len({u.uid for u in [*self.waiting, *self.live, *landing] if not u.over})
+        return len({u.uid for u in self._present() if not u.over})
 
     def insert(self, prompt_rows, max_frames, seed, sampling=Sampling(), cache=None, keep=False):
         """Let an utterance join before the next frame; returns its uid.
@@ -575,11 +574,14 @@ class Batch:
 
     def remove(self, uid):
         """Let an utterance leave at once. Returns its KVCache if it was inserted with `keep`, else None."""
-        landing = self.flying[0] if self.flying else []  # among them one that has left `live` with its last frame
-        for u in [*self.waiting, *self.live, *landing]:
+        for u in self._present():
             u.over |= u.uid == uid
         self._leave()
         return self.kept.pop(uid, None)
+
+    def _present(self):
+        """The Utterances that wait, that live, and whose frame is under way, which may have left `live` with it."""
+        return [*self.waiting, *self.live, *(self.flying[0] if self.flying else [])]
 
     def _leave(self):
         """The arrays without those that are over, or have all their frames under way."""
@@ -920,7 +922,7 @@ class Generator:
 
     def segment_rows(self, segment):
         """(T, K + 1) int32 for a finished turn: its text, then its audio."""
-        audio = self.audio_rows(segment)
+        audio = self.audio_rows(segment)  # first, since it says what is no Segment
         return np.concatenate([self.text_rows(segment.text, segment.speaker), audio])
 
 
@@ -985,6 +987,12 @@ class Conversation:
 
     def prompt(self, text, speaker=0):
         """The rows (T, K + 1) of the next turn before its speech; `blocks` go before them. ValueError: too many."""
+        rows, bound = self._prompt(text, speaker)
+        vars(self).update(bound)  # only now, since a prompt that is refused binds nobody to the voice
+        return rows
+
+    def _prompt(self, text, speaker):
+        """These rows, and what the conversation's fields become with them."""
         g, opening = self.generator, self.opening
         voice = [replace(s, speaker=speaker) for s in self.voice]
         turns, blocks = voice + self.turns, [*map(g.segment_rows, voice), *self.blocks]
@@ -1001,23 +1009,15 @@ class Conversation:
             said, frames = opening
             rows = np.concatenate([g.text_rows(f"{said} {text}", speaker), frames])
         self._check_length(len(rows), blocks[:n_kept])
-        # Only now, since a prompt that is refused binds nobody to the voice.
-        self.turns, self.blocks, self.n_kept, self.opening = turns, blocks, n_kept, opening
-        self.voice, self.voice_match = [], False
-        return rows
+        bound = {"turns": turns, "blocks": blocks, "n_kept": n_kept, "opening": opening}
+        return rows, bound | {"voice": [], "voice_match": False}
 
     def frames(self, text, speaker=0, *, max_audio_length_ms=None, seed=None, **sampling):
         """Say the next turn as frames of codes, (K,) int32 each. Arguments are checked at once, not at the first."""
         seed, sampling = self.generator.options(seed, sampling)
         max_frames = self.generator.max_frames(max_audio_length_ms, str(text))
-        held = self._bound()
-        self.prompt(text, speaker)  # for its errors alone; bound is who speaks, not who asked to
-        vars(self).update(held)
+        self._prompt(text, speaker)  # for its errors alone; bound is who speaks, not who asked to
         return self._frames(Segment(speaker, text), max_frames, seed, sampling)
-
-    def _bound(self):
-        """What `prompt` changes."""
-        return {x: getattr(self, x) for x in ("turns", "blocks", "n_kept", "opening", "voice", "voice_match")}
 
     def _check_free(self):
         if self.busy:
@@ -1031,7 +1031,9 @@ class Conversation:
 
     def _frames(self, turn, max_frames, seed, sampling):
         self._check_free()
-        held, rows = self._bound(), self.prompt(turn.text, turn.speaker)
+        rows, bound = self._prompt(turn.text, turn.speaker)
+        held = {name: getattr(self, name) for name in bound}
+        vars(self).update(bound)
         self._make_room(len(rows), max_frames)
         prompt, said, self.busy = np.concatenate([*self.blocks, rows]), [], True
         try:
@@ -1097,9 +1099,8 @@ def compiled(generator):
     generator = weakref.ref(generator)
 
     def traced(weights, *arrays):
-        model = copy.deepcopy(
-            generator().model
-        )  # of the same arrays; it holds tracers afterwards, the shared one never
+        # A copy, of the same arrays: it holds tracers afterwards, the shared model never.
+        model = copy.deepcopy(generator().model)
         model.update(weights)
         return generator()._rest(model, *arrays)
 

@@ -482,10 +482,11 @@ def from_kyutai(config, weights):
         elif w.ndim == 3 and s < 0:  # (C, O, kernel) -> (taps, u * O, C), the newest input's tap last
             C, O, _ = w.shape
             w = w.transpose(2, 1, 0).reshape(-1, -s * O, C)[::-1]
-        elif w.ndim == 3:  # (O, C, kernel) -> (taps, O, s * C); a projection's kernel is 1
+        elif w.ndim == 3 and kind.endswith("proj"):  # whose kernel is 1
+            w = w[..., 0]
+        elif w.ndim == 3:  # (O, C, kernel) -> (taps, O, s * C)
             O, C, _ = w.shape
-            conv = w.reshape(O, C, -1, s).transpose(2, 0, 3, 1).reshape(-1, O, s * C)
-            w = w[..., 0] if kind.endswith("proj") else conv
+            w = w.reshape(O, C, -1, s).transpose(2, 0, 3, 1).reshape(-1, O, s * C)
         out[key] = w
     for key, each in books.items():
         if sorted(each) != list(range(len(each))) or len({w.shape for w in each.values()}) > 1:
@@ -497,6 +498,11 @@ def from_kyutai(config, weights):
 def to_kyutai(config, weights):
     """The other way. config: with all fields."""
     stride, out = strides(config), {}
+
+    def kernel(w, s):  # (taps, O, s * C) -> (O, C, kernel)
+        taps, O, _ = w.shape
+        return w.reshape(taps, O, s, -1).transpose(1, 3, 0, 2).flatten(2)
+
     for key, w in weights.items():
         stem, kind = key.rpartition(".")[::2]
         s = stride.get(stem, 1)
@@ -510,7 +516,7 @@ def to_kyutai(config, weights):
         elif stem == "upsample":
             out["upsample.convtr.convtr.convtr.weight"] = w[::-1].reshape(4, -1).T[:, None]
         elif stem == "downsample":
-            out["downsample.conv.conv.conv.weight"] = w.reshape(2, len(w[0]), 2, -1).transpose(1, 3, 0, 2).flatten(2)
+            out["downsample.conv.conv.conv.weight"] = kernel(w, s)
         elif "_transformer." in key:
             names = {"in_proj": "self_attn.in_proj_weight", "out_proj": "self_attn.out_proj.weight",
                      "linear1": "linear1.weight", "linear2": "linear2.weight",
@@ -523,8 +529,7 @@ def to_kyutai(config, weights):
                 taps, _, C = w.shape
                 w = w[::-1].reshape(taps * -s, -1, C).transpose(2, 1, 0)
             elif kind == "weight":
-                taps, O, _ = w.shape
-                w = w.reshape(taps, O, s, -1).transpose(1, 3, 0, 2).flatten(2)
+                w = kernel(w, s)
             part, rest = stem.split(".", 1)
             out[f"{part}.model.{rest}.{conv}.{kind}"] = w
     return out

@@ -165,8 +165,10 @@ if WANTED and not BLAS and mx.default_device() == mx.cpu:
 # ---------------------------------------------------------------------------------------------------- functions
 
 LARGE = 2**10  # elements from which on the functions here are quicker
-MARKS = struct.unpack("3f", struct.pack("3I", 0x7FCA5E00, 0x7FCA5E01, 0x7FCA5E02))  # NaN, as in mlx_cpu.c
-MARKS = dict(zip(("exp", "sigmoid", "erf"), (mx.array([[mark]]) for mark in MARKS)))
+MARKS = {  # (1, 1), NaN, as in mlx_cpu.c
+    name: mx.array([struct.unpack("f", struct.pack("I", 0x7FCA5E00 + i))])
+    for i, name in enumerate(("exp", "sigmoid", "erf"))
+}
 FLOOR = mx.finfo(mx.float32).min  # the score of what is masked: as in MLX, no infinity, so that a row of them is no NaN
 BLOCK = 2**17  # scores of attention at a time
 tracing = threading.local()  # .shapeless: a function that is to serve all shapes is being compiled

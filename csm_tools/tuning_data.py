@@ -286,10 +286,10 @@ def samplings(generator, texts, start, args, context, options):
 
     Sampling j of text i is drawn with seed + i * samples + j, whatever the batch.
     """
-    longest = options.pop("max_audio_length_ms")
+    K, longest = generator.model.config.audio_num_codebooks, options.pop("max_audio_length_ms")
     seed, sampling = generator.options(args.seed, options)
     before = [generator.segment_rows(s) for s in context]
-    cache = generator.prefill(np.concatenate([generator.text_rows(texts[0], 0)[:0], *before]))
+    cache = generator.prefill(np.concatenate([np.zeros((0, K + 1), np.int32), *before]))
     waiting = deque(itertools.product(range(start, len(texts)), range(args.samples)))
     batch, running, said = generator.batch(), {}, {}
     while waiting or running:
@@ -305,7 +305,7 @@ def samplings(generator, texts, start, args, context, options):
                 frames.append(codes)
                 continue
             del running[uid]
-            said.setdefault(i, {})[j] = np.array(frames, np.int32).reshape(-1, generator.codebooks), len(frames) < n
+            said.setdefault(i, {})[j] = np.array(frames, np.int32).reshape(-1, K), len(frames) < n
         while len(said.get(start, ())) == args.samples:
             yield start, [said[start][j] for j in range(args.samples)]
             del said[start]

@@ -89,7 +89,7 @@ def pieces(tokenizer, ids):
 
         names = SentencePieceProcessor(model_file=str(tokenizer.path)).id_to_piece(ids)
     names = [name.replace("▁", "_").replace(" ", "_") for name in names]
-    return [name if all("!" <= x < "ɐ" for x in name) else str(i) for name, i in zip(names, ids)]
+    return [name if all("!" <= x < "ʰ" or x == "θ" for x in name) else str(i) for name, i in zip(names, ids)]
 
 
 def draw(run, generator, layer=None):

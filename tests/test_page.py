@@ -114,7 +114,7 @@ def test_a_voice_of_ones_own(page, tmp_path):
     bodies = []
     page.on("request", lambda r: r.url.endswith("speech") and bodies.append(r.post_data_json))
     page.click("#clip summary")
-    clip = soundfile.read(HERE / "tiny/prompts/old.wav")[0]
+    clip = soundfile.read(HERE / "tiny/prompts/calm.wav")[0]
     soundfile.write(tmp_path / "me.flac", np.stack([clip, clip], axis=1), 24000)
     page.set_input_files("#file", tmp_path / "me.flac")
     page.wait_for_selector("#heard", state="visible")

@@ -162,11 +162,13 @@ def test_server_sent_events(address):
 
 
 def test_alone_and_among_others_it_is_what_generate_says(address, tiny):
-    want = [tiny.generate(f"{TEXT} Said {i} times.".replace("? ", ", "), i % 2, voice="old", seed=i) for i in range(16)]
+    want = [
+        tiny.generate(f"{TEXT} Said {i} times.".replace("? ", ", "), i % 2, voice="calm", seed=i) for i in range(16)
+    ]
 
     def one(i):
         return samples(
-            speak(address, f"{TEXT} Said {i} times.".replace("? ", ", "), voice="old", speaker=i % 2, seed=i)
+            speak(address, f"{TEXT} Said {i} times.".replace("? ", ", "), voice="calm", speaker=i % 2, seed=i)
         )
 
     assert same(one(5), want[5])
@@ -241,7 +243,7 @@ def test_requests_as_programs_send_them(address):
         header = wave.open(io.BytesIO(next(answer.iter_bytes(2048))))
         assert (header.getframerate(), header.getnchannels(), header.getsampwidth()) == (24000, 1, 2)
     # a voice as an object, and nulls for what is not set
-    body = {"input": "Yes.", "model": "tts-1", "voice": {"id": "old"}, "speed": None, "response_format": None}
+    body = {"input": "Yes.", "model": "tts-1", "voice": {"id": "calm"}, "speed": None, "response_format": None}
     assert httpx.post(f"{url}/audio/speech", json=body).status_code == 200
     assert [m.id for m in client(address).models.list()] == ["tiny"]
 

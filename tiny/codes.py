@@ -14,6 +14,7 @@ import numpy as np
 
 K, N_CODES, CODE_DIM = 8, 512, 128
 PARTS = 4  # of a frame, each with its phoneme
+NO_WORD = 255
 PHONEMES = "bdfhijklmnopstuvwzɑɔæðəɛɜɡɪŋɹɾʃʊʌʒʤʧθAIOWYɒɐaeᵊᵻʔ"  # Kokoro's letters for English
 SILENCE = 1  # code 0 of codebook 0 is in no speech, since it ends the speech
 PITCHES, PHASES, LEVELS = 192, 16, 22
@@ -72,4 +73,18 @@ def vectors(voices):
         out[k, : USED[k], a:b] = book
         out[k, USED[k] :, SPARE] = 6
     out[0, 0, SPARE] = 6
+    return out
+
+
+def pointer(rows, words, spans):
+    """Which token each frame speaks (F,), -1: none. Tokens and phonemes of a word are taken to go along evenly.
+
+    rows (F, K); words (F,): of each frame; spans: [(first token, end)] of each word.
+    """
+    sounds, out = np.pad(rows[:, :PARTS].reshape(-1), (1, 0)), np.full(len(rows), -1)
+    begun = np.cumsum((sounds[1:] != sounds[:-1]) & (sounds[1:] != SILENCE))  # phonemes so far
+    for word in set(words.tolist()) - {NO_WORD}:
+        at, (a, b) = np.nonzero(words == word)[0], spans[word]
+        first, last = begun[PARTS * at[0]], begun[PARTS * (at[-1] + 1) - 1]
+        out[at] = a + (begun[PARTS * at] - first + 0.5) / (last - first + 1) * (b - a)
     return out

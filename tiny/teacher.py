@@ -18,7 +18,7 @@ from typing import NamedTuple
 
 import codes
 import numpy as np
-from codes import PARTS
+from codes import NO_WORD, PARTS
 
 HERE = Path(__file__).resolve().parent
 RATE, FRAME = 24_000, 1_920  # samples a second, and a frame
@@ -253,7 +253,6 @@ MARKS = "ˈˌ"  # of stress: their time goes to the phoneme after them
 UNIT = 600  # samples of Kokoro's durations; its pitch and loudness come twice as often
 LAG = 1_200  # samples by which its durations are late: found by correlation with the sound
 GAIN, OFFSET = 0.5, 6.5  # of its sound; and so many nepers lie between that and codes.LEVEL times its loudness
-NO_WORD = 255
 
 
 class Said(NamedTuple):

@@ -34,7 +34,7 @@ import teacher
 import torch
 import torch.nn.functional as F
 from codes import CODE_DIM, N_CODES, K
-from teacher import FRAME, NO_WORD, RATE
+from teacher import FRAME, RATE
 from torch import nn
 
 HERE = Path(__file__).resolve().parent
@@ -128,16 +128,17 @@ class Speech:
                 self.turns.append((sound[start * FRAME : (start + len(rows)) * FRAME], rows))
                 start += len(rows)
 
-    def batch(self, frames, n, shift, before=0, held=False):
+    def batch(self, frames, n, shift, before=0, held=False, vary=False):
         """n crops: sound (n, S), the codes of `frames` frames (n, frames, K), whether each begins its sentence (n,).
 
         The sound begins `before` frames before the codes, and is `shift` samples later than they; silence around it.
+        vary: most are varied().
         """
-        some = [turn for turn in (self.held if held else self.turns) if len(turn[1]) >= frames]
+        some = [turn for turn in (self.held if held else self.turns) if len(turn[1]) >= 1.2 * frames]
         share = np.array([len(rows) for _, rows in some], float)
         waves, ids, first = [], [], []
         for i in self.rng.choice(len(some), n, p=share / share.sum()):
-            wave, rows = some[i]
+            wave, rows = varied(*some[i], self.rng) if vary and self.rng.random() < 0.7 else some[i]
             a = 0 if self.rng.random() < 0.15 else int(self.rng.integers(0, len(rows) - frames + 1))
             start, end = (a - before) * FRAME + shift, (a + frames) * FRAME + shift
             x = wave[max(0, start) : end].astype(np.float32) / 32767
@@ -145,6 +146,22 @@ class Speech:
             ids.append(rows[a : a + frames].astype(np.int64))
             first.append(a == 0)
         return [torch.from_numpy(np.stack(x)).to(DEVICE) for x in (waves, ids, first)]
+
+
+def varied(wave, rows, rng):
+    """A sentence faster or slower, and with that higher or lower; its spectrum bent; some noise. Voice -1: unknown."""
+    speed = math.exp(rng.uniform(-0.13, 0.13))
+    x = np.interp(np.arange(0, len(wave) - 1, speed), np.arange(len(wave)), wave)
+    bins = np.fft.rfft(x)
+    bend = np.interp(np.linspace(0, 1, len(bins)) ** 0.5, np.linspace(0, 1, 8), rng.normal(0, 0.4, 8))
+    x = np.fft.irfft(bins * np.exp(bend), len(x)) + 32767 * 10 ** rng.uniform(-4.5, -2.2) * rng.normal(size=len(x))
+    middles = (np.arange(len(x) // FRAME) + 0.5) * speed
+    parts, out = (np.arange(4 * len(middles)) + 0.5) * speed, rows[middles.astype(int)]
+    out[:, :4] = rows[:, :4].reshape(-1)[parts.astype(int)].reshape(-1, 4)
+    higher = round(math.log(speed) / math.log(codes.HIGHEST / codes.LOWEST) * (codes.PITCHES - 1))
+    out[:, 4] = np.where(out[:, 4] > 0, (out[:, 4] + higher).clip(1, codes.PITCHES - 1), 0)
+    out[:, 7] = -1
+    return x, out
 
 
 # ---------------------------------------------------------------------------------------------------- training
@@ -256,14 +273,10 @@ def parts_of(mimi, stage):
 
 
 def trained(args, name, mimi, parts, default, lr, betas):
-    """Steps of these parts of mimi, and their parameters; save_parts() when they are done."""
+    """Steps of these parts of mimi, and their parameters."""
     parameters = [p for module in parts.values() for p in module.parameters()]
     optimizer = torch.optim.AdamW(parameters, lr=lr, betas=betas, weight_decay=0.01)
     return Steps(args, default, args.work / f"{name}-state.pt", lr, optimizer=optimizer, **parts), parameters
-
-
-def save_parts(args, name, parts):
-    save(args.work / f"{name}.pt", {part: module.state_dict() for part, module in parts.items()})
 
 
 def latents(mimi, x):
@@ -297,8 +310,10 @@ class Head:
 def distances(found, ids, louder):
     """How far latents are from the codes that they should have: losses by name, and the share of right phonemes.
 
-    louder (B,): by how many nepers the sound was made so.
+    Where the voice is -1, voice and phase do not count. louder (B,): by how many nepers the sound was made so.
     """
+    known = (ids[..., 7] >= 0).float()
+    ids = ids.clamp(min=0)
     books = torch.from_numpy(codes.vectors(teacher.voices())).to(DEVICE)
     out, right = {"phonemes": 0, "vectors": 0}, 0
     names = ("phoneme", "phoneme", "phoneme", "phoneme", "pitch", "phase", "level", "voice")
@@ -308,7 +323,8 @@ def distances(found, ids, louder):
         target = book[ids[..., k]]
         if name == "level":
             target = target + louder[:, None, None] / codes.LEVEL / codes.LEVEL_STEP / 6
-        far = (y - target).square().sum(-1).mean()
+        far = (y - target).square().sum(-1)
+        far = (far * known).sum() / known.sum().clamp(min=1) if name in ("phase", "voice") else far.mean()
         out["vectors"] = out["vectors"] + weights.get(name, 1) * far
         if name == "phoneme":
             away = (y[..., None, :] - book).square().sum(-1)  # (B, F, codes)
@@ -336,7 +352,7 @@ def encoder(args, before=2):
                 out, right = distances(found, ids, torch.zeros(len(x), device=DEVICE))
             print("held out:", *(f"{k} {v:.3f}" for k, v in out.items()), f"right {right:.3f}", flush=True)
         frames = int(data.rng.choice((14, 22, 30)))
-        x, ids, _ = data.batch(frames, 72 // (frames + before), AHEAD, before)
+        x, ids, _ = data.batch(frames, 72 // (frames + before), AHEAD, before, vary=True)
         louder = torch.empty(len(x), device=DEVICE).uniform_(-0.6, 0.4) * (torch.rand(len(x), device=DEVICE) < 0.5)
         with half(args):
             x = x * louder.exp()[:, None]
@@ -346,7 +362,7 @@ def encoder(args, before=2):
         loss = 2 * out["phonemes"] + 0.4 * out["vectors"] + 2 * spectrum
         steps.optimize(loss, parameters, right=right, spectrum=spectrum, **out)
         head.step()
-    save_parts(args, "encoder", parts)
+    save(args.work / "encoder.pt", {name: module.state_dict() for name, module in parts.items()})
 
 
 def mel_filters(n_mels, n_fft):
@@ -426,7 +442,7 @@ def decoder(args):
         loss = losses["mel"] + losses["far"] + 0.3 * losses["wave"] + 0.3 * losses["phase"]
         steps.optimize(loss, parameters, **losses)
         head.step()
-    save_parts(args, "decoder", parts)
+    save(args.work / "decoder.pt", {name: module.state_dict() for name, module in parts.items()})
 
 
 # ---------------------------------------------------------------------------------------------------- language model
@@ -484,7 +500,7 @@ class Talks:
             if inside:
                 spans[len(spans) - before :] = [(spans[-1][0] if before else i, i + 1)]
         known = len(spans) == teacher.count(self.read(text))
-        spoken = pointer(rows, words, spans) if known else np.full(len(rows), -1)
+        spoken = codes.pointer(rows, words, spans) if known else np.full(len(rows), -1)
         if not trained:  # a voice from a clip: what the encoder hears varies
             rows = rows.copy()
             rows[:, 7] = self.alike[rows[:, 7], np.random.randint(0, 60, len(rows))]
@@ -527,25 +543,8 @@ class Talks:
         return [torch.from_numpy(x).to(DEVICE) for x in (ids, audio, is_audio, target, spoken)]
 
 
-def pointer(rows, words, spans):
-    """Which token each frame speaks (F,), -1: none. Tokens and phonemes of a word are taken to go along evenly.
-
-    rows (F, K); words (F,): of each frame; spans: [(first token, end)] of each word.
-    """
-    sounds, out = np.pad(rows[:, : codes.PARTS].reshape(-1), (1, 0)), np.full(len(rows), -1)
-    begun = np.cumsum((sounds[1:] != sounds[:-1]) & (sounds[1:] != codes.SILENCE))  # phonemes so far
-    for word in set(words.tolist()) - {NO_WORD}:
-        at, (a, b) = np.nonzero(words == word)[0], spans[word]
-        first, last = begun[codes.PARTS * at[0]], begun[codes.PARTS * (at[-1] + 1) - 1]
-        out[at] = a + (begun[codes.PARTS * at] - first + 0.5) / (last - first + 1) * (b - a)
-    return out
-
-
 class Guide:
-    """Teaches one head of two layers of the backbone to look at the letters that are about to be spoken.
-
-    Without it attention finds the text's order late, or never.
-    """
+    """Teaches one head of two layers of the backbone to look at what is about to be spoken: else it finds that late."""
 
     def __init__(self, backbone, layers=(1, 2)):
         self.seen, self.size = {}, backbone.config.head_dim

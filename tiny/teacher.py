@@ -441,7 +441,7 @@ def voices():
         voice = {}
         for name, share in zip(names, shares):
             voice[name] = round(voice.get(name, 0) + share, 3)
-        r.uniform(0, 1)
+        r.random()  # not used; the weights here were trained on the voices that come so
         out.append(voice)
     return out
 

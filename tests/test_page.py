@@ -120,7 +120,7 @@ def test_a_voice_of_ones_own(page, tmp_path):
     page.wait_for_selector("#heard", state="visible")
     page.click("#speak")
     assert "transcript" in page.inner_text("#error") and not bodies
-    page.fill("#said", (HERE / "tiny/prompts/old.txt").read_text().strip())
+    page.fill("#said", (HERE / "tiny/prompts/calm.txt").read_text().strip())
     page.click("#speak")
     finished(page)
     assert len(bodies[0]["ref_audio"]) > 2 * len(clip)
@@ -129,7 +129,7 @@ def test_a_voice_of_ones_own(page, tmp_path):
     page.wait_for_timeout(500)
     page.click("#record")
     page.wait_for_selector("#heard", state="visible")
-    page.set_input_files("#file", HERE / "tiny/prompts/old.txt")
+    page.set_input_files("#file", HERE / "tiny/prompts/calm.txt")
     until(lambda: page.evaluate("document.getElementById('error').textContent.includes('no audio')"))
 
 

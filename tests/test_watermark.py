@@ -431,13 +431,12 @@ def hub(weights, tmp_path_factory):
 
 
 def test_the_command_marks_what_it_says(small, hub, tmp_path):
-    text = "The cat sat on the mat, and the dog went to the market."
+    text = "The cat sat on the mat, and the dog went to the market. Then they came home again, and had a good dinner."
     command = [sys.executable, "csm.py", text, tmp_path / "a.wav", "--model", "tiny", "--seed", "1", "--watermark"]
     subprocess.run(command, cwd=HERE, env=hub, check=True, capture_output=True)
     said = csm.load("tiny").generate(text, seed=1)
     audio = mimi.read_audio(tmp_path / "a.wav")
-    found = small.detect(audio).message  # weights by hand misread a symbol of speech this short
-    assert len(audio) == said.size and sum(x == y for x, y in zip(found, watermark.SESAME)) >= 4
+    assert len(audio) == said.size and small.detect(audio).message == watermark.SESAME
 
 
 def test_the_server_marks_what_it_says(small, hub, tmp_path):

@@ -19,8 +19,10 @@ PHONEMES = "bdfhijklmnopstuvwzɑɔæðəɛɜɡɪŋɹɾʃʊʌʒʤʧθAIOWYɒɐae�
 SILENCE = 1  # code 0 of codebook 0 is in no speech, since it ends the speech
 PITCHES, PHASES, LEVELS = 192, 16, 22
 LOWEST, HIGHEST = 50, 500  # Hz
+PITCH_STEP = np.log(HIGHEST / LOWEST) / (PITCHES - 1)  # nepers
 QUIETEST, LEVEL_STEP = -9, 0.86  # in Kokoro's measure of loudness, LEVEL nepers each
 LEVEL = 0.45
+STEPS_APART = 6  # levels whose vectors are 1 apart
 VOICES = ("jm_kumo", "jf_alpha", "jf_gongitsune", "jf_nezumi", "jf_tebukuro")  # Kokoro's, which are mixed
 SPANS = ((0, 32), (0, 32), (32, 64), (64, 96), (96, 107), (107, 110), (110, 112), (112, 117))  # of the dimensions
 USED = (*[2 + len(PHONEMES)] * 4, PITCHES, PHASES + 1, LEVELS**2, N_CODES)  # how many codes a codebook has
@@ -38,8 +40,8 @@ def encode(phonemes, pitch, level, phase, voice):
     out[:, :4] = np.reshape([index.get(p, SILENCE) for p in phonemes], (-1, PARTS))
     pitch = pitch.reshape(-1, PARTS).astype(float)
     voiced = (pitch > LOWEST) & (out[:, :4] != SILENCE)
-    octave = (np.log(np.maximum(pitch, LOWEST) / LOWEST) * voiced).sum(1) / np.maximum(1, voiced.sum(1))
-    step = np.floor(octave / np.log(HIGHEST / LOWEST) * (PITCHES - 1)).clip(0, PITCHES - 2)
+    height = (np.log(np.maximum(pitch, LOWEST) / LOWEST) * voiced).sum(1) / np.maximum(1, voiced.sum(1))  # nepers
+    step = np.floor(height / PITCH_STEP).clip(0, PITCHES - 2)
     out[:, 4] = np.where(voiced.any(1), 1 + step, 0)
     out[:, 5] = np.where(voiced.any(1), 1 + np.floor(phase * PHASES) % PHASES, 0)
     halves = level.reshape(-1, 2, PARTS // 2).astype(float).mean(2)
@@ -50,7 +52,7 @@ def encode(phonemes, pitch, level, phase, voice):
 
 def hertz(code):
     """What a code of codebook 4 stands for; below LOWEST for code 0."""
-    return LOWEST * (HIGHEST / LOWEST) ** ((code - 0.5) / (PITCHES - 1))
+    return LOWEST * np.e ** ((code - 0.5) * PITCH_STEP)  # of NumPy's arrays and PyTorch's
 
 
 def vectors(voices):
@@ -63,7 +65,7 @@ def vectors(voices):
     waves = np.stack([np.cos(turns), np.sin(turns)], 2).reshape(len(hz), -1)
     high = np.log(hz / 160)[:, None]
     angle = 2 * np.pi * (np.arange(PHASES) + 0.5) / PHASES
-    level = (np.arange(LEVELS) - (LEVELS - 1) / 2) / 6
+    level = (np.arange(LEVELS) - (LEVELS - 1) / 2) / STEPS_APART
     books = [sounds] * 4
     books.append(np.vstack([-np.eye(1, 11), np.hstack([0 * high + 1, 3 * high, 4 * high, 0.7 * waves])]))
     books.append(np.vstack([[0, 0, 1], np.stack([np.cos(angle), np.sin(angle), 0 * angle], 1)]))

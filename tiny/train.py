@@ -26,6 +26,7 @@ import re
 import subprocess
 import sys
 import time
+from functools import cache
 from pathlib import Path
 
 import codes
@@ -41,7 +42,6 @@ HERE = Path(__file__).resolve().parent
 V = N_CODES + 3  # as CSM-1B has three ids more than codes
 DIM, FILTERS, LAYERS = 192, 16, 4  # the codec's widths, the layers of its transformers
 AHEAD, LATE = FRAME // 2, FRAME // 2  # samples that the encoder hears beyond a frame; by which the decoder is late
-N_MELS = 80
 SAMPLING = {"temperature": 0.5, "top_k": 50}  # the exported folder's defaults
 
 torch.set_flush_denormal(True)
@@ -132,9 +132,9 @@ class Speech:
         """n crops: sound (n, S), the codes of `frames` frames (n, frames, K), whether each begins its sentence (n,).
 
         The sound begins `before` frames before the codes, and is `shift` samples later than they; silence around it.
-        vary: most are varied().
+        vary: most are varied(), which may shorten them.
         """
-        some = [turn for turn in (self.held if held else self.turns) if len(turn[1]) >= 1.2 * frames]
+        some = [turn for turn in (self.held if held else self.turns) if len(turn[1]) >= frames * (1.2 if vary else 1)]
         share = np.array([len(rows) for _, rows in some], float)
         waves, ids, first = [], [], []
         for i in self.rng.choice(len(some), n, p=share / share.sum()):
@@ -158,7 +158,7 @@ def varied(wave, rows, rng):
     middles = (np.arange(len(x) // FRAME) + 0.5) * speed
     parts, out = (np.arange(4 * len(middles)) + 0.5) * speed, rows[middles.astype(int)]
     out[:, :4] = rows[:, :4].reshape(-1)[parts.astype(int)].reshape(-1, 4)
-    higher = round(math.log(speed) / math.log(codes.HIGHEST / codes.LOWEST) * (codes.PITCHES - 1))
+    higher = round(math.log(speed) / codes.PITCH_STEP)
     out[:, 4] = np.where(out[:, 4] > 0, (out[:, 4] + higher).clip(1, codes.PITCHES - 1), 0)
     out[:, 7] = -1
     return x, out
@@ -192,12 +192,12 @@ class Steps:
             if self.step % self.every == 0 or self.step == self.n:
                 save(self.path, {"step": self.step, **{k: m.state_dict() for k, m in self.modules.items()}})
 
-    def optimize(self, loss, parameters, **report):
+    def optimize(self, loss, **report):
         """One step down; what is reported is printed in means of 100."""
         optimizer = self.modules["optimizer"]
         optimizer.zero_grad()
         loss.backward()
-        nn.utils.clip_grad_norm_(parameters, 1.0)
+        nn.utils.clip_grad_norm_([p for group in optimizer.param_groups for p in group["params"]], 1.0)
         optimizer.step()
         for name, value in report.items():
             self.means[name] = self.means.get(name, 0) + torch.as_tensor(value).item() / 100
@@ -234,6 +234,12 @@ def mimi_config():
     )  # fmt: skip
 
 
+@cache
+def codebooks():
+    """codes.vectors of the teacher's voices (K, N_CODES, CODE_DIM)"""
+    return torch.from_numpy(codes.vectors(teacher.voices())).to(DEVICE)
+
+
 def new_mimi(work, start=None):
     """With the codebooks of codes.py, and what WORK has of encoder.pt and decoder.pt."""
     from transformers import MimiModel
@@ -243,9 +249,8 @@ def new_mimi(work, start=None):
         if name.endswith("layer_scale.scale"):
             p.data.fill_(0.1)
     begin_from(mimi, start, lambda model: model.codec_model)
-    books = torch.from_numpy(codes.vectors(teacher.voices())).to(DEVICE)
     layers = [layer for split in splits(mimi) for layer in split.layers]
-    for layer, book in zip(layers, books):
+    for layer, book in zip(layers, codebooks()):
         layer.codebook.embed_sum.copy_(book)
         layer.codebook.cluster_usage.fill_(1.0)
     for split, spans in zip(splits(mimi), (codes.SPANS[:1], codes.SPANS[1:])):
@@ -272,11 +277,11 @@ def parts_of(mimi, stage):
     return {stage: getattr(mimi, stage), **{k: getattr(s, proj) for k, s in zip(("first", "rest"), splits(mimi))}}
 
 
-def trained(args, name, mimi, parts, default, lr, betas):
-    """Steps of these parts of mimi, and their parameters."""
-    parameters = [p for module in parts.values() for p in module.parameters()]
-    optimizer = torch.optim.AdamW(parameters, lr=lr, betas=betas, weight_decay=0.01)
-    return Steps(args, default, args.work / f"{name}-state.pt", lr, optimizer=optimizer, **parts), parameters
+def trained(args, stage, mimi, betas):
+    """Steps of what the stage encoder or decoder trains."""
+    parts, lr = parts_of(mimi, stage), 1.5e-3
+    optimizer = torch.optim.AdamW([p for m in parts.values() for p in m.parameters()], lr, betas, weight_decay=0.01)
+    return Steps(args, 20_000, args.work / f"{stage}-state.pt", lr, optimizer=optimizer, **parts)
 
 
 def latents(mimi, x):
@@ -314,15 +319,14 @@ def distances(found, ids, louder):
     """
     known = (ids[..., 7] >= 0).float()
     ids = ids.clamp(min=0)
-    books = torch.from_numpy(codes.vectors(teacher.voices())).to(DEVICE)
-    out, right = {"phonemes": 0, "vectors": 0}, 0
+    books, out, right = codebooks(), {"phonemes": 0, "vectors": 0}, 0
     names = ("phoneme", "phoneme", "phoneme", "phoneme", "pitch", "phase", "level", "voice")
     weights = {"phoneme": 0.05, "voice": 0.4}
     for k, (name, (a, b)) in enumerate(zip(names, codes.SPANS)):
         y, book = found[min(k, 1)][..., a:b], books[k, : codes.USED[k], a:b]
         target = book[ids[..., k]]
         if name == "level":
-            target = target + louder[:, None, None] / codes.LEVEL / codes.LEVEL_STEP / 6
+            target = target + louder[:, None, None] / codes.LEVEL / codes.LEVEL_STEP / codes.STEPS_APART
         far = (y - target).square().sum(-1)
         far = (far * known).sum() / known.sum().clamp(min=1) if name in ("phase", "voice") else far.mean()
         out["vectors"] = out["vectors"] + weights.get(name, 1) * far
@@ -339,8 +343,7 @@ def encoder(args, before=2):
     """WORK/encoder.pt: from sound to the vectors of the teacher's codes. Of a crop the first frames do not count."""
     torch.manual_seed(0)
     data, mimi = Speech(args.work), new_mimi(args.work, args.start)
-    parts = parts_of(mimi, "encoder")
-    steps, parameters = trained(args, "encoder", mimi, parts, 20_000, 1.5e-3, (0.9, 0.98))
+    steps = trained(args, "encoder", mimi, (0.9, 0.98))
     head = Head(mimi.encoder.encoder_seanet, 160)  # without it phonemes are not found for a long time
     for _ in steps:
         if steps.step % 500 == 0:
@@ -360,9 +363,9 @@ def encoder(args, before=2):
         out, right = distances(found, ids, louder)
         spectrum = (head() - spectra(x)).abs().mean()
         loss = 2 * out["phonemes"] + 0.4 * out["vectors"] + 2 * spectrum
-        steps.optimize(loss, parameters, right=right, spectrum=spectrum, **out)
+        steps.optimize(loss, right=right, spectrum=spectrum, **out)
         head.step()
-    save(args.work / "encoder.pt", {name: module.state_dict() for name, module in parts.items()})
+    save(args.work / "encoder.pt", {name: part.state_dict() for name, part in parts_of(mimi, "encoder").items()})
 
 
 def mel_filters(n_mels, n_fft):
@@ -377,7 +380,7 @@ def mel_filters(n_mels, n_fft):
     return torch.tensor(triangles / triangles.sum(1, keepdims=True), dtype=torch.float32, device=DEVICE)
 
 
-MELS, FEW_MELS = mel_filters(N_MELS, 1024), mel_filters(40, 512)
+MELS, FEW_MELS = mel_filters(80, 1024), mel_filters(40, 512)
 
 
 def stft(x, n, hop, center=True):
@@ -423,8 +426,7 @@ def decoder(args):
     """WORK/decoder.pt: from the teacher's codes to its sound, LATE samples late, so that it knows what follows."""
     torch.manual_seed(1)
     data, mimi = Speech(args.work), new_mimi(args.work, args.start)
-    parts = parts_of(mimi, "decoder")
-    steps, parameters = trained(args, "decoder", mimi, parts, 20_000, 1.5e-3, (0.8, 0.95))
+    steps = trained(args, "decoder", mimi, (0.8, 0.95))
     head = Head(mimi.decoder.decoder_transformer, 16)  # what is behind it cannot add up periods
     for _ in steps:
         if steps.step % 500 == 0:
@@ -440,9 +442,9 @@ def decoder(args):
         losses = unlike(torch.where(known, y, x), x)
         losses["phase"] = astray(head(), ids) * (n == K)
         loss = losses["mel"] + losses["far"] + 0.3 * losses["wave"] + 0.3 * losses["phase"]
-        steps.optimize(loss, parameters, **losses)
+        steps.optimize(loss, **losses)
         head.step()
-    save(args.work / "decoder.pt", {name: module.state_dict() for name, module in parts.items()})
+    save(args.work / "decoder.pt", {name: part.state_dict() for name, part in parts_of(mimi, "decoder").items()})
 
 
 # ---------------------------------------------------------------------------------------------------- language model
@@ -471,7 +473,7 @@ class Talks:
 
     def __init__(self, work):
         self.work, self.seen, self.talks, self.r = work, set(), [], random.Random(0)
-        self.tokenizer, self.read = teacher.tokenizer(work / "tokenizer.model"), reader(work)
+        self.tokenizer, self.read = teacher.tokenizer(work / "tokenizer.model"), cache(reader(work))
         shares = np.array([[voice.get(name, 0) for name in codes.VOICES] for voice in teacher.voices()])
         self.alike = ((shares[:, None] - shares) ** 2).sum(2).argsort(1)[:, :60]  # of each voice the nearest
         self.look()
@@ -596,9 +598,8 @@ def begin(model):
     Of a pitch also how far its period comes in half a frame, so that the phase can be foretold.
     """
     table, heads = model.depth_decoder.model.embed_tokens.weight, model.depth_decoder.codebooks_head.weight
-    books = codes.vectors(teacher.voices())
     for k in (4, 5, 7):
-        x = torch.from_numpy(books[k, : codes.USED[k], slice(*codes.SPANS[k])])
+        x = codebooks()[k, : codes.USED[k], slice(*codes.SPANS[k])].cpu()
         if k == 4:
             turn = 2 * math.pi * torch.from_numpy(codes.hertz(np.arange(codes.PITCHES))).float() * FRAME / RATE / 2
             x = torch.stack([f(n * turn) for n in (1, 2) for f in (torch.cos, torch.sin)], 1)
@@ -637,7 +638,7 @@ def lm(args):
             first, rest, guided = losses(model, guide, data.batch(groups.pop()), 0.5, 0.4)
         loss = first + 2 * rest.mean() + 0.4 * guided
         names = dict(zip(("pitch", "phase", "level", "voice"), rest[3:]))
-        steps.optimize(loss, parameters, first=first, guide=guided, phonemes=rest[:3].mean(), **names)
+        steps.optimize(loss, first=first, guide=guided, phonemes=rest[:3].mean(), **names)
         if (steps.step + 1) % 500 == 0:
             with torch.no_grad():
                 first, rest, guided = losses(model, guide, data.batch(data.test))

@@ -11,7 +11,6 @@ the same sizes everywhere; nothing is downloaded. A measure is the median over r
 The floor is the time that this machine needs to read a frame's weights, in the same turns: no batch of one can beat it.
 """
 
-import argparse
 import gc
 import importlib.metadata
 import importlib.util
@@ -401,9 +400,7 @@ def version(name):
 
 
 def main(argv=None):
-    p = argparse.ArgumentParser(
-        prog="python -m csm_tools.bench", description="Speed of ours and of installed peers, side by side."
-    )
+    p = csm.parser_for("bench", description="Speed of ours and of installed peers, side by side.")
     p.add_argument("--tiny", action="store_true", help="small random models: a minute")
     p.add_argument("--checkpoint", help="a folder in any layout, in place of random weights")
     p.add_argument("--only", nargs="+", choices=SYSTEMS, default=list(SYSTEMS), help="systems")
@@ -416,7 +413,13 @@ def main(argv=None):
     p.add_argument("--rounds", type=int, default=3)
     p.add_argument("--json", type=Path)
     p.add_argument("--png", type=Path)
-    args = p.parse_args(argv)
+    return csm.run(p, command, p.parse_args(argv), "interrupted: nothing was written")
+
+
+def command(args):
+    for file in filter(None, (args.json, args.png)):  # before an hour of measuring
+        if not file.absolute().parent.is_dir():
+            raise ValueError(f"cannot write {file}: no such folder")
     logging.getLogger("csm").setLevel(logging.ERROR)  # not that each speech was cut off, as it is meant to be
     with tempfile.TemporaryDirectory() as work:
         folder = Path(work) if args.checkpoint else None
@@ -437,4 +440,4 @@ def main(argv=None):
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

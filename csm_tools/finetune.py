@@ -469,6 +469,8 @@ def chart(rows, path):
 
 def fuse(args):
     """A model folder with what was trained in its weights, in the base's type; whole, or not there at all."""
+    if not args.run.is_dir():
+        raise ValueError(f"no such folder: {args.run}")
     config = mimi.read_json(args.run / "adapter_config.json")
     base = args.model or config.get("model") or config.get("base_model_name_or_path") or "csm-1b"
     dtype = csm.read(csm.locate(base))[1]["backbone.norm.weight"].dtype
@@ -589,7 +591,13 @@ def add_training(t, command):
     t.add_argument("--gradient-ckpt", action="store_true", help="less memory, more time")
     t.add_argument("--ckpt-freq", type=int, default=100, help="steps between checkpoints")
     t.add_argument("--log-freq", type=int, default=10)
-    t.add_argument("--keep", type=int, default=0, metavar="N", help="the last N checkpoints as folders to speak with")
+    t.add_argument(
+        "--keep",
+        type=int,
+        default=0,
+        metavar="N",
+        help="the last N checkpoints as folders: adapters to speak with, or weights to fuse",
+    )
     t.add_argument("--sample-texts", metavar="F", help="say each line of F after each epoch, into the run's folder")
     t.add_argument("--seed", type=int, default=0)
     if command != "train":

@@ -353,12 +353,10 @@ def finished(wave, names, pitch, level, words=lambda middles: NO_WORD):
     middles = start + (np.arange(PARTS * frames) + 0.5) * FRAME / PARTS
     at = (middles // half).astype(int).clip(0, len(pitch) - 1)
     phonemes = np.where(level[at] < -4.8, " ", names(middles))
-    turns = np.cumsum(pitch.astype(float)) * half / RATE  # periods so far; Kokoro's own sum, which its sound follows
-    phase = np.interp(start + (np.arange(frames) + 0.5) * FRAME, (np.arange(len(pitch)) + 0.5) * half, turns) % 1
     spoken = np.where(np.isin(phonemes, list(codes.PHONEMES)), words(middles), NO_WORD)[1::PARTS]
     if wave is not None:
         wave = np.pad(wave, (0, 4 * FRAME))[start : start + frames * FRAME].clip(-1, 1)
-    return Said(wave, (phonemes, pitch[at], level[at], phase), spoken.astype(np.uint8))
+    return Said(wave, (phonemes, pitch[at], level[at]), spoken.astype(np.uint8))
 
 
 class Kokoro(Espeak):

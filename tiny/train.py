@@ -7,12 +7,13 @@
 The stages, all resumable, each leaving its result in WORK:
     speech    teacher.py's sentences as sound, and the codes of each (codes.py says what they mean)
     talks     its conversations as text and codes, without sound, which is twenty times as quick
-    encoder   Mimi's encoder, from sound to the teacher's codes
     decoder   Mimi's decoder, from the teacher's codes to sound
+    echo      what it makes of the conversations: more words for the encoder, at next to no cost
+    encoder   Mimi's encoder, from sound to the teacher's codes
     lm        the CSM itself, from text to the teacher's codes
     export    a checkpoint in transformers' layout, and of it, by convert.py, the folder beside this file
-The codes come from the teacher, so encoder, decoder and lm need nothing of each other: run them side by side. They take
-in what there is of their data, and what comes later.
+The codes come from the teacher, so decoder, encoder and lm can run side by side. They take in what there is of their
+data, and what comes later.
 Shapes: B batch, T positions, F frames, K codebooks, S samples, C channels.
 """
 
@@ -113,15 +114,16 @@ def talks(args, seconds=1800):
 class Speech:
     """The sentences of the shards made so far, drawn at random in crops."""
 
-    def __init__(self, work):
-        self.work, self.seen, self.turns, self.rng = work, set(), [], np.random.default_rng()
+    def __init__(self, work, *kinds):
+        self.work, self.kinds, self.seen, self.turns, self.rng = work, kinds, set(), [], np.random.default_rng()
         self.look()
         n = min(40, len(self.turns) // 10)
         self.held, self.turns = self.turns[:n], self.turns[n:]
 
     def look(self):
         """Take in the shards that are new."""
-        for index in sorted(set(self.work.glob("speech-*.pkl")) - self.seen):
+        found = [index for kind in self.kinds for index in sorted(self.work.glob(f"{kind}-*.pkl"))]
+        for index in sorted(set(found) - self.seen, key=found.index):
             self.seen.add(index)
             sound, start = np.load(index.with_suffix(".npy"), mmap_mode="r"), 0
             for rows in pickle.loads(index.read_bytes()):
@@ -159,7 +161,9 @@ def varied(wave, rows, rng):
     parts, out = (np.arange(4 * len(middles)) + 0.5) * speed, rows[middles.astype(int)]
     out[:, :4] = rows[:, :4].reshape(-1)[parts.astype(int)].reshape(-1, 4)
     higher = round(math.log(speed) / codes.PITCH_STEP)
-    out[:, 4] = np.where(out[:, 4] > 0, (out[:, 4] + higher).clip(1, codes.PITCHES - 1), 0)
+    halves = (np.arange(2 * len(middles)) + 0.5) * speed
+    pitch = rows[:, 4:6].reshape(-1)[halves.astype(int)].reshape(-1, 2)
+    out[:, 4:6] = np.where(pitch > 0, (pitch + higher).clip(1, codes.PITCHES - 1), 0)
     out[:, 7] = -1
     return x, out
 
@@ -315,12 +319,12 @@ class Head:
 def distances(found, ids, louder):
     """How far latents are from the codes that they should have: losses by name, and the share of right phonemes.
 
-    Where the voice is -1, voice and phase do not count. louder (B,): by how many nepers the sound was made so.
+    Where the voice is -1, it does not count. louder (B,): by how many nepers the sound was made so.
     """
     known = (ids[..., 7] >= 0).float()
     ids = ids.clamp(min=0)
     books, out, right = codebooks(), {"phonemes": 0, "vectors": 0}, 0
-    names = ("phoneme", "phoneme", "phoneme", "phoneme", "pitch", "phase", "level", "voice")
+    names = ("phoneme", "phoneme", "phoneme", "phoneme", "pitch", "pitch", "level", "voice")
     weights = {"phoneme": 0.05, "voice": 0.4}
     for k, (name, (a, b)) in enumerate(zip(names, codes.SPANS)):
         y, book = found[min(k, 1)][..., a:b], books[k, : codes.USED[k], a:b]
@@ -328,7 +332,7 @@ def distances(found, ids, louder):
         if name == "level":
             target = target + louder[:, None, None] / codes.LEVEL / codes.LEVEL_STEP / codes.STEPS_APART
         far = (y - target).square().sum(-1)
-        far = (far * known).sum() / known.sum().clamp(min=1) if name in ("phase", "voice") else far.mean()
+        far = (far * known).sum() / known.sum().clamp(min=1) if name == "voice" else far.mean()
         out["vectors"] = out["vectors"] + weights.get(name, 1) * far
         if name == "phoneme":
             away = (y[..., None, :] - book).square().sum(-1)  # (B, F, codes)
@@ -339,10 +343,28 @@ def distances(found, ids, louder):
     return out, right
 
 
+@torch.no_grad()
+def echo(args):
+    """WORK/echo-i, as speech has it, of talks-i: what the decoder makes of its codes."""
+    mimi = new_mimi(args.work, args.start)
+    for path, _ in shards(args, "echo", 2, 1800):
+        source = path.with_name(path.name.replace("echo", "talks")).with_suffix(".pkl")
+        if not source.exists():
+            break
+        rows = [turn[3] for talk in pickle.loads(source.read_bytes()) for turn in talk]
+        waves = []
+        for ids in rows:
+            ids = torch.from_numpy(ids.astype(np.int64)).T[None].to(DEVICE)
+            wave = mimi.decoder(mimi.quantizer.decode(ids)).audio_values[0, 0, LATE:]
+            waves.append((F.pad(wave, (0, LATE)).clamp(-1, 1) * 32767).short().cpu().numpy())
+        save(path.with_suffix(".npy"), np.concatenate(waves))
+        save(path.with_suffix(".pkl"), rows)
+
+
 def encoder(args, before=2):
     """WORK/encoder.pt: from sound to the vectors of the teacher's codes. Of a crop the first frames do not count."""
     torch.manual_seed(0)
-    data, mimi = Speech(args.work), new_mimi(args.work, args.start)
+    data, mimi = Speech(args.work, "speech", "echo"), new_mimi(args.work, args.start)
     steps = trained(args, "encoder", mimi, (0.9, 0.98))
     head = Head(mimi.encoder.encoder_seanet, 160)  # without it phonemes are not found for a long time
     for _ in steps:
@@ -395,23 +417,10 @@ def spectra(x):
     return torch.log(FEW_MELS @ bins + 0.01).transpose(1, 2).reshape(len(x), -1, 160)
 
 
-def astray(found, ids):
-    """How far a head's points (B, 2 F, 16) are from a circle's: the fundamental each 5 ms, as the codes tell."""
-    times = (torch.arange(16, device=DEVICE) - 7.5) / 200  # seconds from amid the frame
-    turns = (ids[..., 5] - 0.5)[..., None] / codes.PHASES + codes.hertz(ids[..., 4])[..., None] * times
-    late, turns = 16 * LATE // FRAME, 2 * math.pi * turns.flatten(1)
-    found = found.unflatten(2, (8, 2)).flatten(1, 2)[:, late:]
-    circle = torch.stack([turns.cos(), turns.sin()], 2)[:, : found.shape[1]]
-    voiced = (ids[..., 5] > 0).repeat_interleave(16, 1)[:, : found.shape[1]]
-    return ((found - circle).square().sum(2) * voiced).sum() / voiced.sum().clamp(min=1)
-
-
 def unlike(y, x):
-    """Sound and how it should be (B, S): three distances."""
+    """Sound and how it should be (B, S): two distances."""
     a, b = stft(y, 1024, 240), stft(x, 1024, 240)
     mel = (torch.log(MELS @ a.abs() + 0.05) - torch.log(MELS @ b.abs() + 0.05)).abs().mean()
-    # The codes tell the fundamental's phase, so that its harmonics up to 1 kHz have one; what is above has not.
-    wave = (a - b)[:, :43].abs().mean() / (b[:, :43].abs().mean() + 0.02)
     far = 0
     for n, hop, pool in ((2048, 480, 1), (512, 120, 4), (256, 64, 8)):
         # Short windows are pooled over 20 ms: else a pulse in another place would cost more than none.
@@ -419,31 +428,25 @@ def unlike(y, x):
         a, b = (F.avg_pool1d(m, pool, max(1, pool // 2)).sqrt() for m in (a, b))
         far = far + (torch.log(a + 0.01) - torch.log(b + 0.01)).abs().mean() / 3
         far = far + 0.1 * (a - b).abs().mean() / (b.mean() + 0.02)
-    return {"mel": mel, "far": far, "wave": wave}
+    return {"mel": mel, "far": far}
 
 
 def decoder(args):
     """WORK/decoder.pt: from the teacher's codes to its sound, LATE samples late, so that it knows what follows."""
     torch.manual_seed(1)
-    data, mimi = Speech(args.work), new_mimi(args.work, args.start)
+    data, mimi = Speech(args.work, "speech"), new_mimi(args.work, args.start)
     steps = trained(args, "decoder", mimi, (0.8, 0.95))
-    head = Head(mimi.decoder.decoder_transformer, 16)  # what is behind it cannot add up periods
     for _ in steps:
         if steps.step % 500 == 0:
             data.look()
-        frames, lot = int(data.rng.choice((10, 12, 16))), data.rng.random()
+        frames = int(data.rng.choice((10, 12, 16)))
         x, ids, first = data.batch(frames, 64 // frames, -LATE)
-        if lot < 0.07:
-            ids[..., 5] = 0  # a voice without phases, as the encoder may hear it
-        n = int(data.rng.integers(4, K)) if lot > 0.88 else K  # some codebooks left out: --codebooks
+        n = int(data.rng.integers(4, K)) if data.rng.random() < 0.12 else K  # some codebooks left out: --codebooks
         with half(args):
             y = mimi.decoder(mimi.quantizer.decode(ids[..., :n].transpose(1, 2))).audio_values[:, 0].float()
         known = first[:, None] | (torch.arange(y.shape[1], device=DEVICE) >= FRAME)  # else what came before is not
         losses = unlike(torch.where(known, y, x), x)
-        losses["phase"] = astray(head(), ids) * (n == K)
-        loss = losses["mel"] + losses["far"] + 0.3 * losses["wave"] + 0.3 * losses["phase"]
-        steps.optimize(loss, **losses)
-        head.step()
+        steps.optimize(losses["mel"] + losses["far"], **losses)
     save(args.work / "decoder.pt", {name: part.state_dict() for name, part in parts_of(mimi, "decoder").items()})
 
 
@@ -593,23 +596,16 @@ def losses(model, guide, batch, fraction=1.0, corrupt=0.0):
 
 @torch.no_grad()
 def begin(model):
-    """Pitches, phases and voices have an order: their embeddings begin with it, as far as directions of their own go.
-
-    Of a pitch also how far its period comes in half a frame, so that the phase can be foretold.
-    """
+    """Pitches and voices have an order: their embeddings begin with it, as far as directions of their own go."""
     table, heads = model.depth_decoder.model.embed_tokens.weight, model.depth_decoder.codebooks_head.weight
     for k in (4, 5, 7):
         x = codebooks()[k, : codes.USED[k], slice(*codes.SPANS[k])].cpu()
-        if k == 4:
-            turn = 2 * math.pi * torch.from_numpy(codes.hertz(np.arange(codes.PITCHES))).float() * FRAME / RATE / 2
-            x = torch.stack([f(n * turn) for n in (1, 2) for f in (torch.cos, torch.sin)], 1)
         x = (x - x.mean(0)) / (x - x.mean(0)).norm(dim=1).mean()
         rows = table[k * V : k * V + len(x)]
         rows += (x @ torch.linalg.qr(torch.randn(table.shape[1], x.shape[1]))[0].T).to(rows)
-        if k != 4:
-            x = torch.cat([x, -(x**2).sum(1, keepdim=True) / 2], 1)  # a squared distance, but for a constant
-            columns = heads[k - 1, :, : len(x)]
-            columns += (torch.linalg.qr(torch.randn(len(columns), x.shape[1]))[0] @ x.T).to(columns)
+        x = torch.cat([x, -(x**2).sum(1, keepdim=True) / 2], 1)  # a squared distance, but for a constant
+        columns = heads[k - 1, :, : len(x)]
+        columns += (torch.linalg.qr(torch.randn(len(columns), x.shape[1]))[0] @ x.T).to(columns)
 
 
 def lm(args):
@@ -637,8 +633,8 @@ def lm(args):
         with half(args):
             first, rest, guided = losses(model, guide, data.batch(groups.pop()), 0.5, 0.4)
         loss = first + 2 * rest.mean() + 0.4 * guided
-        names = dict(zip(("pitch", "phase", "level", "voice"), rest[3:]))
-        steps.optimize(loss, first=first, guide=guided, phonemes=rest[:3].mean(), **names)
+        phonemes, pitch, (level, voice) = rest[:3].mean(), rest[3:5].mean(), rest[5:]
+        steps.optimize(loss, first=first, guide=guided, phonemes=phonemes, pitch=pitch, level=level, voice=voice)
         if (steps.step + 1) % 500 == 0:
             with torch.no_grad():
                 first, rest, guided = losses(model, guide, data.batch(data.test))
@@ -670,7 +666,7 @@ def export(args):
     (folder / "config.json").write_text(json.dumps(config | {"sampling": SAMPLING}, indent=2) + "\n")
 
 
-STAGES = {f.__name__: f for f in (speech, talks, encoder, decoder, lm, export)}
+STAGES = {f.__name__: f for f in (speech, talks, decoder, echo, encoder, lm, export)}
 
 
 def main():
@@ -679,8 +675,8 @@ def main():
     p.add_argument("work", type=Path, help="folder for what the stages make")
     p.add_argument("--steps", type=int, help="of encoder, decoder or lm; more than before: it goes on")
     p.add_argument("--teacher", choices=teacher.TEACHERS, default="kokoro", help="of speech, talks and export")
-    p.add_argument("--hours", type=float, help="of the stage speech (3) or talks (20)")
-    p.add_argument("--part", type=int, default=0, help="of speech or talks: which of --parts processes this is")
+    p.add_argument("--hours", type=float, help="of the stage speech (3), talks (20) or echo (2)")
+    p.add_argument("--part", type=int, default=0, help="of speech, talks or echo: which of --parts processes this is")
     p.add_argument("--parts", type=int, default=1)
     p.add_argument("--threads", type=int, default=os.cpu_count())
     p.add_argument("--bf16", action="store_true", help="products in bfloat16: faster on a GPU and on new CPUs")

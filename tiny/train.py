@@ -627,12 +627,12 @@ def lm(args):
         if not groups:
             data.look()
             data.r.seed(steps.step)
-            longest = 90 if done < 0.05 else 640  # short ones first: attention finds its way sooner
+            longest = 90 if done < 0.05 and not args.start else 640  # short ones first: attention finds its way sooner
             groups = data.batches(args.positions, longest) or data.batches(args.positions, 640)
             print(f"{len(data.talks)} conversations, {len(groups)} batches", flush=True)
         with half(args):
             first, rest, guided = losses(model, guide, data.batch(groups.pop()), 0.5, 0.4)
-        loss = first + 2 * rest.mean() + 0.4 * guided
+        loss = first + 0.5 * rest[:3].sum() + 0.2 * rest[3:].sum() + 0.4 * guided  # phonemes are what is understood
         phonemes, pitch, (level, voice) = rest[:3].mean(), rest[3:5].mean(), rest[5:]
         steps.optimize(loss, first=first, guide=guided, phonemes=phonemes, pitch=pitch, level=level, voice=voice)
         if (steps.step + 1) % 500 == 0:

@@ -430,18 +430,13 @@ def hub(weights, tmp_path_factory):
     return os.environ | {"HF_HUB_OFFLINE": "1", "HF_HOME": str(cache)}
 
 
-def heard(small, audio):
-    """How many of the five symbols: the detector's weights are chosen by hand, and what tiny says is not."""
-    return sum(a == b for a, b in zip(small.detect(audio).message or (), watermark.SESAME))
-
-
 def test_the_command_marks_what_it_says(small, hub, tmp_path):
     text = "The cat sat on the mat, and the dog went to the market. Then they came home again, and had a good dinner."
-    command = [sys.executable, "csm.py", text, tmp_path / "a.wav", "--model", "tiny", "--seed", "1", "--watermark"]
+    command = [sys.executable, "csm.py", text, tmp_path / "a.wav", "--model", "tiny", "--seed", "3", "--watermark"]
     subprocess.run(command, cwd=HERE, env=hub, check=True, capture_output=True)
-    said = np.array(csm.load("tiny").generate(text, seed=1))
-    audio, expected = mimi.read_audio(tmp_path / "a.wav"), small.embed(said)
-    assert np.square(audio - expected).mean() < 0.2 * np.square(audio - said).mean() and heard(small, audio) >= 4
+    said = np.array(csm.load("tiny").generate(text, seed=3))
+    audio, expected = mimi.read_audio(tmp_path / "a.wav"), np.concatenate([*small.embed_stream([said])])
+    assert np.abs(audio - expected).max() < 2 / 32768 and small.detect(audio).message == watermark.SESAME
 
 
 def test_the_server_marks_what_it_says(small, hub, tmp_path):
@@ -455,7 +450,7 @@ def test_the_server_marks_what_it_says(small, hub, tmp_path):
             for _ in range(2):
                 answer = httpx.post(f"{address}/v1/audio/speech", json=request, timeout=600)
                 audio = np.frombuffer(answer.content, "<i2") / np.float32(32767)
-                assert heard(small, audio) >= 4
+                assert small.detect(audio).message == watermark.SESAME
             with httpx.stream("POST", f"{address}/v1/audio/speech", json=request, timeout=600) as answer:
                 next(answer.iter_bytes())  # and leaves
             bad = httpx.post(f"{address}/v1/audio/speech", json=request | {"input": ""}, timeout=600)

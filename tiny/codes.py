@@ -50,7 +50,7 @@ def encode(phonemes, pitch, level, voice):
 
 def hertz(code):
     """What a code of codebooks 4 and 5 stands for; below LOWEST for code 0."""
-    return LOWEST * np.e ** ((code - 0.5) * PITCH_STEP)  # of NumPy's arrays and PyTorch's
+    return LOWEST * np.exp((code - 0.5) * PITCH_STEP)
 
 
 def vectors(voices):

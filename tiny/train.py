@@ -123,7 +123,7 @@ class Speech:
     def look(self):
         """Take in the shards that are new."""
         found = [index for kind in self.kinds for index in sorted(self.work.glob(f"{kind}-*.pkl"))]
-        for index in sorted(set(found) - self.seen, key=found.index):
+        for index in (index for index in found if index not in self.seen):
             self.seen.add(index)
             sound, start = np.load(index.with_suffix(".npy"), mmap_mode="r"), 0
             for rows in pickle.loads(index.read_bytes()):
@@ -157,13 +157,15 @@ def varied(wave, rows, rng):
     bins = np.fft.rfft(x)
     bend = np.interp(np.linspace(0, 1, len(bins)) ** 0.5, np.linspace(0, 1, 8), rng.normal(0, 0.4, 8))
     x = np.fft.irfft(bins * np.exp(bend), len(x)) + 32767 * 10 ** rng.uniform(-4.5, -2.2) * rng.normal(size=len(x))
-    middles = (np.arange(len(x) // FRAME) + 0.5) * speed
-    parts, out = (np.arange(4 * len(middles)) + 0.5) * speed, rows[middles.astype(int)]
-    out[:, :4] = rows[:, :4].reshape(-1)[parts.astype(int)].reshape(-1, 4)
-    higher = round(math.log(speed) / codes.PITCH_STEP)
-    halves = (np.arange(2 * len(middles)) + 0.5) * speed
-    pitch = rows[:, 4:6].reshape(-1)[halves.astype(int)].reshape(-1, 2)
-    out[:, 4:6] = np.where(pitch > 0, (pitch + higher).clip(1, codes.PITCHES - 1), 0)
+
+    def columns(a, b):
+        """Codes of the frame's b - a parts."""
+        at = (np.arange((b - a) * (len(x) // FRAME)) + 0.5) * speed
+        return rows[:, a:b].reshape(-1)[at.astype(int)].reshape(-1, b - a)
+
+    pitch, higher = columns(4, 6), round(math.log(speed) / codes.PITCH_STEP)
+    pitch = np.where(pitch > 0, (pitch + higher).clip(1, codes.PITCHES - 1), 0)
+    out = np.hstack([columns(0, 4), pitch, columns(6, 7), columns(7, 8)])
     out[:, 7] = -1
     return x, out
 
@@ -288,6 +290,10 @@ def trained(args, stage, mimi, betas):
     return Steps(args, 20_000, args.work / f"{stage}-state.pt", lr, optimizer=optimizer, **parts)
 
 
+def save_parts(args, stage, mimi):
+    save(args.work / f"{stage}.pt", {name: part.state_dict() for name, part in parts_of(mimi, stage).items()})
+
+
 def latents(mimi, x):
     """Sound (B, S) -> what the quantizers get (B, F, CODE_DIM), for codebook 0 and for the others"""
     z = mimi.encoder(x[:, None]).latents
@@ -295,7 +301,7 @@ def latents(mimi, x):
 
 
 class Head:
-    """A throwaway linear map from what a module puts out (B, T, DIM) to something that it shall know.
+    """A throwaway linear map from what a module puts out (B, DIM, T) to something that it shall know.
 
     It learns with its own optimizer, and anew after a restart: soon done.
     """
@@ -307,9 +313,7 @@ class Head:
 
     def __call__(self):
         """(B, T, n), of the module's last call"""
-        out = self.out.pop()
-        x = out.transpose(1, 2) if torch.is_tensor(out) else out.last_hidden_state
-        return self.linear(x.float())
+        return self.linear(self.out.pop().transpose(1, 2).float())
 
     def step(self):
         self.optimizer.step()
@@ -348,7 +352,7 @@ def echo(args):
     """WORK/echo-i, as speech has it, of talks-i: what the decoder makes of its codes."""
     mimi = new_mimi(args.work, args.start)
     for path, _ in shards(args, "echo", 2, 1800):
-        source = path.with_name(path.name.replace("echo", "talks")).with_suffix(".pkl")
+        source = args.work / f"{path.name.replace('echo', 'talks')}.pkl"
         if not source.exists():
             break
         rows = [turn[3] for talk in pickle.loads(source.read_bytes()) for turn in talk]
@@ -387,7 +391,7 @@ def encoder(args, before=2):
         loss = 2 * out["phonemes"] + 0.4 * out["vectors"] + 2 * spectrum
         steps.optimize(loss, right=right, spectrum=spectrum, **out)
         head.step()
-    save(args.work / "encoder.pt", {name: part.state_dict() for name, part in parts_of(mimi, "encoder").items()})
+    save_parts(args, "encoder", mimi)
 
 
 def mel_filters(n_mels, n_fft):
@@ -447,7 +451,7 @@ def decoder(args):
         known = first[:, None] | (torch.arange(y.shape[1], device=DEVICE) >= FRAME)  # else what came before is not
         losses = unlike(torch.where(known, y, x), x)
         steps.optimize(losses["mel"] + losses["far"], **losses)
-    save(args.work / "decoder.pt", {name: part.state_dict() for name, part in parts_of(mimi, "decoder").items()})
+    save_parts(args, "decoder", mimi)
 
 
 # ---------------------------------------------------------------------------------------------------- language model

@@ -9,7 +9,8 @@ The stages, all resumable, each leaving its result in WORK:
     talks     its conversations as text and codes, without sound, which is twenty times as quick
     decoder   Mimi's decoder, from the teacher's codes to sound
     echo      what it makes of the conversations: more words for the encoder, at next to no cost
-    encoder   Mimi's encoder, from sound to the teacher's codes
+    ears      the encoder's first convolutions, which shall hear spectra
+    encoder   the rest of Mimi's encoder, from there to the teacher's codes
     lm        the CSM itself, from text to the teacher's codes
     export    a checkpoint in transformers' layout, and of it, by convert.py, the folder beside this file
 The codes come from the teacher, so decoder, encoder and lm can run side by side. They take in what there is of their
@@ -42,7 +43,8 @@ from torch import nn
 HERE = Path(__file__).resolve().parent
 V = N_CODES + 3  # as CSM-1B has three ids more than codes
 DIM, FILTERS, LAYERS = 192, 16, 4  # the codec's widths, the layers of its transformers
-AHEAD, LATE = FRAME // 2, FRAME // 2  # samples that the encoder hears beyond a frame; by which the decoder is late
+AHEAD, LATE = FRAME, FRAME // 2  # samples that the encoder hears beyond a frame; by which the decoder is late
+EARS = 11  # layers of the encoder, down to rows of 200 Hz
 SAMPLING = {"temperature": 0.5, "top_k": 50}  # the exported folder's defaults
 
 torch.set_flush_denormal(True)
@@ -115,15 +117,15 @@ class Speech:
     """The sentences of the shards made so far, drawn at random in crops."""
 
     def __init__(self, work, *kinds):
-        self.work, self.kinds, self.seen, self.turns, self.rng = work, kinds, set(), [], np.random.default_rng()
+        self.work, self.kinds, self.rng = work, kinds, np.random.default_rng()
+        self.seen, self.turns, self.drawn = set(), [], 0
         self.look()
         n = min(40, len(self.turns) // 10)
         self.held, self.turns = self.turns[:n], self.turns[n:]
 
     def look(self):
         """Take in the shards that are new."""
-        found = [index for kind in self.kinds for index in sorted(self.work.glob(f"{kind}-*.pkl"))]
-        for index in (index for index in found if index not in self.seen):
+        for index in [i for kind in self.kinds for i in sorted(self.work.glob(f"{kind}-*.pkl")) if i not in self.seen]:
             self.seen.add(index)
             sound, start = np.load(index.with_suffix(".npy"), mmap_mode="r"), 0
             for rows in pickle.loads(index.read_bytes()):
@@ -136,6 +138,9 @@ class Speech:
         The sound begins `before` frames before the codes, and is `shift` samples later than they; silence around it.
         vary: most are varied(), which may shorten them.
         """
+        self.drawn += 1
+        if self.drawn % 500 == 0:
+            self.look()
         some = [turn for turn in (self.held if held else self.turns) if len(turn[1]) >= frames * (1.2 if vary else 1)]
         share = np.array([len(rows) for _, rows in some], float)
         waves, ids, first = [], [], []
@@ -264,7 +269,7 @@ def new_mimi(work, start=None):
         for a, b in spans:
             inside[a:b] = 1
         split.input_proj.weight.data *= inside[:, None, None]  # nothing where only unused codes are
-    for path in (work / "encoder.pt", work / "decoder.pt"):
+    for path in (work / "ears.pt", work / "encoder.pt", work / "decoder.pt"):
         if path.exists():
             state = torch.load(path, map_location=DEVICE)
             for part, module in parts_of(mimi, path.stem).items():
@@ -278,14 +283,16 @@ def splits(mimi):
 
 
 def parts_of(mimi, stage):
-    """What the stage encoder or decoder trains."""
+    """What the stage ears, encoder or decoder trains; the encoder with its ears."""
+    if stage == "ears":
+        return {stage: mimi.encoder.encoder_seanet.layers[:EARS]}
     proj = {"encoder": "input_proj", "decoder": "output_proj"}[stage]
     return {stage: getattr(mimi, stage), **{k: getattr(s, proj) for k, s in zip(("first", "rest"), splits(mimi))}}
 
 
-def trained(args, stage, mimi, betas):
-    """Steps of what the stage encoder or decoder trains."""
-    parts, lr = parts_of(mimi, stage), 1.5e-3
+def trained(args, stage, mimi, betas, **more):
+    """Steps of what the stage ears, encoder or decoder trains, and of more modules."""
+    parts, lr = parts_of(mimi, stage) | more, 1.5e-3
     optimizer = torch.optim.AdamW([p for m in parts.values() for p in m.parameters()], lr, betas, weight_decay=0.01)
     return Steps(args, 20_000, args.work / f"{stage}-state.pt", lr, optimizer=optimizer, **parts)
 
@@ -294,30 +301,10 @@ def save_parts(args, stage, mimi):
     save(args.work / f"{stage}.pt", {name: part.state_dict() for name, part in parts_of(mimi, stage).items()})
 
 
-def latents(mimi, x):
-    """Sound (B, S) -> what the quantizers get (B, F, CODE_DIM), for codebook 0 and for the others"""
-    z = mimi.encoder(x[:, None]).latents
-    return [split.input_proj(z.float()).transpose(1, 2) for split in splits(mimi)]
-
-
-class Head:
-    """A throwaway linear map from what a module puts out (B, DIM, T) to something that it shall know.
-
-    It learns with its own optimizer, and anew after a restart: soon done.
-    """
-
-    def __init__(self, module, n):
-        self.out, self.linear = [], nn.Linear(DIM, n).to(DEVICE)
-        self.optimizer = torch.optim.Adam(self.linear.parameters(), 2e-3)
-        module.register_forward_hook(lambda module, args, out: self.out.append(out))
-
-    def __call__(self):
-        """(B, T, n), of the module's last call"""
-        return self.linear(self.out.pop().transpose(1, 2).float())
-
-    def step(self):
-        self.optimizer.step()
-        self.optimizer.zero_grad()
+def latents(mimi, x, before):
+    """Sound (B, S) -> what the quantizers get from frame `before` on (B, F, CODE_DIM): codebook 0's, the others'"""
+    z = mimi.encoder(x[:, None]).latents.float()
+    return [split.input_proj(z).transpose(1, 2)[:, before:] for split in splits(mimi)]
 
 
 def distances(found, ids, louder):
@@ -351,7 +338,7 @@ def distances(found, ids, louder):
 def echo(args):
     """WORK/echo-i, as speech has it, of talks-i: what the decoder makes of its codes."""
     mimi = new_mimi(args.work, args.start)
-    for path, _ in shards(args, "echo", 2, 1800):
+    for path, _ in shards(args, "echo", 8, 1800):
         source = args.work / f"{path.name.replace('echo', 'talks')}.pkl"
         if not source.exists():
             break
@@ -365,32 +352,48 @@ def echo(args):
         save(path.with_suffix(".pkl"), rows)
 
 
+def ears(args, frames=12, n=6):
+    """WORK/ears.pt: out of the first layers, throwaway heads find log-mel spectra, pitch and phonemes."""
+    torch.manual_seed(3)
+    data, mimi = Speech(args.work, "speech", "echo"), new_mimi(args.work, args.start)
+    layers = nn.Sequential(*parts_of(mimi, "ears")["ears"])
+    sizes, spectrum = (codes.USED[0], 11), nn.Conv1d(8 * FILTERS, len(FEW_MELS), 1).to(DEVICE)
+    near = nn.Sequential(
+        nn.Conv1d(8 * FILTERS, 160, 9, padding=4), nn.GELU(), nn.Conv1d(160, 160, 12, 4, 4), nn.GELU(),
+        nn.Conv1d(160, 160, 5, padding=2), nn.GELU(), nn.Conv1d(160, sum(sizes), 1),
+    ).to(DEVICE)  # fmt: skip
+    steps = trained(args, "ears", mimi, (0.9, 0.98), spectrum=spectrum, near=near)
+    for _ in steps:
+        x, ids, _ = data.batch(frames, n, 0, vary=True)
+        x = x * torch.empty(n, 1, device=DEVICE).uniform_(-0.7, 0.4).exp()
+        with half(args):
+            y = layers(x[:, None])
+            mels, (phoneme, pitch) = spectrum(y).float(), near(y).float().split(sizes, 1)
+        mel, phoneme = (mels - spectra(x)).abs().mean(), F.cross_entropy(phoneme, ids[..., :4].flatten(1))
+        high = codebooks()[4, ids[..., 4:6].flatten(1), slice(*codes.SPANS[4])]  # (n, 2 * frames, 11)
+        pitch = (pitch - high.repeat_interleave(2, 1).transpose(1, 2)).square().sum(1).mean()
+        steps.optimize(2 * mel + 0.4 * phoneme + 0.1 * pitch, mel=mel, phoneme=phoneme, pitch=pitch)
+    save_parts(args, "ears", mimi)
+
+
 def encoder(args, before=2):
     """WORK/encoder.pt: from sound to the vectors of the teacher's codes. Of a crop the first frames do not count."""
     torch.manual_seed(0)
     data, mimi = Speech(args.work, "speech", "echo"), new_mimi(args.work, args.start)
     steps = trained(args, "encoder", mimi, (0.9, 0.98))
-    head = Head(mimi.encoder.encoder_seanet, 160)  # without it phonemes are not found for a long time
-    for _ in steps:
+    for done in steps:
+        parts_of(mimi, "ears")["ears"].requires_grad_(done >= 0.5)  # quicker without
         if steps.step % 500 == 0:
-            data.look()
             with torch.no_grad():
                 x, ids, _ = data.batch(16, 24, AHEAD, before, held=True)
-                found = [y[:, before:] for y in latents(mimi, x)]
-                head.out.clear()
-                out, right = distances(found, ids, torch.zeros(len(x), device=DEVICE))
+                out, right = distances(latents(mimi, x, before), ids, torch.zeros(len(x), device=DEVICE))
             print("held out:", *(f"{k} {v:.3f}" for k, v in out.items()), f"right {right:.3f}", flush=True)
-        frames = int(data.rng.choice((14, 22, 30)))
-        x, ids, _ = data.batch(frames, 72 // (frames + before), AHEAD, before, vary=True)
+        frames = int(data.rng.choice((16, 22, 32)))
+        x, ids, _ = data.batch(frames, 160 // (frames + before), AHEAD, before, vary=True)
         louder = torch.empty(len(x), device=DEVICE).uniform_(-0.6, 0.4) * (torch.rand(len(x), device=DEVICE) < 0.5)
         with half(args):
-            x = x * louder.exp()[:, None]
-            found = [y[:, before:] for y in latents(mimi, x)]
-        out, right = distances(found, ids, louder)
-        spectrum = (head() - spectra(x)).abs().mean()
-        loss = 2 * out["phonemes"] + 0.4 * out["vectors"] + 2 * spectrum
-        steps.optimize(loss, right=right, spectrum=spectrum, **out)
-        head.step()
+            out, right = distances(latents(mimi, x * louder.exp()[:, None], before), ids, louder)
+        steps.optimize(2 * out["phonemes"] + 0.4 * out["vectors"], right=right, **out)
     save_parts(args, "encoder", mimi)
 
 
@@ -406,7 +409,7 @@ def mel_filters(n_mels, n_fft):
     return torch.tensor(triangles / triangles.sum(1, keepdims=True), dtype=torch.float32, device=DEVICE)
 
 
-MELS, FEW_MELS = mel_filters(80, 1024), mel_filters(40, 512)
+MELS, FEW_MELS = mel_filters(80, 1024), mel_filters(80, 512)
 
 
 def stft(x, n, hop, center=True):
@@ -416,9 +419,8 @@ def stft(x, n, hop, center=True):
 
 
 def spectra(x):
-    """Sound (B, S) -> (B, S / 960, 160): four short log-mel spectra for each row of 25 Hz, none of what comes later."""
-    bins = stft(F.pad(x, (272, 0)), 512, 240, center=False).abs()
-    return torch.log(FEW_MELS @ bins + 0.01).transpose(1, 2).reshape(len(x), -1, 160)
+    """Sound (B, S) -> (B, 80, S / 120): log-mel spectra, none of what comes later."""
+    return torch.log(FEW_MELS @ stft(F.pad(x, (392, 0)), 512, 120, center=False).abs() + 0.01)
 
 
 def unlike(y, x):
@@ -441,8 +443,6 @@ def decoder(args):
     data, mimi = Speech(args.work, "speech"), new_mimi(args.work, args.start)
     steps = trained(args, "decoder", mimi, (0.8, 0.95))
     for _ in steps:
-        if steps.step % 500 == 0:
-            data.look()
         frames = int(data.rng.choice((10, 12, 16)))
         x, ids, first = data.batch(frames, 64 // frames, -LATE)
         n = int(data.rng.integers(4, K)) if data.rng.random() < 0.12 else K  # some codebooks left out: --codebooks
@@ -670,16 +670,16 @@ def export(args):
     (folder / "config.json").write_text(json.dumps(config | {"sampling": SAMPLING}, indent=2) + "\n")
 
 
-STAGES = {f.__name__: f for f in (speech, talks, decoder, echo, encoder, lm, export)}
+STAGES = {f.__name__: f for f in (speech, talks, decoder, echo, ears, encoder, lm, export)}
 
 
 def main():
     p = argparse.ArgumentParser(description="Train the tiny CSM.")
     p.add_argument("stage", choices=("all", *STAGES))
     p.add_argument("work", type=Path, help="folder for what the stages make")
-    p.add_argument("--steps", type=int, help="of encoder, decoder or lm; more than before: it goes on")
+    p.add_argument("--steps", type=int, help="of a training stage; more than before: it goes on")
     p.add_argument("--teacher", choices=teacher.TEACHERS, default="kokoro", help="of speech, talks and export")
-    p.add_argument("--hours", type=float, help="of the stage speech (3), talks (20) or echo (2)")
+    p.add_argument("--hours", type=float, help="of the stage speech (3), talks (20) or echo (8)")
     p.add_argument("--part", type=int, default=0, help="of speech, talks or echo: which of --parts processes this is")
     p.add_argument("--parts", type=int, default=1)
     p.add_argument("--threads", type=int, default=os.cpu_count())

@@ -93,13 +93,13 @@ def test_voice_comes_from_the_context(evaluate, tiny):
 
 
 def test_codec(evaluation, evaluate):
-    """There and back a preset's clip keeps its pitch, and some of its words: tiny/README.md."""
+    """There and back a preset's clip keeps its pitch, and most of its words: tiny/README.md."""
     texts, waves = [], []
     for clip in sorted((TINY / "prompts").glob("*.wav")):
         wave, _ = soundfile.read(clip, dtype="float32")
         texts, waves = [*texts, clip.with_suffix(".txt").read_text()], [*waves, evaluation.through(wave)]
         assert 0.75 < evaluate.pitch(waves[-1]) / evaluate.pitch(wave) < 1.33, clip
-    assert evaluation.listen.score(texts, waves)[0] < 0.75
+    assert evaluation.listen.score(texts, waves)[0] < 0.3
 
 
 def test_quantized_still_speaks(evaluation, evaluate):

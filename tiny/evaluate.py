@@ -242,7 +242,7 @@ def spectrograms(evaluation, path):
     rows = {"teacher": wave, "codec alone": evaluation.through(wave), "tiny": evaluation.say(text, 0)[0]}
     figure, axes = plt.subplots(3, 1, figsize=(6, 5), sharex=True, layout="constrained")
     for axis, (name, wave) in zip(axes, rows.items()):
-        axis.specgram(np.array(wave) + 1e-5, 512, teacher.RATE, noverlap=392, cmap="magma", vmin=-130)
+        axis.specgram(np.array(wave) + 1e-5, NFFT=512, Fs=teacher.RATE, noverlap=392, cmap="magma", vmin=-130)
         axis.set(title=name, ylabel="Hz")
     axes[-1].set(xlabel="s")
     figure.savefig(path, dpi=70)

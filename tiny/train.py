@@ -376,7 +376,7 @@ def ears(args, frames=12, n=6):
     save_parts(args, "ears", mimi)
 
 
-def encoder(args, before=2):
+def encoder(args):
     """WORK/encoder.pt: from sound to the vectors of the teacher's codes. Of a crop the first frames do not count."""
     torch.manual_seed(0)
     data, mimi = Speech(args.work, "speech", "echo"), new_mimi(args.work, args.start)
@@ -385,10 +385,10 @@ def encoder(args, before=2):
         parts_of(mimi, "ears")["ears"].requires_grad_(done >= 0.5)  # quicker without
         if steps.step % 500 == 0:
             with torch.no_grad():
-                x, ids, _ = data.batch(16, 24, AHEAD, before, held=True)
-                out, right = distances(latents(mimi, x, before), ids, torch.zeros(len(x), device=DEVICE))
+                x, ids, _ = data.batch(16, 24, AHEAD, 2, held=True)
+                out, right = distances(latents(mimi, x, 2), ids, torch.zeros(len(x), device=DEVICE))
             print("held out:", *(f"{k} {v:.3f}" for k, v in out.items()), f"right {right:.3f}", flush=True)
-        frames = int(data.rng.choice((16, 22, 32)))
+        frames, before = int(data.rng.choice((16, 22, 32))), int(data.rng.integers(1, 3))
         x, ids, _ = data.batch(frames, 160 // (frames + before), AHEAD, before, vary=True)
         louder = torch.empty(len(x), device=DEVICE).uniform_(-0.6, 0.4) * (torch.rand(len(x), device=DEVICE) < 0.5)
         with half(args):

@@ -168,11 +168,9 @@ def varied(wave, rows, rng):
         at = (np.arange((b - a) * (len(x) // FRAME)) + 0.5) * speed
         return rows[:, a:b].reshape(-1)[at.astype(int)].reshape(-1, b - a)
 
-    pitch, higher = columns(4, 6), round(math.log(speed) / codes.PITCH_STEP)
+    pitch, higher, level = columns(4, 6), round(math.log(speed) / codes.PITCH_STEP), columns(6, 7)
     pitch = np.where(pitch > 0, (pitch + higher).clip(1, codes.PITCHES - 1), 0)
-    out = np.hstack([columns(0, 4), pitch, columns(6, 7), columns(7, 8)])
-    out[:, 7] = -1
-    return x, out
+    return x, np.hstack([columns(0, 4), pitch, level, np.full_like(level, -1)])
 
 
 # ---------------------------------------------------------------------------------------------------- training
@@ -357,7 +355,8 @@ def ears(args, frames=12, n=6):
     torch.manual_seed(3)
     data, mimi = Speech(args.work, "speech", "echo"), new_mimi(args.work, args.start)
     layers = nn.Sequential(*parts_of(mimi, "ears")["ears"])
-    sizes, spectrum = (codes.USED[0], 11), nn.Conv1d(8 * FILTERS, len(FEW_MELS), 1).to(DEVICE)
+    pitches = codebooks()[4, :, slice(*codes.SPANS[4])]  # as vectors
+    sizes, spectrum = (codes.USED[0], pitches.shape[1]), nn.Conv1d(8 * FILTERS, len(SHORT_MELS), 1).to(DEVICE)
     near = nn.Sequential(
         nn.Conv1d(8 * FILTERS, 160, 9, padding=4), nn.GELU(), nn.Conv1d(160, 160, 12, 4, 4), nn.GELU(),
         nn.Conv1d(160, 160, 5, padding=2), nn.GELU(), nn.Conv1d(160, sum(sizes), 1),
@@ -370,8 +369,8 @@ def ears(args, frames=12, n=6):
             y = layers(x[:, None])
             mels, (phoneme, pitch) = spectrum(y).float(), near(y).float().split(sizes, 1)
         mel, phoneme = (mels - spectra(x)).abs().mean(), F.cross_entropy(phoneme, ids[..., :4].flatten(1))
-        high = codebooks()[4, ids[..., 4:6].flatten(1), slice(*codes.SPANS[4])]  # (n, 2 * frames, 11)
-        pitch = (pitch - high.repeat_interleave(2, 1).transpose(1, 2)).square().sum(1).mean()
+        high = pitches[ids[..., 4:6].flatten(1)].repeat_interleave(2, 1)  # of each quarter
+        pitch = (pitch - high.transpose(1, 2)).square().sum(1).mean()
         steps.optimize(2 * mel + 0.4 * phoneme + 0.1 * pitch, mel=mel, phoneme=phoneme, pitch=pitch)
     save_parts(args, "ears", mimi)
 
@@ -409,7 +408,7 @@ def mel_filters(n_mels, n_fft):
     return torch.tensor(triangles / triangles.sum(1, keepdims=True), dtype=torch.float32, device=DEVICE)
 
 
-MELS, FEW_MELS = mel_filters(80, 1024), mel_filters(80, 512)
+MELS, SHORT_MELS = mel_filters(80, 1024), mel_filters(80, 512)
 
 
 def stft(x, n, hop, center=True):
@@ -420,7 +419,7 @@ def stft(x, n, hop, center=True):
 
 def spectra(x):
     """Sound (B, S) -> (B, 80, S / 120): log-mel spectra, none of what comes later."""
-    return torch.log(FEW_MELS @ stft(F.pad(x, (392, 0)), 512, 120, center=False).abs() + 0.01)
+    return torch.log(SHORT_MELS @ stft(F.pad(x, (392, 0)), 512, 120, center=False).abs() + 0.01)
 
 
 def unlike(y, x):

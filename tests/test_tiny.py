@@ -81,7 +81,7 @@ def test_is_understood(evaluation):
     """Whisper hears most of the words; speech ends by itself. Over all sentences: tiny/README.md."""
     for speaker in (0, 1):
         said = evaluation.spoken(speaker, 16)
-        assert said.error < 0.2 and said.right >= 5 and said.ended == 16 and 1.5 < said.seconds < 3.5, said
+        assert said.error < 0.16 and said.right >= 6 and said.ended == 16 and 1.5 < said.seconds < 3.5, said
 
 
 def test_voice_comes_from_the_context(evaluate, tiny):

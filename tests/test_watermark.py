@@ -430,11 +430,13 @@ def hub(weights, tmp_path_factory):
     return os.environ | {"HF_HUB_OFFLINE": "1", "HF_HOME": str(cache)}
 
 
+TEXT = "The cat sat on the mat, and the dog went to the market. Then they came home again, and had a good dinner."
+
+
 def test_the_command_marks_what_it_says(small, hub, tmp_path):
-    text = "The cat sat on the mat, and the dog went to the market. Then they came home again, and had a good dinner."
-    command = [sys.executable, "csm.py", text, tmp_path / "a.wav", "--model", "tiny", "--seed", "3", "--watermark"]
+    command = [sys.executable, "csm.py", TEXT, tmp_path / "a.wav", "--model", "tiny", "--seed", "3", "--watermark"]
     subprocess.run(command, cwd=HERE, env=hub, check=True, capture_output=True)
-    said = np.array(csm.load("tiny").generate(text, seed=3))
+    said = np.array(csm.load("tiny").generate(TEXT, seed=3))
     audio, expected = mimi.read_audio(tmp_path / "a.wav"), np.concatenate([*small.embed_stream([said])])
     assert np.abs(audio - expected).max() < 2 / 32768 and small.detect(audio).message == watermark.SESAME
 
@@ -445,8 +447,7 @@ def test_the_server_marks_what_it_says(small, hub, tmp_path):
     with subprocess.Popen(command, cwd=HERE, env=hub, stderr=subprocess.PIPE, text=True) as server:
         try:
             address = next(line for line in server.stderr if line.startswith("ready: ")).split()[1]
-            request = {"input": "The cat sat on the mat, and the dog went to the market.", "voice": "alloy", "seed": 1}
-            request |= {"model": "csm", "response_format": "pcm"}
+            request = {"input": TEXT, "voice": "alloy", "seed": 4, "model": "csm", "response_format": "pcm"}
             for _ in range(2):
                 answer = httpx.post(f"{address}/v1/audio/speech", json=request, timeout=600)
                 audio = np.frombuffer(answer.content, "<i2") / np.float32(32767)

@@ -37,6 +37,7 @@ import teacher
 import torch
 import torch.nn.functional as F
 from codes import CODE_DIM, N_CODES, K
+from spectra import Adversary, log_mels, unlike
 from teacher import FRAME, RATE
 from torch import nn
 
@@ -44,6 +45,7 @@ HERE = Path(__file__).resolve().parent
 V = N_CODES + 3  # as CSM-1B has three ids more than codes
 DIM, FILTERS, LAYERS = 192, 16, 4  # the codec's widths, the layers of its transformers
 AHEAD, LATE = FRAME, FRAME // 2  # samples that the encoder hears beyond a frame; by which the decoder is late
+ALONE = 0.7  # of the decoder's steps go by distances alone, the others against an adversary too
 EARS = 11  # layers of the encoder, down to rows of 200 Hz
 SAMPLING = {"temperature": 0.5, "top_k": 50}  # the exported folder's defaults
 
@@ -288,11 +290,11 @@ def parts_of(mimi, stage):
     return {stage: getattr(mimi, stage), **{k: getattr(s, proj) for k, s in zip(("first", "rest"), splits(mimi))}}
 
 
-def trained(args, stage, mimi, betas, **more):
-    """Steps of what the stage ears, encoder or decoder trains, and of more modules."""
+def trained(args, stage, mimi, betas, keep=(), **more):
+    """Steps of what the stage ears, encoder or decoder trains, and of more modules; and of what to keep beside them."""
     parts, lr = parts_of(mimi, stage) | more, 1.5e-3
     optimizer = torch.optim.AdamW([p for m in parts.values() for p in m.parameters()], lr, betas, weight_decay=0.01)
-    return Steps(args, 20_000, args.work / f"{stage}-state.pt", lr, optimizer=optimizer, **parts)
+    return Steps(args, 20_000, args.work / f"{stage}-state.pt", lr, optimizer=optimizer, **parts, **dict(keep))
 
 
 def save_parts(args, stage, mimi):
@@ -350,13 +352,13 @@ def echo(args):
         save(path.with_suffix(".pkl"), rows)
 
 
-def ears(args, frames=12, n=6):
+def ears(args, frames=12, n=6, n_mels=80):
     """WORK/ears.pt: out of the first layers, throwaway heads find log-mel spectra, pitch and phonemes."""
     torch.manual_seed(3)
     data, mimi = Speech(args.work, "speech", "echo"), new_mimi(args.work, args.start)
     layers = nn.Sequential(*parts_of(mimi, "ears")["ears"])
     pitches = codebooks()[4, :, slice(*codes.SPANS[4])]  # as vectors
-    sizes, spectrum = (codes.USED[0], pitches.shape[1]), nn.Conv1d(8 * FILTERS, len(SHORT_MELS), 1).to(DEVICE)
+    sizes, spectrum = (codes.USED[0], pitches.shape[1]), nn.Conv1d(8 * FILTERS, n_mels, 1).to(DEVICE)
     near = nn.Sequential(
         nn.Conv1d(8 * FILTERS, 160, 9, padding=4), nn.GELU(), nn.Conv1d(160, 160, 12, 4, 4), nn.GELU(),
         nn.Conv1d(160, 160, 5, padding=2), nn.GELU(), nn.Conv1d(160, sum(sizes), 1),
@@ -368,7 +370,7 @@ def ears(args, frames=12, n=6):
         with half(args):
             y = layers(x[:, None])
             mels, (phoneme, pitch) = spectrum(y).float(), near(y).float().split(sizes, 1)
-        mel, phoneme = (mels - spectra(x)).abs().mean(), F.cross_entropy(phoneme, ids[..., :4].flatten(1))
+        mel, phoneme = (mels - log_mels(x, n_mels)).abs().mean(), F.cross_entropy(phoneme, ids[..., :4].flatten(1))
         high = pitches[ids[..., 4:6].flatten(1)].repeat_interleave(2, 1)  # of each quarter
         pitch = (pitch - high.transpose(1, 2)).square().sum(1).mean()
         steps.optimize(2 * mel + 0.4 * phoneme + 0.1 * pitch, mel=mel, phoneme=phoneme, pitch=pitch)
@@ -396,60 +398,25 @@ def encoder(args):
     save_parts(args, "encoder", mimi)
 
 
-def mel_filters(n_mels, n_fft):
-    """(n_mels, n_fft / 2 + 1), triangles that sum to 1."""
-    edges = 700 * (10 ** (np.linspace(0, 2595 * np.log10(1 + RATE / 1400), n_mels + 2) / 2595) - 1)
-    f = np.linspace(0, RATE / 2, n_fft // 2 + 1)
-    up = (f - edges[:-2, None]) / (edges[1:-1] - edges[:-2])[:, None]
-    down = (edges[2:, None] - f) / (edges[2:] - edges[1:-1])[:, None]
-    triangles = np.maximum(0, np.minimum(up, down))
-    empty = triangles.sum(1) == 0  # narrower than a bin: the nearest one
-    triangles[empty, np.abs(f - edges[1:-1][empty, None]).argmin(1)] = 1
-    return torch.tensor(triangles / triangles.sum(1, keepdims=True), dtype=torch.float32, device=DEVICE)
-
-
-MELS, SHORT_MELS = mel_filters(80, 1024), mel_filters(80, 512)
-
-
-def stft(x, n, hop, center=True):
-    """(B, S) -> (B, n / 2 + 1, S / hop), complex"""
-    window = torch.hann_window(n, device=x.device)
-    return torch.stft(x, n, hop, n, window, center=center, pad_mode="constant", return_complex=True)
-
-
-def spectra(x):
-    """Sound (B, S) -> (B, 80, S / 120): log-mel spectra, none of what comes later."""
-    return torch.log(SHORT_MELS @ stft(F.pad(x, (392, 0)), 512, 120, center=False).abs() + 0.01)
-
-
-def unlike(y, x):
-    """Sound and how it should be (B, S): two distances."""
-    a, b = stft(y, 1024, 240), stft(x, 1024, 240)
-    mel = (torch.log(MELS @ a.abs() + 0.05) - torch.log(MELS @ b.abs() + 0.05)).abs().mean()
-    far = 0
-    for n, hop, pool in ((2048, 480, 1), (512, 120, 4), (256, 64, 8)):
-        # Short windows are pooled over 20 ms: else a pulse in another place would cost more than none.
-        a, b = (stft(m, n, hop).abs().square() / n + 1e-7 for m in (y, x))
-        a, b = (F.avg_pool1d(m, pool, max(1, pool // 2)).sqrt() for m in (a, b))
-        far = far + (torch.log(a + 0.01) - torch.log(b + 0.01)).abs().mean() / 3
-        far = far + 0.1 * (a - b).abs().mean() / (b.mean() + 0.02)
-    return {"mel": mel, "far": far}
-
-
 def decoder(args):
     """WORK/decoder.pt: from the teacher's codes to its sound, LATE samples late, so that it knows what follows."""
     torch.manual_seed(1)
     data, mimi = Speech(args.work, "speech"), new_mimi(args.work, args.start)
-    steps = trained(args, "decoder", mimi, (0.8, 0.95))
-    for _ in steps:
+    adversary = Adversary(DEVICE)
+    steps = trained(args, "decoder", mimi, (0.8, 0.95), keep={"adversary": adversary})
+    for done in steps:
         frames = int(data.rng.choice((10, 12, 16)))
         x, ids, first = data.batch(frames, 64 // frames, -LATE)
         n = int(data.rng.integers(4, K)) if data.rng.random() < 0.12 else K  # some codebooks left out: --codebooks
         with half(args):
             y = mimi.decoder(mimi.quantizer.decode(ids[..., :n].transpose(1, 2))).audio_values[:, 0].float()
         known = first[:, None] | (torch.arange(y.shape[1], device=DEVICE) >= FRAME)  # else what came before is not
-        losses = unlike(torch.where(known, y, x), x)
-        steps.optimize(losses["mel"] + losses["far"], **losses)
+        report = unlike(torch.where(known, y, x), x)
+        loss = report["mel"] + report["far"]
+        if done >= ALONE:
+            report["told"] = adversary.learn(y[:, FRAME:], x[:, FRAME:])
+            loss = adversary.join(y, loss, min(1, (done - ALONE) / 0.1), FRAME)
+        steps.optimize(loss, **report)
     save_parts(args, "decoder", mimi)
 
 

@@ -32,7 +32,7 @@ def stft(x, n, hop, center=True):
     return torch.stft(x, n, hop, n, window, center=center, pad_mode="constant", return_complex=True)
 
 
-def log_mels(x, n_mels=80):
+def log_mels(x, n_mels):
     """(B, S) -> (B, n_mels, S / 120): log-mel spectra, none of what comes later."""
     y = stft(F.pad(x, (392, 0)), 512, 120, center=False).abs()
     return torch.log(mel_filters(n_mels, 512, x.device) @ y + 0.01)
@@ -92,7 +92,7 @@ class Adversary:
         for net in self.nets:
             true, made = net(torch.cat([x, y.detach()])).chunk(2)
             loss = loss + F.relu(1 - true).mean() + F.relu(1 + made).mean()
-            told += ((true > 0).float().mean() + (made < 0).float().mean()).item() / 2 / len(self.nets)
+            told = told + ((true > 0).float().mean() + (made < 0).float().mean()) / 2 / len(self.nets)
         self.optimizer.zero_grad()
         loss.backward()
         self.optimizer.step()
@@ -103,6 +103,6 @@ class Adversary:
 
         As gradients of y, these have `weight` times the strength of `loss`. They hear y from sample `start` on.
         """
-        a = torch.autograd.grad(loss, y, retain_graph=True)[0]
+        a = torch.autograd.grad(loss, y)[0]
         b = torch.autograd.grad(-sum(net(y[:, start:]).mean() for net in self.nets), y)[0]
         return (y * (a + weight * a.norm() / (b.norm() + 1e-12) * b)).sum()

@@ -290,11 +290,11 @@ def parts_of(mimi, stage):
     return {stage: getattr(mimi, stage), **{k: getattr(s, proj) for k, s in zip(("first", "rest"), splits(mimi))}}
 
 
-def trained(args, stage, mimi, betas, keep=(), **more):
+def trained(args, stage, mimi, betas, keep=None, **more):
     """Steps of what the stage ears, encoder or decoder trains, and of more modules; and of what to keep beside them."""
     parts, lr = parts_of(mimi, stage) | more, 1.5e-3
     optimizer = torch.optim.AdamW([p for m in parts.values() for p in m.parameters()], lr, betas, weight_decay=0.01)
-    return Steps(args, 20_000, args.work / f"{stage}-state.pt", lr, optimizer=optimizer, **parts, **dict(keep))
+    return Steps(args, 20_000, args.work / f"{stage}-state.pt", lr, optimizer=optimizer, **parts, **(keep or {}))
 
 
 def save_parts(args, stage, mimi):

@@ -15,7 +15,6 @@ class Build(build_py):
         trained = shutil.ignore_patterns("*.py", "*.md", "*.txt", "golden.json", "__pycache__")
         shutil.copytree("tiny", place / "csm_tools/tiny", ignore=trained, dirs_exist_ok=True)
         shutil.copytree("tiny/prompts", place / "csm_tools/tiny/prompts", dirs_exist_ok=True)
-        shutil.copy("mlx_cpu.c", place / "mlx_cpu.c")
 
 
 setup(cmdclass={"build_py": Build})

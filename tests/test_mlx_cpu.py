@@ -17,7 +17,7 @@ import numpy as np
 import pytest
 
 pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="mlx_cpu does nothing here")
-HERE = Path(mlx_cpu.__file__).parent
+HERE = Path(mlx_cpu.__file__).parent.parent
 ROW, COL, PLAIN, TURNED = 101, 102, 111, 112
 REPORT = """
 import mlx_cpu, mlx.core as mx, numpy as np

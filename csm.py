@@ -120,7 +120,9 @@ class Sampling:
     top_p: float = 1.0  # 0 or 1: off
     min_p: float = 0.0  # relative to the likeliest code; 0: off
     min_tokens_to_keep: int = 1  # codes that min_p never removes
-    sampler: Callable | None = None  # log-probabilities (1, V) -> ids (1,), instead of all the above
+    sampler: Callable | None = (
+        None  # log-probabilities (1, V) -> ids (1,), instead of all the above
+    )
     logits_processors: tuple = ()  # for codebook 0: (its codes so far (F,), logits (1, V)) -> logits
 
     def __post_init__(self):
@@ -551,8 +553,7 @@ class Segment:
 class Tokenizer:
     """Text -> ids, from `tokenizer.json` (by `tokenizers`) or `tokenizer.model` (by `sentencepiece`)."""
 
-    # Common names of the tokens before and after a text.
-    MARKS = (
+    MARKS = (  # common names of the tokens before and after a text
         "<|begin_of_text|> <|end_of_text|>", "<bos> <eos>", "<s> </s>", "<|im_start|> <|im_end|>",
     )  # fmt: skip
 
@@ -636,24 +637,26 @@ class Generator:
         self.config_json = config_json or {}  # all of config.json, for `save`
         self.sample_rate = codec.sample_rate
         self.max_positions = model.config.backbone.max_positions
-        K = model.config.audio_num_codebooks
-        self.codebooks = K if codebooks is None else codebooks  # how many are spoken
-        if not 2 <= self.codebooks <= K:
-            raise ValueError(f"codebooks must be 2 to {K}, not {codebooks}")
-        if codec.n_codebooks < self.codebooks:
+        K, has = model.config.audio_num_codebooks, codec.n_codebooks
+        self.codebooks = n = K if codebooks is None else codebooks  # how many are spoken
+        if not 2 <= n <= K:
+            raise ValueError(f"codebooks must be 2 to {K}, not {n}")
+        if n > has:
             raise ValueError(
-                f"the model writes {self.codebooks} codebooks, its Mimi has {codec.n_codebooks} "
-                "(--codebooks: fewer)"
+                f"the model writes {n} codebooks, its Mimi has {has} (--codebooks: fewer)"
             )
         self.codec_stream = mx.new_thread_local_stream(mx.default_device())
-        self.context_caches, self.n_context_caches = {}, 4  # rows as bytes -> KVCache, last used last
+        self.context_caches, self.n_context_caches = (
+            {},
+            4,
+        )  # rows as bytes -> KVCache, last used last
         self._voice_prompts = {}  # name -> Segment with codes
 
     def __repr__(self):
-        c, dtype = self.model.config, str(self.model.dtype).removeprefix("mlx.core.")
-        voices = ", ".join(sorted(self.voices)) or "none"
-        size = f"{c.backbone.n_layers} layers of {c.backbone.dim}, {self.codebooks} codebooks"
-        return f"<csm.Generator: {size}, {dtype}, voices: {voices}>"
+        c, voices = self.model.config.backbone, ", ".join(sorted(self.voices)) or "none"
+        return (
+            f"<csm.Generator: {c.n_layers} layers of {c.dim}, {self.model.dtype}, voices: {voices}>"
+        )
 
     def generate(
         self, text: str, speaker: int = 0, context: Sequence[Segment] = (), *,
@@ -689,7 +692,9 @@ class Generator:
         streaming_interval: float = 0.5, **options,
     ) -> Iterator[mx.array]:  # fmt: skip
         """What `generate` gives, in pieces of `streaming_interval` seconds: (samples,) float32."""
-        return self.decode_stream(self.frames(text, speaker, context, **options), streaming_interval)
+        return self.decode_stream(
+            self.frames(text, speaker, context, **options), streaming_interval
+        )
 
     def generate_codes(
         self, text: str, speaker: int = 0, context: Sequence[Segment] = (), **options
@@ -713,11 +718,20 @@ class Generator:
             sound[f"{part}.cluster_usage"] = mx.ones(vectors.shape[:2])
         kind = json.dumps(asdict(self.mimi.config))
         files = {
-            "config.json": self.config_json | asdict(self.model.config) | {"model_type": "csm", "layout": "native"},
-            "model.safetensors": (join_heads(dict(tree_flatten(self.model.parameters()))), {"format": "mlx"}),
+            "config.json": self.config_json
+            | asdict(self.model.config)
+            | {"model_type": "csm", "layout": "native"},
+            "model.safetensors": (
+                join_heads(dict(tree_flatten(self.model.parameters()))),
+                {"format": "mlx"},
+            ),
             "mimi.safetensors": (sound, {"format": "mlx", "config": kind}),
         }
-        files |= {f.name: f for f in (place / name for name in TOKENIZER) if f.is_file() and f.suffix == ".json"}
+        files |= {
+            f.name: f
+            for f in (place / name for name in TOKENIZER)
+            if f.is_file() and f.suffix == ".json"
+        }
         files[self.tokenizer.path.name] = self.tokenizer.path
         clips = [v / f"{name}{x}" for name, v in self.voices.items() if v for x in (".wav", ".txt")]
         write_folder(folder, files | {f"prompts/{f.name}": f for f in clips if f.is_file()})
@@ -746,35 +760,26 @@ class Generator:
     def decode_stream(self, frames, streaming_interval):
         """Frames (K,) -> pieces of sound (samples,), each as soon as its frames are there."""
         if not 0 < streaming_interval < math.inf:
-            raise ValueError(f"streaming_interval must be above 0 seconds, not {streaming_interval}")
+            raise ValueError(
+                f"streaming_interval must be above 0 seconds, not {streaming_interval}"
+            )
         size = max(1, round(streaming_interval * self.mimi.config.frame_rate))
 
         def pieces():
-            state, interrupt = self.mimi.init_state(1), None
+            state = self.mimi.init_state(1)
             with closing(frames):
-                while not interrupt:
-                    waiting = []
-                    try:
-                        waiting.extend(islice(frames, size))
-                    except KeyboardInterrupt as e:  # hand out what is finished, then go on with it
-                        interrupt = e
-                    if not waiting:
-                        break
-                    codes = mx.array(np.stack(waiting, axis=-1)[None])
+                while some := list(islice(frames, size)):
                     with mx.stream(self.codec_stream):  # beside the next frames, not behind them
+                        codes = self.join_frames(some).T[None]  # (1, K, f)
                         audio, state = self.mimi.decode_step(codes, state)
-                        piece = audio[0, 0]
-                        mx.async_eval(piece)
-                    yield piece
-            if interrupt:
-                raise interrupt
+                        mx.async_eval(audio)
+                    yield audio[0, 0]
 
         return pieces()
 
     def join_frames(self, frames):
         """Frames (K,) -> codes (F, K) int32."""
-        empty = np.zeros((0, self.codebooks), np.int32)
-        return mx.array(np.concatenate([empty, *(frame[None] for frame in frames)]))
+        return mx.array(np.array(list(frames), np.int32).reshape(-1, self.codebooks))
 
     def decode(self, codes) -> mx.array:
         """Codes (F, K) -> (samples,) float32, in bounded memory."""
@@ -793,7 +798,9 @@ class Generator:
         ms = max_audio_length_ms
         ms = min(90_000, 3_000 + 200 * len(str(text))) if ms is None else ms
         if not frame_ms <= ms < math.inf:
-            raise ValueError(f"max_audio_length_ms must be {frame_ms:g} (a frame) or more, not {ms}")
+            raise ValueError(
+                f"max_audio_length_ms must be {frame_ms:g} (a frame) or more, not {ms}"
+            )
         return int(ms / frame_ms)
 
     def read_options(self, seed=None, sampling=()):
@@ -814,7 +821,9 @@ class Generator:
         if self.model.config.voice_match if voice_match is None else voice_match:
             turns, clip = take_clip(turns, speaker)
             if voice_match and not clip:
-                raise ValueError(f"voice_match continues a clip of speaker {speaker}: the context has none")
+                raise ValueError(
+                    f"voice_match continues a clip of speaker {speaker}: the context has none"
+                )
         before, rows = self.context_rows(turns), self.turn_rows(text, speaker, clip)
         self.check_length(len(before) + len(rows))
         return before, rows
@@ -840,21 +849,19 @@ class Generator:
         """(T, K + 1) int32 for a turn's text."""
         if not isinstance(speaker, (int, np.integer)) or speaker < 0:
             raise ValueError(f"speaker must be 0 or more, not {speaker!r}")
-        if not isinstance(text, str):
-            raise ValueError(f"text must be a str, not {text!r}")
-        if not text.strip():
-            raise ValueError("the text is empty")
+        if not isinstance(text, str) or not text.strip():
+            raise ValueError(f"the text is empty, or no text: {text!r}")
         c = self.model.config
-        marked = f"[{speaker}] {text.lstrip()}" if c.speaker_prefix_space else f"[{speaker}]{text}"
         try:
-            ids = self.tokenizer.encode(marked)
+            space = c.speaker_prefix_space
+            ids = self.tokenizer.encode(
+                f"[{speaker}] {text.lstrip()}" if space else f"[{speaker}]{text}"
+            )
         except (UnicodeError, TypeError):  # lone surrogates, which Python makes of invalid bytes
             raise ValueError("the text is not UTF-8") from None
         if max(ids) >= c.text_vocab_size:
-            raise ValueError(
-                f"the tokenizer gives id {max(ids)}, and the model knows {c.text_vocab_size}: "
-                "they do not belong together"
-            )
+            n = c.text_vocab_size
+            raise ValueError(f"the tokenizer gives id {max(ids)}, the model knows {n}: not a pair")
         rows = np.zeros((len(ids), c.audio_num_codebooks + 1), np.int32)
         rows[:, -1] = ids
         return rows
@@ -868,7 +875,9 @@ class Generator:
         if not isinstance(segment, Segment):
             raise ValueError(f"a context is a list of Segments, not of {segment!r}")
         if segment.codes is None and segment.audio is None:
-            raise ValueError(f"a turn of the context has a text but no audio: {segment.text[:40]!r}")
+            raise ValueError(
+                f"a turn of the context has a text but no audio: {segment.text[:40]!r}"
+            )
         codes = segment.codes
         if codes is None:
             audio = mx.array(as_samples(segment.audio))[None, None]
@@ -882,12 +891,12 @@ class Generator:
         return np.pad(rows, [(0, 0), (0, K + 1 - rows.shape[1])], constant_values=NO_TEXT)
 
     def check_length(self, n):
-        if n >= self.max_positions:
-            rate = self.mimi.config.frame_rate
+        """Raise ValueError if a prompt of n rows leaves no room for speech."""
+        limit, seconds = self.max_positions, self.max_positions / self.mimi.config.frame_rate
+        if n >= limit:
             raise ValueError(
-                f"the prompt takes {n} positions, and the model has {self.max_positions}: context and "
-                f"speech together fit {self.max_positions / rate:.0f} s; shorten context or text "
-                "(a long text: python -m csm_tools.narrate)"
+                f"the prompt takes {n} positions, and the model has {limit}, which is {seconds:.0f} s of "
+                "sound: shorten context or text (a long text: python -m csm_tools.narrate)"
             )
 
     def context_cache(self, rows):
@@ -906,7 +915,11 @@ class Generator:
         default = bool(self.voices) and self.model.config.use_default_voice_prompt
         if voice == "none" or (voice is None and not default):
             return []
-        preset = "conversational_a" if "conversational_a" in self.voices else min(self.voices, default="")
+        preset = (
+            "conversational_a"
+            if "conversational_a" in self.voices
+            else min(self.voices, default="")
+        )
         name = str(voice or preset)
         try:
             if name not in self._voice_prompts:
@@ -958,14 +971,13 @@ class Conversation:
     """
 
     def __init__(self, generator, context=(), voice=None, speaker=0):
-        self.generator, self.speaking = generator, False
+        self.generator, self.speaking, self.cache = generator, False, None
         self.turns = list(context) or generator.voice_prompt(voice, speaker)  # Segments
         self.clip = None  # what the first turn of its speaker continues
         if generator.model.config.voice_match:
             self.turns, self.clip = take_clip(self.turns, speaker)
-        self.blocks = [generator.segment_rows(turn) for turn in self.turns]  # rows of each turn
+        self.blocks = [generator.segment_rows(turn) for turn in self.turns]  # rows (T, K + 1) each
         self.n_context = len(self.blocks)  # these turns are never forgotten
-        self.cache = None  # KVCache of a prefix of the blocks' rows
 
     def say(self, text: str, speaker: int = 0, **options) -> mx.array:
         """Speak the next turn: (samples,) float32. Options: as Generator.generate's."""
@@ -981,68 +993,63 @@ class Conversation:
         """Add a turn that somebody else spoke."""
         self._check_free()
         rows = self.generator.segment_rows(segment)
-        self._check_room(rows)
+        self.generator.check_length(self._length(self.n_context) + len(rows))
         self.blocks.append(rows)
         self.turns.append(segment)
 
     def frames(self, text, speaker=0, *, max_audio_length_ms=None, seed=None, **sampling):
-        """Speak the next turn as frames of codes, (K,) int32. Checks the arguments at once."""
-        seed, sampling = self.generator.read_options(seed, sampling)
-        max_frames = self.generator.max_frames(max_audio_length_ms, text)
+        """Speak the next turn as frames of codes (K,). Checks the arguments before the first."""
+        g = self.generator
+        seed, sampling = g.read_options(seed, sampling)
+        max_frames = g.max_frames(max_audio_length_ms, text)
         clip = self.clip if self.clip and self.clip.speaker == speaker else None
-        rows = self.generator.turn_rows(text, speaker, clip)
-        self._check_room(rows)
-        return self._frames(Segment(speaker, text), rows, clip, max_frames, seed, sampling)
+        rows = g.turn_rows(text, speaker, clip)
+        g.check_length(self._length(self.n_context) + len(rows))
 
-    def _frames(self, turn, rows, clip, max_frames, seed, sampling):
-        self._check_free()
-        self._make_room(len(rows), max_frames)
-        start, said, self.speaking = self._length(), [], True
-        try:
-            if self.cache is None:
-                context = self._rows(self.n_context)
-                self.cache = self.generator.context_cache(context).copy()
-            new = np.concatenate([self._rows(), rows])[self.cache.offset :]
-            for codes in self.generator.speak(new, self.cache, max_frames, seed, sampling):
-                said.append(codes)
-                yield codes
-            turn.codes = self.generator.join_frames(said)
-            block = np.concatenate([rows, self.generator.audio_rows(turn)])
-        except BaseException:  # also when the stream is closed: undo the turn
-            if self.cache:
-                self.cache.trim(self.cache.offset - start)
-            raise
-        finally:
-            self.speaking = False
-        self.turns.append(turn)
-        self.blocks.append(block)
-        self.clip = None if clip else self.clip
+        def speak():
+            self._check_free()
+            self._make_room(len(rows), max_frames)
+            start, said, self.speaking = self._length(), [], True
+            try:
+                if self.cache is None:
+                    context = [g.context_rows([]), *self.blocks[: self.n_context]]
+                    self.cache = g.context_cache(np.concatenate(context)).copy()
+                new = np.concatenate([*self.blocks, rows])[self.cache.offset :]
+                for codes in g.speak(new, self.cache, max_frames, seed, sampling):
+                    said.append(codes)
+                    yield codes
+                turn = Segment(speaker, text, codes=g.join_frames(said))
+                block = np.concatenate([rows, g.audio_rows(turn)])
+            except BaseException:  # also when the stream is closed: undo the turn
+                if self.cache:
+                    self.cache.trim(self.cache.offset - start)
+                raise
+            finally:
+                self.speaking = False
+            self.turns.append(turn)
+            self.blocks.append(block)
+            self.clip = None if clip else self.clip
 
-    def _rows(self, n=None):
-        """The rows of the first n turns, or of all."""
-        return np.concatenate([self.generator.context_rows([]), *self.blocks[:n]])
+        return speak()
 
     def _length(self, n=None):
+        """Rows of the first n turns, or of all."""
         return sum(map(len, self.blocks[:n]))
 
     def _check_free(self):
         if self.speaking:
             raise ValueError("a turn is still being said: finish its stream, or close it")
 
-    def _check_room(self, rows):
-        self.generator.check_length(self._length(self.n_context) + len(rows))
-
     def _make_room(self, n_rows, max_frames):
         """Forget old turns if prompt and speech, or a quarter of the positions, would not fit."""
-        limit, n = self.generator.max_positions, 0
+        limit, before = self.generator.max_positions, len(self.turns)
         if self._length() + n_rows + min(max_frames, limit // 4) <= limit:
             return
         # Forget down to half at once, so that the next turns find their cache again.
         while len(self.blocks) > self.n_context and self._length() + n_rows > limit // 2:
             del self.blocks[self.n_context], self.turns[self.n_context]
-            n += 1
-        if n:
-            log.warning("%d old turns forgotten: the model has %d positions", n, limit)
+        if forgotten := before - len(self.turns):
+            log.warning("%d old turns forgotten: the model has %d positions", forgotten, limit)
             self.cache = None
 
 

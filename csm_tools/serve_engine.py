@@ -1,7 +1,7 @@
 """Many texts said at once on one model: the half of csm_tools.serve that knows nothing of HTTP.
 
-One thread owns the model and runs a csm_batch.Batch: a Speech joins before the next frame, and leaves when it has ended or
-nobody listens any more. Mimi decodes the frames of all in one pass, each stream with a state of its own. Everything
+One thread owns the model and runs a csm_batch.Batch: a Speech joins before the next frame, and leaves when it has ended
+or nobody listens any more. Mimi decodes the frames of all in one pass, each stream with a state of its own. Everything
 else belongs to the event loop's thread.
 """
 

@@ -45,7 +45,9 @@ def observe(generator, text, speaker=0, context=(), *, voice=None, seed=None, **
     prompt = np.concatenate(generator.prompt(text, speaker, context, voice))
     codes = generator.generate_codes(text, speaker, context, voice=voice, seed=seed, **options)
     T = len(prompt)
-    ended = len(codes) < min(generator.max_frames(options.get("max_audio_length_ms"), text), generator.max_positions - T)
+    ended = len(codes) < min(
+        generator.max_frames(options.get("max_audio_length_ms"), text), generator.max_positions - T
+    )
     rows = np.concatenate([prompt, generator.audio_rows(csm.Segment(speaker, text, codes=codes))[: len(codes) + ended]])
     h, attention = read(generator.model, rows[:-1], T - 1)  # the last row was not asked what follows it
     bits = [entropy(generator, h[i : i + 64], rows[T:][i : i + 64, :-1]) for i in range(0, len(h), 64)]  # bounds memory

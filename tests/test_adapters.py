@@ -60,14 +60,9 @@ def greedy(config, weights, ids, n=5):
     model, K = network(config, weights), config["audio_num_codebooks"]
     rows = mx.zeros((1, len(ids), K + 1), mx.int32)
     rows[0, :, K], frames = mx.array(ids), []
-    mask = mx.broadcast_to(mx.arange(K + 1) == K, rows.shape)
     for _ in range(n):
-        h = model(rows, mask)[:, -1]
-        first = mx.argmax(model.head(0, h), axis=-1)
-        rest = model.sample_rest(h, first, lambda i, logits: mx.argmax(logits, axis=-1))
-        frames.append(mx.concatenate([first[:, None].astype(mx.int32), rest], axis=1))
-        rows = mx.concatenate([rows, mx.pad(frames[-1][:, None], [(0, 0), (0, 0), (0, 1)])], axis=1)
-        mask = mx.concatenate([mask, mx.broadcast_to(mx.arange(K + 1) < K, (1, 1, K + 1))], axis=1)
+        frames.append(model.next_frame(model(rows)[:, -1], lambda i, logits: mx.argmax(logits, axis=-1)))
+        rows = mx.concatenate([rows, csm.frame_row(frames[-1], K)], axis=1)
     return mx.concatenate(frames).tolist()
 
 

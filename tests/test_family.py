@@ -280,15 +280,13 @@ def test_fewer_codebooks(tmp_path):
     # by hand: all 8 codes of the context, then 3 of every frame that was said
     model, K = generator.model, 8
     rows = mx.array(np.concatenate([generator.segment_rows(context[0]), generator.text_rows("hello there", 0)]))[None]
-    mask, frames = csm.row_mask(rows), []
-    assert mask.sum(axis=2).max().item() == K
+    frames = []
+    assert csm.row_mask(rows).sum(axis=2).max().item() == K
     for _ in range(6):
-        h = model(mx.maximum(rows, 0), mask)[:, -1]
-        first = mx.argmax(model.head(0, h) + generator.forbidden, axis=-1)
-        rest = model.sample_rest(h, first, lambda i, logits: mx.argmax(logits + generator.forbidden, axis=-1), 3)
-        frames.append(mx.concatenate([first[:, None].astype(mx.int32), rest], axis=1))
-        rows = mx.concatenate([rows, mx.pad(frames[-1][:, None], [(0, 0), (0, 0), (0, K - 2)])], axis=1)
-        mask = mx.concatenate([mask, (mx.arange(K + 1) < 3)[None, None]], axis=1)
+        h = model(rows)[:, -1]
+        frames.append(model.next_frame(h, lambda i, logits: mx.argmax(logits[:, :64], axis=-1), 3))
+        new = mx.pad(frames[-1][:, None], [(0, 0), (0, 0), (0, K - 2)], constant_values=csm.NO_TEXT)
+        rows = mx.concatenate([rows, new], axis=1)
     assert codes.tolist() == mx.concatenate(frames).tolist()
     whole = generator.generate_codes("hello there", 0, context, temperature=0, max_audio_length_ms=80)
     assert whole[0, :3].tolist() == codes[0].tolist()  # of the first frame they are the same

@@ -251,7 +251,7 @@ def nats(generator, before, turn, folder):
     said = csm.Segment(turn["speaker"], turn["text"], folder / turn["audio_path"])
     n, rows = len(generator.segment_rows(context)), np.concatenate([generator.segment_rows(s) for s in (context, said)])
     start = n + len(generator.text_rows(said.text, said.speaker))
-    h = generator.model(mx.array(np.maximum(rows, 0))[None], csm.row_mask(mx.array(rows))[None])[0, start - 1 : -1]
+    h = generator.model(mx.array(rows)[None])[0, start - 1 : -1]
     codes = mx.array(rows[start:, :-1])
     logits = mx.concatenate([generator.model.head(0, h)[:, None], generator.model.depth_logits(h, codes)], axis=1)
     return nn.losses.cross_entropy(logits, codes, reduction="mean").item()

@@ -15,13 +15,17 @@ the model, which knows its own, refuses it. `weights` is {name: mx.array} everyw
 defaults as a dict, the sizes of CSM-1B: what a config leaves out is taken from there.
 """
 
+import json
 import logging
 import math
 import mmap
+import os
 import pickle
 import re
+import shutil
 import zipfile
 from collections import OrderedDict
+from pathlib import Path
 from typing import NamedTuple
 
 import mlx.core as mx
@@ -293,7 +297,7 @@ def reorder(w, heads, split):
     return w.reshape(heads, *((-1, 2) if split else (2, -1)), w.shape[-1]).swapaxes(1, 2).reshape(w.shape)
 
 
-def turned(name, config):
+def rope_heads(name, config):
     """The number of heads in a native q_proj or k_proj, whose rows RoPE turns; None for other names."""
     if m := re.match(r"(backbone|decoder)\.layers\.\d+\.self_attn\.([qk])_proj\.", name):
         return config[m[1]]["n_heads" if m[2] == "q" else "n_kv_heads"]
@@ -301,7 +305,7 @@ def turned(name, config):
 
 def reorder_csm(weights, config, split):
     for name, w in weights.items():
-        heads = turned(name, config)
+        heads = rope_heads(name, config)
         if heads and w.ndim == 2 and w.shape[0] % (2 * heads) == 0:  # else it is left for the model to refuse
             weights[name] = reorder(w, heads, split)
     return weights
@@ -546,152 +550,6 @@ def mimi_to_transformers(config, weights):
     return rename(weights, mimi_table(layers), undo=True)
 
 
-# ---- adapters ---------------------------------------------------------------------------------------------------
-
-# A LoRA adds (a @ b).T to a matrix (out, in); a DoRA (Liu et al. 2402.09353) then gives its rows the lengths m. In our
-# form: {name.lora_a (in, r), name.lora_b (r, out), name.lora_m (out,)}, and name.weight of what was trained as it is.
-PEFT_PARTS = {  # what stands behind a module's name, of these shapes -> ours
-    "lora_A.weight": "lora_a", "lora_B.weight": "lora_b",  # (r, in), (out, r)
-    "lora_embedding_A": "lora_b", "lora_embedding_B": "lora_a",  # (r, out), (in, r), an embedding being (out, in)
-    "lora_magnitude_vector": "lora_m", "weight": "weight",
-}  # fmt: skip
-
-
-def adapter_to_native(config, adapter, tensors):
-    """An adapter of ours, PEFT's or csm-mlx's -> {name: array} in our form, its scale within.
-
-    config: the model's, native. adapter: the adapter_config.json that lies beside `tensors`. Raises ValueError.
-    """
-    if "r" in adapter:
-        return peft_to_native(config, adapter, tensors)
-    theirs = adapter.get("lora_parameters")  # csm-mlx's, which is mlx-lm's
-    settings = theirs or adapter
-    if "scale" in settings or adapter.get("fine_tune_type") == "full":
-        scale = settings.get("scale", 1.0)
-    elif {"rank", "alpha"} <= settings.keys():
-        scale = settings["alpha"] / settings["rank"]
-    else:
-        raise ValueError("its adapter_config.json is neither ours nor PEFT's nor csm-mlx's")
-    native = {}
-    for name, w in tensors.items():
-        stem, _, part = name.rpartition(".")
-        if stem.endswith((".linear", ".embedding")):
-            continue  # the matrix beneath, which did not change
-        w = w * scale if part == "lora_b" else w
-        if theirs and "embeddings" in stem and part in ("lora_a", "lora_b"):  # there it is a @ b that is added
-            w, part = w.T, "lora_a" if part == "lora_b" else "lora_b"
-        native |= each_head(f"{stem}.lora_m" if part == "m" else f"{stem}.{part}" if stem else name, w)
-    return native
-
-
-def each_head(name, w):
-    """What was trained of our layout's audio_head (K - 1, D, V) as the model has it, audio_head.i.weight (V, D)."""
-    return {f"audio_head.{i}.weight": head.T for i, head in enumerate(w)} if name == "audio_head" else {name: w}
-
-
-def peft_to_native(config, adapter, tensors):
-    """adapter_to_native for PEFT's, which are of transformers' CSM: other names, and half-split rows of q and k."""
-    native = {}
-
-    def setting(module, pattern, default):
-        """A rank or alpha: of the first pattern that fits the module's name, or the same for all."""
-        own = adapter.get(pattern) or {}
-        return next((n for key, n in own.items() if re.fullmatch(rf"(.*\.)?({key})", module)), adapter[default])
-
-    for key, w in tensors.items():
-        m = re.fullmatch(r"base_model\.model\.(.+?)\.(base_layer\.weight|lora_.+|weight)", key)
-        module, ending = m.groups() if m else ("", "")
-        if ending == "base_layer.weight" or module.startswith("codec_model."):
-            continue  # the matrix beneath; and Mimi, which no gradient reaches: neither has changed
-        if ending not in PEFT_PARTS:
-            raise ValueError(f"{key} is of no kind that is known here")
-        part = PEFT_PARTS[ending]
-        if ending in ("lora_B.weight", "lora_embedding_B"):
-            r, alpha = setting(module, "rank_pattern", "r"), setting(module, "alpha_pattern", "lora_alpha")
-            w = w * (alpha / (math.sqrt(r) if adapter.get("use_rslora") else r))
-        if module.endswith("codebooks_head") and part != "weight":
-            native |= peft_heads(config, w, first=ending == "lora_A.weight")
-            continue
-        ((name, w),) = rename({f"{module}.{part}": w}, (TIED, *TRANSFORMERS)).items()
-        heads = turned(name, config)
-        if heads and part != "lora_a":  # rows (out, ...)
-            w = reorder(w.reshape(len(w), -1), heads, split=False).reshape(w.shape)
-        native |= each_head(name, w.T if ending in ("lora_A.weight", "lora_B.weight") else w)
-    return native
-
-
-def peft_heads(config, w, first):
-    """lora_A (`first`) or lora_B of PEFT's target_parameters for all heads at once -> each head's lora_a or lora_b.
-
-    A has the heads' one above the other, (K - 1) r rows; B (out, r (K - 1)), the heads' columns in turn. Which side is
-    in and which out is told by the sizes, since versions of PEFT differ in it.
-    """
-    n = config["audio_num_codebooks"] - 1
-    heads = w.reshape(n, -1, w.shape[1]) if first else w.reshape(len(w), -1, n).transpose(2, 0, 1)
-    part = "lora_a" if w.shape[int(first)] == config["decoder"]["dim"] else "lora_b"
-    return {f"audio_head.{i}.{part}": x.T if (part == "lora_a") == first else x for i, x in enumerate(heads)}
-
-
-def apply_adapter(weights, changes, scale=1.0):
-    """{name: array} of the model, each head a matrix, with `scale` times the changes that adapter_to_native gives.
-
-    The matrices that change must be plain: of a quantized model, dequantize those that `changes` names, and they stay
-    plain. Raises ValueError for what does not fit the model.
-    """
-    weights, wrong = dict(weights), []
-    for name in dict.fromkeys(key.rpartition(".")[0] for key in changes):
-        a, b, m, new = (changes.get(f"{name}.{part}") for part in ("lora_a", "lora_b", "lora_m", "weight"))
-        w = weights.get(f"{name}.weight", mx.zeros(0))
-        if a is not None and b is not None and (b.shape[1], a.shape[0]) == w.shape:
-            new = w + (a.astype(mx.float32) @ b.astype(mx.float32)).T
-            new = new if m is None else new * (m / mx.linalg.norm(new, axis=1))[:, None]
-        if new is None or new.shape != w.shape:
-            wrong.append(name)
-            continue
-        weights[f"{name}.weight"] = (new if scale == 1 else w + scale * (new - w)).astype(w.dtype)
-    if wrong:
-        raise ValueError(f"it is for another model, or a quantized one: {', '.join(wrong[:4])} does not fit")
-    return weights
-
-
-def adapter_to_peft(config, adapter, tensors):
-    """An adapter of ours -> (adapter_config.json, tensors) of PEFT's adapter_model.safetensors for transformers' CSM.
-
-    config: the model's, native. A LoRA of audio_head becomes one of target_parameters (PEFT 0.18 and later).
-    """
-    theirs, modules, saved, heads = {}, set(), set(), {}
-    for key, w in tensors.items():
-        stem, _, part = key.rpartition(".")
-        if stem.startswith("audio_head."):
-            heads[int(stem.split(".")[1]), part] = w
-            continue
-        w = w.T if part in ("lora_a", "lora_b") else w
-        if part != "lora_a" and (n := turned(key, config)):
-            w = reorder(w.reshape(len(w), -1), n, split=True).reshape(w.shape)
-        ((name, w),) = rename({f"{stem}.": w}, TRANSFORMERS, undo=True).items()
-        (saved if part == "weight" else modules).add(name[:-1])
-        endings = {ours: ending for ending, ours in PEFT_PARTS.items() if "embedding" not in ending}
-        theirs[f"base_model.model.{name}{endings[part]}"] = w
-    if heads:
-        n = config["audio_num_codebooks"] - 1
-        if heads.keys() != {(i, part) for i in range(n) for part in ("lora_a", "lora_b")}:
-            raise ValueError("PEFT has no form for an audio_head that was trained in part, or by DoRA")
-        stem = "base_model.model.depth_decoder.codebooks_head"
-        theirs[f"{stem}.lora_A.weight"] = mx.concatenate([heads[i, "lora_b"] for i in range(n)])
-        both = mx.stack([heads[i, "lora_a"] for i in range(n)], axis=2)  # (D, r, K - 1)
-        theirs[f"{stem}.lora_B.weight"] = both.reshape(len(both), -1)
-    tied = "backbone_model.embed_tokens.embed_audio_tokens", "depth_decoder.model.embed_tokens"
-    if tied[1] in saved:  # stored for both
-        saved.add(tied[0])
-        theirs[f"base_model.model.{tied[0]}.weight"] = theirs[f"base_model.model.{tied[1]}.weight"]
-    return {
-        "peft_type": "LORA", "base_model_name_or_path": adapter.get("model"), "inference_mode": True, "bias": "none",
-        "r": adapter["rank"], "lora_alpha": adapter["alpha"], "lora_dropout": 0.0, "target_modules": sorted(modules),
-        "target_parameters": ["depth_decoder.codebooks_head.weight"] if heads else None,
-        "modules_to_save": sorted(saved) or None, "use_dora": any(key.endswith("lora_m") for key in tensors),
-    }, {name: mx.contiguous(w) for name, w in theirs.items()}  # fmt: skip
-
-
 # ---- quantization -----------------------------------------------------------------------------------------------
 
 MODES = {"mxfp4": (32, 4), "nvfp4": (16, 4), "mxfp8": (32, 8)}  # beside MLX's affine one: group size, bits
@@ -818,3 +676,80 @@ def read_pt(path):
     except Exception as error:  # of many kinds: a damaged zip, a damaged pickle
         raise ValueError(f"{path} is truncated or not a PyTorch checkpoint ({type(error).__name__})") from None
     return {name.removeprefix("module."): tensor.read() for name, tensor in state.items()}
+
+
+# ---- saving -----------------------------------------------------------------------------------------------------
+
+
+def join_heads(weights):
+    """The model's heads, `audio_head.i.weight` (V, D), as our layout's one `audio_head` (K - 1, D, V).
+
+    Quantized heads stay as they are.
+    """
+    names = [name for name in weights if name.startswith("audio_head.")]
+    if not names or any(not name.endswith(".weight") for name in names):
+        return weights
+    names.sort(key=lambda name: int(name.split(".")[1]))
+    others = {name: w for name, w in weights.items() if name not in names}
+    return others | {"audio_head": mx.stack([weights[name].T for name in names])}
+
+
+def native_files(config, weights, mimi_config, mimi_weights):
+    """A CSM and its Mimi, in our layout or as csm.py and mimi.py compute -> the files for write_folder.
+
+    config and weights None: the Mimi alone; mimi_weights None: the CSM alone.
+    """
+    files = {}
+    if weights is not None:
+        config = config | {"model_type": "csm", "layout": "native"}
+        files |= {"config.json": config, "model.safetensors": (join_heads(weights), {"format": "mlx"})}
+    if mimi_weights is not None:
+        weights = {name: w for name, w in mimi_weights.items() if not name.endswith(".norms")}
+        for part in ("first", "rest"):
+            if (vectors := weights.pop(f"{part}.codebooks", None)) is not None:
+                weights[f"{part}.embedding_sum"] = vectors
+                weights[f"{part}.cluster_usage"] = mx.ones(vectors.shape[:2])
+        # The config is stored in the file, since shapes do not tell the number of heads.
+        files["mimi.safetensors"] = weights, {"format": "mlx", "config": json.dumps(mimi_config)}
+    return files
+
+
+def write_folder(folder, files, alternatives=()):
+    """Write {name: a path to copy, a dict for JSON, a text, or (weights, metadata)}, all or none.
+
+    alternatives: tuples of file patterns. Where one of `files` matches, the folder's other files that match the same
+    tuple belong to another model, and are deleted. Raises ValueError.
+    """
+    folder = Path(os.path.realpath(folder))
+    staging = folder.with_name(f".{folder.name}.{os.getpid()}.part")
+    try:
+        for name, content in files.items():
+            write_file(staging / name, content)
+        if not folder.exists():
+            staging.rename(folder)
+            return
+        for name in files:  # moves on one disk, which hardly fail
+            (folder / name).parent.mkdir(parents=True, exist_ok=True)
+            (staging / name).replace(folder / name)
+        written = {folder / name for name in files}
+        for patterns in alternatives:
+            found = {file for pattern in patterns for file in folder.glob(pattern)}
+            if found & written:
+                for file in found - written:
+                    file.unlink()
+    except (OSError, RuntimeError) as e:  # RuntimeError: MLX, if the disk is full
+        raise ValueError(f"cannot write {folder}: {getattr(e, 'strerror', None) or e}") from None
+    finally:
+        shutil.rmtree(staging, ignore_errors=True)
+
+
+def write_file(path, content):
+    """Write one of the kinds of content that `write_folder` takes."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    if isinstance(content, Path):
+        shutil.copyfile(content, path)
+    elif isinstance(content, tuple):
+        mx.save_safetensors(str(path), *content)
+    else:
+        text = content if isinstance(content, str) else json.dumps(content, indent=2) + "\n"
+        path.write_text(text, encoding="utf-8")

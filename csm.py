@@ -1298,9 +1298,12 @@ def main(argv=None):
     if others:
         where = "csm_tools/speak.py, which is not beside csm.py"
         p.error(f"{others[0]} is not an option of csm.py alone: more options are in {where}")
-    with mimi.one_line_errors(p):
-        speak(args)
-    return 0
+    try:
+        return speak(args)
+    except (ValueError, OSError) as e:
+        p.error(" ".join(str(e).split()))
+    except KeyboardInterrupt:
+        p.exit(130, "interrupted: no file was written\n")
 
 
 if __name__ == "__main__":

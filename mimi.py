@@ -1,17 +1,17 @@
-"""Mimi, the neural audio codec of Moshi and CSM, on MLX: 24 kHz speech <-> 12.5 frames of codes a second.
+"""Mimi, the neural audio codec of Moshi and CSM, on MLX: 24 kHz speech <-> 12.5 Hz frames of codes.
 
 Sources: Defossez et al., "Moshi" (arXiv:2410.00037); kyutai's PyTorch code (`moshi` 0.2.13); and
 Hugging Face transformers' MimiModel (5.23). tests/test_mimi.py compares this file with both.
 
-    encode: waveform -> SEANet encoder (25 Hz) -> transformer -> stride-2 conv (12.5 Hz) -> RVQ codes
-    decode: codes -> code vectors -> x2 upsampling (25 Hz) -> transformer -> SEANet decoder -> waveform
+    encode: audio -> SEANet encoder (25 Hz) -> transformer -> stride-2 conv (12.5 Hz) -> RVQ codes
+    decode: codes -> code vectors -> x2 upsampling (25 Hz) -> transformer -> SEANet decoder -> audio
 
-Every layer is causal. It takes its past, what it remembers of earlier input, and returns the new one,
-so that streams and whole clips share one code path: `encode` and `decode` call `encode_step` and
+Every layer is causal and takes and returns its past, what it remembers of earlier input. Streams
+and whole clips therefore share one code path: `encode` and `decode` call `encode_step` and
 `decode_step` chunk by chunk. State is a value: a step never modifies the state that it is given.
 
-Shapes: B batch, S samples, T positions at a layer's own rate, F frames, K codebooks, C/D channels,
-H heads. Inside, activations are (B, T, C); public methods take audio (B, 1, S) and codes (B, K, F).
+Shapes: B batch, S samples, T positions at a layer's own rate, F frames, K codebooks, C, D channels,
+H heads. Inside, activations are (B, T, C); public methods take audio (B, 1, S), codes (B, K, F).
 """
 
 import io
@@ -29,8 +29,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 with suppress(ImportError):
-    # Before mlx: on a Linux CPU it replaces some of MLX's functions by faster ones, elsewhere none.
-    import mlx_cpu  # noqa: F401
+    import mlx_cpu  # noqa: F401  before mlx: makes some of MLX's functions fast on a Linux CPU
 
 import mlx.core as mx
 import mlx.nn as nn
@@ -51,7 +50,7 @@ class DownloadError(ValueError):
 class MimiConfig:
     sample_rate: int = 24_000
     n_filters: int = 64  # channels at the sample rate, doubled at each downsampling
-    ratios: tuple = (8, 6, 5, 4)  # the decoder's upsampling; the encoder downsamples in reverse order
+    ratios: tuple = (8, 6, 5, 4)  # of the decoder's upsampling; the encoder's are in reverse
     kernel_size: int = 7
     residual_kernel_size: int = 3
     last_kernel_size: int = 3
@@ -85,13 +84,13 @@ class MimiConfig:
 class Conv(nn.Module):
     """Causal 1-D convolution by matrix products: plain, strided and transposed in one class.
 
-    With `stride` s, s input rows are read as one row of s * C channels. With `upsample` u (a transposed
-    convolution of stride u), one row of u * O channels is written as u rows. What is left is a stride-1
-    convolution of few taps: weight (taps, C_out, C_in). `pad` fills the past before the first input:
-    with zeros, or with copies of the "first" row.
+    With `stride` s, s input rows are read as one row of s * C channels. With `upsample` u (stride
+    of a transposed convolution), one row of u * O channels is written as u rows. What remains is a
+    stride-1 convolution of few taps, weight (taps, C_out, C_in). The past before the first input
+    is zeros or, with pad="first", copies of the first row.
     """
 
-    def __init__(self, c_in, c_out, kernel, stride=1, upsample=1, dilation=1, bias=True, pad="zero"):
+    def __init__(self, c_in, c_out, kernel, stride=1, upsample=1, dilation=1, bias=True, pad=None):
         super().__init__()
         assert kernel % (stride * upsample) == 0
         self.stride, self.upsample, self.dilation, self.pad = stride, upsample, dilation, pad
@@ -114,7 +113,8 @@ class Conv(nn.Module):
             past = x[:, T:]
         windows, weight = [x[:, i * self.dilation :][:, :T] for i in range(taps)], self.weight
         if c_in < taps:  # a waveform: one product for all taps instead of one per tap
-            windows, weight = [mx.concatenate(windows, axis=-1)], weight.swapaxes(0, 1).reshape(1, c_out, -1)
+            windows = [mx.concatenate(windows, axis=-1)]
+            weight = weight.swapaxes(0, 1).reshape(1, c_out, -1)
         y = bias
         for window, w in zip(windows, weight):
             y = mx.addmm(y, window, w.T)
@@ -122,7 +122,7 @@ class Conv(nn.Module):
 
 
 class Upsample(nn.Module):
-    """Depthwise transposed convolution from 12.5 to 25 Hz: stride 2, kernel 4. weight (taps, 2, D)."""
+    """Depthwise transposed convolution, 12.5 to 25 Hz: stride 2, kernel 4. weight (taps, 2, D)."""
 
     def __init__(self, dim):
         super().__init__()
@@ -147,7 +147,7 @@ class ELU(nn.Module):
 
 
 def run_layers(layers, x, pasts, *shared):
-    """Call layers (x, past, *shared) -> (x, past) one after the other. Returns x and the new pasts."""
+    """Call layers (x, past, *shared) -> (x, past) in turn. Returns x and the list of new pasts."""
     new_pasts = []
     for layer, past in zip(layers, pasts or [None] * len(layers)):
         x, past = layer(x, past, *shared)
@@ -223,10 +223,7 @@ class TransformerLayer(nn.Module):
 
 
 class Transformer(nn.Module):
-    """(B, T, D) -> (B, T, D); each position attends to the last `context` ones.
-
-    past: the pasts of the layers, and how many positions each stream has had, (B,).
-    """
+    """(B, T, D) -> (B, T, D), causal. past: the layers' pasts, and each stream's length (B,)."""
 
     def __init__(self, c):
         super().__init__()
@@ -236,8 +233,8 @@ class Transformer(nn.Module):
         B, T, _ = x.shape
         layers, seen = past or (None, mx.zeros((B,), mx.int32))
         position = seen[:, None, None, None] + mx.arange(T)[:, None]  # (B, 1, T, 1)
-        held = self.context - 1
-        age = held + mx.arange(T)[:, None] - mx.arange(held + T)  # (T, S): positions from key to query
+        key = mx.arange(1 - self.context, T)  # counted from the first new position
+        age = mx.arange(T)[:, None] - key  # (T, context - 1 + T)
         mask = (age >= 0) & (age < self.context) & (age <= position)  # (B, 1, T, S)
         x, layers = run_layers(self.layers, x, layers, seen, mask)
         return x, (layers, seen + T)
@@ -275,7 +272,7 @@ class RVQ(nn.Module):
 
 
 class State(NamedTuple):
-    """What streams remember: the pasts of the encoder's and the decoder's layers. See `Mimi.init_state`."""
+    """What streams remember: the pasts of all layers. See `Mimi.init_state`."""
 
     rest: mx.array  # (B, s) samples that do not fill a frame yet
     encoder: list | None = None  # None before the first frame
@@ -304,7 +301,7 @@ class Mimi(nn.Module):
         return State(mx.array(np.zeros((batch, 0), np.float32)))  # not lazy: any thread may use it
 
     def encode_step(self, audio: mx.array, state: State) -> tuple[mx.array, State]:
-        """audio (B, 1, any length) -> codes (B, K, f) int32 of the frames now complete, new state."""
+        """audio (B, 1, any length) -> codes (B, K, f) int32 of the frames now full, new state."""
         audio = mx.array(audio)
         if audio.ndim != 3 or audio.shape[1] != 1 or len(audio) != len(state.rest):
             raise ValueError(f"audio must be ({len(state.rest)}, 1, samples), not {audio.shape}")
@@ -387,7 +384,7 @@ def load(path_or_repo: str | Path | None = None, n_codebooks: int | None = None)
 
 
 def read_mimi(path_or_repo=None):
-    """A Mimi, or the one inside a CSM -> its weights in our layout, its config. Raises ValueError."""
+    """A Mimi, or the one inside a CSM -> weights {name: array} in our layout, config."""
     if path_or_repo is None:
         path = download(DEFAULT_REPO, DEFAULT_FILE)
     else:
@@ -404,7 +401,7 @@ def read_mimi(path_or_repo=None):
 
 
 def from_weights(weights, config=None, n_codebooks=None):
-    """A Mimi from the weights {name: array} of our layout, in float32. config: fields of MimiConfig."""
+    """A Mimi, in float32, from weights of our layout. config: fields of MimiConfig."""
     known = MimiConfig.__dataclass_fields__
     c = MimiConfig(**{name: value for name, value in (config or {}).items() if name in known})
     if c.n_heads < 1 or c.dim % c.n_heads:
@@ -451,20 +448,15 @@ def load_weights(model, weights):
 def read_weights(path):
     """A .safetensors or .pt file, or an index of shards -> {name: array}, read lazily; metadata."""
     path = Path(path)
+    if not path.is_file():
+        raise ValueError(f"no such file: {path}")
     if path.suffix in (".pt", ".pth", ".ckpt"):
         return layouts(path).read_pt(path), {}
     if path.suffix == ".json":
         weights = {}
         for shard in sorted(set(read_json(path).get("weight_map", {}).values())):
-            weights |= read_safetensors(path.parent / shard)[0]
+            weights |= read_weights(path.parent / shard)[0]
         return weights, {}
-    return read_safetensors(path)
-
-
-def read_safetensors(path):
-    """A .safetensors file -> {name: array}, read lazily; metadata. Raises ValueError."""
-    if not Path(path).is_file():
-        raise ValueError(f"no such file: {path}")
     try:
         return mx.load(str(path), format="safetensors", return_metadata=True)
     except RuntimeError:
@@ -512,9 +504,9 @@ def local_path(source, *groups, beside=("*.json",), known="no such file or folde
 
 
 def download(repo, *patterns):
-    """The path of a Hugging Face repository's file; of several patterns, of the folder with the matches.
+    """One file of a Hugging Face repository -> its path; several patterns -> the matches' folder.
 
-    Raises FileNotFoundError if the repository has no such file, DownloadError if all else fails.
+    Raises FileNotFoundError if the repository has no such file, DownloadError for other failures.
     """
     from huggingface_hub import constants, errors, hf_hub_download, snapshot_download
 
@@ -591,14 +583,14 @@ def read_by_ffmpeg(path, sample_rate):
 
 
 def write_audio(path: str | Path, audio, sample_rate: int = 24_000) -> None:
-    """Write (samples,) float atomically, in the format of the suffix (FORMATS). Raises ValueError."""
+    """Write (samples,) float atomically, in the format of the suffix. Raises ValueError."""
     with audio_file(path, sample_rate) as write:
         write(audio)
 
 
 @contextmanager
 def audio_file(path, sample_rate=24_000):
-    """A function that writes pieces of audio to a file in the format of its suffix, atomically."""
+    """A function that writes pieces of audio; atomically, in the format of the suffix."""
     import soundfile
 
     suffix, encoded = Path(path).suffix.lower(), io.BytesIO()  # libsndfile would hide a full disk
@@ -646,35 +638,27 @@ def to_pcm16(audio):
 def main(argv=None):
     import argparse
 
-    p = argparse.ArgumentParser(prog="mimi.py", description="Speech through the Mimi codec and back.")
+    p = argparse.ArgumentParser(prog="mimi.py", description="Speech through the codec and back.")
     p.add_argument("input", help="an audio file of any format, rate and number of channels")
     p.add_argument("output", help="a .wav, .flac, .mp3, .ogg or .opus file, 24 kHz mono")
-    p.add_argument("--model", help="a folder, file or Hugging Face repo (default: kyutai's weights)")
+    p.add_argument("--model", help="a folder, file or Hub repository (default: kyutai's weights)")
     p.add_argument("--codes", metavar="F.npz", help="also save the codes (K, F) as `codes`")
     p.add_argument("--n-codebooks", type=int, metavar="K", help="use only the first K codebooks")
-    p.error = lambda message: p.exit(2, f"mimi.py: error: {message}\n")  # without the usage
+    p.error = lambda message: p.exit(2, f"{p.prog}: error: {message}\n")  # without the usage
     args = p.parse_args(argv)
-    with one_line_errors(p):
-        audio = mx.array(read_audio(args.input))
-        model = load(args.model, args.n_codebooks)
+    try:
+        audio, model = read_audio(args.input), load(args.model, args.n_codebooks)
         with audio_file(args.output, model.sample_rate) as write:
-            codes = model.encode(audio[None, None])
+            codes = model.encode(mx.array(audio)[None, None])
             write(model.decode(codes)[0, 0, : audio.size])
             if args.codes:
                 with replacing(args.codes) as file:
                     np.savez(file, codes=np.array(codes[0]), sample_rate=model.sample_rate)
-    print(f"{codes.shape[2]} frames of {codes.shape[1]} codes", file=sys.stderr)
-
-
-@contextmanager
-def one_line_errors(parser, interrupted="interrupted: nothing was written"):
-    """End a mistake of the user in one line on standard error, with exit status 2."""
-    try:
-        yield
     except (ValueError, OSError) as e:
-        parser.exit(2, f"{parser.prog}: error: {' '.join(str(e).split())}\n")
+        p.error(" ".join(str(e).split()))
     except KeyboardInterrupt:
-        parser.exit(130, f"{interrupted}\n")
+        p.exit(130, "interrupted: nothing was written\n")
+    print(f"{codes.shape[2]} frames of {codes.shape[1]} codes", file=sys.stderr)
 
 
 if __name__ == "__main__":

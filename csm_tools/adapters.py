@@ -36,7 +36,7 @@ def adapted(config, weights, adapters):
         if not settings or not file:
             raise ValueError(f"{folder} has no adapter_config.json and {FILES[0]} or {FILES[2]}")
         try:
-            changes = adapter_to_native(asdict(config), settings, mimi.read_safetensors(file)[0])
+            changes = adapter_to_native(asdict(config), settings, mimi.read_weights(file)[0])
             plain = dequantize_weights(config, weights, {name.rpartition(".")[0] for name in changes})
             weights = apply_adapter(plain, changes, factor)
         except ValueError as e:

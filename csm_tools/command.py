@@ -38,12 +38,15 @@ def run(p, function, args, interrupted="interrupted: no file was written"):
     """function(args) as the program of the parser `p`; a mistake ends in one line and exit status 2."""
     if threading.current_thread() is threading.main_thread():
         signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # an exception, so that temporary files are removed
-    with mimi.one_line_errors(p, interrupted):
-        try:
-            return function(args)
-        except BrokenPipeError:  # the program that reads OUT - has ended
-            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-            return 1
+    try:
+        return function(args)
+    except BrokenPipeError:  # the program that reads OUT - has ended
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 1
+    except (ValueError, OSError) as e:
+        p.error(" ".join(str(e).split()))
+    except KeyboardInterrupt:
+        p.exit(130, f"{interrupted}\n")
 
 
 def peak_memory():

@@ -211,7 +211,7 @@ class Run:
         for t in talks:
             mark.update(t.rows.tobytes() + t.learned.tobytes())
         file = self.args.output_dir / "reference.safetensors"
-        kept, metadata = mimi.read_safetensors(file) if rank == 0 and file.exists() else ({}, {})
+        kept, metadata = mimi.read_weights(file) if rank == 0 and file.exists() else ({}, {})
         fits = metadata.get("mark") == mark.hexdigest()
         ends = np.cumsum([len(t.learned) for t in talks])
         found = np.array(kept["losses"]) if fits else np.zeros((ends[-1], 2), np.float32)
@@ -337,7 +337,7 @@ class Run:
         file = self.args.output_dir / "checkpoint.safetensors"
         if not file.exists():
             return
-        arrays, metadata = mimi.read_safetensors(file)
+        arrays, metadata = mimi.read_weights(file)
         where = json.loads(metadata["run"])
         then = where["settings"]
         if other := [k for k, now in settings(self.args, self.group).items() if now != then.get(k)]:
@@ -477,7 +477,7 @@ def fuse(args):
     dtype = csm.read_checkpoint(csm.find_model(base))[1]["backbone.norm.weight"].dtype
     generator = csm.load(base, dtype=dtype, adapter=args.run if config else None)
     if not config:
-        trained = mimi.read_safetensors(args.run / "model.safetensors")[0]
+        trained = mimi.read_weights(args.run / "model.safetensors")[0]
         mimi.load_weights(generator.model, csm.split_heads({k: w.astype(dtype) for k, w in trained.items()}))
     generator.save(args.destination)
     print(f"{args.destination}: {base} with {args.run}")
@@ -489,7 +489,7 @@ def export(args):
     if not adapter:
         raise ValueError(f"{args.run} has no adapter_config.json: what trained all weights is fused, and converted")
     config = csm.CSMConfig.from_dict(csm.read_checkpoint(csm.find_model(args.model or adapter["model"]))[0])
-    tensors = mimi.read_safetensors(args.run / "adapters.safetensors")[0]
+    tensors = mimi.read_weights(args.run / "adapters.safetensors")[0]
     theirs, tensors = adapters.adapter_to_peft(asdict(config), adapter, tensors)
     files = {"adapter_config.json": theirs, "adapter_model.safetensors": (tensors, {"format": "pt"})}
     csm_layouts.write_folder(args.destination, files)

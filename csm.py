@@ -1115,14 +1115,9 @@ import mimi  # to be deleted when the top of the file imports it by this name
 
 
 def load(
-    model: str | Path = "csm-1b",
-    *,
-    dtype=None,
-    quantize: int | str | None = None,
-    group_size: int = 64,
-    adapter=None,
-    codebooks: int | None = None,
-) -> Generator:
+    model: str | Path = "csm-1b", *, dtype=None, quantize: int | str | None = None,
+    group_size: int = 64, adapter=None, codebooks: int | None = None,
+) -> Generator:  # fmt: skip
     """Load a model from a local folder or weights file, or from the Hugging Face Hub.
 
     model: "csm-1b", "tiny" (the small bundled model), a folder, a weights file or a Hub repository,
@@ -1216,7 +1211,7 @@ def find_tokenizer(folder, repo):
 
 
 def split_heads(weights):
-    """Replace our layout's `audio_head` (K - 1, D, V) by the model's `audio_head.i.weight` (V, D)."""
+    """Turn our layout's `audio_head` (K - 1, D, V) into the model's `audio_head.i.weight` (V, D)."""
     weights = dict(weights)
     if "audio_head" in weights and weights["audio_head"].ndim == 3:
         for i, w in enumerate(weights.pop("audio_head")):
@@ -1299,11 +1294,12 @@ def main(argv=None):
         where = "csm_tools/speak.py, which is not beside csm.py"
         p.error(f"{others[0]} is not an option of csm.py alone: more options are in {where}")
     try:
-        return speak(args)
+        speak(args)
     except (ValueError, OSError) as e:
         p.error(" ".join(str(e).split()))
     except KeyboardInterrupt:
         p.exit(130, "interrupted: no file was written\n")
+    return 0
 
 
 if __name__ == "__main__":

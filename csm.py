@@ -1211,7 +1211,7 @@ def find_tokenizer(folder, repo):
 
 
 def split_heads(weights):
-    """Turn our layout's `audio_head` (K - 1, D, V) into the model's `audio_head.i.weight` (V, D)."""
+    """Turn our layout's `audio_head` (K - 1, D, V) into the model's `audio_head.i.weight`."""
     weights = dict(weights)
     if "audio_head" in weights and weights["audio_head"].ndim == 3:
         for i, w in enumerate(weights.pop("audio_head")):

@@ -696,7 +696,7 @@ def test_quantized(folder, generator, bits):
         if not name.endswith((".scales", ".biases")):
             plain[name] = w
     same = csm.CSM(csm.CSMConfig.from_dict(config))
-    mimi.fill(same, plain)
+    mimi.load_weights(same, plain)
     h = mx.random.normal((3, 64), key=mx.random.key(0))
     codes = mx.random.randint(0, 64, (3, 8), key=mx.random.key(1))
     assert mx.abs(q.model.depth_logits(h, codes) - same.depth_logits(h, codes)).max() < 1e-3

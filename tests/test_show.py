@@ -7,7 +7,7 @@ from pathlib import Path
 
 import csm  # before mlx
 import mimi
-from csm_tools import show
+from csm_tools import show, speak
 
 import mlx.core as mx  # isort: skip
 import mlx.nn as nn
@@ -258,7 +258,7 @@ def test_tour_names_exist(tour):
     objects = (generator, model, model.backbone, generator.mimi, names["batch"], names["cache"])
     things = vars(csm) | names | {"mimi": mimi, "np": np, "nn": nn} | {type(x).__name__: x for x in objects}
     options = io.StringIO()
-    for main in (csm.main, show.main):
+    for main in (speak.main, show.main):
         with contextlib.redirect_stdout(options), contextlib.suppress(SystemExit):
             main(["--help"])
     theirs = {".to(device)", "no_grad", "forward", "unsqueeze(0)", "dim", "axis", ".item()"}  # PyTorch's, arrays'

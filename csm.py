@@ -693,10 +693,10 @@ class Generator:
 
     def conversation(
         self, context: Sequence[Segment] = (), *, voice: str | os.PathLike | None = None,
-        speaker: int = 0,
+        speaker: int = 0, voice_match: bool | None = None,
     ) -> "Conversation":  # fmt: skip
-        """A Conversation after `context`. Without context, `speaker` is the one who has the voice."""
-        return Conversation(self, context, voice, speaker)
+        """A Conversation after `context`; without context, `speaker` is the one who has the voice."""
+        return Conversation(self, context, voice, speaker, voice_match)
 
     def save(self, folder):
         """Write all of the model as a folder in our own layout, atomically. Raises ValueError."""
@@ -791,15 +791,21 @@ class Generator:
 
     # Prompts: text and Segments -> rows.
 
+    def opening(self, speaker, context=(), voice=None, voice_match=None):
+        """-> the turns that a speaker begins after, and the clip that he continues, or None."""
+        turns = list(context) or self.voice_prompt(voice, speaker)
+        if not (self.model.config.voice_match if voice_match is None else voice_match):
+            return turns, None
+        for i in reversed(range(len(turns))):
+            if isinstance(turns[i], Segment) and turns[i].speaker == speaker:
+                return turns[:i] + turns[i + 1 :], turns[i]
+        if voice_match:
+            raise ValueError(f"voice_match continues a clip of speaker {speaker}: there is none")
+        return turns, None
+
     def prompt(self, text, speaker=0, context=(), voice=None, voice_match=None):
         """-> the rows of the context, and the rows (T, K + 1) of the new turn up to its speech."""
-        turns, clip = list(context) or self.voice_prompt(voice, speaker), None
-        if self.model.config.voice_match if voice_match is None else voice_match:
-            turns, clip = take_clip(turns, speaker)
-            if voice_match and not clip:
-                raise ValueError(
-                    f"voice_match continues a clip of speaker {speaker}: the context has none"
-                )
+        turns, clip = self.opening(speaker, context, voice, voice_match)
         before, rows = self.context_rows(turns), self.turn_rows(text, speaker, clip)
         self.check_length(len(before) + len(rows))
         return before, rows
@@ -924,14 +930,6 @@ class Generator:
         return Segment(0, read_text(f"@{wav.with_suffix('.txt')}"), wav)
 
 
-def take_clip(turns, speaker):
-    """-> the turns without the speaker's last one, and that one, or None."""
-    for i in reversed(range(len(turns))):
-        if isinstance(turns[i], Segment) and turns[i].speaker == speaker:
-            return turns[:i] + turns[i + 1 :], turns[i]
-    return turns, None
-
-
 def concatenate(pieces):
     whole = mx.concatenate([mx.zeros((0,)), *pieces])
     mx.eval(whole)
@@ -946,12 +944,10 @@ class Conversation:
     forgotten, down to half of the positions, with a warning on the logger "csm".
     """
 
-    def __init__(self, generator, context=(), voice=None, speaker=0):
+    def __init__(self, generator, context=(), voice=None, speaker=0, voice_match=None):
         self.generator, self.speaking, self.cache = generator, False, None
-        self.turns = list(context) or generator.voice_prompt(voice, speaker)  # Segments
-        self.clip = None  # what the first turn of its speaker continues
-        if generator.model.config.voice_match:
-            self.turns, self.clip = take_clip(self.turns, speaker)
+        # Segments, and the clip that the speaker's first turn continues, or None
+        self.turns, self.clip = generator.opening(speaker, context, voice, voice_match)
         self.blocks = [generator.segment_rows(turn) for turn in self.turns]  # rows (T, K + 1) each
         self.n_context = len(self.blocks)  # these turns are never forgotten
 

@@ -1,6 +1,8 @@
 """What the commands share: options, the texts and contexts that they name, and errors of one line."""
 
 import argparse
+import importlib.util
+import itertools
 import json
 import os
 import re
@@ -16,6 +18,7 @@ from csm import read_text
 
 import mlx.core as mx  # isort: skip
 
+LAST_SPEAKER = 999_999
 QUANTIZE = {  # keywords of add_argument("--quantize")
     "type": lambda x: int(x) if x.isdigit() else x,
     "choices": (4, 6, 8, "mxfp4", "nvfp4", "mxfp8"),
@@ -104,12 +107,16 @@ def read_options(args):
 
 
 def load_for(args):
-    """The Generator for the options. Without --model: csm-1b, or tiny if csm-1b cannot be downloaded."""
+    """The Generator for the options. Without --model: the base that an adapter names; else csm-1b, or tiny if csm-1b
+    cannot be downloaded.
+    """
     options = {name: getattr(args, name) for name in ("dtype", "quantize", "adapter", "codebooks")}
+    bases = [base for folder, _ in args.adapter or () if not args.model and (base := csm.adapters().base_model(folder))]
+    model = args.model or next(iter(bases), None)
     try:
-        return csm.load(args.model or "csm-1b", **options)
+        return csm.load(model or "csm-1b", **options)
     except mimi.DownloadError as e:
-        if args.model:
+        if model:
             raise
         print(f"using the small bundled model, tiny, because csm-1b is missing: {e}", file=sys.stderr)
         return csm.load("tiny", **options)
@@ -120,6 +127,42 @@ def watermark():
     from csm_tools import watermark
 
     return watermark.load()
+
+
+def need(extra, *modules):
+    """Raise ValueError unless the modules of an extra are installed."""
+    for module in modules:
+        if importlib.util.find_spec(module) is None:
+            raise ValueError(f"{module} is not installed: pip install 'csm-speech[{extra}]'")
+
+
+# ---- speakers ---------------------------------------------------------------------------------------------------
+
+
+def as_speaker(value):
+    """A speaker's number, from a number or its digits. Raises ValueError."""
+    number = int(value) if isinstance(value, str) and value.isdecimal() and len(value) < 10 else value
+    if isinstance(number, bool) or not isinstance(number, int) or not 0 <= number <= LAST_SPEAKER:
+        raise ValueError(f"speaker must be 0 or more, a whole number up to {LAST_SPEAKER}, not {str(value)[:40]!r}")
+    return number
+
+
+def number_speakers(speakers, known=None):
+    """Speakers, numbers and names -> {name: number}: those of `known`, then the lowest that are free."""
+    is_name = [isinstance(s, str) and not s.strip().lstrip("-").isdecimal() and bool(s.strip()) for s in speakers]
+    numbers = dict(known or {})
+    used = {*numbers.values()} | {int(s) for s, name in zip(speakers, is_name) if not name and str(s).isdecimal()}
+    free = (n for n in itertools.count() if n not in used)
+    for speaker, name in zip(speakers, is_name):
+        if name and speaker not in numbers:
+            numbers[speaker] = next(free)
+    return numbers
+
+
+def say_speakers(numbers):
+    """Say on standard error which number a name has got."""
+    if numbers:
+        print("speakers: " + ", ".join(f"{name} is {n}" for name, n in numbers.items()), file=sys.stderr)
 
 
 # ---- files that options name ------------------------------------------------------------------------------------

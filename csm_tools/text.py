@@ -8,10 +8,10 @@
 | 42; 1,234.5; .5; 007 | forty-two; one thousand two hundred thirty-four point five; point five; zero zero seven |
 | 21st; 1/2, 2½ cups; 8/10 | twenty-first; one half, two and a half cups; eight out of ten |
 | in 1984; the 1990s; '60s | in nineteen eighty-four; the nineteen nineties; sixties |
-| 2026-08-17; 8/17/2026; Aug. 17 | August seventeenth, twenty twenty-six; the same; August seventeenth |
+| 2026-08-17; 8/17/2026; Aug. 17 | August seventeenth, twenty twenty-six (both); August seventeenth |
 | 10:30 am; 14:00; 9-5pm | ten thirty A M; fourteen hundred; nine to five P M |
-| $3.50; £5-10; $3.2M; 20 EUR | three dollars and fifty cents; five to ten pounds; three point two million dollars; ... |
-| 5%; 5 km; 60 km/h; -5°C; 3x | five percent; five kilometers; sixty kilometers per hour; minus five degrees Celsius; ... |
+| $3.50; £5-10; $3.2M | three dollars and fifty cents; five to ten pounds; three point two million dollars |
+| 5%; 60 km/h; -5°C; 3x | five percent; sixty kilometers per hour; minus five degrees Celsius; three times |
 | 10-20; 1914-1918; won 3:1 | ten to twenty; nineteen fourteen to nineteen eighteen; won three to one |
 | 555-123-4567; v1.2.3; GPT-4 | five five five, one two three, ...; version one point two point three; GPT four |
 | Henry VIII; World War II | Henry the eighth; World War two |
@@ -29,9 +29,9 @@ so it does with lines that are mostly in another script.
 """
 
 import html
-import math
 import re
 import unicodedata
+from functools import cache
 
 # ------------------------------------------------------------------------------------- numbers
 
@@ -88,8 +88,8 @@ def year(n):
 def number(text):
     """1,234.50 -> one thousand two hundred thirty-four point five zero; 007 by its digits."""
     whole, point, decimals = text.replace(",", "").partition(".")
-    if len(whole) > 1 and whole[0] == "0":
-        said = digits(whole)
+    if (len(whole) > 1 and whole[0] == "0") or (len(whole) > 9 and whole in text and not whole.endswith("000")):
+        said = digits(whole)  # of a code, not of an amount
     else:
         said = cardinal(int(whole)) if whole else ""
     return f"{said} point {digits(decimals)}".strip() if point else said
@@ -163,7 +163,8 @@ UNITS = {
     "mos": "month", "yr": "year", "yrs": "year", "cal": "calorie", "kcal": "kilocalorie", "kJ": "kilojoule",
     "dB": "decibel", "px": "pixel", "pt.": "point", "kPa": "kilopascal", "hPa": "hectopascal",
     "m²": "square meter", "km²": "square kilometer", "cm²": "square centimeter", "ft²": "square foot",
-    "sq ft": "square foot", "sqft": "square foot", "sq m": "square meter", "m³": "cubic meter", "cm³": "cubic centimeter",
+    "sq ft": "square foot", "sqft": "square foot", "sq m": "square meter", "m³": "cubic meter",
+    "cm³": "cubic centimeter",
     "m2": "square meter", "km2": "square kilometer", "m3": "cubic meter", "°": "degree", "Å": "angstrom", "Ω": "ohm",
     "in.": "inch", "″": "inch", "′": "foot",
 }  # fmt: skip
@@ -172,11 +173,15 @@ FIXED = {
     "mph": "miles per hour", "km/h": "kilometers per hour", "kph": "kilometers per hour", "kmh": "kilometers per hour",
     "m/s": "meters per second", "m/s²": "meters per second squared", "kbps": "kilobits per second",
     "Mbps": "megabits per second", "Gbps": "gigabits per second", "MB/s": "megabytes per second",
-    "GB/s": "gigabytes per second", "fps": "frames per second", "rpm": "R P M", "bpm": "beats per minute", "ppm": "parts per million",
+    "GB/s": "gigabytes per second", "fps": "frames per second", "rpm": "R P M", "bpm": "beats per minute",
+    "ppm": "parts per million",
     "psi": "P S I", "dpi": "D P I", "mpg": "miles per gallon",
 }  # fmt: skip
 TEMPERATURES = {"C": "Celsius", "F": "Fahrenheit"}
-PER = r"(?:/(second|sec|s|minute|min|hour|hr|h|day|night|week|wk|month|mo|year|yr|person|user|seat|kg|km|lb|l|L|mile|mi|m)\b)?"
+PER = (
+    r"(?:/(second|sec|s|minute|min|hour|hr|h|day|night|week|wk|month|mo|year|yr|person|user|seat"
+    r"|kg|km|lb|l|L|mile|mi|m)\b)?"
+)
 COUNTED = "cup teaspoon tablespoon pound ounce pint quart gallon liter mile inch hour day year page".split()
 
 ROMAN = r"(X{0,3}(?:IX|IV|V?I{0,3}))"
@@ -222,6 +227,10 @@ JOINED = {"U.S.A.": "USA", "U.S.": "US", "U.K.": "UK", "E.U.": "EU", "U.N.": "UN
           "M.D.": "MD", "P.S.": "P S"}  # fmt: skip
 EITHER = {"he/she": "he or she", "she/he": "she or he", "his/her": "his or her", "him/her": "him or her",
           "s/he": "she or he", "yes/no": "yes or no", "and/or": "and or", "n/a": "not applicable"}  # fmt: skip
+VERSIONED = """
+version Version release Python Java Node iOS macOS Android Ubuntu CUDA MLX PyTorch PHP Ruby Swift USB TLS Bluetooth
+Windows
+""".split()
 TOP_LEVEL = "com org net edu gov io ai dev app co uk de fr eu ca au info tv xyz tech blog ch nl jp"
 ENDINGS = """
 py md txt json yaml yml toml html htm css js ts jsx tsx xml csv tsv pdf png jpg jpeg gif svg webp wav mp3 mp4 flac ogg
@@ -242,26 +251,37 @@ OPERATORS = {
     "<=": "is at most", ">=": "is at least", "≈": "is about", "±": "plus or minus", "−": "minus",
 }  # fmt: skip
 VULGAR = {c: unicodedata.normalize("NFKC", c).replace("⁄", "/") for c in "½⅓⅔¼¾⅕⅖⅗⅘⅙⅚⅛⅜⅝⅞"}
-POWERS = {"²": " squared", "³": " cubed"}
+POWERS = {"²": " squared", "³": " cubed", "2": " squared", "3": " cubed"}
 
 # ------------------------------------------------------------------------------------- rules
 
-ADDRESSES, RULES = [], []  # (pattern, function), applied in this order; between the two, markdown's signs go
+ADDRESSES, RULES = [], []  # applied in this order; between the two, markdown's signs go
+DIGITS = "0123456789"
 
 
-def rule(pattern, flags=0, rules=RULES):
-    """Append to `rules`: what the pattern matches becomes what the function makes of the match; None leaves it."""
+def rule(pattern, needs="", flags=0, rules=RULES):
+    """Append to `rules`: what the pattern matches becomes what the function makes of the match; None leaves it.
+
+    needs: characters of which a match has one, so that most texts need not be searched.
+    """
 
     def add(function):
-        rules.append((re.compile(pattern, flags), function))
+        rules.append((pattern, flags, frozenset(needs), lambda m: capitalized(m, function(m))))
         return function
 
     return add
 
 
+compiled = cache(re.compile)  # at first use: the import is quick
+
+
 def apply(rules, text):
-    for pattern, function in rules:
-        text = pattern.sub(lambda m: capitalized(m, function(m)), text)
+    found = set(text)
+    for pattern, flags, needs, function in rules:
+        if not needs or needs & found:
+            new = compiled(pattern, flags).sub(function, text)
+            if new != text:
+                text, found = new, set(new)
     return text
 
 
@@ -272,7 +292,7 @@ def capitalized(m, said):
     if not said[:1].islower() or m[0][:1].islower():
         return said
     near = before(m, 4).rstrip("\"'“‘([ ")
-    begins = near[-1:] in (".", "!", "?", "\n") and not near.endswith("..") or (not near and m.start() < 5)
+    begins = m.start() < 5 if not near else near[-1] in ".!?\n" and not near.endswith("..")
     return said[0].upper() + said[1:] if begins else said
 
 
@@ -303,12 +323,12 @@ def sign_of(m):
 # Addresses
 
 
-@rule(r"\b(?:mailto:)?([\w.+-]{1,64})@((?:[\w-]{1,63}\.){1,5}[A-Za-z]{2,12})\b", rules=ADDRESSES)
+@rule(r"\b(?:mailto:)?([\w.+-]{1,64})@((?:[\w-]{1,63}\.){1,5}[A-Za-z]{2,12})\b", "@", rules=ADDRESSES)
 def email(m):
     return f"{address(m[1])} at {address(m[2])}"
 
 
-@rule(r"""(?:\b(?:https?|ftp)://|\bwww\.)[^\s<>"'()\[\]{}“”]+""", rules=ADDRESSES)
+@rule(r"""(?:\b(?:https?|ftp)://|\bwww\.)[^\s<>"'()\[\]{}“”]+""", ":.", rules=ADDRESSES)
 def url(m):
     whole = re.sub(r"^(?:\w+://)?(?:www\.)?", "", m[0])
     kept = whole.rstrip(".,;:!?*_`")
@@ -317,6 +337,7 @@ def url(m):
 
 @rule(
     rf"\b(?:[\w-]{{1,63}}\.){{1,5}}(?:{'|'.join(TOP_LEVEL.split())})\b(?:/[\w./~%-]*[\w/])?(?![\w@])",
+    ".",
     re.ASCII,
     ADDRESSES,
 )
@@ -325,13 +346,16 @@ def domain(m):
 
 
 @rule(
-    rf"(?<![\w.])[\w-]{{1,63}}(?:\.[\w-]{{1,63}}){{0,3}}\.({'|'.join(ENDINGS.split())})\b(?!\.?\w)", re.ASCII, ADDRESSES
+    rf"(?<![\w.])[\w-]{{1,63}}(?:\.[\w-]{{1,63}}){{0,3}}\.({'|'.join(ENDINGS.split())})\b(?!\.?\w)",
+    ".",
+    re.ASCII,
+    ADDRESSES,
 )
 def file_name(m):
     return address(m[0])
 
 
-@rule(r"(?<!\S)(?:~|\.{1,2})?/(?=\w)[\w./-]{1,300}", rules=ADDRESSES)
+@rule(r"(?<!\S)(?:~|\.{1,2})?/(?=\.?\w)[\w./-]{1,300}", "/", rules=ADDRESSES)
 def path(m):
     kept = m[0].rstrip("./-")
     return address(kept) + m[0][len(kept) :].replace("/", "")
@@ -344,33 +368,61 @@ def address(text):
     parts = re.findall(r"[^\W_]+|\W|_", text)
     for i, part in enumerate(parts):
         after_dot = i > 0 and parts[i - 1] == "."
-        if after_dot and part.islower() and (len(part) == 2 or part == "html" or not re.search("[aeiou]", part)):
+        if (
+            after_dot
+            and part.islower()
+            and part != "co"
+            and (len(part) == 2 or part == "html" or not re.search("[aeiou]", part))
+        ):
             parts[i] = part.upper()
     said = " ".join(signs.get(part, part) for part in parts)
     return re.sub(r"(?<=[A-Za-z])(?=[0-9])|(?<=[0-9])(?=[A-Za-z])", " ", said)
 
 
-@rule(r"(?<![\w@])@(?=[A-Za-z_])|(?<= )@(?= )")
+@rule(r"(?<![\w@])@(?=[A-Za-z_])|(?<= )@(?= )", "@")
 def at_sign(m):
     return "at" if after(m) == " " else "at "
+
+
+# Abbreviations that say what a number is
+
+
+@rule(rf"(?<![\w.])(?<![0-9] )({'|'.join(BEFORE_NUMBERS)})\.[ \n]?(?=[0-9])", DIGITS, re.IGNORECASE)
+def before_number(m):
+    return BEFORE_NUMBERS[m[1].lower()] + " "
+
+
+@rule(rf"(?<![\w./])(?<![0-9] )(?:{words_of(SHORT)})(?!\w)|(?<![\w./])w/(?=\w)", "./", re.IGNORECASE)
+def short(m):
+    said = SHORT[m[0].lower()]
+    if said == "with":
+        return said if after(m) == " " else f"{said} "
+    return said + (full_stop(m) if m[0].lower() in ("etc.", "et al.", "dept.", "appt.", "govt.") else "")
+
+
+@rule(rf"(?<![\w./-])({'|'.join(BARE)})(?![\w./-])")
+def bare(m):
+    return BARE[m[1]]
 
 
 # Dates and times
 
 
-@rule(r"(?<![\w.])([0-9]{1,15}(?:,[0-9]{3}){0,5})?(\.)?([0-9]{16,})")
+@rule(r"(?<![\w.])([0-9]{1,15}(?:,[0-9]{3}){0,5})?(\.)?([0-9]{16,})", DIGITS)
 def endless(m):
     whole = number(m[1]) if m[1] and m[2] else digits(m[1] or "")
     return f"{whole}{' point' if m[2] else ''} {digits(m[3])}".strip()
 
 
-@rule(r"(?<![\w.,])([0-9]{1,3}(?:\.[0-9]{3}){1,5}),([0-9]{2})(?![\w.,])")
+@rule(r"(?<![\w.,])([0-9]{1,3}(?:\.[0-9]{3}){1,5}),([0-9]{2})(?![\w.,])", ",")
 def comma_for_a_point(m):
     return f"{m[1].replace('.', ',')}.{m[2]}"
 
 
 @rule(
-    r"(?<![\w/-])([0-9]{4})([-/])([0-9]{2})\2([0-9]{2})(?:[T ]([0-9]{2}):([0-9]{2})(?::[0-9]{2}(?:\.[0-9]{1,9})?)?Z?)?(?![\w/-])"
+    r"(?<![\w/-])([0-9]{4})([-/])([0-9]{2})\2([0-9]{2})"
+    r"(?:[T ]([0-9]{2}):([0-9]{2})(?::[0-9]{2}(?:\.[0-9]{1,9})?)?Z?)?(?![\w/-])",
+    DIGITS,
 )
 def iso_date(m):
     if said := date(int(m[1]), int(m[3]), int(m[4])):
@@ -382,7 +434,7 @@ def date(y, month, day):
         return f"{MONTHS[month - 1]} {ordinal(day)}, {year(y)}"
 
 
-@rule(r"(?<![\w/.-])([0-9]{1,2})([/.])([0-9]{1,2})\2((?:1[89]|20)[0-9]{2}|[0-9]{2})(?![\w/-]|\.[0-9])")
+@rule(r"(?<![\w/.-])([0-9]{1,2})([/.])([0-9]{1,2})\2((?:1[89]|20)[0-9]{2}|[0-9]{2})(?![\w/-]|\.[0-9])", DIGITS)
 def numeric_date(m):
     first, second, y = int(m[1]), int(m[3]), int(m[4])
     if len(m[4]) == 2:
@@ -397,13 +449,16 @@ DAY = r"(Mon|Tues?|Wed|Thu(?:rs?)?|Fri|Sat|Sun)\b\.?"
 THEN = rf"(?=:|,? (?:{MONTH}|[0-9]{{1,2}}(?:[:.][0-9]{{2}}|{NTH}?[ \n](?:of )?{MONTH}| ?[ap]\.?m)))"
 
 
-@rule(rf"(?<![\w.]){DAY}(?:{TO}{DAY}|{THEN})")
+@rule(rf"(?<![\w.]){DAY}(?:{TO}{DAY}|{THEN})", "MTWFS")
 def weekday(m):
     first, second = (next((day for day in DAYS if name and day.startswith(name[:3])), None) for name in (m[1], m[2]))
-    return f"{first} to {second}" if second else first
+    return f"{first} to {second}{full_stop(m)}" if second else first
 
 
-@rule(rf"\b{MONTH}\.?[ \n]([0-9]{{1,2}}){NTH}?(?:{TO}([0-9]{{1,2}}){NTH}?)?(?:(,?)[ \n]{YEAR})?(?![\w%:/]|[.,][0-9])")
+@rule(
+    rf"\b{MONTH}\.?[ \n]([0-9]{{1,2}}){NTH}?(?:{TO}([0-9]{{1,2}}){NTH}?)?(?:(,?)[ \n]{YEAR})?(?![\w%:/]|[.,][0-9])",
+    DIGITS,
+)
 def month_day(m):
     if not (1 <= int(m[2]) <= 31 and int(m[3] or 1) <= 31):
         return None
@@ -412,7 +467,9 @@ def month_day(m):
 
 
 @rule(
-    rf"(?<![\w.,:/$£€-])([0-9]{{1,2}}){NTH}?(?:{TO}([0-9]{{1,2}}){NTH}?)?[ \n](?:of[ \n])?{MONTH}\.?(?:,?[ \n]{YEAR})?(?!\w)"
+    rf"(?<![\w.,:/$£€-])([0-9]{{1,2}}){NTH}?(?:{TO}([0-9]{{1,2}}){NTH}?)?[ \n](?:of[ \n])?{MONTH}\.?"
+    rf"(?:,?[ \n]{YEAR})?(?!\w)",
+    DIGITS,
 )
 def day_month(m):
     if not (1 <= int(m[1]) <= 31 and int(m[2] or 1) <= 31):
@@ -423,7 +480,7 @@ def day_month(m):
     return f"{the}{ordinal(int(m[1]))}{until} of {month(m[3])}{more}"
 
 
-@rule(rf"\b{MONTH}\.?,?[ \n]{YEAR}")
+@rule(rf"\b{MONTH}\.?,?[ \n]{YEAR}", DIGITS)
 def month_year(m):
     return f"{month(m[1])} {year(int(m[2]))}"
 
@@ -432,7 +489,13 @@ def month(name):
     return next(m for m in MONTHS if m.startswith(name[:3]))
 
 
-@rule(r"\b(on|by|since|until|before|after|from|due|dated?) ([0-9]{1,2})/([0-9]{1,2})(?![\w/]|[.,][0-9])")
+@rule(r"\b(24/7|9/11|50[/-]50|20/20)(?![\w/])", DIGITS)
+def fixed_pairs(m):
+    first, second = re.split("[/-]", m[1])
+    return f"{cardinal(int(first))} {cardinal(int(second))}"
+
+
+@rule(r"\b(on|by|since|until|before|after|from|due|dated?) ([0-9]{1,2})/([0-9]{1,2})(?![\w/]|[.,][0-9])", "/")
 def short_date(m):
     first, second = int(m[2]), int(m[3])
     if first <= 12 and second <= 31 and first and second:
@@ -442,7 +505,7 @@ def short_date(m):
 CLOCK = rf"([0-9]{{1,2}})(?:[:.]([0-5][0-9]))?(?: ?{HALF_DAY})?"
 
 
-@rule(rf"(?<![\w:.,$£€-]){CLOCK}(?:{TO}| to | until ){CLOCK}(?![\w:%]|[.,][0-9])")
+@rule(rf"(?<![\w:.,$£€-]){CLOCK}(?:{TO}| to | until ){CLOCK}(?![\w:%]|[.,][0-9])", DIGITS)
 def time_range(m):
     if not any((m[3], m[7])) and not (m[2] and m[6] and ":" in m[0]):
         return None
@@ -451,7 +514,7 @@ def time_range(m):
     return f"{clock(m[1], m[2], m[3] or (m[7] and ''))} to {clock(m[5], m[6], m[7])}{full_stop(m) if m[8] else ''}"
 
 
-@rule(rf"(?<![\w:.,$£€-])([0-9]{{1,2}}):([0-5][0-9])(?::([0-5][0-9]))?(?: ?{HALF_DAY})?(?![\w:]|[.,][0-9])")
+@rule(rf"(?<![\w:.,$£€-])([0-9]{{1,2}}):([0-5][0-9])(?::([0-5][0-9]))?(?: ?{HALF_DAY})?(?![\w:]|[.,][0-9])", ":")
 def time(m):
     if int(m[1]) > 24:
         return None
@@ -459,7 +522,7 @@ def time(m):
     return clock(m[1], m[2], m[4], bool(seconds)) + seconds + full_stop(m)
 
 
-@rule(rf"(?<![\w:.,$£€-])([0-9]{{1,2}})(?:\.([0-5][0-9]))? ?{HALF_DAY}")
+@rule(rf"(?<![\w:.,$£€-])([0-9]{{1,2}})(?:\.([0-5][0-9]))? ?{HALF_DAY}", DIGITS)
 def hour(m):
     if int(m[1]) <= 12:
         return clock(m[1], m[2], m[3]) + full_stop(m)
@@ -476,27 +539,29 @@ def clock(hours, minutes, half=None, seconds=False):
     return f"{cardinal(h)} o'clock" if 0 < h <= 12 else f"{cardinal(h)} hundred" if h else "midnight"
 
 
-@rule(r"(?<![\w.])([0-9]{1,3}) ?h(?:rs?)? ?([0-9]{1,2}) ?m(?:in)?s?(?: ?([0-9]{1,2}) ?s(?:ec)?)?\b")
+@rule(r"(?<![\w.])([0-9]{1,3}) ?h(?:rs?)? ?([0-9]{1,2})(?: ?m(?:in)?s?(?: ?([0-9]{1,2}) ?s(?:ec)?)?)?\b", DIGITS)
 def duration(m):
     parts = [f"{cardinal(int(n))} {plural(name) if int(n) != 1 else name}"
              for n, name in zip(m.groups(), ("hour", "minute", "second")) if n]  # fmt: skip
     return " ".join(parts)
 
 
+@rule(r"(?<![\w.,])(100|1000|1,000)['’]?s(?= of )", DIGITS)
+def hundreds(m):
+    return "hundreds" if m[1] == "100" else "thousands"
+
+
 @rule(
-    r"(?<![\w.,$£€])(?:(1[0-9]|20)|['’]|(?<=the )|(?<=his )|(?<=her )|(?<=mid )|(?<=mid-)|(?<=early )|(?<=late ))([0-9])0['’]?s\b"
+    r"(?<![\w.,$£€])(?:(1[0-9]|20)|['’]|(?<=the )|(?<=his )|(?<=her )|(?<=mid[ -])|(?<=early )|(?<=late ))"
+    r"([0-9])0['’]?s\b",
+    DIGITS,
 )
 def decade(m):
     century, tens = int(m[1] or 0), int(m[2])
-    if tens > 1:
-        return f"{cardinal(century) if century else ''} {plural(TENS[tens])}".strip()
+    if tens > 1 or (century and tens == 1):
+        return f"{cardinal(century) if century else ''} {plural(TENS[tens]) if tens > 1 else 'tens'}".strip()
     if century and tens == 0:
         return f"{cardinal(century // 10)} thousands" if century % 10 == 0 else f"{cardinal(century)} hundreds"
-
-
-@rule(r"(?<![\w.,])(100|1000|1,000)['’]?s(?= of )")
-def hundreds(m):
-    return "hundreds" if m[1] == "100" else "thousands"
 
 
 # Money, percent, units
@@ -504,15 +569,20 @@ def hundreds(m):
 MONEY = rf"({NUMBER})(?:(?: (?=[tmb][a-z]{{4}}|[mbt]n\b))?({LARGE_})\b)?"
 
 
-@rule(rf"{SIGN}(?:(?<!\w)(US|AU?|CA?|NZ|HK|S))?([$£€¥₹₩₽₿₺₪]) ?{MONEY}(?:{TO}[$£€¥₹]?{MONEY})?(?![\w]){PER}")
+@rule(
+    rf"{SIGN}(?:(?<!\w)(US|AU?|CA?|NZ|HK|S))?([$£€¥₹₩₽₿₺₪]) ?{MONEY}(?:{TO}[$£€¥₹]?{MONEY})?(?![\w]){PER}", "$£€¥₹₩₽₿₺₪"
+)
 def money(m):
     country, symbol, first, large, second, larger, per = m.groups()[1:]
     large = LARGE.get(large, "")
     larger = LARGE.get(larger, "")
     country = COUNTRIES.get(country, "")
     if second:
-        said = f"{number(first)} {large}".strip() + f" to {number(second)} {larger}".rstrip()
-        said = f"{said} {country}{CURRENCIES[symbol][1]}"
+        if "." in first + second and not larger:
+            said = f"{amount(first, large, symbol, country)} to {amount(second, larger, symbol, country)}"
+        else:
+            said = f"{number(first)} {large}".strip() + f" to {number(second)} {larger}".rstrip()
+            said = f"{said} {country}{CURRENCIES[symbol][1]}"
     else:
         said = amount(first, large, symbol, country)
     return sign_of(m) + said + per_words(per)
@@ -535,30 +605,30 @@ def per_words(per):
     return f" per {UNITS.get(per, per)}" if per else ""
 
 
-@rule(rf"{SIGN}{MONEY} ?([€£¥₹₽₿¢])(?!\w|[0-9]){PER}")
+@rule(rf"{SIGN}{MONEY} ?([€£¥₹₽₿¢])(?!\w|[0-9]){PER}", "€£¥₹₽₿¢")
 def money_behind(m):
     return sign_of(m) + amount(m[2], LARGE.get(m[3], ""), m[4]) + per_words(m[5])
 
 
-@rule(rf"\b(?:({'|'.join(CODES)}) ?{MONEY}|(?<![\w.]){MONEY} ?({'|'.join(CODES)}))\b")
+@rule(rf"\b(?:({'|'.join(CODES)}) ?{MONEY}|(?<![\w.]){MONEY} ?({'|'.join(CODES)}))\b", DIGITS)
 def money_code(m):
     before, first, large, second, larger, behind = m.groups()
     return " ".join(filter(None, (number(first or second), LARGE.get(large or larger), CODES[before or behind])))
 
 
-@rule(rf"{SIGN}({NUMBER}) ?%?(?:{TO}({NUMBER}))? ?(%|‰)")
+@rule(rf"{SIGN}({NUMBER}) ?%?(?:{TO}({NUMBER}))? ?(%|‰)", "%‰")
 def percent(m):
     until = f" to {number(m[3])}" if m[3] else ""
     gap = " " if after(m).isalnum() else ""
     return f"{sign_of(m)}{number(m[2])}{until} {'percent' if m[4] == '%' else 'per mille'}{gap}"
 
 
-@rule(r"(?<![\w.])([0-9])['’′] ?([0-9]{1,2})(?:[\"”″]|''|(?= |\n|$|[.,;!?]))")
+@rule(r"(?<![\w.])([0-9])['’′] ?([0-9]{1,2})(?:[\"”″]|''|(?= |\n|$|[.,;!?]))", "'’′")
 def feet_and_inches(m):
     return f"{cardinal(int(m[1]))} foot {cardinal(int(m[2]))}"
 
 
-@rule(rf"(?<![\w./])([0-9]{{1,2}})/([0-9]{{1,2}})[ -]?({words_of(UNITS)}|{'|'.join(COUNTED)})(\.?)(?!\w)")
+@rule(rf"(?<![\w./])([0-9]{{1,2}})/([0-9]{{1,2}})[ -]?({words_of(UNITS)}|{'|'.join(COUNTED)})(\.?)(?!\w)", "/")
 def part_of_unit(m):
     over, under, name = int(m[1]), int(m[2]), UNITS.get(m[3], m[3])
     if not 1 <= over < under or under > 20 or before(m, 2).strip().isdigit():
@@ -568,7 +638,7 @@ def part_of_unit(m):
     return said + full_stop(m)
 
 
-@rule(rf"{SIGN}({NUMBER})(?:{TO}({NUMBER}))?(?: ?° ?([CF])\b|([CF])(?![\w+#-]))")
+@rule(rf"{SIGN}({NUMBER})(?:{TO}({NUMBER}))?(?: ?° ?([CF])\b|([CF])(?![\w+#-]))", "CF")
 def temperature(m):
     if m[5] and len(m[2]) < 2:
         return None
@@ -578,10 +648,12 @@ def temperature(m):
 
 
 @rule(
-    rf"{SIGN}({NUMBER})(?: ([0-9])/([0-9]{{1,2}}))?(?:{TO}({NUMBER}))?([ -]?)({words_of(UNITS | FIXED)})(\.(?!\w))?(?![\w²³]){PER}"
+    rf"{SIGN}({NUMBER})(?: ([0-9])/([0-9]{{1,2}}))?(?:{TO}({NUMBER}))?([ -]?)({words_of(UNITS | FIXED)})"
+    rf"(\.(?!\w))?(?![\w²³]){PER}",
+    DIGITS,
 )
 def unit(m):
-    sign, first, over, under, second, gap, name, dot, per = m.groups()
+    first, over, under, second, gap, name, dot, per = m.groups()[1:]
     if name == "s" and gap:
         return None
     if over and not 1 <= int(over) < int(under):
@@ -590,11 +662,11 @@ def unit(m):
     said = number(first) + (f" and {fraction_behind(int(over), int(under))}" if over else "")
     said += f" to {number(second)}" if second else ""
     if name in FIXED:
-        return f"{sign_of(m)}{said} {FIXED[name]}{per_words(per)}"
+        return f"{sign_of(m)}{said} {FIXED[name]}{per_words(per)}{full_stop(m)}"
     word = UNITS[name]
     if not single and gap != "-":
         *front, last = word.split()
-        word = " ".join([*front, {"foot": "feet", "hertz": "hertz"}.get(last) or plural(last)])
+        word = " ".join([*front, "feet" if last == "foot" else last if last.endswith("hertz") else plural(last)])
     return f"{sign_of(m)}{said} {word}{per_words(per)}{full_stop(m) if dot or name.endswith('.') else ''}"
 
 
@@ -607,14 +679,10 @@ def fraction_behind(over, under):
 # Fractions, telephones, versions, ordinals
 
 
-@rule(r"\b(24/7|9/11|50/50|20/20)(?![\w/])")
-def fixed_pairs(m):
-    first, second = m[1].split("/")
-    return f"{cardinal(int(first))} {cardinal(int(second))}"
-
-
-@rule(r"(?<![\w./,])(?:([0-9]{1,4})[ -])?([0-9]{1,3})/([0-9]{1,3})(?![\w/]|[.,][0-9])")
+@rule(r"(?<![\w./,])(?:([0-9]{1,4})[ -])?([0-9]{1,3}(?:\.[0-9]{1,2})?)/([0-9]{1,3})(?![\w/]|[.,][0-9])", "/")
 def fractions(m):
+    if "." in m[2]:
+        return f"{m[1] + ' ' if m[1] else ''}{number(m[2])} out of {cardinal(int(m[3]))}"
     over, under = int(m[2]), int(m[3])
     if m[1] and 1 <= over < under <= 16:
         return f"{cardinal(int(m[1]))} and {fraction_behind(over, under)}"
@@ -625,8 +693,10 @@ def fractions(m):
 
 
 @rule(
-    r"(?<![\w.])((?:\+[0-9]{1,3}|1)[ .-])?(?:\(([0-9]{3})\) ?|([0-9]{3})[-. ])([0-9]{3})[-. ]([0-9]{4})(?![\w-]|\.[0-9])"
-    r"|(?<![\w.,$£€-])([0-9]{3})-([0-9]{4})(?![\w-]|\.[0-9])"
+    r"(?<![\w.])((?:\+[0-9]{1,3}|1)[ .-])?(?:\(([0-9]{3})\) ?|([0-9]{3})[-. ])([0-9]{3})[-. ]([0-9]{4})"
+    r"(?![\w-]|\.[0-9])"
+    r"|(?<![\w.,$£€-])([0-9]{3})-([0-9]{4})(?![\w-]|\.[0-9])",
+    DIGITS,
 )
 def telephone(m):
     country, *groups = m.groups()
@@ -637,37 +707,42 @@ def telephone(m):
 @rule(
     r"(?<![\w.])\+(?:[0-9]{7,15}|[0-9]{1,3}(?:[ .-]\(?[0-9]{1,5}\)?){2,6})(?![\w-])"
     r"|\b0[0-9]{2,4}(?:[ -][0-9]{3,4}){1,3}(?![\w-])"
-    r"|\b[0-9]{3}-[0-9]{2}-[0-9]{4}\b|\b[0-9]{4}(?:[ -][0-9]{4}){3}\b|\b[0-9]{1,12}(?:-[0-9]{1,12}){3,6}\b"
+    r"|\b[0-9]{3}-[0-9]{2}-[0-9]{4}\b|\b[0-9]{4}(?:[ -][0-9]{4}){3}\b|\b[0-9]{1,12}(?:-[0-9]{1,12}){3,6}\b",
+    DIGITS,
 )
 def many_groups(m):
     groups = ", ".join(digits(group) for group in re.findall(r"[0-9]+", m[0]))
     return f"plus {groups}" if m[0][0] == "+" else groups
 
 
-@rule(r"\b([A-Z]{2}) ([0-9]{5})(?:-([0-9]{4}))?(?![\w-])")
+@rule(r"\b([A-Z]{2}) ([0-9]{5})(?:-([0-9]{4}))?(?![\w-])", DIGITS)
 def postal_code(m):
     return f"{m[1]} {digits(m[2])}" + (f", {digits(m[3])}" if m[3] else "")
 
 
-@rule(r"\b(call|dial|text|Call|Dial|Text) ([0-9]{3})\b(?![-.,/%:][0-9]| ?[a-z%$])")
+@rule(r"\b(call|dial|text|Call|Dial|Text) ([0-9]{3})\b(?![-.,/%:][0-9])", DIGITS)
 def short_number(m):
     return f"{m[1]} {digits(m[2])}"
 
 
-@rule(r"(?<![\w.])(?:(v|V)|ver\. ?)?([0-9]{1,5}(?:\.[0-9]{1,5}){2,4})(?=(?:[a-z]{1,5}[0-9]{0,3})?(?:\W|$))(?!\.[0-9])")
+@rule(
+    r"(?<![\w.])(?:(v|V)|ver\. ?)?([0-9]{1,5}(?:\.[0-9]{1,5}){2,4})(?=(?:[a-z]{1,5}[0-9]{0,3})?(?:\W|$))(?!\.[0-9])",
+    DIGITS,
+)
 def version(m):
-    letter = "version " if m[1] else ""
+    letter = "version " if m[1] and before(m, 8).lower() != "version " else ""
     return letter + " point ".join(cardinal(int(n)) for n in m[2].split("."))
 
 
 @rule(
-    r"(?:(?<![\w.])v(?=[0-9])|\b((?:version|Version|release|Python|Java|Node|iOS|macOS|Android|Ubuntu|CUDA|MLX|PyTorch|PHP|Ruby|Swift|USB|TLS|Bluetooth|Windows) ?v?))([0-9]{1,3}(?:\.[0-9]{1,3})?)(?![\w]|\.[0-9])"
+    rf"(?:(?<![\w.])v(?=[0-9])|\b((?:{'|'.join(VERSIONED)}) ?v?))([0-9]{{1,3}}(?:\.[0-9]{{1,3}})?)(?![\w]|\.[0-9])",
+    DIGITS,
 )
 def named_version(m):
     return (m[1].rstrip("v ") if m[1] else "version") + " " + " point ".join(cardinal(int(n)) for n in m[2].split("."))
 
 
-@rule(rf"(?<![\w.,])([0-9]{{1,3}}(?:,[0-9]{{3}}){{0,4}}|[0-9]{{1,9}}){NTH}(?!\w)", re.IGNORECASE)
+@rule(rf"(?<![\w.,])([0-9]{{1,3}}(?:,[0-9]{{3}}){{0,4}}|[0-9]{{1,9}}){NTH}(?!\w)", DIGITS, re.IGNORECASE)
 def ordinals(m):
     return ordinal(int(m[1].replace(",", "")))
 
@@ -675,19 +750,22 @@ def ordinals(m):
 # Roman numerals
 
 
-@rule(rf"\b({'|'.join(MONARCHS)}) (?=[IVX]){ROMAN}(?!\w)(?!['’][a-rt-z])")
+@rule(rf"\b({'|'.join(MONARCHS)}) (?=[IVX]){ROMAN}(?!\w)(?!['’][a-rt-z])", "IVX")
 def monarch(m):
     if m[2] in ("I", "V", "X") and not re.match(r"['’]s\b|[.,;:)!?]|\s*$| of\b", after(m, 6)):
         return None
     return f"{m[1]} the {ordinal(roman(m[2]))}"
 
 
-@rule(rf"\b({'|'.join(NUMBERED_NAMES)}|{'|'.join(n.upper() for n in NUMBERED_NAMES)})\.? (?=[IVX]){ROMAN}(?![\w'’])")
+@rule(
+    rf"\b({'|'.join(NUMBERED_NAMES)}|{'|'.join(n.upper() for n in NUMBERED_NAMES)})\.? (?=[IVX]){ROMAN}(?![\w'’])",
+    "IVX",
+)
 def numbered_name(m):
     return f"{m[1]} {cardinal(roman(m[2]))}"
 
 
-@rule(rf"(?<=[a-z]) (?=[IVX]{{2}}){ROMAN}(?![\w'’])")
+@rule(rf"(?<=[a-z]) (?=[IVX]{{2}}){ROMAN}(?![\w'’])", "IVX")
 def other_name(m):
     name = re.search(r"\b([A-Z][a-z]{0,28})$", before(m, 30))
     if name and name[1] not in (
@@ -717,119 +795,105 @@ def roman(text):
 # Abbreviations
 
 
-@rule(r"(?<![\w.])(?:[A-Z]\.){2,3}(?!\w)|(?<![\w.])Ph\.D\.(?!\w)")
+@rule(r"(?<![\w.])(?:[A-Z]\.){2,3}(?!\w)|(?<![\w.])Ph\.D\.(?!\w)", ".")
 def joined(m):
     if m[0] in JOINED:  # a name may follow, or the next sentence: at the end of a paragraph alone is it sure
         return JOINED[m[0]] + ("." if not after(m, 9).strip("\"'”’) \n") else "")
 
 
-@rule(rf"\b([0-9]{{1,6}} (?:[NSEW]\.? )?(?:[A-Z][\w'’]{{0,30}} ){{1,3}})({'|'.join(STREETS)})\b\.?(?!\w)")
+@rule(rf"\b([0-9]{{1,6}} (?:[NSEW]\.? )?(?:[A-Z][\w'’]{{0,30}} ){{1,3}})({'|'.join(STREETS)})\b\.?(?!\w)", DIGITS)
 def street_with_number(m):
     return f"{m[1]}{STREETS[m[2]]}{full_stop(m)}"
 
 
-@rule(rf"\b([A-Z][\w'’]{{0,30}}|[0-9]{{1,3}}{NTH}) ({'|'.join(STREETS)})\b(?:\.(?! [A-Z])|(?=[,\n]|$))(?!\w)")
+@rule(
+    rf"\b([A-Z][\w'’]{{0,30}}|[0-9]{{1,3}}{NTH}) ({'|'.join(STREETS)})\b(?:\.(?! [A-Z])|(?=[,\n]|$))(?!\w)", "SABRLDCPH"
+)
 def street(m):
     return f"{m[1]} {STREETS[m[2]]}{full_stop(m)}"
 
 
-@rule(r"\b(?<=[A-Za-z0-9] )(Ave|Blvd|Rd|Ln|Hwy|Pkwy)\.(?!\w)")
+@rule(r"\b(?<=[A-Za-z0-9] )(Ave|Blvd|Rd|Ln|Hwy|Pkwy)\.(?!\w)", ".")
 def street_alone(m):
     return STREETS[m[1]] + full_stop(m)
 
 
-@rule(rf"(?<![\w.])({'|'.join(TITLES)})(\.?)[ \n](?=[A-Z])")
+@rule(rf"(?<![\w.])({'|'.join(TITLES)})(\.?)[ \n](?=[A-Z])", "DMPRFGCLSAH")
 def title(m):
     if m[2] or m[1] in ("Dr", "Mr", "Mrs", "Ms", "Prof", "St"):
         return TITLES[m[1]] + m[0][-1]
 
 
-@rule(rf"(?<=[\w,] )({'|'.join(AFTER_NAMES)})\.(?!\w)")
+@rule(rf"(?<=[\w,] )({'|'.join(AFTER_NAMES)})\.(?!\w)", ".")
 def after_name(m):
     return AFTER_NAMES[m[1]] + full_stop(m)
-
-
-@rule(rf"(?<![\w.])({'|'.join(BEFORE_NUMBERS)})\.[ \n]?(?=[0-9])", re.IGNORECASE)
-def before_number(m):
-    return BEFORE_NUMBERS[m[1].lower()] + " "
-
-
-@rule(rf"(?<![\w./])(?:{words_of(SHORT)})(?!\w)|(?<![\w./])w/(?=\w)", re.IGNORECASE)
-def short(m):
-    said = SHORT[m[0].lower()]
-    if said == "with":
-        return said if after(m) == " " else f"{said} "
-    return said + (full_stop(m) if m[0].lower() in ("etc.", "et al.", "dept.", "appt.", "govt.") else "")
-
-
-@rule(rf"(?<![\w./-])({'|'.join(BARE)})(?![\w./-])")
-def bare(m):
-    return BARE[m[1]]
 
 
 # Signs between numbers and words
 
 
-@rule(r"(?<!\w)(?:#|№) ?(?=[0-9])|(?<!\w)#(?=[A-Za-z])")
+@rule(r"(?<!\w)(?:#|№) ?(?=[0-9])|(?<!\w)#(?=[A-Za-z])", "#№")
 def number_sign(m):
     return "number " if after(m).isdigit() else "hashtag "
 
 
-@rule(r"\b([CFJ])(\+\+|#)(?!\w)")
+@rule(r"\b([CFJ])(\+\+|#)(?!\w)", "+#")
 def languages(m):
     return m[1] + (" plus plus" if m[2] == "++" else " sharp")
 
 
-@rule(r"\b([A-D])([+−])(?=[\s,.;:!?)]|$)")
+@rule(r"\b([A-D])([+−])(?=[\s,.;:!?)]|$)", "+−")
 def mark(m):
     return m[1] + (" plus" if m[2] == "+" else " minus")
 
 
-@rule(rf"(?<![\w.])({NUMBER})(?: ?[x×] ?({NUMBER}))(?: ?[x×] ?({NUMBER}))?(?!\w)")
+@rule(rf"(?<![\w.])({NUMBER})(?: ?[x×] ?({NUMBER}))(?: ?[x×] ?({NUMBER}))?(?!\w)", "x×")
 def dimensions(m):
     if "=" in after(m, 2) or " × " in m[0]:
         return " times ".join(number(n) for n in m.groups() if n)
     return " by ".join(year_or_number(n) if len(n) == 4 else number(n) for n in m.groups() if n)
 
 
-@rule(rf"(?<![\w.])({NUMBER})[x×](?!\w)")
+@rule(rf"(?<![\w.])({NUMBER})(?:{TO}({NUMBER}))?[x×](?!\w)", "x×")
 def times(m):
-    return f"{number(m[1])} times"
+    return f"{number(m[1])}{' to ' + number(m[2]) if m[2] else ''} times"
 
 
-@rule(r"\b401\(?k\)?(?!\w)")
+@rule(r"\b401\(?k\)?(?!\w)", DIGITS)
 def pension(m):
     return "four oh one k"
 
 
-@rule(rf"{SIGN}({NUMBER})(k|K|M|mn|B|bn)\b(?!\.\w)")
+@rule(rf"{SIGN}({NUMBER})(k|K|M|mn|B|bn)\b(?!\.\w)", DIGITS)
 def large(m):
     if m[3] != "K" or len(m[2]) > 1:  # 4K is a picture, 5K a run
         return f"{sign_of(m)}{number(m[2])} {LARGE[m[3]]}"
 
 
-@rule(r"(?<=[0-9])\^(?=-?[0-9])|(?<=[A-Za-z0-9])[²³]")
+@rule(r"(?<=[A-Za-z0-9)])(?:\^([23])(?![0-9.])|([²³])|\^(?=-?[0-9a-z]))", "^²³")
 def power(m):
-    return POWERS.get(m[0], " to the power of ")
+    return POWERS.get(m[1] or m[2], " to the power of ")
 
 
-@rule(r"(?<=[0-9a-z]) - (?=[0-9a-z.]{1,12} ?=)|(?<=[0-9]) - (?=[0-9]{1,9} [-+*/×÷=])")
+@rule(r"(?<=[0-9a-z]) - (?=[0-9a-z.]{1,12} ?=)|(?<=[0-9]) - (?=[0-9]{1,9} [-+*/×÷=])", "-")
 def minus(m):
     return " minus "
 
 
-@rule(r"(?<=[0-9])( ?)[*∗·⋅](?: ?)(?=[0-9])|(?<=\b[a-z]) [*∗·⋅] (?=[a-z0-9]\b)")
+@rule(r"(?<=[0-9])( ?)[*∗·⋅](?: ?)(?=[0-9])|(?<=\b[a-z]) [*∗·⋅] (?=[a-z0-9]\b)", "*∗·⋅")
 def multiplied(m):
     return " times "
 
 
-@rule(r"(?<=[0-9]) / (?=[0-9])")
+@rule(r"(?<=[0-9]) / (?=[0-9])", "/")
 def divided(m):
     return " divided by "
 
 
 @rule(
-    r"(?<=[\w)\]²³]) ?(==|!=|<=|>=|[=×÷≠<>≤≥≈±−]) ?(?=[\w(-])|(?<=[\w)\]]) (\+) (?=[\w(])|(?<=[0-9])(\+)(?=[0-9])|(?<!\S)([=<>≤≥≠]) ?(?=[0-9])"
+    r"(?<=[\w)\]²³]) ?(==|!=|<=|>=|[=×÷≠<>≤≥≈±−]) ?(?=[\w(-])|(?<=[\w)\]]) (\+) (?=[\w(])"
+    r"|(?<=[0-9])(\+)(?=[0-9])|(?<!\S)([=<>≤≥≠]) ?(?=[0-9])",
+    "=!<>×÷≠≤≥≈±−+",
 )
 def operator(m):
     sign = m[1] or m[2] or m[3] or m[4]
@@ -839,18 +903,20 @@ def operator(m):
     return f"{said.removeprefix('is ')} " if m[4] else f" {said} "
 
 
-@rule(r"(?<=[0-9])\+(?=[\s,.;:!?)]|$)")
+@rule(r"(?<=[0-9])\+(?=[\s,.;:!?)]|$)", "+")
 def and_more(m):
     return " plus"
 
 
-@rule(r" ?(?:<?[-=]+>|[→⇒⟶➜➔↦←⇐↔⇔]) ?")
+@rule(r" ?(?:<?[-=]{1,4}>|[→⇒⟶➜➔↦←⇐↔⇔]) ?", ">→⇒⟶➜➔↦←⇐↔⇔")
 def arrow(m):
     return ", "
 
 
 @rule(
-    rf"(?<![\w.,/-])([0-9]{{1,15}}(?:,[0-9]{{3}}){{0,4}}(?:\.[0-9]{{1,9}})?)(?: ?– ?|-| - | — |—|:)({NUMBER})(?![\w]|[-/][0-9])"
+    rf"(?<![\w.,/-])([0-9]{{1,15}}(?:,[0-9]{{3}}){{0,4}}(?:\.[0-9]{{1,9}})?)(?: ?– ?|-| - | — |—|:)({NUMBER})"
+    r"(?![\w]|[-/][0-9])",
+    DIGITS,
 )
 def range_of_numbers(m):
     first, second = m[1], m[2]
@@ -859,17 +925,27 @@ def range_of_numbers(m):
     return f"{year_or_number(first)} to {year_or_number(second)}"
 
 
-@rule(r"(?<![\w)\]%.,'\"])[-−](?=\.?[0-9])|(?<!\w)\+(?=[0-9])|(?<!\w)[~≈±](?=[0-9])")
+@rule(r"(?<![\w)\]%.,'\"])[-−](?=\.?[0-9])|(?<!\w)\+(?=[0-9])|(?<!\w)[~≈±](?=[0-9])", DIGITS)
 def sign(m):
     return SIGNS[m[0]]
 
 
-@rule(r"(?<=[A-Za-z])-(?=[0-9])|(?<=[0-9])(?=[A-Za-z])|(?<=[A-Za-z])(?=[0-9])|_(?=[0-9])")
+@rule(r"(?<=[A-Za-z])-(?=[0-9])|(?<=[0-9])(?=[A-Za-z])|(?<=[A-Za-z])(?=[0-9])|_(?=[0-9])", DIGITS)
 def letters_and_digits(m):
     return " "
 
 
-@rule(rf"(?<![0-9])(?:{NUMBER}|(?<![\w.])\.[0-9]{{1,15}})")
+@rule(r"[(\[]([0-9]{1,3})[)\]]|(?<!\w)['’]([0-9]{2})\b(?!['’])", DIGITS)
+def bare_number(m):
+    return m[1] or m[2]
+
+
+@rule(r"(?<=[0-9]),(?=[0-9])(?![0-9]{3}(?![0-9]))", DIGITS)
+def list_of_numbers(m):
+    return ", "
+
+
+@rule(rf"(?<![0-9])(?:{NUMBER}|(?<![\w.])\.[0-9]{{1,15}})", DIGITS)
 def numbers(m):
     return year_or_number(m[0])
 
@@ -877,42 +953,42 @@ def numbers(m):
 # Signs alone
 
 
-@rule("&")
+@rule("&&?", "&")
 def ampersand(m):
     return ("" if before(m) in ("", " ", "\n") else " ") + "and" + ("" if after(m) in ("", " ", "\n") else " ")
 
 
-@rule(rf"\b({words_of(EITHER)})\b", re.IGNORECASE)
+@rule(rf"\b({words_of(EITHER)})\b", "/", re.IGNORECASE)
 def either(m):
     return EITHER[m[0].lower()]
 
 
-@rule(r"(?<=[^\W_])/(?=[^\W_])")
+@rule(r"(?<=[^\W_])/(?=[^\W_])", "/")
 def slash_between(m):
     return " "
 
 
-@rule(r"§ ?(?=\w)|°|©|[®™†‡]")
+@rule(r"§ ?(?=\w)|°|©|[®™†‡]", "§°©®™†‡")
 def rare_signs(m):
     return {"§": "section ", "°": " degrees", "©": "copyright"}.get(m[0][0], "")
 
 
-@rule(r"[“”„«»‟]|[‘’‚‛`´]")
+@rule(r"[“”„«»‟]|[‘’‚‛`´]", "“”„«»‟‘’‚‛`´")
 def quotes(m):
     return '"' if m[0] in "“”„«»‟" else "'"
 
 
-@rule(r"(?<![.…])…|\.(?: \.){2,}")
+@rule(r"(?<![.…])…|\.(?: \.){2,}", ".…")
 def ellipsis(m):
     return "..."
 
 
-@rule(r"(?<!\S)(--|-)(?=[A-Za-z])(?=[a-z]\w|\w\b)")
+@rule(r"(?<!\S)(--|-)(?=[A-Za-z])(?=[a-z]\w|\w\b)", "-")
 def option(m):
     return "dash dash " if m[1] == "--" else "dash " if re.match(r"\w\b", after(m, 2)) else None
 
 
-@rule(r"[ \n]?(?:—|―|–|(?<!-)--(?!-)|(?<=[ \n])-(?=[ \n]))[ \n]?")
+@rule(r"[ \n]?(?:—|―|–|(?<!-)--(?!-)|(?<=[ \n])-(?=[ \n]))[ \n]?", "-—―–")
 def dash(m):
     gap = "\n" if "\n" in m[0] else " "
     if before(m) in ("", "\n"):
@@ -922,26 +998,26 @@ def dash(m):
     return "," if after(m) in ("", '"', "'", "\n") or after(m) in ".!?,;:" else f",{gap}"
 
 
-@rule(r"(?<=[^\W_])\(s\)")
+@rule(r"(?<=[^\W_])\(s\)", "(")
 def optional_plural(m):
     return "s"
 
 
-@rule(r" ?[(\[{]")
+@rule(r" ?[(\[{]", "([{")
 def opening(m):
     if before(m) in ("", "\n") or before(m) in ".!?,;:([{\"'":
         return m[0][:-1]
     return ", "
 
 
-@rule(r"[)\]}]")
+@rule(r"[)\]}]", ")]}")
 def closing(m):
     if after(m) in ("", "\n") or after(m) in ".,;:!?)]}\"'":
         return ""
     return ("" if before(m) in (*".,;:!?", "") else ",") + ("" if after(m) == " " else " ")
 
 
-@rule(r" ?[|•·∙‖¦] ?")
+@rule(r" ?[|•·∙‖¦] ?", "|•·∙‖¦")
 def bar(m):
     return ", "
 
@@ -963,7 +1039,8 @@ IMAGE_OR_LINK = re.compile(
     r"""!?\[([^\[\]]{0,300})\]\([^()\s]{0,2000}(?:\([^()\s]{0,200}\)[^()\s]{0,200})?(?:\s["'][^"'\n]{0,200}["'])?\)"""
 )
 REFERENCE = re.compile(
-    r"""\[\^[^\]\s]{1,20}\]|(?<=[\w.,!?"'”’)\]])\[[0-9]{1,3}(?:[,–-] ?[0-9]{1,3}){0,9}\]|\[([^\[\]]{1,300})\]\[[^\[\]]{0,100}\]"""
+    r"""\[\^[^\]\s]{1,20}\]|(?<=[\w.,!?"'”’)\]])\[[0-9]{1,3}(?:[,–-] ?[0-9]{1,3}){0,9}\]"""
+    r"""|\[([^\[\]]{1,300})\]\[[^\[\]]{0,100}\]"""
 )
 AUTOLINK = re.compile(r"<((?:https?://|mailto:)?[^<>\s]{1,500}[.@/:][^<>\s]{1,500})>")
 BULLET = re.compile(r"[ \t]*(?:[-*+•◦▪●○‣▸►·✓✔✅❌☑➤→–][ \t]+|[●•‣▸►✓✔✅❌☑➤])(?:\[[ xX]?\][ \t]+)?(?=\S)")
@@ -1006,7 +1083,7 @@ def plain(text):
             end()
             open_item = False
             out.append(line)
-        elif bare[0] == "|" and bare[-1] == "|" and len(bare) > 1 or "|" in bare and in_table(lines, i):
+        elif "|" in bare and ((bare[0] == bare[-1] and len(bare) > 1) or in_table(lines, i)):
             end()
             cells = [cell.strip() for cell in bare.strip("|").replace("\\|", "/").split("|")]
             out.append(", ".join(cell for cell in cells if cell))
@@ -1050,7 +1127,7 @@ def ended(line):
 def emphasis(m):
     """Stars and underscores are dropped, but those between words of a name are spaces, and 2 * 3 is a product."""
     left, right = before(m), after(m)
-    if m[0] == "*" and (left.isdigit() and right.isdigit() or left == right == " "):
+    if m[0] == "*" and (left == right == " " or (left.isdigit() and right.isdigit())):
         return m[0]
     return " " if m[0][0] == "_" and left.isalnum() and right.isalnum() else ""
 
@@ -1071,19 +1148,18 @@ def emoji_name(m):
 
 def lowered(m):
     """A shouted sentence in small letters; what has small letters, or is a name in capitals, is none."""
-    words = re.findall(r"[A-Z]{2,}", m[0])
+    words = re.findall(r"[A-Z]+['’]?[A-Z]+", m[0])
     if len(words) < 2 or any(c.islower() for c in m[0]):
         return m[0]
     if not any(word in SHOUTED or (len(word) > 4 and word not in ACRONYMS) for word in words):
         return m[0]
 
     def word(w):
-        spelled = w[0] in ACRONYMS or (not re.search("[AEIOUY]", w[0]) and len(w[0]) > 1) or w[0] == "I"
-        return w[0] if spelled or w[0][:2] in ("I'", "I’") and w[0] == "I" else w[0].lower()
+        if w[0] in ACRONYMS or w[0] == "I" or (len(w[0]) > 1 and not re.search("[AEIOUY]", w[0])):
+            return w[0]
+        return w[0].capitalize() if w[0][:2] in ("I'", "I’") else w[0].lower()
 
-    text = re.sub(
-        r"[A-Z]+(?:['’][A-Z]+)?", lambda w: "I" + w[0][1:].lower() if w[0][:2] in ("I'", "I’") else word(w), m[0]
-    )
+    text = re.sub(r"[A-Z]+(?:['’][A-Z]+)?", word, m[0])
     first = re.search("[a-zA-Z]", text).start()
     return text[:first] + text[first].upper() + text[first + 1 :]
 
@@ -1092,7 +1168,8 @@ def lowered(m):
 
 PAUSE = re.compile(
     r"""\[pause:? ?([0-9]{1,4}(?:\.[0-9]{1,3})?|\.[0-9]{1,3}) ?(m?s)?\]"""
-    r"""|<break(?:\s+strength="[a-z-]{1,10}")?(?:\s+time="([0-9]{1,6}(?:\.[0-9]{1,3})?|\.[0-9]{1,3}) ?(m?s)")?[^<>]{0,40}/?>(?:</break>)?""",
+    r"""|<break(?:\s+strength="[a-z-]{1,10}")?(?:\s+time="([0-9]{1,6}(?:\.[0-9]{1,3})?|\.[0-9]{1,3}) ?(m?s)")?"""
+    r"""[^<>]{0,40}/?>(?:</break>)?""",
     re.IGNORECASE,
 )
 LONGEST_PAUSE = 10  # seconds
@@ -1125,7 +1202,7 @@ def said(text, emoji):
 def said_block(block, emoji):
     """A paragraph; what is changed is tidied as well."""
     old = block
-    for _ in range(2):  # an image may be a link's text
+    for _ in range(2):  # a link's text may be an image
         block = IMAGE_OR_LINK.sub(r"\1", block)
     block = REFERENCE.sub(lambda m: m[1] or "", block)
     block = AUTOLINK.sub(r"\1", block)
@@ -1166,9 +1243,7 @@ mr mrs ms dr messrs mme mlle prof rev fr st sr jr esq gen col maj capt cmdr adm 
 ave blvd rd vs cf al ca approx dept est inc ltd co corp bros ed eds viz e.g i.e eg ie aka a.k.a
 """.split()
 NUMBERED = "no nos art fig sec vol ch p pp".split()  # nor after these before a number,
-DATES = (
-    "jan feb mar apr jun jul aug sep sept oct nov dec mon tue wed thu fri sat sun".split()
-)  # or these with a capital
+DATES = "jan feb mar apr jun jul aug sep sept oct nov dec mon tue wed thu fri sat sun".split()  # or these, capital
 ALWAYS = "。！？।॥؟۔։።။៕"  # end a sentence whatever follows
 END = re.compile(rf"""(?:(?<![.!?…])(?:\.(?: \.)+|[.!?…]+)['"’”)\]]*(?:\[\d+\])*(?=\s)|[{ALWAYS}]+[」』”’"')\]]*)\s*""")
 ITEM = re.compile(r"[ \t]*(?:#{1,6}[ \t]|[-*+•◦▪●–][ \t]|[0-9]{1,3}[.)][ \t])")

@@ -180,7 +180,7 @@ FIXED = {
 TEMPERATURES = {"C": "Celsius", "F": "Fahrenheit"}
 PER = (
     r"(?:/(second|sec|s|minute|min|hour|hr|h|day|night|week|wk|month|mo|year|yr|person|user|seat"
-    r"|kg|km|lb|l|L|mile|mi|m)\b)?"
+    r"|kg|km|lb|l|L|mile|mi|m)\b(?:\.(?=[,;:)]| [a-z]))?)?"
 )
 COUNTED = "cup teaspoon tablespoon pound ounce pint quart gallon liter mile inch hour day year page".split()
 
@@ -226,7 +226,8 @@ BARE = {"eg": "for example", "ie": "that is", "etc": "et cetera", "vs": "versus"
 JOINED = {"U.S.A.": "USA", "U.S.": "US", "U.K.": "UK", "E.U.": "EU", "U.N.": "UN", "D.C.": "DC", "Ph.D.": "PhD",
           "M.D.": "MD", "P.S.": "P S"}  # fmt: skip
 EITHER = {"he/she": "he or she", "she/he": "she or he", "his/her": "his or her", "him/her": "him or her",
-          "s/he": "she or he", "yes/no": "yes or no", "and/or": "and or", "n/a": "not applicable"}  # fmt: skip
+          "s/he": "she or he", "yes/no": "yes or no", "and/or": "and or", "n/a": "not applicable",
+          "y/y": "year on year"}  # fmt: skip
 VERSIONED = """
 version Version release Python Java Node iOS macOS Android Ubuntu CUDA MLX PyTorch PHP Ruby Swift USB TLS Bluetooth
 Windows
@@ -379,7 +380,7 @@ def address(text):
     return re.sub(r"(?<=[A-Za-z])(?=[0-9])|(?<=[0-9])(?=[A-Za-z])", " ", said)
 
 
-@rule(r"(?<![\w@])@(?=[A-Za-z_])|(?<= )@(?= )", "@")
+@rule(r"(?<![\w@])@(?=\w)|(?<= )@(?= )", "@")
 def at_sign(m):
     return "at" if after(m) == " " else "at "
 
@@ -446,7 +447,7 @@ def numeric_date(m):
 
 
 DAY = r"(Mon|Tues?|Wed|Thu(?:rs?)?|Fri|Sat|Sun)\b\.?"
-THEN = rf"(?=:|,? (?:{MONTH}|[0-9]{{1,2}}(?:[:.][0-9]{{2}}|{NTH}?[ \n](?:of )?{MONTH}| ?[ap]\.?m)))"
+THEN = rf"(?=:|,? (?:{MONTH}|[0-9]{{1,2}}(?:[:.–-][0-9]|{NTH}?[ \n](?:of )?{MONTH}| ?[ap]\.?m)))"
 
 
 @rule(rf"(?<![\w.]){DAY}(?:{TO}{DAY}|{THEN})", "MTWFS")
@@ -519,6 +520,8 @@ def time(m):
     if int(m[1]) > 24:
         return None
     seconds = f" and {cardinal(int(m[3]))} seconds" if m[3] else ""
+    if seconds and not int(m[2]):
+        return f"{cardinal(int(m[1]))} hours{seconds}"
     return clock(m[1], m[2], m[4], bool(seconds)) + seconds + full_stop(m)
 
 
@@ -565,6 +568,12 @@ def decade(m):
 
 
 # Money, percent, units
+
+
+@rule(rf"(?<![\w.])([0-9]{{1,4}}) ?[x×] ?(?={NUMBER} ?(?:(cm|mm|m|km|ft|in|px)\b|(?:{words_of(UNITS)})\b))", "x×")
+def so_many(m):
+    return f"{cardinal(int(m[1]))} {'by' if m[2] else 'times'} "
+
 
 MONEY = rf"({NUMBER})(?:(?: (?=[tmb][a-z]{{4}}|[mbt]n\b))?({LARGE_})\b)?"
 
@@ -720,9 +729,13 @@ def postal_code(m):
     return f"{m[1]} {digits(m[2])}" + (f", {digits(m[3])}" if m[3] else "")
 
 
-@rule(r"\b(call|dial|text|Call|Dial|Text) ([0-9]{3})\b(?![-.,/%:][0-9])", DIGITS)
+@rule(
+    r"\b((?:call|dial|text) (?=[0-9]{3}\b)|(?:code|PIN|OTP|passcode)(?: is)?:? )([0-9]{3,8})\b(?![-.,/%:][0-9])",
+    DIGITS,
+    re.IGNORECASE,
+)
 def short_number(m):
-    return f"{m[1]} {digits(m[2])}"
+    return f"{m[1]}{digits(m[2])}"
 
 
 @rule(
@@ -818,7 +831,7 @@ def street_alone(m):
     return STREETS[m[1]] + full_stop(m)
 
 
-@rule(rf"(?<![\w.])({'|'.join(TITLES)})(\.?)[ \n](?=[A-Z])", "DMPRFGCLSAH")
+@rule(rf"(?<![\w.])({'|'.join(TITLES)})(\.?)[ \n](?=[A-Z]|(?:and|&) (?:Mrs?|Ms|Dr)\b)", "DMPRFGCLSAH")
 def title(m):
     if m[2] or m[1] in ("Dr", "Mr", "Mrs", "Ms", "Prof", "St"):
         return TITLES[m[1]] + m[0][-1]
@@ -866,7 +879,8 @@ def pension(m):
 
 @rule(rf"{SIGN}({NUMBER})(k|K|M|mn|B|bn)\b(?!\.\w)", DIGITS)
 def large(m):
-    if m[3] != "K" or len(m[2]) > 1:  # 4K is a picture, 5K a run
+    amounts = {"K": len(m[2]) > 1, "B": "." in m[2] or re.match(" [a-z]+s\\b", after(m, 20))}  # 4K, Terminal 2B
+    if amounts.get(m[3], True):
         return f"{sign_of(m)}{number(m[2])} {LARGE[m[3]]}"
 
 
@@ -937,7 +951,7 @@ def letters_and_digits(m):
 
 @rule(r"[(\[]([0-9]{1,3})[)\]]|(?<!\w)['’]([0-9]{2})\b(?!['’])", DIGITS)
 def bare_number(m):
-    return m[1] or m[2]
+    return m[1] or (f"oh {cardinal(int(m[2]))}" if m[2][0] == "0" else m[2])
 
 
 @rule(r"(?<=[0-9]),(?=[0-9])(?![0-9]{3}(?![0-9]))", DIGITS)
@@ -963,9 +977,9 @@ def either(m):
     return EITHER[m[0].lower()]
 
 
-@rule(r"(?<=[^\W_])/(?=[^\W_])", "/")
+@rule(r"(?<=[^\W_])/(?=[^\W_])| / ", "/")
 def slash_between(m):
-    return " "
+    return " " if m[0] == "/" else ", "
 
 
 @rule(r"§ ?(?=\w)|°|©|[®™†‡]", "§°©®™†‡")
@@ -1179,11 +1193,16 @@ SIMPLE = re.compile(r"[^\w\s.,;:!?'\"-]|[0-9_]")
 
 def spoken(text, emoji=False):
     """What is said for `text`. emoji: whether their names are."""
-    out, start = [], 0
-    for m in PAUSE.finditer(text):
-        out += [said(text[start : m.start()], emoji), m[0]]
-        start = m.end()
-    return "".join([*out, said(text[start:], emoji)])
+    for _ in range(5):  # what signs hid from a rule: spoken(spoken(text)) is spoken(text)
+        out, start = [], 0
+        for m in PAUSE.finditer(text):
+            out += [said(text[start : m.start()], emoji), m[0]]
+            start = m.end()
+        new = "".join([*out, said(text[start:], emoji)])
+        if new == text:
+            break
+        text = new
+    return text
 
 
 def said(text, emoji):
@@ -1324,12 +1343,17 @@ def joined_lines(first, second):
 
 
 def breaks(line, following, width):
-    """Whether the break between two lines is meant: a list's, a heading's, or there was room for the next word."""
+    """Whether the break between two lines is meant: a list's, a heading's, or the next word had room, and some more.
+
+    width: of the longest line. What starts small, or with a number, goes on with the sentence, unless lines are short.
+    """
     line, start = line.strip(), following.split()[0]
-    if ITEM.match(following) or re.match(r"#{1,6}\s", line):
+    room = width < NARROW or len(line) + 1 + len(start) <= 0.85 * width
+    if m := ITEM.match(following):
+        return room or not m[0].strip()[0].isdigit() or line[-1] in ".:;!?,"
+    if re.match(r"#{1,6}\s", line):
         return True
-    room = width < NARROW or len(line) + 1 + len(start) <= width
-    return room and (not start[:1].islower() or len(line) < 25)
+    return room and (len(line) < 25 or not (start[0].islower() or start[0].isdigit() or start[0] == "("))
 
 
 def block_sentences(text):

@@ -1157,7 +1157,7 @@ def emoji_name(m):
         or "modifier" in name
     ):
         return ""
-    return f", {name}, "
+    return f", {name}, " if after(m, 4).strip("\ufe0f\u200d \n") else f", {name}"
 
 
 def lowered(m):
@@ -1348,6 +1348,8 @@ def breaks(line, following, width):
     width: of the longest line. What starts small, or with a number, goes on with the sentence, unless lines are short.
     """
     line, start = line.strip(), following.split()[0]
+    if line[-1] == "-" and start[0].islower():  # a word goes on
+        return False
     room = width < NARROW or len(line) + 1 + len(start) <= 0.85 * width
     if m := ITEM.match(following):
         return room or not m[0].strip()[0].isdigit() or line[-1] in ".:;!?,"

@@ -34,6 +34,22 @@ def test_the_table_is_long_and_nothing_that_is_said_has_signs():
         assert not set(said) & set("0123456789#$%&*+/<=>@[]^_`{|}~()"), said
 
 
+def test_the_docs_table_is_true():
+    rows = [
+        line.strip("| \n").split(" | ")
+        for line in (HERE.parent / "docs/text.md").read_text(encoding="utf-8").splitlines()
+        if line.startswith("|") and ";" in line
+    ]
+    checked = 0
+    for typed, said in rows:
+        typed, said = typed.split("; "), said.replace(" (both)", "; August seventeenth, twenty twenty-six").split("; ")
+        if len(typed) == len(said) and not set("".join(typed)) & set("`&“"):
+            sayings = [spoken(part).rstrip(".").lower() for part in typed]
+            assert sorted(sayings) == sorted(part.lower() for part in said)
+            checked += len(typed)
+    assert checked > 40
+
+
 def test_ordinary_prose_is_unchanged():
     prose = (HERE / "prose.txt").read_text(encoding="utf-8")
     lines = [line for line in prose.splitlines() if line]

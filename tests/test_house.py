@@ -29,7 +29,6 @@ ALLOWED = {  # besides
     ("csm.py", "csm_tools.speak"),  # in its last lines: see test_csm_py_hands_over_in_its_last_lines
     ("csm.py", "csm_tools.adapters"),  # late, for csm.load(adapter=...)
     ("csm_tools/command.py", "csm_tools.watermark"),  # late, for --watermark
-    ("csm_tools/serve.py", "csm_tools.narrate"),  # how a long text is cut
     ("csm_tools/serve.py", "csm_tools.serve_engine"),  # its other half
     ("csm_tools/finetune.py", "csm_tools.tuning_data"),  # its other half
 }

@@ -739,8 +739,9 @@ class Generator:
                     with mx.stream(self.codec_stream):  # beside the next frames, not behind them
                         codes = self.join_frames(some).T[None]  # (1, K, f)
                         audio, state = self.mimi.decode_step(codes, state)
-                        mx.async_eval(audio)
-                    yield audio[0, 0]
+                        piece = audio[0, 0]
+                        mx.async_eval(piece)  # so that another thread can take it
+                    yield piece
 
         return pieces()
 

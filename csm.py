@@ -898,10 +898,7 @@ class Generator:
     def _read_voice(self, name):
         """A voice's clip and transcript, as a Segment."""
         if name in self.voices and self.voices[name] is None:
-            wav = mimi.download(DEFAULT_PROMPTS, f"prompts/{name}.wav")
-            text = mimi.layouts("the Hub's voices").TRANSCRIPTS.get(name)
-            if text is None:
-                text = read_text(f"@{mimi.download(DEFAULT_PROMPTS, f'prompts/{name}.txt')}")
+            wav, text = mimi.layouts("the Hub's voices").download_voice(name)
             return Segment(0, text, wav)
         wav = self.voices[name] / f"{name}.wav" if name in self.voices else Path(name)
         if not wav.is_file():
@@ -1010,10 +1007,6 @@ class Conversation:
 
 # ------------------------------------------------------------------------------------------ loading
 
-DEFAULT_MODEL = ("senstella/csm-1b-mlx", "ckpt.safetensors")
-DEFAULT_TOKENIZER = "unsloth/Llama-3.2-1B"
-DEFAULT_PROMPTS = "mlx-community/csm-1b"
-DEFAULT_VOICES = ("conversational_a", "conversational_b", *(f"read_speech_{x}" for x in "abcd"))
 TOKENIZER = (
     "tokenizer.json", "tokenizer.model", "tokenizer_config.json", "special_tokens_map.json",
 )  # fmt: skip
@@ -1021,7 +1014,6 @@ WEIGHTS = (  # patterns, tried in this order: the first match is loaded
     "model.safetensors", "model.safetensors.index.json", "ckpt.safetensors", "*.index.json",
     "*.safetensors", "ckpt.pt", "*.pt", "*.pth",
 )  # fmt: skip
-BESIDE = ("*.json", "tokenizer.model", *mimi.MIMI_FILES, "prompts/*")  # also fetched from the Hub
 
 
 def load(
@@ -1065,24 +1057,23 @@ def load(
         codec = mimi.from_weights(inside[1], inside[0])
     else:
         codec = mimi.load()
-    tokenizer = Tokenizer(find_tokenizer(folder, config.text_tokenizer or DEFAULT_TOKENIZER))
-    voices = dict.fromkeys(DEFAULT_VOICES) if model == "csm-1b" else {}
+    tokenizer = Tokenizer(find_tokenizer(folder, config.text_tokenizer))
+    voices = {}
+    if model == "csm-1b":
+        voices = dict.fromkeys(mimi.layouts(model).DEFAULT_VOICES)
     voices |= {clip.stem: clip.parent for clip in (folder / "prompts").glob("*.wav")}
     return Generator(network, codec, tokenizer, voices, fields, codebooks)
 
 
 def find_model(model):
     """The local path of what `load` was given; downloads it if necessary. Raises ValueError."""
-    if model == "csm-1b":
-        return mimi.download(*DEFAULT_MODEL)
     if model == "tiny":  # beside csm.py; an installation has it in csm_tools
         here = Path(__file__).resolve().parent
         installed = here / "csm_tools/tiny"
         return installed if (installed / "config.json").is_file() else here / "tiny"
-    # A repository may have its weights in several layouts: prefer MLX's or Sesame's, in one file.
-    groups = ("model*.safetensors*", "ckpt.safetensors"), ("*.pt",), ("*.safetensors*",)
-    known = "csm-1b, tiny, a folder, a .safetensors file or a Hugging Face repository"
-    return mimi.local_path(model, *groups, beside=BESIDE, known=known)
+    if Path(model).exists() and model != "csm-1b":
+        return Path(model)
+    return mimi.layouts(model).download_csm(model, mimi.MIMI_FILES)
 
 
 def read_checkpoint(path):
@@ -1111,13 +1102,9 @@ def weights_file(path):
 
 
 def find_tokenizer(folder, repo):
-    """The tokenizer's file in the folder, or, downloaded, in the repository."""
-    names = TOKENIZER[:2]
-    file = mimi.first_match(folder, *names)
-    file = file or mimi.first_match(mimi.download(repo, *TOKENIZER), *names)
-    if file is None:
-        raise ValueError(f"{repo} has no {' or '.join(names)}")
-    return file
+    """The tokenizer's file in the folder, or in a Hub repository (None: the default one)."""
+    file = mimi.first_match(folder, *TOKENIZER[:2])
+    return file or mimi.layouts("a missing tokenizer").download_tokenizer(repo, TOKENIZER)
 
 
 def split_heads(weights):

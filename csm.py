@@ -48,7 +48,7 @@ DEFAULT_PROMPTS = "mlx-community/csm-1b"
 DEFAULT_VOICES = ("conversational_a", "conversational_b", *(f"read_speech_{x}" for x in "abcd"))
 NO_TEXT = -1  # in the text column of an audio row, and where it has no code; the mask is told from it
 WEIGHTS = ("model.safetensors", "model.safetensors.index.json", "ckpt.safetensors", "*.index.json", "*.safetensors",
-           "ckpt.pt", "*.pt", "*.pth")  # of a folder, the first that there is  # fmt: skip
+           "ckpt.pt", "*.pt", "*.pth", "*.gguf")  # of a folder, the first that there is  # fmt: skip
 BESIDE = ("*.json", "tokenizer.model", *codec.FILES, "prompts/*")  # what else of a Hub repository is wanted
 TOKENIZER = ("tokenizer.json", "tokenizer.model", "tokenizer_config.json", "special_tokens_map.json")
 PREFILL = 256  # rows per pass over a prompt: bounds the memory of long ones
@@ -433,10 +433,13 @@ class Tokenizer:
     def __init__(self, path):
         self.path = Path(path)
         try:
-            if self.path.suffix == ".json":
+            if self.path.suffix in (".json", ".gguf"):
                 import tokenizers
 
-                t = tokenizers.Tokenizer.from_file(str(path))
+                if self.path.suffix == ".json":
+                    t = tokenizers.Tokenizer.from_file(str(path))
+                else:
+                    t = tokenizers.Tokenizer.from_str(json.dumps(codec.layouts(path).gguf_tokenizer(path)))
                 self.bos, self.eos = self._marks(t)
                 t.encode_special_tokens = True  # "<|end_of_text|>" in a user's text is text
                 self._encode = lambda text: t.encode(text, add_special_tokens=False).ids
@@ -1180,8 +1183,9 @@ def read(path):
     file = weights_file(path)
     if file is None:
         raise ValueError(f"{path} has no weights of a CSM: no .safetensors, no index of shards, no .pt")
-    config, weights = codec.read_json(file.with_name("config.json")), codec.read_weights(file)[0]
-    if config.get("layout") == "native":
+    weights, metadata = codec.read_weights(file)
+    config = json.loads(metadata.get("config", "{}")) | codec.read_json(file.with_name("config.json"))
+    if config.get("layout") == "native" and file.suffix != ".gguf":
         return config, weights, None
     return codec.layouts(path).csm_to_native(config, weights, asdict(CSMConfig()))
 
@@ -1231,7 +1235,10 @@ def load(model="csm-1b", *, dtype=None, quantize=None, group_size=64, adapter=No
     beside = codec.find(folder, *codec.FILES)
     mimi = codec.load(beside) if beside else codec.from_weights(mimi[1], mimi[0]) if mimi else codec.load()
     elsewhere, names = config.text_tokenizer or DEFAULT_TOKENIZER, TOKENIZER[:2]
-    tokenizer = codec.find(folder, *names) or codec.find(codec.download(elsewhere, *TOKENIZER), *names)
+    tokenizer, file = codec.find(folder, *names), weights_file(path)
+    if not tokenizer and file.suffix == ".gguf" and codec.layouts(file).gguf_tokenizer(file):
+        tokenizer = file
+    tokenizer = tokenizer or codec.find(codec.download(elsewhere, *TOKENIZER), *names)
     if tokenizer is None:
         raise ValueError(f"{elsewhere} has no {' or '.join(names)}")
     voices = dict.fromkeys(DEFAULT_VOICES) if model == "csm-1b" else {}

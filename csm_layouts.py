@@ -20,11 +20,14 @@ import math
 import mmap
 import pickle
 import re
+import struct
 import zipfile
 from collections import OrderedDict
+from pathlib import Path
 from typing import NamedTuple
 
 import mlx.core as mx
+import numpy as np
 
 log = logging.getLogger("csm")
 
@@ -818,3 +821,284 @@ def read_pt(path):
     except Exception as error:  # of many kinds: a damaged zip, a damaged pickle
         raise ValueError(f"{path} is truncated or not a PyTorch checkpoint ({type(error).__name__})") from None
     return {name.removeprefix("module."): tensor.read() for name, tensor in state.items()}
+
+
+# ---- GGUF files -------------------------------------------------------------------------------------------------
+# fmt: off
+
+# Regular expressions on the names that four programs give a CSM's tensors -> names of the layouts above.
+GGUF_LAYER = (
+    (r"\.(?:attn_)?([qkv])\.", r".self_attn.\1_proj."), (r"\.(?:attn_output|o)\.", ".self_attn.o_proj."),
+    (r"\.ffn_(gate|up|down)\.", r".mlp.\1_proj."), (r"\.attn_norm\.", ".input_layernorm."),
+    (r"\.ffn_norm\.", ".post_attention_layernorm."),
+)
+CRISPASR = (  # cstr/csm-1b-GGUF: transformers' row order; Mimi and the tokenizer inside
+    *GGUF_LAYER, (r"^backbone\.(blk|output_norm)", r"backbone_model.\1"),
+    (r"^depth\.(blk|output_norm)", r"depth_decoder.model.\1"), (r"\.blk\.", ".layers."), (r"\.output_norm", ".norm"),
+    (r"^backbone\.audio_embd", "backbone_model.embed_tokens.embed_audio_tokens"),
+    (r"^backbone\.text_embd", "embed_text_tokens"), (r"^backbone\.codebook0_head", "lm_head"),
+    (r"^depth\.token_embd", "depth_decoder.model.embed_tokens"), (r"^depth\.codebooks", "depth_decoder.codebooks"),
+    (r"^depth\.projection", "depth_decoder.model.inputs_embeds_projector"),
+    (r"^mimi\.", "codec_model."), (r"\.(en|de)coder\.model\.(\d+)\.", r".\1coder.layers.\2."),
+    (r"\.blk(\d)\.", r".block.\1.conv."), (r"\.conv[23]\.", ".conv."), (r"\.(en|de)c_tfm\.", r".\1coder_transformer."),
+    (r"\.norm1\.", ".input_layernorm."), (r"\.norm2\.", ".post_attention_layernorm."),
+    (r"\.attn\.(qkv|out)_w$", r".self_attn.\1_proj.weight"), (r"\.out_proj\.", ".o_proj."),
+    (r"\.ffn_up_w$", ".mlp.fc1.weight"), (r"\.ffn_down_w$", ".mlp.fc2.weight"),
+    (r"\.ls1$", ".self_attn_layer_scale.scale"), (r"\.ls2$", ".mlp_layer_scale.scale"),
+    (r"\.rvq_first\.(vq\.)?", ".semantic_residual_vector_quantizer."),
+    (r"\.rvq_rest\.(vq\.)?", ".acoustic_residual_vector_quantizer."),
+    (r"\._codebook\.embedding$", ".codebook.embed_sum"),
+)
+LLAMA_BACKBONE = (  # ggml-org/sesame-csm-1b-GGUF, of llama.cpp's pull request 12648: Sesame's row order
+    *GGUF_LAYER, (r"^blk\.", "backbone.layers."), (r"^output_norm", "backbone.norm"),
+    (r"^token_embd", "text_embeddings"), (r"^(csm_proj|rope_freqs|output)\.weight$", ""),  # skip: told elsewhere
+)
+LLAMA_DECODER = (
+    *GGUF_LAYER, (r"^blk\.", "decoder.layers."), (r"^output_norm", "decoder.norm"),
+    (r"^audio_embd", "audio_embeddings"), (r"^audio_head", "audio_heads"), (r"^csm_proj", "projection"),
+)
+LLAMA_MIMI = (  # beside them
+    (r"^", "codec_model."), (r"_rvq\.", "_residual_vector_quantizer."), (r"\.codebook$", ".codebook.embed_sum"),
+)
+CODEC_CPP = (  # hans00/CSM-1B-GGUF, beside a backbone as llama.cpp has any Llama: decoder in transformers' row order
+    (r"^(lm\.depth\.rope|mimi\.\w+\.kernel|dec\.transformer\.|up\.r\d|q\..*\.codebook\.embed).*", ""),  # skip: copies
+    (r"^lm\.depth\.(blk_|output_norm)", r"decoder.\1"), (r"\.blk_", ".layers."), (r"\.output_norm", ".norm"),
+    *GGUF_LAYER, (r"^lm\.audio_embd_", "audio_embeddings."), (r"^lm\.c0_head", "codebook0_head"),
+    (r"^lm\.depth\.heads_", "audio_head."), (r"^lm\.depth\.in_proj", "projection"),
+    (r"^(dec|enc)\.l", r"codec_model.\1oder.layers."), (r"^dtr\.l", "codec_model.decoder_transformer.layers."),
+    (r"^etr\.l", "codec_model.encoder_transformer.layers."), (r"^(dn|up)\.cv", r"codec_model.\1sample.conv"),
+    (r"\.dnsample", ".downsample"), (r"^q\.", "codec_model.quantizer."),
+    (r"\.quantizer\.a\.", ".quantizer.acoustic_residual_vector_quantizer."),
+    (r"\.quantizer\.s\.", ".quantizer.semantic_residual_vector_quantizer."),
+    (r"\.inln\.", ".input_layernorm."), (r"\.paln\.", ".post_attention_layernorm."), (r"\.attn\.", ".self_attn."),
+    (r"\.sa_ls\.", ".self_attn_layer_scale."), (r"\.mlp_ls\.", ".mlp_layer_scale."),
+    (r"\.cb\.es$", ".codebook.embed_sum"), (r"\.cb\.cu$", ".codebook.cluster_usage"),
+    (r"\.cb\.init$", ".codebook.initialized"), (r"\.ip\.w$", ".input_proj.weight"),
+    (r"\.op\.w$", ".output_proj.weight"), (r"\.w$", ".weight"), (r"\.b$", ".bias"),
+)
+GGUF_TABLES = (  # a tensor that tells the program -> its table. Others' names, such as csm.rs', stay as they are
+    ("backbone.blk.0.attn_q.weight", CRISPASR), ("audio_head.weight", LLAMA_DECODER),
+    ("token_embd.weight", LLAMA_BACKBONE), ("enc.l0.conv.w", CODEC_CPP),
+    ("quantizer.semantic_rvq.layers.0.codebook", LLAMA_MIMI),
+)
+GGUF_FIELDS = (  # native field, its name in CrispASR and codec.cpp, in llama.cpp
+    ("n_heads", "n_heads", "attention.head_count"), ("n_kv_heads", "n_kv_heads", "attention.head_count_kv"),
+    ("head_dim", "head_dim", "attention.key_length"), ("rope_theta", "rope_theta", "rope.freq_base"),
+    ("norm_eps", "rms_norm_eps", "attention.layer_norm_rms_epsilon"), ("max_positions", "max_pos", "context_length"),
+)
+GGUF_NUMBERS = dict(zip((0, 1, 2, 3, 4, 5, 6, 7, 10, 11, 12), "BbHhIif?Qqd"))  # types of a field
+GGUF_PLAIN = {0: mx.float32, 1: mx.float16, 30: mx.bfloat16}  # types that are no blocks
+GGUF_BLOCKS = {2: 18, 3: 20, 8: 34}  # Q4_0, Q4_1, Q8_0: bytes a block of 32. MLX computes with these as they are
+LLAMA3_WORDS = (  # how Llama 3's tokenizer cuts a text
+    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|"
+    r"\s+(?!\S)|\s+"
+)
+# fmt: on
+
+
+class Packed(NamedTuple):
+    """A tensor that is still in a GGUF file, where it may be of blocks of quantized weights."""
+
+    kind: int
+    shape: tuple
+    data: memoryview  # from its first byte to the end of the file
+
+    def blocks(self, n, size):
+        """Its blocks of n weights: (..., blocks, size) bytes."""
+        n_bytes = math.prod(self.shape) // n * size
+        if not self.shape or self.shape[-1] % n or n_bytes > len(self.data):
+            raise ValueError("a tensor is larger than the file")
+        return np.frombuffer(self.data[:n_bytes], np.uint8).reshape(*self.shape[:-1], -1, size)
+
+    def packed(self):
+        """Q4_0, Q4_1 or Q8_0 as MLX's weight, scales and biases, in groups of 32: the very same numbers."""
+        blocks = self.blocks(32, GGUF_BLOCKS[self.kind])
+        scales = mx.array(blocks[..., :2].copy().view(np.float16)[..., 0])
+        if self.kind == 8:
+            q, biases = blocks[..., 2:] ^ 128, scales * -128  # -128 .. 127 becomes 0 .. 255
+        else:  # low halves of 16 bytes hold the first 16 weights, high halves the others
+            q = np.concatenate([blocks[..., -16:] & 15, blocks[..., -16:] >> 4], axis=-1)
+            q = q[..., ::2] | (q[..., 1::2] << 4)
+            biases = scales * -8 if self.kind == 2 else mx.array(blocks[..., 2:4].copy().view(np.float16)[..., 0])
+        return mx.array(q.reshape(*self.shape[:-1], -1).view(np.uint32)), scales, biases
+
+    def read(self):
+        """Its weights as one array."""
+        if dtype := GGUF_PLAIN.get(self.kind):
+            flat = self.blocks(1, dtype.size).reshape(-1).view(f"u{dtype.size}")
+            return mx.array(flat).view(dtype).reshape(self.shape)
+        if self.kind in GGUF_BLOCKS:
+            w, scales, biases = self.packed()
+            n_bits = 32 * w.shape[-1] // self.shape[-1]
+            return mx.dequantize(w, *(x.astype(mx.float32) for x in (scales, biases)), 32, n_bits)
+        try:
+            import gguf
+        except ImportError:
+            raise ValueError("its kind of quantization is read by the package gguf: pip install gguf") from None
+        kind = gguf.GGMLQuantizationType(self.kind)
+        blocks = self.blocks(*gguf.GGML_QUANT_SIZES[kind])
+        if kind.name == "Q4_K" and (blocks[..., 3] & 128).any():  # a sign where ggml has none
+            raise ValueError("its Q4_K is not ggml's: csm.rs' script loses what is needed to read it; take the Q8_0")
+        return mx.array(gguf.dequantize(blocks.reshape(*self.shape[:-1], -1), kind))
+
+
+def read_header(data):
+    """The bytes of a GGUF file -> its fields {name: value} and its tensors {name: Packed}."""
+    at = 0
+
+    def piece(n):
+        nonlocal at
+        if n > len(data) - at:
+            raise ValueError("it is truncated")
+        at += n
+        return data[at - n : at]
+
+    def take(form):
+        return struct.unpack(f"<{form}", piece(struct.calcsize(f"<{form}")))
+
+    def text():
+        return str(piece(*take("Q")), "utf-8", "replace")
+
+    def value(kind):
+        if kind == 8:
+            return text()
+        if kind != 9:
+            return take(GGUF_NUMBERS[kind])[0]
+        kind, n = take("IQ")
+        return [text() for _ in range(n)] if kind == 8 else piece(n * struct.calcsize(GGUF_NUMBERS[kind]))
+
+    magic, version, n_tensors, n_fields = take("4sIQQ")
+    if magic != b"GGUF" or version not in (2, 3):
+        raise ValueError("it does not begin as GGUF, version 2 or 3, does")
+    fields = {text(): value(*take("I")) for _ in range(n_fields)}
+    found = {text(): (take(f"{min(*take('I'), 4)}Q"), *take("IQ")) for _ in range(n_tensors)}
+    step = fields.get("general.alignment", 32)
+    start = -(-at // step) * step
+    return fields, {name: Packed(kind, shape[::-1], data[start + at :]) for name, (shape, kind, at) in found.items()}
+
+
+def open_gguf(path):
+    """read_header of a file, mapped; raises ValueError that names it."""
+    try:
+        with open(path, "rb") as file:
+            return read_header(memoryview(mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)))
+    except FileNotFoundError:
+        raise ValueError(f"no such file: {path}") from None
+    except (ValueError, OSError, LookupError, TypeError, ArithmeticError) as error:
+        raise ValueError(f"{path} is not a GGUF file that can be read: {error}") from None
+
+
+def gguf_halves(path):
+    """The file, and the other half of the model where it is one: {path: its fields and tensors}. Raises ValueError."""
+    path = Path(path)
+    files = {path: open_gguf(path)}
+    names = files[path][1]
+    if "token_embd.weight" in names:  # a backbone of llama.cpp's
+        other = "audio_head.weight" if "codebook0_head.weight" in names else "lm.c0_head.weight"
+    elif "audio_head.weight" in names or "lm.c0_head.weight" in names:
+        other = "token_embd.weight"
+    else:
+        return files
+    beside = {f: open_gguf(f) for f in sorted(path.parent.glob("*.gguf")) if f != path}
+    found = {f: parts for f, parts in beside.items() if other in parts[1]}
+    if len(found) != 1:
+        which = f"there are {', '.join(f.name for f in found)}" if found else "there is none"
+        raise ValueError(f"{path} is half of a CSM: beside it must lie one file with {other}, and {which}")
+    return files | found
+
+
+def read_gguf(path):
+    """A GGUF file of a CSM, of half a CSM or of a Mimi -> ({name: mx.array} in a layout above, fields of a config).
+
+    Matrices of a CSM in Q4_0, Q4_1 and Q8_0 stay quantized, since MLX computes with these; all else becomes plain.
+    Raises ValueError.
+    """
+    weights, config = {}, {}
+    for file, (fields, tensors) in gguf_halves(path).items():
+        table, half = next((table for name, table in GGUF_TABLES if name in tensors), ()), {}
+        for name, tensor in tensors.items():
+            key = name
+            for pattern, new in table:
+                key = re.sub(pattern, new, key)
+            matrix = re.fullmatch(r"(?!codec_model\.).+\.weight", key) and len(tensor.shape) == 2
+            try:
+                if matrix and tensor.kind in GGUF_BLOCKS:
+                    names = (key, *(f"{key.removesuffix('weight')}{x}" for x in ("scales", "biases")))
+                    half |= zip(names, tensor.packed())
+                elif key:
+                    half[key] = tensor.read()
+            except ValueError as error:
+                raise ValueError(f"cannot read {name} of {file}: {error}") from None
+        config |= gguf_config(fields, "decoder" if table is LLAMA_DECODER else "backbone")
+        if table is CODEC_CPP and "decoder" in config:
+            half = reorder_csm(half, config, split=False)
+        if table is LLAMA_MIMI:  # has interleaved rows, of Mimi's 8 heads, where transformers has half-split ones
+            half = {k: reorder(w, 8, split=True) if re.search(r"\.[qk]_proj\.", k) else w for k, w in half.items()}
+        weights |= half
+    return gguf_arrays(weights), config
+
+
+def gguf_config(fields, part):
+    """What the fields of a GGUF file say of a model's heads and RoPE, as fields of its config.
+
+    part: "backbone" or "decoder", whichever is described in llama.cpp's words.
+    """
+    config, llama = {}, f"{fields.get('general.architecture')}."
+    for prefix, of, column in (
+        ("csm.backbone.", "backbone", 1), ("csm.depth.", "decoder", 1), ("codec.lm.residual.depth_", "decoder", 1),
+        (llama, part, 2),
+    ):  # fmt: skip
+        told = {row[0]: fields[f"{prefix}{row[column]}"] for row in GGUF_FIELDS if f"{prefix}{row[column]}" in fields}
+        if told:  # the digits that float32 has
+            config[of] = {field: float(f"{x:.7g}") if isinstance(x, float) else x for field, x in told.items()}
+    if heads := fields.get("csm.mimi.n_heads", fields.get("codec.num_attention_heads")):
+        config["codec_config"] = {"num_attention_heads": heads}
+    return config
+
+
+def gguf_arrays(weights):
+    """What these programs keep in other shapes, as the layouts above have it."""
+    out = {}
+    for name, w in weights.items():
+        stem, _, kind = name.rpartition(".")
+        if name == "audio_heads.weight":  # (K, V, D), the first of zeros
+            out |= {f"audio_head.{i}.weight": head for i, head in enumerate(w[1:])}
+        elif stem.endswith(".qkv_proj"):
+            out |= zip((f"{stem[:-8]}{x}_proj.{kind}" for x in "qkv"), mx.split(w, 3))
+        elif name == "codec_model.upsample.conv.weight" and w.shape[1] > 1:  # (D, D, taps) of a depthwise one
+            out[name] = mx.diagonal(w).T[:, None]
+        elif stem.endswith(".conv") and kind == "bias":
+            out[name] = w.reshape(-1)
+        else:
+            out[name] = w
+    tables = numbers(out, r"audio_embeddings\.(\d+)\.")
+    for kind in ("weight", "scales", "biases"):
+        if each := [out.pop(f"audio_embeddings.{i}.{kind}") for i in tables if f"audio_embeddings.{i}.{kind}" in out]:
+            out[f"audio_embeddings.{kind}"] = mx.concatenate(each)
+    for stem in [name.removesuffix("embed_sum") for name in out if name.endswith(".embed_sum")]:
+        out.setdefault(f"{stem}cluster_usage", mx.ones(out[f"{stem}embed_sum"].shape[:1]))  # divided already
+    return out
+
+
+def gguf_tokenizer(path):
+    """The tokenizer inside a GGUF file or its other half, as tokenizer.json holds it; None: there is none of Llama 3's.
+
+    Raises ValueError.
+    """
+    for fields, _ in gguf_halves(path).values():
+        tokens, merges, kinds = (fields.get(f"tokenizer.ggml.{x}") for x in ("tokens", "merges", "token_type"))
+        if tokens and merges and fields.get("tokenizer.ggml.pre") in (None, "llama-bpe", "llama3"):
+            break
+    else:
+        return None
+    kinds = kinds.cast("i") if kinds else [3 if re.fullmatch(r"<\|.*\|>", token) else 1 for token in tokens]
+    special = {i: token for i, (token, kind) in enumerate(zip(tokens, kinds)) if kind == 3}
+    added = {"special": True, "normalized": False, "lstrip": False, "rstrip": False, "single_word": False}
+    bytes_only = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True, "use_regex": False}
+    cut = {"type": "Split", "pattern": {"Regex": LLAMA3_WORDS}, "behavior": "Isolated", "invert": False}
+    vocab = {token: i for i, token in enumerate(tokens) if token}
+    return {
+        "version": "1.0", "added_tokens": [{"id": i, "content": token} | added for i, token in special.items()],
+        "pre_tokenizer": {"type": "Sequence", "pretokenizers": [cut, bytes_only]}, "decoder": bytes_only,
+        "model": {"type": "BPE", "ignore_merges": True, "vocab": vocab, "merges": merges},
+    }  # fmt: skip

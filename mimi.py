@@ -482,7 +482,7 @@ def download(repo, *patterns):
         raise DownloadError(f"cannot download {patterns[0]} from {repo}: {reason}") from None
 
 
-FILES = ("mimi.safetensors", "tokenizer-*.safetensors")  # a Mimi by itself: ours, kyutai's
+FILES = ("mimi.safetensors", "tokenizer-*.safetensors", "*mimi*.gguf")  # a Mimi alone: ours, kyutai's, llama.cpp's
 INSIDE = ("model.safetensors", "*.index.json", "*.safetensors")  # in transformers' layout, or a CSM's with one inside
 
 
@@ -517,10 +517,13 @@ def find(folder, *patterns):
 
 
 def read_weights(path):
-    """A weights file (.safetensors, PyTorch's .pt), or the index of its shards -> ({name: array}, metadata), lazily."""
+    """A weights file (.safetensors, .pt, .gguf), or the index of its shards -> ({name: array}, metadata), lazily."""
     path = Path(path)
     if path.suffix in (".pt", ".pth", ".ckpt"):
         return layouts(path).read_pt(path), {}
+    if path.suffix == ".gguf":
+        weights, config = layouts(path).read_gguf(path)
+        return weights, {"config": json.dumps(config)} if config else {}
     if path.suffix == ".json":
         shards = sorted({path.parent / shard for shard in read_json(path).get("weight_map", {}).values()})
         return {name: w for shard in shards for name, w in read_safetensors(shard)[0].items()}, {}

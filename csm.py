@@ -439,7 +439,7 @@ class Tokenizer:
                 if self.path.suffix == ".json":
                     t = tokenizers.Tokenizer.from_file(str(path))
                 else:
-                    t = tokenizers.Tokenizer.from_str(json.dumps(codec.layouts(path).gguf_tokenizer(path)))
+                    t = tokenizers.Tokenizer.from_str(json.dumps(codec.layouts(path, "csm_gguf").read_tokenizer(path)))
                 self.bos, self.eos = self._marks(t)
                 t.encode_special_tokens = True  # "<|end_of_text|>" in a user's text is text
                 self._encode = lambda text: t.encode(text, add_special_tokens=False).ids
@@ -1236,7 +1236,7 @@ def load(model="csm-1b", *, dtype=None, quantize=None, group_size=64, adapter=No
     mimi = codec.load(beside) if beside else codec.from_weights(mimi[1], mimi[0]) if mimi else codec.load()
     elsewhere, names = config.text_tokenizer or DEFAULT_TOKENIZER, TOKENIZER[:2]
     tokenizer, file = codec.find(folder, *names), weights_file(path)
-    if not tokenizer and file.suffix == ".gguf" and codec.layouts(file).gguf_tokenizer(file):
+    if not tokenizer and file.suffix == ".gguf" and codec.layouts(file, "csm_gguf").read_tokenizer(file):
         tokenizer = file
     tokenizer = tokenizer or codec.find(codec.download(elsewhere, *TOKENIZER), *names)
     if tokenizer is None:

@@ -14,6 +14,7 @@ Shapes: B batch, S samples, T positions at a layer's own rate, F frames, K codeb
 Inside, activations are (B, T, C); at the door, audio is (B, 1, S) and codes are (B, K, F).
 """
 
+import importlib
 import io
 import json
 import logging
@@ -522,7 +523,7 @@ def read_weights(path):
     if path.suffix in (".pt", ".pth", ".ckpt"):
         return layouts(path).read_pt(path), {}
     if path.suffix == ".gguf":
-        weights, config = layouts(path).read_gguf(path)
+        weights, config = layouts(path, "csm_gguf").read_gguf(path)
         return weights, {"config": json.dumps(config)} if config else {}
     if path.suffix == ".json":
         shards = sorted({path.parent / shard for shard in read_json(path).get("weight_map", {}).values()})
@@ -530,13 +531,12 @@ def read_weights(path):
     return read_safetensors(path)
 
 
-def layouts(path):
-    """csm_layouts, which reads what is not in our own layout. Raises ValueError where it is not beside this file."""
+def layouts(path, name="csm_layouts"):
+    """csm_layouts or csm_gguf, which read what is not in our own layout. ValueError: it is not beside this file."""
     try:
-        import csm_layouts
+        return importlib.import_module(name)
     except ModuleNotFoundError:
-        raise ValueError(f"{path} is not in our own layout: reading it takes csm_layouts.py") from None
-    return csm_layouts
+        raise ValueError(f"{path} is not in our own layout: reading it takes {name}.py") from None
 
 
 def load(path_or_repo=None, n_codebooks=None):

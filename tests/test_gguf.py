@@ -6,6 +6,7 @@ import sys
 
 import convert
 import csm  # before mlx
+import csm_gguf
 import csm_layouts
 import mimi
 
@@ -313,7 +314,7 @@ def beside(path):
         models.BPE({w: i for i, w in enumerate(words)}, [tuple(m.split()) for m in merges], ignore_merges=True)
     )
     t.pre_tokenizer = pre_tokenizers.Sequence([
-        pre_tokenizers.Split(Regex(csm_layouts.LLAMA3_WORDS), "isolated"),
+        pre_tokenizers.Split(Regex(csm_gguf.LLAMA3_WORDS), "isolated"),
         pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
     ])  # fmt: skip
     t.add_special_tokens(words[-2:])
@@ -325,7 +326,7 @@ def test_k_quants(kind, tmp_path):
     """They become plain, as ggml's rules say."""
     config = CONFIG | {"text_vocab_size": len(tokens()[0])}
     file = csm_rs(tmp_path, config, random_weights(config), kind)
-    weights, _ = csm_layouts.read_gguf(file)
+    weights, _ = csm_gguf.read_gguf(file)
     reader = gguf.GGUFReader(file)
     assert {t.tensor_type.name for t in reader.tensors} == {"F16", kind}
     for t in reader.tensors:
@@ -363,12 +364,12 @@ def test_refusals(tmp_path, monkeypatch):
     )
     file = codec_cpp(tmp_path / "half", config, weights, "F16")
     (tmp_path / "half/codec.gguf").rename(tmp_path / "half/codec.other")
-    refused("half of a CSM.*one file with lm.c0_head.weight, and there is none", file)
+    refused("one file with lm.c0_head.weight must lie beside it, and there is none", file)
     for name in ("a.gguf", "b.gguf"):
         (tmp_path / "half" / name).write_bytes((tmp_path / "half/codec.other").read_bytes())
     refused("there are a.gguf, b.gguf", file)
     whole = csm_rs(tmp_path / "whole", config, weights, "Q8_0").read_bytes()
-    refused("larger than the file|truncated", folder_of(tmp_path / "short.gguf", whole[: len(whole) // 2]))
+    refused("is truncated", folder_of(tmp_path / "short.gguf", whole[: len(whole) // 2]))
     # csm.rs' q4_k has no minima of groups, only one that is negative, which ggml's never is
     kind = gguf.GGMLQuantizationType.Q4_K
     data = np.zeros((256, 144), np.uint8)
@@ -399,8 +400,8 @@ def test_damaged(tmp_path):
             data[at] = random.integers(256)
         path.write_bytes(data[: random.integers(len(data))] if random.random() < 0.1 else data)
         try:
-            csm_layouts.gguf_tokenizer(path)
-            csm_layouts.csm_to_native(*csm_layouts.read_gguf(path)[::-1], CSM_1B)
+            csm_gguf.read_tokenizer(path)
+            csm_layouts.csm_to_native(*csm_gguf.read_gguf(path)[::-1], CSM_1B)
         except ValueError as e:
             assert "\n" not in str(e)
             refused += 1

@@ -11,10 +11,12 @@ in groups of 32. Other quantized tensors become plain; the package gguf reads th
 package takes a minute for Llama's vocabulary.
 """
 
+import json
 import math
 import mmap
 import re
 import struct
+import tempfile
 from pathlib import Path
 from typing import NamedTuple
 
@@ -90,6 +92,7 @@ NUMBERS = dict(zip((0, 1, 2, 3, 4, 5, 6, 7, 10, 11, 12), "BbHhIif?Qqd"))  # type
 STRING, ARRAY = 8, 9
 PLAIN = {0: mx.float32, 1: mx.float16, 30: mx.bfloat16}  # types of a tensor
 Q4_0, Q4_1, Q8_0 = 2, 3, 8
+TEMPORARY = []  # folders
 BLOCK_BYTES = {Q4_0: 18, Q4_1: 20, Q8_0: 34}  # for 32 weights
 LLAMA3_WORDS = (  # where Llama 3's tokenizer cuts a text
     r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|"
@@ -286,8 +289,18 @@ def as_layout(weights):
     return out
 
 
+def extract_tokenizer(path):
+    """The tokenizer in a file or its other half as a tokenizer.json in a temporary folder, or None. ValueError."""
+    if (tokenizer := read_tokenizer(path)) is None:
+        return None
+    TEMPORARY.append(tempfile.TemporaryDirectory(prefix="csm-"))  # deleted when the process ends
+    file = Path(TEMPORARY[-1].name, "tokenizer.json")
+    file.write_text(json.dumps(tokenizer), encoding="utf-8")
+    return file
+
+
 def read_tokenizer(path):
-    """The tokenizer in a file or its other half, as tokenizer.json holds it; None: none of Llama 3's. ValueError."""
+    """What tokenizer.json holds, from a file's fields; None: it has no tokenizer like Llama 3's."""
     for fields, _ in open_model(path).values():
         tokens, merges, kinds = (fields.get(f"tokenizer.ggml.{x}") for x in ("tokens", "merges", "token_type"))
         if not (isinstance(tokens, list) and isinstance(merges, list)):

@@ -11,11 +11,33 @@ import mlx.core as mx  # isort: skip
 import pytest
 from mlx.utils import tree_flatten  # noqa: F401
 
-from conftest import random_mimi, write_model
+from conftest import write_model
 from test_adapters import our_adapter
 from test_layouts import folder
 
-WRONG = (None, True, False, -1, 0, 1, 3, 7.5, 1e300, -0.0, 2**31, 2**70, "", "x", "4", "../x", [], [1], ["x"], {}, {"a": 1})
+WRONG = (
+    None,
+    True,
+    False,
+    -1,
+    0,
+    1,
+    3,
+    7.5,
+    1e300,
+    -0.0,
+    2**31,
+    2**70,
+    "",
+    "x",
+    "4",
+    "../x",
+    [],
+    [1],
+    ["x"],
+    {},
+    {"a": 1},
+)
 
 
 def places(value, path=()):
@@ -71,7 +93,9 @@ def try_one(base, kind, name, content):
     before = file.read_bytes()
     file.write_text(json.dumps(content))
     try:
-        csm.load(base / ("ours" if kind == "adapter" else kind), adapter=base / "adapter" if kind == "adapter" else None)
+        csm.load(
+            base / ("ours" if kind == "adapter" else kind), adapter=base / "adapter" if kind == "adapter" else None
+        )
     except Exception as e:
         return e
     finally:
@@ -79,8 +103,14 @@ def try_one(base, kind, name, content):
 
 
 FILES = (
-    ("ours", "config.json"), ("ours", "config.json"), ("ours", "tokenizer.json"), ("ours", "tokenizer_config.json"), ("transformers", "config.json"),
-    ("transformers", "config.json"), ("sesame", "config.json"), ("shards", "model.safetensors.index.json"),
+    ("ours", "config.json"),
+    ("ours", "config.json"),
+    ("ours", "tokenizer.json"),
+    ("ours", "tokenizer_config.json"),
+    ("transformers", "config.json"),
+    ("transformers", "config.json"),
+    ("sesame", "config.json"),
+    ("shards", "model.safetensors.index.json"),
     ("adapter", "adapter_config.json"),
 )
 

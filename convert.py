@@ -14,7 +14,7 @@ from pathlib import Path
 import csm  # before mlx
 import csm_layouts
 import mimi as codec
-from csm_tools import adapters, command
+from csm_tools import adapters, command, gguf
 
 import mlx.core as mx  # isort: skip
 
@@ -28,7 +28,8 @@ def read(source):
     beside = codec.first_match(source if source.is_dir() else source.parent, *codec.MIMI_FILES)
     if not file and (beside or source.is_file()):
         return None, None, read_mimi(source if source.is_file() else beside)
-    if file and any(name.startswith(("quantizer.", "first.")) for name in codec.read_weights(file)[0]):
+    names = codec.read_weights(file)[0] if file and file.suffix != ".gguf" else ()
+    if any(name.startswith(("quantizer.", "first.")) for name in names):
         return None, None, read_mimi(file)
     config, weights, inside = csm.read_checkpoint(source)
     return config, weights, read_mimi(beside) if beside else inside
@@ -49,7 +50,7 @@ def text_files(source, folder, tokenizer):
     else:
         files = {name: place / name for name in csm.TOKENIZER if (place / name).is_file()}
     weights = csm.weights_file(source)
-    if not files and weights.suffix == ".gguf" and (inside := codec.gguf(weights).extract_tokenizer(weights)):
+    if not files and weights.suffix == ".gguf" and (inside := gguf.extract_tokenizer(weights)):
         files = {"tokenizer.json": inside}
     if tokenizer and not {"tokenizer.json", "tokenizer.model"} & files.keys():
         raise ValueError(f"{tokenizer} has no tokenizer.json and no tokenizer.model")

@@ -20,7 +20,6 @@ H heads.
 """
 
 import copy
-import json
 import logging
 import math
 import os
@@ -1037,7 +1036,7 @@ TOKENIZER = (
 )  # fmt: skip
 WEIGHTS = (  # patterns, tried in this order: the first match is loaded
     "model.safetensors", "model.safetensors.index.json", "ckpt.safetensors", "*.index.json",
-    "*.safetensors", "ckpt.pt", "*.pt", "*.pth", "*.gguf",
+    "*.safetensors", "ckpt.pt", "*.pt", "*.pth", "*backbone*.gguf", "*.gguf",
 )  # fmt: skip
 BESIDE = ("*.json", "tokenizer.model", *mimi.MIMI_FILES, "prompts/*")  # also fetched from the Hub
 
@@ -1111,10 +1110,13 @@ def read_checkpoint(path):
     file = weights_file(path)
     if file is None:
         raise ValueError(f"{path} has no weights of a CSM: no .safetensors, .pt, .gguf or index")
-    weights, metadata = mimi.read_weights(file)
-    config = json.loads(metadata.get("config", "{}"))  # what a GGUF file says of itself
-    config |= mimi.read_json(file.with_name("config.json"))
-    if config.get("layout") == "native" and file.suffix != ".gguf":
+    config = mimi.read_json(file.with_name("config.json"))
+    if file.suffix == ".gguf":
+        weights, fields = gguf().read_gguf(file)
+        config = fields | config | {"layout": None}
+    else:
+        weights = mimi.read_weights(file)[0]
+    if config.get("layout") == "native":
         return config, weights, None
     return mimi.layouts(path).csm_to_native(config, weights, asdict(CSMConfig()))
 
@@ -1131,11 +1133,11 @@ def weights_file(path):
 
 
 def find_tokenizer(path, repo):
-    """The tokenizer's file in a folder, beside a file or inside it; or, downloaded, in the repository."""
+    """The tokenizer's file in a folder, beside a file or in it; or, downloaded, in the repository."""
     file, names = weights_file(path), TOKENIZER[:2]
     found = mimi.first_match(file.parent, *names)
     if not found and file.suffix == ".gguf":
-        found = mimi.gguf(file).extract_tokenizer(file)
+        found = gguf().extract_tokenizer(file)
     found = found or mimi.first_match(mimi.download(repo, *TOKENIZER), *names)
     if found is None:
         raise ValueError(f"{repo} has no {' or '.join(names)}")
@@ -1178,6 +1180,15 @@ def adapters():
     except ImportError:
         raise ValueError("an adapter needs csm_tools and csm_layouts.py beside csm.py") from None
     return adapters
+
+
+def gguf():
+    """The module csm_tools.gguf, which only GGUF files need."""
+    try:
+        from csm_tools import gguf
+    except ImportError:
+        raise ValueError("a GGUF file needs csm_tools and csm_layouts.py beside csm.py") from None
+    return gguf
 
 
 # ------------------------------------------------------------------------------------------ command

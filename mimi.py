@@ -371,7 +371,7 @@ class Mimi(nn.Module):
 
 # Files that hold a Mimi alone, in our layout or kyutai's; and files that may contain one: a Mimi in
 # transformers' layout, or a whole CSM with a Mimi inside.
-MIMI_FILES = ("mimi.safetensors", "tokenizer-*.safetensors", "*mimi*.gguf")
+MIMI_FILES = ("mimi.safetensors", "tokenizer-*.safetensors")
 CONTAINER_FILES = ("model.safetensors", "*.index.json", "*.safetensors")
 
 
@@ -446,15 +446,12 @@ def load_weights(model, weights):
 
 
 def read_weights(path):
-    """A .safetensors, .pt or .gguf file, or an index of shards -> {name: array}, lazily; metadata."""
+    """A .safetensors or .pt file, or an index of shards -> {name: array}, read lazily; metadata."""
     path = Path(path)
     if not path.is_file():
         raise ValueError(f"no such file: {path}")
     if path.suffix in (".pt", ".pth", ".ckpt"):
         return layouts(path).read_pt(path), {}
-    if path.suffix == ".gguf":
-        weights, config = gguf(path).read_gguf(path)
-        return weights, {"config": json.dumps(config)} if config else {}
     if path.suffix == ".json":
         weights = {}
         for shard in sorted(set(read_json(path).get("weight_map", {}).values())):
@@ -482,15 +479,6 @@ def layouts(path):
     except ModuleNotFoundError:
         raise ValueError(f"{path} needs csm_layouts.py, which is not beside mimi.py") from None
     return csm_layouts
-
-
-def gguf(path):
-    """The module csm_gguf, which reads GGUF files. Raises ValueError if it is missing."""
-    try:
-        import csm_gguf
-    except ModuleNotFoundError as e:
-        raise ValueError(f"{path} needs {e.name}.py, which is not beside mimi.py") from None
-    return csm_gguf
 
 
 def first_match(folder, *patterns):

@@ -6,7 +6,6 @@ import sys
 
 import convert
 import csm  # before mlx
-import csm_gguf
 import csm_layouts
 import mimi
 
@@ -15,6 +14,7 @@ import numpy as np
 import pytest
 
 from conftest import random_mimi, random_weights
+from csm_tools import gguf as files
 from test_layouts import CSM_1B, NATIVE, as_transformers, folder, half_split, sesame_names
 
 gguf = pytest.importorskip("gguf")
@@ -314,7 +314,7 @@ def beside(path):
         models.BPE({w: i for i, w in enumerate(words)}, [tuple(m.split()) for m in merges], ignore_merges=True)
     )
     t.pre_tokenizer = pre_tokenizers.Sequence([
-        pre_tokenizers.Split(Regex(csm_gguf.LLAMA3_WORDS), "isolated"),
+        pre_tokenizers.Split(Regex(files.LLAMA3_WORDS), "isolated"),
         pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
     ])  # fmt: skip
     t.add_special_tokens(words[-2:])
@@ -326,7 +326,7 @@ def test_k_quants(kind, tmp_path):
     """They become plain, as ggml's rules say."""
     config = CONFIG | {"text_vocab_size": len(tokens()[0])}
     file = csm_rs(tmp_path, config, random_weights(config), kind)
-    weights, _ = csm_gguf.read_gguf(file)
+    weights, _ = files.read_gguf(file)
     reader = gguf.GGUFReader(file)
     assert {t.tensor_type.name for t in reader.tensors} == {"F16", kind}
     for t in reader.tensors:
@@ -394,15 +394,15 @@ def test_damaged(tmp_path):
     path, random = crispasr(tmp_path, config, random_weights(config), "Q8_0"), np.random.default_rng(0)
     whole = path.read_bytes()
     refused = 0
-    for _ in range(300):
+    for _ in range(120):
         data = bytearray(whole)
         for at in random.integers(0, 6000, random.integers(1, 4)):  # of fields and names
             data[at] = random.integers(256)
         path.write_bytes(data[: random.integers(len(data))] if random.random() < 0.1 else data)
         try:
-            csm_gguf.read_tokenizer(path)
-            csm_layouts.csm_to_native(*csm_gguf.read_gguf(path)[::-1], CSM_1B)
+            files.read_tokenizer(path)
+            csm_layouts.csm_to_native(*files.read_gguf(path)[::-1], CSM_1B)
         except ValueError as e:
             assert "\n" not in str(e)
             refused += 1
-    assert 100 < refused < 300
+    assert 40 < refused < 120

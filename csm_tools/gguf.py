@@ -1,4 +1,4 @@
-"""GGUF files of a CSM or a Mimi, as four programs write them -> the names and arrays of a layout of csm_layouts.py.
+"""GGUF files of a CSM, as four programs write them -> the names and arrays of a layout that csm_layouts.py converts.
 
   csm.rs     cartesia/sesame-csm-1b-gguf: Sesame's names and row order
   CrispASR   cstr/csm-1b-GGUF: transformers' row order; Mimi and the tokenizer inside
@@ -81,7 +81,7 @@ CODEC_CPP = (
 TABLES = (  # a tensor that only such files have, and their table. Names of csm.rs, and of others, stay as they are
     ("backbone.blk.0.attn_q.weight", CRISPASR), ("audio_head.weight", LLAMA_DECODER),
     ("token_embd.weight", LLAMA_BACKBONE), ("enc.l0.conv.w", CODEC_CPP),
-    ("quantizer.semantic_rvq.layers.0.codebook", LLAMA_MIMI),
+    (MIMI_NAME := "quantizer.semantic_rvq.layers.0.codebook", LLAMA_MIMI),
 )
 FIELDS = (  # field of our config; its name in CrispASR and codec.cpp; in llama.cpp
     ("n_heads", "n_heads", "attention.head_count"), ("n_kv_heads", "n_kv_heads", "attention.head_count_kv"),
@@ -202,7 +202,7 @@ def open_file(path):
 
 
 def open_model(path):
-    """A file, and the other half of the model if it is one -> {path: (fields, tensors)}. Raises ValueError."""
+    """A file and the others of its model, which must lie beside it -> {path: (fields, tensors)}. Raises ValueError."""
     path = Path(path)
     files = {path: open_file(path)}
     names = files[path][1]
@@ -217,11 +217,12 @@ def open_model(path):
     if len(halves) != 1:
         there = f"there are {', '.join(file.name for file in halves)}" if halves else "there is none"
         raise ValueError(f"{path} is half of a CSM: one file with {other} must lie beside it, and {there}")
-    return files | halves
+    mimis = {file: parts for file, parts in beside.items() if MIMI_NAME in parts[1]}
+    return files | halves | (mimis if len(mimis) == 1 else {})
 
 
 def read_gguf(path):
-    """A file of a CSM, of half a CSM or of a Mimi -> {name: mx.array} and fields of config.json. Raises ValueError."""
+    """A file of a CSM, or of half a CSM -> {name: mx.array} and fields of config.json. Raises ValueError."""
     weights, config = {}, {}
     for file, (fields, tensors) in open_model(path).items():
         table = next((table for name, table in TABLES if name in tensors), ())

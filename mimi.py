@@ -102,7 +102,6 @@ class Conv(nn.Module):
         B, T, _ = x.shape
         taps, c_out, c_in = self.weight.shape
         n_past = (taps - 1) * self.dilation
-        bias = mx.zeros((1,)) if self.bias is None else self.bias
         if past is None and n_past:
             past = x[:, :1] if self.pad == "first" else mx.zeros((B, 1, x.shape[2]))
             past = mx.repeat(past, n_past * self.stride, axis=1).reshape(B, n_past, c_in)
@@ -115,7 +114,7 @@ class Conv(nn.Module):
         if c_in < taps:  # a waveform: one product for all taps instead of one per tap
             windows = [mx.concatenate(windows, axis=-1)]
             weight = weight.swapaxes(0, 1).reshape(1, c_out, -1)
-        y = bias
+        y = mx.zeros((1,)) if self.bias is None else self.bias
         for window, w in zip(windows, weight):
             y = mx.addmm(y, window, w.T)
         return y.reshape(B, T * self.upsample, c_out // self.upsample), past

@@ -330,7 +330,7 @@ def test_readme_examples_run(hub, tmp_path):
 
 @pytest.mark.skipif(not os.environ.get("CSM_GOLDEN"), reason="opt-in: CSM_GOLDEN=csm-1b with the real weights at hand")
 def test_golden_codes_of_the_real_weights():
-    golden = json.loads((HERE / "golden_csm_1b.json").read_text())
+    golden = json.loads((HERE / "tests/golden_csm_1b.json").read_text())
     generator = csm.load(os.environ["CSM_GOLDEN"], dtype="float32")
     n = len(golden["frames"])
     codes = generator.generate_codes(

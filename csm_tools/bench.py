@@ -26,6 +26,7 @@ from functools import partial
 from pathlib import Path
 
 import csm  # before mlx
+import csm_batch
 import csm_layouts
 import mimi
 
@@ -82,30 +83,40 @@ class Ours:
         self.generator = csm.Generator(model, randomize(mimi.Mimi(codec)), None)
 
     def frames(self, batch, n_rows, n):
-        running, K = self.generator.batch(), self.generator.model.config.audio_num_codebooks
+        K = self.generator.model.config.audio_num_codebooks
+        rows = np.zeros((n_rows, K + 1), np.int32)
+        if batch == 1:
+            for _ in self.speak(rows, n):
+                pass
+            return
+        running = csm_batch.Batch(self.generator)
         for i in range(batch):
-            rows = np.zeros((n_rows, K + 1), np.int32)
             rows[:, K] = i  # no two prompts alike
             running.insert(rows, n, i, self.sampling)
         while len(running):
             running.next()
 
     def first_audio(self):
-        running, K = self.generator.batch(), self.generator.model.config.audio_num_codebooks
-        running.insert(np.zeros((PROMPT, K + 1), np.int32), 10, 0, self.sampling)
-        _, codes = running.next()[0]
+        K = self.generator.model.config.audio_num_codebooks
+        codes = next(self.speak(np.zeros((PROMPT, K + 1), np.int32), 10))
         np.array(self.generator.decode(mx.array(codes[None])))
+
+    def speak(self, rows, n):
+        """The frames after a prompt."""
+        model = self.generator.model
+        cache = csm.KVCache(model.config.backbone, model.dtype)
+        return self.generator.speak(rows, cache, n, 0, self.sampling)
 
     def graph(self):
         """Seconds to build a frame's graph, nothing computed."""
         model, c = self.generator.model, self.generator.model.config
-        cache, options = csm.KVCache(c.backbone, model.dtype), mx.array([self.sampling.numbers()])
+        cache, options = csm.KVCache(c.backbone, model.dtype), mx.array([self.sampling.as_row()])
         rows = mx.zeros((1, 1, c.audio_num_codebooks + 1), mx.int32)
         begun = time.perf_counter()
         noise = mx.random.gumbel((1, c.audio_num_codebooks, c.audio_vocab_size), key=mx.random.key(0))
-        h = model(rows, csm.row_mask(rows), cache)[:, -1]
-        first = csm.sample(model.head(0, h).astype(mx.float32), noise[:, 0], options)
-        self.generator.depth(h, first, noise[:, 1:], options)
+        h = model(rows, cache)[:, -1]
+        draw = csm.Draw(noise, options, self.generator.mimi.config.codebook_size)
+        csm.fast_next_frame(model, h, draw, c.audio_num_codebooks)
         return time.perf_counter() - begun
 
     def encode(self, audio):
@@ -178,7 +189,7 @@ class MLXPeer:
     """What csm-mlx and mlx-audio share: `generate_frame` on rows and masks, and a sampler."""
 
     def sampler(self, logits):
-        options = mx.array([csm.Sampling(top_k=50).numbers()] * len(logits))
+        options = mx.array([csm.Sampling(top_k=50).as_row()] * len(logits))
         return csm.sample(logits, mx.random.gumbel(logits.shape, key=mx.random.key(0)), options)
 
     def rows(self, batch, n):

@@ -39,6 +39,7 @@ from dataclasses import asdict
 from pathlib import Path
 
 import csm  # before mlx
+import csm_batch
 import mimi
 from csm_tools import tuning_data
 from csm_tools.tuning_data import choose, collate
@@ -66,7 +67,7 @@ def frame_losses(model, rows, first, some):
     rows (B, T, K + 1); first, some: indices into the B * T rows, each predicted from the row before it.
     """
     K = model.config.audio_num_codebooks
-    h = model(mx.maximum(rows, 0), csm.row_mask(rows))
+    h = model(rows)
     h, codes = h.reshape(-1, h.shape[-1]), rows.reshape(-1, K + 1)[:, :K]
     logits = model.head(0, h[first - 1]), model.depth_logits(h[some - 1], codes[some])
     zero, rest = (nn.losses.cross_entropy(x.astype(mx.float32), y)
@@ -444,9 +445,9 @@ def train(args):
 def speak(generator, texts, folder, seed):
     """What the model says by now: FOLDER/0.wav, 1.wav ..., of the texts that are not empty."""
     folder.mkdir(parents=True, exist_ok=True)
-    generator.contexts.clear()  # of the weights before
+    generator.context_caches.clear()  # of the weights before
     texts = [t for t in texts if t.strip()]
-    for i, audio in enumerate(generator.generate_batch(texts, seed=seed)):
+    for i, audio in enumerate(csm_batch.generate(generator, texts, seed=seed)):
         mimi.write_audio(folder / f"{i}.wav", audio)
 
 

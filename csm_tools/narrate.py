@@ -20,10 +20,10 @@ import sys
 import time
 from collections import deque
 from contextlib import contextmanager
-from dataclasses import replace
 from pathlib import Path
 
 import csm  # before mlx
+import csm_batch
 import mimi
 
 import mlx.core as mx  # isort: skip
@@ -114,18 +114,18 @@ def narrate(
     parts = sentences(text)
     if not parts:
         raise ValueError("the text has no words")
-    seed, sampling = generator.options(seed, sampling)
+    seed, sampling = generator.read_options(seed, sampling)
     rows = [generator.text_rows(part, speaker) for part, _ in parts]
     frames = [min(generator.max_frames(ms, part) for ms in (None, max_audio_length_ms)) for part, _ in parts]
     context = [generator.encode(s) for s in context]
-    context = context or [replace(s, speaker=speaker) for s in generator.voice_prompt(voice)]
+    context = context or generator.voice_prompt(voice, speaker)
     n = sum(len(generator.segment_rows(s)) for s in context) + max(map(len, rows))
-    if n >= generator.limit:
-        raise ValueError(f"the voice and a sentence take {n} positions, and the model has {generator.limit}")
+    if n >= generator.max_positions:
+        raise ValueError(f"the voice and a sentence take {n} positions, and the model has {generator.max_positions}")
     group = mx.distributed.init()
 
     def said(context, todo):
-        cache = generator.prefill(generator.prompt(parts[0][0], speaker, context, "none")[0])
+        cache = generator.context_cache(generator.prompt(parts[0][0], speaker, context, "none")[0])
 
         def job(i, again):
             own = generator.prompt(parts[i][0], speaker, context, "none")[1]  # which may continue the voice's clip
@@ -160,7 +160,7 @@ def spoken(generator, todo, job, size, group):
     job(i, again): what Batch.insert takes; `again` counts how often it has ended at once, three times at most. size:
     how many a process says at once.
     """
-    todo, mine, batch, running = deque(todo), deque(), generator.batch(), {}
+    todo, mine, batch, running = deque(todo), deque(), csm_batch.Batch(generator), {}
     n, K = len(todo), generator.codebooks
     wanted = [2 * size] * group.size()  # by each process: what it says next waits with it
     while n:

@@ -125,7 +125,7 @@ def read_request(body, voices, generator, longest):
     """A request's bytes -> Request, Speech, or Refused. voices: {name: the model's}; longest: an input's characters."""
     try:
         r = Request.model_validate_json(body)
-        sampling = generator.options(r.seed, r.model_dump(include={"temperature", "top_k", "top_p", "min_p"}))[1]
+        sampling = generator.read_options(r.seed, r.model_dump(include={"temperature", "top_k", "top_p", "min_p"}))[1]
     except ValidationError as e:
         field = ".".join(map(str, e.errors()[0]["loc"]))
         raise Refused(f"{field or 'the body'}: {e.errors()[0]['msg']}", field or None) from None

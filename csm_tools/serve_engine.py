@@ -1,6 +1,6 @@
 """Many texts said at once on one model: the half of csm_tools.serve that knows nothing of HTTP.
 
-One thread owns the model and runs a csm.Batch: a Speech joins before the next frame, and leaves when it has ended or
+One thread owns the model and runs a csm_batch.Batch: a Speech joins before the next frame, and leaves when it has ended or
 nobody listens any more. Mimi decodes the frames of all in one pass, each stream with a state of its own. Everything
 else belongs to the event loop's thread.
 """
@@ -10,9 +10,10 @@ import logging
 import time
 from collections import deque
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 
 import csm
+import csm_batch
 import mimi as codec
 
 import mlx.core as mx  # isort: skip
@@ -52,17 +53,17 @@ class Engine:
 
     def __init__(self, generator, max_batch, max_waiting):
         self.generator, self.max_batch, self.max_waiting = generator, max_batch, max_waiting
-        generator.kept = KEPT
+        generator.n_context_caches = KEPT
         self.thread = ThreadPoolExecutor(1, "model")
         self.changed = asyncio.Event()  # there may be something to do
         self.waiting = []  # Speeches; those between two parts stand in front
-        self.batch, self.live = generator.batch(), {}  # uid -> Speech
+        self.batch, self.live = csm_batch.Batch(generator), {}  # uid -> Speech
         self.decoded, self.state = [], None  # uids, and Mimi's state of their streams
         self.steps = deque([(0, 0.0)], maxlen=125)  # (frames, seconds) of each
 
     def warm_up(self):
         """One frame, with what is slow only once."""
-        self.thread.submit(lambda: next(self.generator.conversation().frames("Hello.", seed=0), None)).result()
+        self.thread.submit(lambda: next(self.generator.frames("Hello.", seed=0), None)).result()
 
     def submit(self, speech):
         """Let a Speech wait for its turn. Raises Busy."""
@@ -121,7 +122,7 @@ class Engine:
             out += [(speech, piece) for speech in ended for piece in self.after(speech)]
         except Exception as e:  # and with it all that was being said
             out += [(speech, failed(e)) for speech in self.live.values()]
-            self.batch, self.live, self.decoded = self.generator.batch(), {}, []
+            self.batch, self.live, self.decoded = csm_batch.Batch(self.generator), {}, []
         for speech, piece in out:
             speech.made += len(piece) if isinstance(piece, np.ndarray) else 0
         return out
@@ -130,13 +131,14 @@ class Engine:
         """Put the next part of a Speech into the batch -> its uid. Raises ValueError."""
         generator, (text, _) = self.generator, speech.parts[speech.part]
         if speech.part == speech.tries == 0:
-            voice = generator.voice_prompt(speech.voice) if speech.voice or not speech.context else []
             first = speech.context[0].speaker if speech.context else speech.speaker
-            turns = [replace(turn, speaker=first) for turn in voice] + speech.context
+            use_voice = speech.voice or not speech.context
+            voice = generator.voice_prompt(speech.voice, first) if use_voice else []
+            turns = voice + speech.context
             speech.context = [generator.encode(turn) for turn in turns]
         before, rows = generator.prompt(text, speech.speaker, speech.context, "none")
         seed = (speech.seed + speech.part + speech.tries * 2**32) % 2**64
-        frames, cache = generator.max_frames(None, text), generator.prefill(before)
+        frames, cache = generator.max_frames(None, text), generator.context_cache(before)
         return self.batch.insert(rows, frames, seed, speech.sampling, cache)
 
     def decode(self, frames):

@@ -40,12 +40,12 @@ class Run:
 
 def observe(generator, text, speaker=0, context=(), *, voice=None, seed=None, **options):
     """Say `text` with the arguments of Generator.generate -> Run."""
-    seed, _ = generator.options(seed)
+    seed, _ = generator.read_options(seed)
     context = [generator.encode(segment) for segment in context]
     prompt = np.concatenate(generator.prompt(text, speaker, context, voice))
     codes = generator.generate_codes(text, speaker, context, voice=voice, seed=seed, **options)
     T = len(prompt)
-    ended = len(codes) < min(generator.max_frames(options.get("max_audio_length_ms"), text), generator.limit - T)
+    ended = len(codes) < min(generator.max_frames(options.get("max_audio_length_ms"), text), generator.max_positions - T)
     rows = np.concatenate([prompt, generator.audio_rows(csm.Segment(speaker, text, codes=codes))[: len(codes) + ended]])
     h, attention = read(generator.model, rows[:-1], T - 1)  # the last row was not asked what follows it
     bits = [entropy(generator, h[i : i + 64], rows[T:][i : i + 64, :-1]) for i in range(0, len(h), 64)]  # bounds memory
@@ -65,7 +65,7 @@ def read(model, rows, first):
         return plain(q, k, v, scale=scale, **rest)
 
     with patch.object(mx.fast, "scaled_dot_product_attention", noting):  # by which alone the backbone attends
-        h = model(mx.maximum(ids, 0), csm.row_mask(ids))
+        h = model(ids)
     return h[0, first:], np.stack(seen)
 
 

@@ -18,6 +18,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 import csm  # before mlx
+import csm_batch
 import mimi
 
 import mlx.core as mx  # isort: skip
@@ -137,9 +138,9 @@ def encode(generator, examples, args):
             for segments in example.talks:
                 segments = [with_codes(generator, s, args) for s in segments]
                 talks.append(Talk(generator, segments, args.mask_speaker_ids, example.given))
-                if (n := len(talks[-1].rows)) > generator.limit:
+                if (n := len(talks[-1].rows)) > generator.max_positions:
                     name = segments[0].audio or segments[0].text
-                    raise ValueError(f"{name} ...: {n} positions, and the model has {generator.limit}")
+                    raise ValueError(f"{name} ...: {n} positions, and the model has {generator.max_positions}")
             if all(len(talk.learned) for talk in talks):
                 out.append(replace(example, talks=talks))
         except ValueError as e:
@@ -183,7 +184,7 @@ def mismatch(generator, examples, args):
         own = e.talks[0].segments
         segments = own[: e.given] + [replace(s, codes=codes) for s, codes in zip(own[e.given :], speech)]
         e.other = Talk(generator, segments, args.mask_speaker_ids, e.given)
-        e.other.rows = e.other.rows[: generator.limit]
+        e.other.rows = e.other.rows[: generator.max_positions]
         e.other.learned = e.other.learned[e.other.learned < len(e.other.rows)]
 
 
@@ -224,7 +225,7 @@ def pairs(args):
     done = scores_so_far(args, texts)
     generator = csm.load_for(args)
     context = [generator.encode(s) for s in context]
-    context = context or [replace(s, speaker=args.speaker) for s in generator.voice_prompt(args.voice)]
+    context = context or generator.voice_prompt(args.voice, args.speaker)
     with open(args.out / "scores.jsonl", "a") as log:
         bar = tqdm(total=len(texts), initial=len(done), unit="text", disable=None)
         for i, said in samplings(generator, texts, len(done), args, context, options):
@@ -287,16 +288,16 @@ def samplings(generator, texts, start, args, context, options):
     Sampling j of text i is drawn with seed + i * samples + j, whatever the batch.
     """
     K, longest = generator.model.config.audio_num_codebooks, options.pop("max_audio_length_ms")
-    seed, sampling = generator.options(args.seed, options)
-    before = [generator.segment_rows(s) for s in context]
-    cache = generator.prefill(np.concatenate([np.zeros((0, K + 1), np.int32), *before]))
+    seed, sampling = generator.read_options(args.seed, options)
+    before = generator.context_rows(context)
+    cache = generator.context_cache(before)
     waiting = deque(itertools.product(range(start, len(texts)), range(args.samples)))
-    batch, running, said = generator.batch(), {}, {}
+    batch, running, said = csm_batch.Batch(generator), {}, {}
     while waiting or running:
         while waiting and len(running) < args.batch:
             i, j = waiting.popleft()
             rows = generator.text_rows(texts[i], args.speaker)
-            n = min(generator.max_frames(longest, texts[i]), generator.limit - sum(map(len, before)) - len(rows))
+            n = min(generator.max_frames(longest, texts[i]), generator.max_positions - len(before) - len(rows))
             uid = batch.insert(rows, n, (seed + i * args.samples + j) % 2**64, sampling, cache)
             running[uid] = i, j, n, []
         for uid, codes in batch.next():

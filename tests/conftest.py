@@ -40,6 +40,7 @@ SHAPES = {
     "k4": (4, 32, (3, 128, 4, 4, 32, 128, PLAIN), (1, 64, 8, 2, 8, 128, LLAMA3)),
     "1b-wide": (32, 2048, (2, 2048, 32, 8, 64, 8192, LLAMA3), (1, 1024, 8, 2, 128, 8192, LLAMA3)),
 }
+TOKENIZER = ("tokenizer.json", "tokenizer_config.json")
 SPECIAL = ["<pad>", "<bos>", "<eos>", "<|AUDIO|>", "<|audio_eos|>"]
 
 
@@ -181,6 +182,7 @@ def stand_in_hub(cache):
         "senstella/csm-1b-mlx": {"ckpt.safetensors": "model.safetensors", "config.json": "config.json"},
         mimi.DEFAULT_REPO: {mimi.DEFAULT_FILE: "mimi.safetensors"},
         csm.DEFAULT_TOKENIZER: {"tokenizer.json": "tokenizer.json"},
+        "unsloth/csm-1b": {name: name for name in ("config.json", "model.safetensors", "mimi.safetensors", *TOKENIZER)},
         csm.DEFAULT_PROMPTS: {f"prompts/conversational_a.{x}": f"prompts/conversational_a.{x}" for x in ("wav", "txt")},
     }
     for repo, files in repos.items():

@@ -118,3 +118,24 @@ def test_another_projects_csm_is_one_line(kind, tmp_path):
         [sys.executable, "-c", "import csm_tools"], cwd=tmp_path, env=env, capture_output=True, text=True
     )
     assert "ImportError" in done.stderr and "another project" in done.stderr  # a library's import, not a program
+
+
+def test_what_a_bare_pytest_leaves_out(tmp_path):
+    (tmp_path / "tests").mkdir()
+    shutil.copy(HERE / "tests/conftest.py", tmp_path / "tests")
+    settings = '[tool.pytest.ini_options]\ntestpaths = ["tests"]\nmarkers = ["slow: of this test"]\n'
+    (tmp_path / "pyproject.toml").write_text(settings)
+    (tmp_path / "tests/test_a.py").write_text(
+        "import pytest\n\n\ndef test_plain():\n    pass\n\n\n@pytest.mark.slow\ndef test_slow():\n    pass\n\n\n"
+        "@pytest.fixture\ndef peer():\n    pytest.importorskip('no_such_package')\n\n\ndef test_parity(peer):\n    pass\n"
+    )
+    (tmp_path / "tests/test_b.py").write_text("import pytest\n\npytest.importorskip('no_such_package')\n")
+    for arguments, result, left_out in (
+        ([], "1 passed, 2 deselected", True), (["tests"], "1 passed, 2 deselected", True),
+        (["--all"], "2 passed, 2 skipped", False), (["tests/test_a.py"], "2 passed, 1 skipped", False),
+    ):  # fmt: skip
+        command = [sys.executable, "-m", "pytest", "-q", *arguments]
+        env = {**os.environ, "PYTHONPATH": str(HERE)}
+        done = subprocess.run(command, cwd=tmp_path, env=env, capture_output=True, text=True)
+        assert result in done.stdout, done.stdout
+        assert ("left out: 2 tests and 1 files" in done.stdout) == ("pytest --all" in done.stdout) == left_out

@@ -20,19 +20,15 @@ H heads.
 """
 
 import copy
-import json
 import logging
 import math
 import os
-import re
-import shutil
-import signal
 import secrets
 import sys
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import closing, contextmanager, nullcontext
+from contextlib import closing
 from dataclasses import asdict, dataclass, field, fields, replace
 from itertools import islice
 from pathlib import Path
@@ -120,7 +116,9 @@ class Sampling:
     top_p: float = 1.0  # 0 or 1: off
     min_p: float = 0.0  # relative to the likeliest code; 0: off
     min_tokens_to_keep: int = 1  # codes that min_p never removes
-    sampler: Callable | None = None  # log-probabilities (1, V) -> ids (1,), instead of all the above
+    sampler: Callable | None = (
+        None  # log-probabilities (1, V) -> ids (1,), instead of all the above
+    )
     logits_processors: tuple = ()  # for codebook 0: (its codes so far (F,), logits (1, V)) -> logits
 
     def __post_init__(self):
@@ -551,8 +549,7 @@ class Segment:
 class Tokenizer:
     """Text -> ids, from `tokenizer.json` (by `tokenizers`) or `tokenizer.model` (by `sentencepiece`)."""
 
-    # Common names of the tokens before and after a text.
-    MARKS = (
+    MARKS = (  # common names of the tokens before and after a text
         "<|begin_of_text|> <|end_of_text|>", "<bos> <eos>", "<s> </s>", "<|im_start|> <|im_end|>",
     )  # fmt: skip
 
@@ -617,13 +614,6 @@ def as_samples(audio):
     return audio.astype(np.float32)
 
 
-def read_transcript(path):
-    try:
-        return Path(path).read_text(encoding="utf-8-sig").strip()
-    except (OSError, UnicodeDecodeError) as e:
-        raise ValueError(f"cannot read {path}, the transcript of a clip: {e}") from None
-
-
 # ---------------------------------------------------------------------------------------- generator
 
 
@@ -636,24 +626,26 @@ class Generator:
         self.config_json = config_json or {}  # all of config.json, for `save`
         self.sample_rate = codec.sample_rate
         self.max_positions = model.config.backbone.max_positions
-        K = model.config.audio_num_codebooks
-        self.codebooks = K if codebooks is None else codebooks  # how many are spoken
-        if not 2 <= self.codebooks <= K:
-            raise ValueError(f"codebooks must be 2 to {K}, not {codebooks}")
-        if codec.n_codebooks < self.codebooks:
+        K, has = model.config.audio_num_codebooks, codec.n_codebooks
+        self.codebooks = n = K if codebooks is None else codebooks  # how many are spoken
+        if not 2 <= n <= K:
+            raise ValueError(f"codebooks must be 2 to {K}, not {n}")
+        if n > has:
             raise ValueError(
-                f"the model writes {self.codebooks} codebooks, its Mimi has {codec.n_codebooks} "
-                "(--codebooks: fewer)"
+                f"the model writes {n} codebooks, its Mimi has {has} (--codebooks: fewer)"
             )
         self.codec_stream = mx.new_thread_local_stream(mx.default_device())
-        self.context_caches, self.n_context_caches = {}, 4  # rows as bytes -> KVCache, last used last
+        self.context_caches, self.n_context_caches = (
+            {},
+            4,
+        )  # rows as bytes -> KVCache, last used last
         self._voice_prompts = {}  # name -> Segment with codes
 
     def __repr__(self):
-        c, dtype = self.model.config, str(self.model.dtype).removeprefix("mlx.core.")
-        voices = ", ".join(sorted(self.voices)) or "none"
-        size = f"{c.backbone.n_layers} layers of {c.backbone.dim}, {self.codebooks} codebooks"
-        return f"<csm.Generator: {size}, {dtype}, voices: {voices}>"
+        c, voices = self.model.config.backbone, ", ".join(sorted(self.voices)) or "none"
+        return (
+            f"<csm.Generator: {c.n_layers} layers of {c.dim}, {self.model.dtype}, voices: {voices}>"
+        )
 
     def generate(
         self, text: str, speaker: int = 0, context: Sequence[Segment] = (), *,
@@ -689,7 +681,9 @@ class Generator:
         streaming_interval: float = 0.5, **options,
     ) -> Iterator[mx.array]:  # fmt: skip
         """What `generate` gives, in pieces of `streaming_interval` seconds: (samples,) float32."""
-        return self.decode_stream(self.frames(text, speaker, context, **options), streaming_interval)
+        return self.decode_stream(
+            self.frames(text, speaker, context, **options), streaming_interval
+        )
 
     def generate_codes(
         self, text: str, speaker: int = 0, context: Sequence[Segment] = (), **options
@@ -705,22 +699,18 @@ class Generator:
         return Conversation(self, context, voice, speaker)
 
     def save(self, folder):
-        """Write a folder in our own layout, which needs no download, atomically. Raises ValueError."""
-        sound, place = dict(tree_flatten(self.mimi.parameters())), self.tokenizer.path.parent
-        for part in ("first", "rest") if self.mimi.rest is not None else ("first",):
-            del sound[f"{part}.norms"]
-            vectors = sound[f"{part}.embedding_sum"] = sound.pop(f"{part}.codebooks")
-            sound[f"{part}.cluster_usage"] = mx.ones(vectors.shape[:2])
-        kind = json.dumps(asdict(self.mimi.config))
-        files = {
-            "config.json": self.config_json | asdict(self.model.config) | {"model_type": "csm", "layout": "native"},
-            "model.safetensors": (join_heads(dict(tree_flatten(self.model.parameters()))), {"format": "mlx"}),
-            "mimi.safetensors": (sound, {"format": "mlx", "config": kind}),
-        }
-        files |= {f.name: f for f in (place / name for name in TOKENIZER) if f.is_file() and f.suffix == ".json"}
-        files[self.tokenizer.path.name] = self.tokenizer.path
-        clips = [v / f"{name}{x}" for name, v in self.voices.items() if v for x in (".wav", ".txt")]
-        write_folder(folder, files | {f"prompts/{f.name}": f for f in clips if f.is_file()})
+        """Write all of the model as a folder in our own layout, atomically. Raises ValueError."""
+        layouts = mimi.layouts("a model to save")
+        weights, sound = (dict(tree_flatten(x.parameters())) for x in (self.model, self.mimi))
+        config = self.config_json | asdict(self.model.config)
+        files = layouts.native_files(config, weights, asdict(self.mimi.config), sound)
+        place = self.tokenizer.path.parent
+        beside = [place / name for name in TOKENIZER if name.endswith(".json")]
+        files |= {path.name: path for path in [*beside, self.tokenizer.path] if path.is_file()}
+        for name, place in self.voices.items():
+            clip = place and [place / f"{name}{suffix}" for suffix in (".wav", ".txt")]
+            files |= {f"prompts/{path.name}": path for path in clip or () if path.is_file()}
+        layouts.write_folder(folder, files, (TOKENIZER, mimi.MIMI_FILES))
 
     def frames(
         self, text, speaker=0, context=(), *, voice=None, voice_match=None,
@@ -746,35 +736,26 @@ class Generator:
     def decode_stream(self, frames, streaming_interval):
         """Frames (K,) -> pieces of sound (samples,), each as soon as its frames are there."""
         if not 0 < streaming_interval < math.inf:
-            raise ValueError(f"streaming_interval must be above 0 seconds, not {streaming_interval}")
+            raise ValueError(
+                f"streaming_interval must be above 0 seconds, not {streaming_interval}"
+            )
         size = max(1, round(streaming_interval * self.mimi.config.frame_rate))
 
         def pieces():
-            state, interrupt = self.mimi.init_state(1), None
+            state = self.mimi.init_state(1)
             with closing(frames):
-                while not interrupt:
-                    waiting = []
-                    try:
-                        waiting.extend(islice(frames, size))
-                    except KeyboardInterrupt as e:  # hand out what is finished, then go on with it
-                        interrupt = e
-                    if not waiting:
-                        break
-                    codes = mx.array(np.stack(waiting, axis=-1)[None])
+                while some := list(islice(frames, size)):
                     with mx.stream(self.codec_stream):  # beside the next frames, not behind them
+                        codes = self.join_frames(some).T[None]  # (1, K, f)
                         audio, state = self.mimi.decode_step(codes, state)
-                        piece = audio[0, 0]
-                        mx.async_eval(piece)
-                    yield piece
-            if interrupt:
-                raise interrupt
+                        mx.async_eval(audio)
+                    yield audio[0, 0]
 
         return pieces()
 
     def join_frames(self, frames):
         """Frames (K,) -> codes (F, K) int32."""
-        empty = np.zeros((0, self.codebooks), np.int32)
-        return mx.array(np.concatenate([empty, *(frame[None] for frame in frames)]))
+        return mx.array(np.array(list(frames), np.int32).reshape(-1, self.codebooks))
 
     def decode(self, codes) -> mx.array:
         """Codes (F, K) -> (samples,) float32, in bounded memory."""
@@ -793,7 +774,9 @@ class Generator:
         ms = max_audio_length_ms
         ms = min(90_000, 3_000 + 200 * len(str(text))) if ms is None else ms
         if not frame_ms <= ms < math.inf:
-            raise ValueError(f"max_audio_length_ms must be {frame_ms:g} (a frame) or more, not {ms}")
+            raise ValueError(
+                f"max_audio_length_ms must be {frame_ms:g} (a frame) or more, not {ms}"
+            )
         return int(ms / frame_ms)
 
     def read_options(self, seed=None, sampling=()):
@@ -814,7 +797,9 @@ class Generator:
         if self.model.config.voice_match if voice_match is None else voice_match:
             turns, clip = take_clip(turns, speaker)
             if voice_match and not clip:
-                raise ValueError(f"voice_match continues a clip of speaker {speaker}: the context has none")
+                raise ValueError(
+                    f"voice_match continues a clip of speaker {speaker}: the context has none"
+                )
         before, rows = self.context_rows(turns), self.turn_rows(text, speaker, clip)
         self.check_length(len(before) + len(rows))
         return before, rows
@@ -840,21 +825,19 @@ class Generator:
         """(T, K + 1) int32 for a turn's text."""
         if not isinstance(speaker, (int, np.integer)) or speaker < 0:
             raise ValueError(f"speaker must be 0 or more, not {speaker!r}")
-        if not isinstance(text, str):
-            raise ValueError(f"text must be a str, not {text!r}")
-        if not text.strip():
-            raise ValueError("the text is empty")
+        if not isinstance(text, str) or not text.strip():
+            raise ValueError(f"the text is empty, or no text: {text!r}")
         c = self.model.config
-        marked = f"[{speaker}] {text.lstrip()}" if c.speaker_prefix_space else f"[{speaker}]{text}"
         try:
-            ids = self.tokenizer.encode(marked)
+            space = c.speaker_prefix_space
+            ids = self.tokenizer.encode(
+                f"[{speaker}] {text.lstrip()}" if space else f"[{speaker}]{text}"
+            )
         except (UnicodeError, TypeError):  # lone surrogates, which Python makes of invalid bytes
             raise ValueError("the text is not UTF-8") from None
         if max(ids) >= c.text_vocab_size:
-            raise ValueError(
-                f"the tokenizer gives id {max(ids)}, and the model knows {c.text_vocab_size}: "
-                "they do not belong together"
-            )
+            n = c.text_vocab_size
+            raise ValueError(f"the tokenizer gives id {max(ids)}, the model knows {n}: not a pair")
         rows = np.zeros((len(ids), c.audio_num_codebooks + 1), np.int32)
         rows[:, -1] = ids
         return rows
@@ -868,7 +851,9 @@ class Generator:
         if not isinstance(segment, Segment):
             raise ValueError(f"a context is a list of Segments, not of {segment!r}")
         if segment.codes is None and segment.audio is None:
-            raise ValueError(f"a turn of the context has a text but no audio: {segment.text[:40]!r}")
+            raise ValueError(
+                f"a turn of the context has a text but no audio: {segment.text[:40]!r}"
+            )
         codes = segment.codes
         if codes is None:
             audio = mx.array(as_samples(segment.audio))[None, None]
@@ -882,12 +867,12 @@ class Generator:
         return np.pad(rows, [(0, 0), (0, K + 1 - rows.shape[1])], constant_values=NO_TEXT)
 
     def check_length(self, n):
-        if n >= self.max_positions:
-            rate = self.mimi.config.frame_rate
+        """Raise ValueError if a prompt of n rows leaves no room for speech."""
+        limit, seconds = self.max_positions, self.max_positions / self.mimi.config.frame_rate
+        if n >= limit:
             raise ValueError(
-                f"the prompt takes {n} positions, and the model has {self.max_positions}: context and "
-                f"speech together fit {self.max_positions / rate:.0f} s; shorten context or text "
-                "(a long text: python -m csm_tools.narrate)"
+                f"the prompt takes {n} positions, and the model has {limit}, which is {seconds:.0f} s of "
+                "sound: shorten context or text (a long text: python -m csm_tools.narrate)"
             )
 
     def context_cache(self, rows):
@@ -906,7 +891,11 @@ class Generator:
         default = bool(self.voices) and self.model.config.use_default_voice_prompt
         if voice == "none" or (voice is None and not default):
             return []
-        preset = "conversational_a" if "conversational_a" in self.voices else min(self.voices, default="")
+        preset = (
+            "conversational_a"
+            if "conversational_a" in self.voices
+            else min(self.voices, default="")
+        )
         name = str(voice or preset)
         try:
             if name not in self._voice_prompts:
@@ -924,7 +913,7 @@ class Generator:
             wav = mimi.download(DEFAULT_PROMPTS, f"prompts/{name}.wav")
             text = mimi.layouts("the Hub's voices").TRANSCRIPTS.get(name)
             if text is None:
-                text = read_transcript(mimi.download(DEFAULT_PROMPTS, f"prompts/{name}.txt"))
+                text = read_text(f"@{mimi.download(DEFAULT_PROMPTS, f'prompts/{name}.txt')}")
             return Segment(0, text, wav)
         wav = self.voices[name] / f"{name}.wav" if name in self.voices else Path(name)
         if not wav.is_file():
@@ -932,7 +921,7 @@ class Generator:
             raise ValueError(
                 f"unknown voice {name!r}; this model has: {known}; or name a clip, with a .txt beside it"
             )
-        return Segment(0, read_transcript(wav.with_suffix(".txt")), wav)
+        return Segment(0, read_text(f"@{wav.with_suffix('.txt')}"), wav)
 
 
 def take_clip(turns, speaker):
@@ -958,14 +947,13 @@ class Conversation:
     """
 
     def __init__(self, generator, context=(), voice=None, speaker=0):
-        self.generator, self.speaking = generator, False
+        self.generator, self.speaking, self.cache = generator, False, None
         self.turns = list(context) or generator.voice_prompt(voice, speaker)  # Segments
         self.clip = None  # what the first turn of its speaker continues
         if generator.model.config.voice_match:
             self.turns, self.clip = take_clip(self.turns, speaker)
-        self.blocks = [generator.segment_rows(turn) for turn in self.turns]  # rows of each turn
+        self.blocks = [generator.segment_rows(turn) for turn in self.turns]  # rows (T, K + 1) each
         self.n_context = len(self.blocks)  # these turns are never forgotten
-        self.cache = None  # KVCache of a prefix of the blocks' rows
 
     def say(self, text: str, speaker: int = 0, **options) -> mx.array:
         """Speak the next turn: (samples,) float32. Options: as Generator.generate's."""
@@ -981,203 +969,196 @@ class Conversation:
         """Add a turn that somebody else spoke."""
         self._check_free()
         rows = self.generator.segment_rows(segment)
-        self._check_room(rows)
+        self.generator.check_length(self._length(self.n_context) + len(rows))
         self.blocks.append(rows)
         self.turns.append(segment)
 
     def frames(self, text, speaker=0, *, max_audio_length_ms=None, seed=None, **sampling):
-        """Speak the next turn as frames of codes, (K,) int32. Checks the arguments at once."""
-        seed, sampling = self.generator.read_options(seed, sampling)
-        max_frames = self.generator.max_frames(max_audio_length_ms, text)
+        """Speak the next turn as frames of codes (K,). Checks the arguments before the first."""
+        g = self.generator
+        seed, sampling = g.read_options(seed, sampling)
+        max_frames = g.max_frames(max_audio_length_ms, text)
         clip = self.clip if self.clip and self.clip.speaker == speaker else None
-        rows = self.generator.turn_rows(text, speaker, clip)
-        self._check_room(rows)
-        return self._frames(Segment(speaker, text), rows, clip, max_frames, seed, sampling)
+        rows = g.turn_rows(text, speaker, clip)
+        g.check_length(self._length(self.n_context) + len(rows))
 
-    def _frames(self, turn, rows, clip, max_frames, seed, sampling):
-        self._check_free()
-        self._make_room(len(rows), max_frames)
-        start, said, self.speaking = self._length(), [], True
-        try:
-            if self.cache is None:
-                context = self._rows(self.n_context)
-                self.cache = self.generator.context_cache(context).copy()
-            new = np.concatenate([self._rows(), rows])[self.cache.offset :]
-            for codes in self.generator.speak(new, self.cache, max_frames, seed, sampling):
-                said.append(codes)
-                yield codes
-            turn.codes = self.generator.join_frames(said)
-            block = np.concatenate([rows, self.generator.audio_rows(turn)])
-        except BaseException:  # also when the stream is closed: undo the turn
-            if self.cache:
-                self.cache.trim(self.cache.offset - start)
-            raise
-        finally:
-            self.speaking = False
-        self.turns.append(turn)
-        self.blocks.append(block)
-        self.clip = None if clip else self.clip
+        def speak():
+            self._check_free()
+            self._make_room(len(rows), max_frames)
+            start, said, self.speaking = self._length(), [], True
+            try:
+                if self.cache is None:
+                    context = [g.context_rows([]), *self.blocks[: self.n_context]]
+                    self.cache = g.context_cache(np.concatenate(context)).copy()
+                new = np.concatenate([*self.blocks, rows])[self.cache.offset :]
+                for codes in g.speak(new, self.cache, max_frames, seed, sampling):
+                    said.append(codes)
+                    yield codes
+                turn = Segment(speaker, text, codes=g.join_frames(said))
+                block = np.concatenate([rows, g.audio_rows(turn)])
+            except BaseException:  # also when the stream is closed: undo the turn
+                if self.cache:
+                    self.cache.trim(self.cache.offset - start)
+                raise
+            finally:
+                self.speaking = False
+            self.turns.append(turn)
+            self.blocks.append(block)
+            self.clip = None if clip else self.clip
 
-    def _rows(self, n=None):
-        """The rows of the first n turns, or of all."""
-        return np.concatenate([self.generator.context_rows([]), *self.blocks[:n]])
+        return speak()
 
     def _length(self, n=None):
+        """Rows of the first n turns, or of all."""
         return sum(map(len, self.blocks[:n]))
 
     def _check_free(self):
         if self.speaking:
             raise ValueError("a turn is still being said: finish its stream, or close it")
 
-    def _check_room(self, rows):
-        self.generator.check_length(self._length(self.n_context) + len(rows))
-
     def _make_room(self, n_rows, max_frames):
         """Forget old turns if prompt and speech, or a quarter of the positions, would not fit."""
-        limit, n = self.generator.max_positions, 0
+        limit, before = self.generator.max_positions, len(self.turns)
         if self._length() + n_rows + min(max_frames, limit // 4) <= limit:
             return
         # Forget down to half at once, so that the next turns find their cache again.
         while len(self.blocks) > self.n_context and self._length() + n_rows > limit // 2:
             del self.blocks[self.n_context], self.turns[self.n_context]
-            n += 1
-        if n:
-            log.warning("%d old turns forgotten: the model has %d positions", n, limit)
+        if forgotten := before - len(self.turns):
+            log.warning("%d old turns forgotten: the model has %d positions", forgotten, limit)
             self.cache = None
 
 
-# ---------------------------------------------------------------------------------------------------- loading, saving
+# ------------------------------------------------------------------------------------------ loading
 
 DEFAULT_MODEL = ("senstella/csm-1b-mlx", "ckpt.safetensors")
 DEFAULT_TOKENIZER = "unsloth/Llama-3.2-1B"
 DEFAULT_PROMPTS = "mlx-community/csm-1b"
 DEFAULT_VOICES = ("conversational_a", "conversational_b", *(f"read_speech_{x}" for x in "abcd"))
-WEIGHTS = ("model.safetensors", "model.safetensors.index.json", "ckpt.safetensors", "*.index.json", "*.safetensors",
-           "ckpt.pt", "*.pt", "*.pth")  # of a folder, the first that there is  # fmt: skip
-BESIDE = ("*.json", "tokenizer.model", *mimi.FILES, "prompts/*")  # what else of a Hub repository is wanted
-TOKENIZER = ("tokenizer.json", "tokenizer.model", "tokenizer_config.json", "special_tokens_map.json")
+TOKENIZER = (
+    "tokenizer.json", "tokenizer.model", "tokenizer_config.json", "special_tokens_map.json",
+)  # fmt: skip
+WEIGHTS = (  # patterns, tried in this order: the first match is loaded
+    "model.safetensors", "model.safetensors.index.json", "ckpt.safetensors", "*.index.json",
+    "*.safetensors", "ckpt.pt", "*.pt", "*.pth",
+)  # fmt: skip
+BESIDE = ("*.json", "tokenizer.model", *mimi.MIMI_FILES, "prompts/*")  # also fetched from the Hub
 
 
-def split_heads(weights):
-    """Our layout's one `audio_head` (K - 1, D, V) as the model's matrices, `audio_head.i.weight` (V, D)."""
-    if "audio_head" not in weights or weights["audio_head"].ndim != 3:
-        return weights
-    heads = {f"audio_head.{i}.weight": mx.contiguous(w.T) for i, w in enumerate(weights["audio_head"])}
-    return {k: w for k, w in weights.items() if k != "audio_head"} | heads
+def load(
+    model: str | Path = "csm-1b", *, dtype=None, quantize: int | str | None = None,
+    group_size: int = 64, adapter=None, codebooks: int | None = None,
+) -> Generator:  # fmt: skip
+    """Load a model from a local folder or weights file, or from the Hugging Face Hub.
+
+    model: "csm-1b", "tiny" (the small bundled model), a folder, a weights file or a Hub repository,
+    in our layout or any other that csm_layouts.py reads. What a folder lacks (Mimi, the tokenizer)
+    is downloaded from the defaults.
+    dtype: "float32", "bfloat16" or "float16"; None: bfloat16 on a GPU, float32 on a CPU.
+    quantize: 4, 6 or 8 bits, in groups of group_size; or "mxfp4", "nvfp4" or "mxfp8".
+    adapter: a folder or Hub repository that finetune, PEFT or csm-mlx wrote; or a list of these and
+    of (folder, factor).
+    codebooks: use only the first so many; fewer are faster and sound worse.
+
+    Raises ValueError.
+    """
+    path = find_model(model)
+    folder = path if path.is_dir() else path.parent
+    fields, weights, inside = read_checkpoint(path)
+    config, weights = CSMConfig.from_dict(fields), split_heads(weights)
+    if adapter:
+        weights = adapters().adapted(config, weights, adapter)
+    if quantize:
+        layouts = mimi.layouts("quantize")
+        weights, note = layouts.quantize(weights, quantize, group_size)
+        config = replace(config, quantization=note)
+    dtype = as_dtype(dtype)
+    for name, w in weights.items():
+        if mx.issubdtype(w.dtype, mx.floating):
+            weights[name] = w.astype(dtype)
+    network = blank_model(config, weights)
+    mimi.load_weights(network, weights)
+    del weights  # the network holds them now
+
+    if beside := mimi.first_match(folder, *mimi.MIMI_FILES):
+        codec = mimi.load(beside)
+    elif inside:
+        codec = mimi.from_weights(inside[1], inside[0])
+    else:
+        codec = mimi.load()
+    tokenizer = Tokenizer(find_tokenizer(folder, config.text_tokenizer or DEFAULT_TOKENIZER))
+    voices = dict.fromkeys(DEFAULT_VOICES) if model == "csm-1b" else {}
+    voices |= {clip.stem: clip.parent for clip in (folder / "prompts").glob("*.wav")}
+    return Generator(network, codec, tokenizer, voices, fields, codebooks)
 
 
-def join_heads(weights):
-    """The other way: `audio_head.i.weight` as one `audio_head`; quantized ones stay as they are."""
-    names = sorted((k for k in weights if k.startswith("audio_head.")), key=lambda k: int(k.split(".")[1]))
-    if not names or any(not k.endswith(".weight") for k in names):
-        return weights
-    others = {k: w for k, w in weights.items() if k not in names}
-    return others | {"audio_head": mx.stack([weights[k].T for k in names])}
-
-
-def dequantize_weights(config, weights, names=None):
-    """{name: array} with the quantized matrices, or those of them in `names`, plain again."""
-    weights, plain = dict(weights), dict(CSM(config).named_modules())
-    for name, m in blank(config, weights).named_modules():
-        if "scales" in m and (names is None or name in names):
-            parts = [weights.pop(f"{name}.{part}", None) for part in ("weight", "scales", "biases")]
-            weights[f"{name}.weight"] = mx.dequantize(*parts, **packing(m, plain[name].weight.shape[1]))
-    return weights
-
-
-def blank(config, weights):
-    """A CSM of zeros to take `weights`: with quantized matrices where they are."""
-    model = CSM(config)
-    for name, m in model.named_modules():
-        if f"{name}.scales" in weights:
-            for part in ("weight", "scales", "biases"):
-                if (w := weights.get(f"{name}.{part}")) is not None:
-                    m[part] = mx.zeros((len(m.weight), *w.shape[1:]), w.dtype)
-    return model
-
-
-def locate(model):
-    """What `load` was given -> the path of a local folder or file, downloaded if need be. Raises ValueError."""
+def find_model(model):
+    """The local path of what `load` was given; downloads it if necessary. Raises ValueError."""
     if model == "csm-1b":
         return mimi.download(*DEFAULT_MODEL)
-    if model == "tiny":  # beside csm.py, or, installed, in the package
+    if model == "tiny":  # beside csm.py; an installation has it in csm_tools
         here = Path(__file__).resolve().parent
-        places = [place for place in (here / "tiny", here / "csm_tools/tiny") if (place / "config.json").is_file()]
-        return places[0] if places else here / "tiny"
-    # A repository may hold its weights in several layouts: the MLX or Sesame ones first, in one file.
-    kinds = ("model*.safetensors*", "ckpt.safetensors"), ("*.pt",), ("*.safetensors*",)
+        installed = here / "csm_tools/tiny"
+        return installed if (installed / "config.json").is_file() else here / "tiny"
+    # A repository may have its weights in several layouts: prefer MLX's or Sesame's, in one file.
+    groups = ("model*.safetensors*", "ckpt.safetensors"), ("*.pt",), ("*.safetensors*",)
     known = "csm-1b, tiny, a folder, a .safetensors file or a Hugging Face repository"
-    return mimi.local(model, *kinds, beside=BESIDE, known=known)
+    return mimi.local_path(model, *groups, beside=BESIDE, known=known)
 
 
-def weights_file(path):
-    """The file of a folder that holds a CSM's weights, or an index of such; None: there is none. A file is itself."""
-    files = [f for pattern in WEIGHTS for f in sorted(path.glob(pattern))] if path.is_dir() else [path]
-    return next((f for f in files if not any(map(f.match, mimi.FILES))), None)
+def read_checkpoint(path):
+    """A folder or weights file in any layout -> config, weights and the Mimi inside, in our layout.
 
-
-def read(path):
-    """A folder or weights file in any layout -> (config, weights, (Mimi's config, weights) or None) in ours, lazily."""
+    The weights are {name: array}, read lazily. The Mimi is (config, weights), or None.
+    """
     file = weights_file(path)
     if file is None:
-        raise ValueError(f"{path} has no weights of a CSM: no .safetensors, no index of shards, no .pt")
+        raise ValueError(f"{path} has no weights of a CSM: no .safetensors, index of shards or .pt")
     config, weights = mimi.read_json(file.with_name("config.json")), mimi.read_weights(file)[0]
     if config.get("layout") == "native":
         return config, weights, None
     return mimi.layouts(path).csm_to_native(config, weights, asdict(CSMConfig()))
 
 
-def adapted(config, weights, folder, factor=1.0):
-    """{name: array} with `factor` times what the adapter in a folder or Hub repository changes. Raises ValueError.
-
-    Quantized matrices that are changed become plain.
-    """
-    files = "adapters.safetensors", "adapter.safetensors", "adapter_model.safetensors"  # csm-mlx's, ours; PEFT's
-    place, layouts = mimi.local(folder, files, beside=("adapter_config.json",)), mimi.layouts(folder)
-    kind, file = mimi.read_json(place / "adapter_config.json"), mimi.find(place, *files)
-    if not kind or not file:
-        raise ValueError(f"{folder} has no adapter_config.json and {files[0]} or {files[2]}")
-    try:
-        changes = layouts.adapter_to_native(asdict(config), kind, mimi.read_safetensors(file)[0])
-        names = {name.rpartition(".")[0] for name in changes}
-        return layouts.apply_adapter(dequantize_weights(config, weights, names), changes, factor)
-    except ValueError as e:
-        raise ValueError(f"the adapter {folder}: {e}") from None
+def weights_file(path):
+    """The weights file, or index of shards, of the CSM in a folder, or None. A file is itself."""
+    files = [path]
+    if path.is_dir():
+        files = [file for pattern in WEIGHTS for file in sorted(path.glob(pattern))]
+    for file in files:
+        if not any(file.match(pattern) for pattern in mimi.MIMI_FILES):
+            return file
+    return None
 
 
-def load(model="csm-1b", *, dtype=None, quantize=None, group_size=64, adapter=None, codebooks=None):
-    """A Generator.
+def find_tokenizer(folder, repo):
+    """The tokenizer's file in the folder, or, downloaded, in the repository."""
+    names = TOKENIZER[:2]
+    file = mimi.first_match(folder, *names)
+    file = file or mimi.first_match(mimi.download(repo, *TOKENIZER), *names)
+    if file is None:
+        raise ValueError(f"{repo} has no {' or '.join(names)}")
+    return file
 
-    model: "csm-1b", "tiny", a folder, a weights file or a Hugging Face repository, in our layout or any that
-    csm_layouts.py knows. dtype: of the computation, "float32", "bfloat16" or "float16"; None: bfloat16 on a GPU,
-    float32 on the CPU, where the other types are slow. quantize: 4, 6 or 8 bits, mxfp4, nvfp4 or mxfp8. adapter: a
-    folder or repository that finetune, PEFT or csm-mlx wrote, or a list of them and of (folder, factor). codebooks:
-    speak the first so many, None for all; fewer are quicker and sound worse. What a folder lacks (Mimi, tokenizer) is
-    taken from the default downloads. Raises ValueError.
-    """
-    path = locate(model)
-    folder = path if path.is_dir() else path.parent
-    fields, weights, sound = read(path)
-    config, weights = CSMConfig.from_dict(fields), split_heads(weights)
-    for one in adapter if isinstance(adapter, list) else [adapter] if adapter else []:
-        weights = adapted(config, weights, *(one if isinstance(one, tuple) else (one,)))
-    if quantize:
-        weights, kind = mimi.layouts("what is quantized here").quantize(weights, quantize, group_size)
-        config = replace(config, quantization=kind)
-    dtype = as_dtype(dtype)
-    weights = {k: w.astype(dtype) if mx.issubdtype(w.dtype, mx.floating) else w for k, w in weights.items()}
-    network = blank(config, weights)
-    mimi.fill(network, weights)
-    del weights
-    beside = mimi.find(folder, *mimi.FILES)
-    sound = mimi.load(beside) if beside else mimi.from_weights(sound[1], sound[0]) if sound else mimi.load()
-    elsewhere, names = config.text_tokenizer or DEFAULT_TOKENIZER, TOKENIZER[:2]
-    tokenizer = mimi.find(folder, *names) or mimi.find(mimi.download(elsewhere, *TOKENIZER), *names)
-    if tokenizer is None:
-        raise ValueError(f"{elsewhere} has no {' or '.join(names)}")
-    voices = dict.fromkeys(DEFAULT_VOICES) if model == "csm-1b" else {}
-    voices |= {f.stem: f.parent for f in (folder / "prompts").glob("*.wav")}
-    return Generator(network, sound, Tokenizer(tokenizer), voices, fields, codebooks)
+
+def split_heads(weights):
+    """Turn our layout's `audio_head` (K - 1, D, V) into the model's `audio_head.i.weight`."""
+    weights = dict(weights)
+    if "audio_head" in weights and weights["audio_head"].ndim == 3:
+        for i, w in enumerate(weights.pop("audio_head")):
+            weights[f"audio_head.{i}.weight"] = mx.contiguous(w.T)
+    return weights
+
+
+def blank_model(config, weights):
+    """A CSM of zeros, quantized where `weights` are, ready to be filled with them."""
+    model = CSM(config)
+    for name, module in model.named_modules():
+        if f"{name}.scales" in weights:
+            for part in ("weight", "scales", "biases"):
+                if (w := weights.get(f"{name}.{part}")) is not None:
+                    module[part] = mx.zeros((len(module.weight), *w.shape[1:]), w.dtype)
+    return model
 
 
 def as_dtype(dtype):
@@ -1189,43 +1170,20 @@ def as_dtype(dtype):
     return getattr(mx, name)
 
 
-def write_folder(folder, files):
-    """files: {name: a path to copy, a dict for JSON, a text, or (weights, metadata)}. All are written, or none."""
-    folder = Path(os.path.realpath(folder))
-    staging = folder.with_name(f".{folder.name}.{os.getpid()}.part")
+def adapters():
+    """The module csm_tools.adapters, which only adapters need."""
     try:
-        for name, content in files.items():
-            path = staging / name
-            path.parent.mkdir(parents=True, exist_ok=True)
-            if isinstance(content, Path):
-                shutil.copyfile(content, path)
-            elif isinstance(content, tuple):
-                mx.save_safetensors(str(path), *content)
-            else:
-                text = content if isinstance(content, str) else json.dumps(content, indent=2) + "\n"
-                path.write_text(text, encoding="utf-8")
-        if not folder.exists():
-            staging.rename(folder)
-            return
-        for name in files:  # all are whole by now, and on the same disk
-            (folder / name).parent.mkdir(parents=True, exist_ok=True)
-            (staging / name).replace(folder / name)
-        for kind in (TOKENIZER, mimi.FILES):  # of another model, which `load` might take in their place
-            there = {f for pattern in kind for f in folder.glob(pattern)}
-            if ours := there & {folder / name for name in files}:
-                for f in there - ours:
-                    f.unlink()
-    except (OSError, RuntimeError) as e:  # RuntimeError: MLX, of a full disk
-        raise ValueError(f"cannot write {folder}: {getattr(e, 'strerror', None) or e}") from None
-    finally:
-        shutil.rmtree(staging, ignore_errors=True)
+        from csm_tools import adapters
+    except ImportError:
+        raise ValueError("an adapter needs csm_tools and csm_layouts.py beside csm.py") from None
+    return adapters
 
 
-# ---------------------------------------------------------------------------------------------------- command
+# ------------------------------------------------------------------------------------------ command
 
 
 def read_text(argument):
-    """TEXT of the command: itself, "-" for standard input, "@file" for a file."""
+    """A TEXT argument: "-" is standard input, "@file" a file, anything else the text itself."""
     if argument != "-" and not argument.startswith("@"):
         return argument
     try:
@@ -1235,213 +1193,48 @@ def read_text(argument):
         raise ValueError(f"cannot read {argument.removeprefix('@')}: {e}") from None
 
 
-def read_dialogue(path):
-    """Lines "0: Hello." -> [(speaker, text)]."""
-    turns = []
-    for n, line in enumerate(read_text(f"@{path}").splitlines(), 1):
-        if m := re.match(r"\s*\[?(\d+)\]?\s*:\s*(\S.*)", line):
-            turns.append((int(m[1]), m[2].strip()))
-        elif line.strip():
-            raise ValueError(f"{path}, line {n}: expected `speaker: text`, such as `0: Hello.`")
-    if not turns:
-        raise ValueError(f"{path} holds no turns")
-    return turns
-
-
-def read_context(path):
-    """JSON, a list of {"speaker", "text", "audio": path beside the JSON} -> Segments."""
-    context = []
-    try:
-        for t in json.loads(read_text(f"@{path}")):
-            speaker, audio = t["speaker"] if "speaker" in t else t["speaker_id"], t.get("audio") or t["audio_path"]
-            context.append(Segment(int(speaker), t["text"], as_samples(Path(path).parent / audio)))
-        return context
-    except (KeyError, TypeError, AttributeError, ArithmeticError, RecursionError, json.JSONDecodeError) as e:
-        expected = '[{"speaker": 0, "text": "...", "audio": "file.wav"}, ...]'
-        raise ValueError(f"{path}: expected {expected} ({type(e).__name__}: {e})") from None
-
-
-QUANTIZE = {  # the option of that name
-    "type": lambda x: int(x) if x.isdigit() else x,
-    "choices": (4, 6, 8, "mxfp4", "nvfp4", "mxfp8"),
-    "help": "bits of the weights, or another of MLX's ways",
-}
-
-
-def adapter(argument):
-    """DIR or DIR=FACTOR -> (folder, factor)."""
-    folder, _, factor = argument.rpartition("=")
-    return (folder, float(factor)) if folder and not Path(argument).exists() else (argument, 1.0)
-
-
-def add_model_options(p):
-    """What `load_for` reads."""
-    p.add_argument("--model", help="csm-1b, tiny, a folder, a weights file or a Hugging Face repo (default: csm-1b)")
-    p.add_argument("--quantize", **QUANTIZE)
-    p.add_argument("--dtype", choices=("float32", "bfloat16", "float16"), help="default: what suits the device")
-    how = {"metavar": "DIR[=FACTOR]", "action": "append", "type": adapter}
-    p.add_argument("--adapter", **how, help="of finetune, PEFT or csm-mlx; repeatable")
-    p.add_argument("--codebooks", type=int, metavar="N", help="speak the first N only: quicker, and sounds worse")
-
-
-def add_options(p):
-    """The options of the command that other programs have as well."""
-    add_model_options(p)
-    p.add_argument("--speaker", type=int, default=0, help="speaker id of the text (default 0)")
-    p.add_argument("--voice", help="preset, clip.wav with clip.txt beside it, or none (default: the model's own)")
-    p.add_argument("--ref-audio", metavar="F", help="a clip of the voice to speak with")
-    p.add_argument("--ref-text", metavar="T", help="what that clip says")
-    p.add_argument("--temperature", type=float, help="0 is greedy (default 0.9)")
-    p.add_argument("--top-k", type=int, help="0 is off (default 50)")
-    p.add_argument("--top-p", type=float, help="1 is off (default)")
-    p.add_argument("--min-p", type=float, help="0 is off (default)")
-    p.add_argument("--seed", type=int, help="for the same speech again (default: drawn, and printed)")
-    p.add_argument("--max-audio-length-ms", type=float, metavar="MS", help="a turn's (default: what its text can take)")
-    p.add_argument("--watermark", action="store_true", help="mark the sound as generated (csm_tools.watermark)")
-
-
-def read_options(args):
-    """What add_options took -> the context, and the arguments of `generate`, checked before a model is loaded."""
-    if (args.ref_audio is None) != (args.ref_text is None):
-        raise ValueError("--ref-audio and --ref-text go together: a clip needs its transcript")
-    context = [] if args.ref_audio is None else [Segment(args.speaker, args.ref_text, as_samples(args.ref_audio))]
-    options = {k: getattr(args, k) for k in ("temperature", "top_k", "top_p", "min_p")}
-    Sampling(**{k: v for k, v in options.items() if v is not None})
-    check_seed(args.seed or 0)
-    return context, options | {"max_audio_length_ms": args.max_audio_length_ms}
-
-
-def load_for(args):
-    """The Generator that the options name; without --model CSM-1B, or, where it cannot be had, the one in the box."""
-    how = {name: getattr(args, name) for name in ("dtype", "quantize", "adapter", "codebooks")}
-    try:
-        return load(args.model or "csm-1b", **how)
-    except mimi.DownloadError as e:
-        if args.model:
-            raise
-        print(f"speaking with the small model in the box, tiny, since: {e}", file=sys.stderr)
-        return load("tiny", **how)
-
-
-def watermark():
-    """A Watermark, by the program of that name, which this file does not depend on. ValueError: it cannot be had."""
-    import importlib
-
-    try:
-        return importlib.import_module("csm_tools.watermark").load()
-    except ImportError as e:
-        raise ValueError(f"--watermark takes the folder csm_tools beside csm.py ({e})") from None
-
-
-def command(args):
-    from tqdm import tqdm
-
-    if (args.dialogue is None) == (args.text is None):
-        raise ValueError("give TEXT and OUT, or --dialogue and OUT, and not both")
-    turns = read_dialogue(args.dialogue) if args.dialogue else [(args.speaker, read_text(args.text))]
-    context, options = read_options(args)
-    context += read_context(args.context) if args.context else []
-    seed = secrets.randbits(32) if args.seed is None else args.seed
-    live = args.stream or args.play or args.out == "-"
-    options["streaming_interval"] = args.streaming_interval if live else 2.0
-
-    bar = tqdm(unit="s", bar_format="{n:.1f} s of speech, {elapsed}", disable=None, leave=False, delay=0.1)
-    n_samples, first, stopped, speaker = 0, 0.0, False, player() if args.play else nullcontext(lambda audio: None)
-    with mimi.audio_writer(args.out) as write, speaker as play, bar:  # which check OUT
-        generator = load_for(args)
-        rate, start = generator.sample_rate, time.perf_counter()
-        talk = generator.conversation(context, voice=args.voice, voice_match=args.voice_match)
-        pieces = (
-            audio
-            for i, (speaker, text) in enumerate(turns)
-            for audio in talk.stream(text, speaker, seed=(seed + i) % 2**64, **options)
-        )
-        try:
-            for audio in map(np.array, watermark().embed_stream(pieces, rate) if args.watermark else pieces):
-                first = first or time.perf_counter() - start
-                n_samples += len(audio)
-                write(audio)
-                play(audio)
-                bar.update(len(audio) / rate)
-        except KeyboardInterrupt:
-            if args.out == "-" or not n_samples:
-                raise
-            stopped = True
-    seconds, taken = n_samples / rate, time.perf_counter() - start
-    if stopped:
-        print(f"interrupted: the {seconds:.1f} s finished so far are in {args.out}", file=sys.stderr)
-    elif not n_samples:
-        print("the model ended the speech at once: there is no audio (try another seed)", file=sys.stderr)
-    print(
-        f"{seconds:.2f} s of audio in {taken:.2f} s, real-time factor {taken / seconds if seconds else math.inf:.2f}, "
-        f"first audio after {first:.2f} s, peak memory {peak_memory() / 1e9:.2f} GB, seed {seed}",
-        file=sys.stderr,
-    )
-    return 130 if stopped else 0
-
-
-@contextmanager
-def player():
-    """A function that plays pieces of audio, 24 kHz, as they come."""
-    try:
-        import sounddevice
-
-        speaker = sounddevice.OutputStream(samplerate=24_000, channels=1, dtype="float32")
-    except Exception as e:  # no package, no PortAudio, no device
-        raise ValueError(f"--play needs `pip install sounddevice` and a sound card: {e or type(e).__name__}") from None
-    with speaker:
-        yield lambda audio: speaker.write(audio[:, None])
-
-
-def peak_memory():
-    """Bytes: the larger of MLX's own peak, which a GPU's is, and the process's."""
-    import resource
-
-    unit = 1 if sys.platform == "darwin" else 1024
-    return max(mx.get_peak_memory(), resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit)
-
-
-def parser_for(name, **kind):
-    """An ArgumentParser that calls itself as it was called, and says a mistake in one line."""
-    import argparse
-
-    called = Path(sys.argv[0]).name.removesuffix(".exe")
-    p = argparse.ArgumentParser(prog=called if called == "csm" or called.startswith("csm-") else name, **kind)
-    p.error = lambda message: p.exit(2, f"{p.prog}: error: {message}\n")
-    return p
-
-
-def run(p, function, args, interrupted="interrupted: no file was written"):
-    """function(args) as the program of the parser `p`: what is wrong ends in one line and exit status 2."""
-    if threading.current_thread() is threading.main_thread():
-        signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # as an exception, so that nothing half-made stays
-    try:
-        return function(args)
-    except BrokenPipeError:  # the player at the other end of OUT - has gone
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return 1
-    except (ValueError, OSError) as e:
-        p.exit(2, f"{p.prog}: error: {' '.join(str(e).split())}\n")
-    except KeyboardInterrupt:
-        p.exit(130, f"{interrupted}\n")
+def speak(args):
+    with mimi.audio_file(args.out) as write:  # OUT is checked before the model is loaded
+        text, generator = read_text(args.text), load(args.model)
+        seed = secrets.randbits(32) if args.seed is None else args.seed
+        start, options = time.perf_counter(), {"voice": args.voice, "temperature": args.temperature}
+        audio = generator.generate(text, args.speaker, seed=seed, **options)
+        write(audio)
+    seconds, taken = audio.size / generator.sample_rate, time.perf_counter() - start
+    print(f"{seconds:.2f} s of audio in {taken:.2f} s, seed {seed}", file=sys.stderr)
 
 
 def main(argv=None):
+    """The command of csm.py alone; with csm_tools beside it, csm_tools/speak.py has all options."""
     import argparse
 
-    p = parser_for("csm.py", description="Text to speech with CSM, Sesame's speech model, on MLX.")
-    p.add_argument("text", nargs="?", metavar="TEXT", help="what to say; - reads standard input, @file a file")
-    p.add_argument("out", metavar="OUT", help="a .wav, .flac, .mp3, .ogg or .opus file; - is standard output, as WAV")
-    add_options(p)
-    p.add_argument("--context", metavar="JSON", help='earlier turns: [{"speaker", "text", "audio"}, ...]')
-    how = {"action": argparse.BooleanOptionalAction}
-    p.add_argument("--voice-match", **how, help="continue the speaker's last clip (default: as the model's config)")
-    p.add_argument("--dialogue", metavar="F", help='speak a script: lines "0: Hello."')
-    p.add_argument("--stream", action="store_true", help="write every --streaming-interval seconds")
-    p.add_argument("--streaming-interval", type=float, default=0.5, metavar="S")
-    p.add_argument("--play", action="store_true", help="play while generating")
-    return run(p, command, p.parse_intermixed_args(argv))
+    options = "[--model M] [--voice V] [--speaker N] [--temperature T] [--seed S]"
+    p = argparse.ArgumentParser(prog="csm.py", usage=f"csm.py TEXT OUT {options}")
+    p.error = lambda message: p.exit(2, f"csm.py: error: {message}\n")  # without the usage
+    p.add_argument("text", metavar="TEXT", help="what to say; - is standard input, @file a file")
+    p.add_argument("out", metavar="OUT", help="a .wav, .flac, .mp3, .ogg or .opus file")
+    p.add_argument("--model", default="csm-1b", help="csm-1b, tiny, a folder, a file or a Hub repo")
+    p.add_argument("--voice", help="a preset, clip.wav with clip.txt beside it, or none")
+    p.add_argument("--speaker", type=int, default=0, help="speaker id of the text (default 0)")
+    p.add_argument("--temperature", type=float, help="0 is greedy (default 0.9)")
+    p.add_argument("--seed", type=int, help="for the same speech again (default: a random one)")
+    if not (sys.argv[1:] if argv is None else argv):
+        p.exit(2, p.format_usage())
+    args, others = p.parse_known_args(argv)
+    if others:
+        where = "csm_tools/speak.py, which is not beside csm.py"
+        p.error(f"{others[0]} is not an option of csm.py alone: more options are in {where}")
+    try:
+        speak(args)
+    except (ValueError, OSError) as e:
+        p.error(" ".join(str(e).split()))
+    except KeyboardInterrupt:
+        p.exit(130, "interrupted: no file was written\n")
+    return 0
 
 
 if __name__ == "__main__":
+    if Path(__file__).resolve().with_name("csm_tools").joinpath("speak.py").is_file():
+        sys.modules["csm"] = sys.modules["__main__"]  # csm_tools imports this module, not a copy
+        from csm_tools.speak import main
     sys.exit(main())

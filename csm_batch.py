@@ -114,7 +114,7 @@ class Batch:
 
     def insert(
         self, prompt_rows: np.ndarray, max_frames: int, seed: int,
-        sampling: csm.Sampling = csm.Sampling(), cache: csm.KVCache | None = None,
+        sampling: csm.Sampling | None = None, cache: csm.KVCache | None = None,
     ) -> int:  # fmt: skip
         """Let an utterance join before the next frame -> its uid. Raises ValueError.
 
@@ -130,7 +130,7 @@ class Batch:
         self.generator.check_length(n)
         uid, max_frames = next(self.ids), min(max_frames, self.generator.max_positions - n)
         cache = cache if cache and cache.offset else None
-        self.waiting.append(Utterance(uid, rows, max_frames, seed, sampling, cache))
+        self.waiting.append(Utterance(uid, rows, max_frames, seed, sampling or csm.Sampling(), cache))
         return uid
 
     def next(self) -> list[tuple[int, np.ndarray | None]]:

@@ -29,6 +29,7 @@ import csm  # before mlx
 import csm_batch
 import csm_layouts
 import mimi
+from csm_tools import command
 
 import mlx.core as mx  # isort: skip
 import numpy as np
@@ -78,8 +79,8 @@ class Ours:
         model = randomize(csm.CSM(config), dtype)
         if quantize:
             weights, _ = csm_layouts.quantize(dict(tree_flatten(model.parameters())), quantize)
-            model = csm.blank(config, weights)
-            mimi.fill(model, weights)
+            model = csm.blank_model(config, weights)
+            mimi.load_weights(model, weights)
         self.generator = csm.Generator(model, randomize(mimi.Mimi(codec)), None)
 
     def frames(self, batch, n_rows, n):
@@ -326,9 +327,10 @@ def measures(args, config):
 def checkpoint(source, work):
     """`source` in the layouts that the systems read, under the folder `work`. Returns its sizes."""
     csm.load(source, dtype="float32").save(work / "ours")
-    config, weights, _ = csm.read(work / "ours")
+    config, weights, _ = csm.read_checkpoint(work / "ours")
     codec_weights, codec_config = mimi.read_mimi(work / "ours/mimi.safetensors")
-    csm.write_folder(work / "transformers", csm_layouts.to_transformers(config, weights, codec_config, codec_weights))
+    files = csm_layouts.to_transformers(config, weights, codec_config, codec_weights)
+    csm_layouts.write_folder(work / "transformers", files)
     codec = mimi.load(work / "ours").config
     return csm.CSMConfig.from_dict(mimi.read_json(work / "ours/config.json")), codec
 
@@ -412,7 +414,7 @@ def version(name):
 
 
 def main(argv=None):
-    p = csm.parser_for("bench", description="Speed of ours and of installed peers, side by side.")
+    p = command.parser_for("bench", description="Speed of ours and of installed peers, side by side.")
     p.add_argument("--tiny", action="store_true", help="small random models: a minute")
     p.add_argument("--checkpoint", help="a folder in any layout, in place of random weights")
     p.add_argument("--only", nargs="+", choices=SYSTEMS, default=list(SYSTEMS), help="systems")
@@ -425,10 +427,10 @@ def main(argv=None):
     p.add_argument("--rounds", type=int, default=3)
     p.add_argument("--json", type=Path)
     p.add_argument("--png", type=Path)
-    return csm.run(p, command, p.parse_args(argv), "interrupted: nothing was written")
+    return command.run(p, program, p.parse_args(argv), "interrupted: nothing was written")
 
 
-def command(args):
+def program(args):
     for file in filter(None, (args.json, args.png)):  # before an hour of measuring
         if not file.absolute().parent.is_dir():
             raise ValueError(f"cannot write {file}: no such folder")
@@ -441,7 +443,7 @@ def command(args):
         table = run(args, config, codec, folder)
     packages = {n: version(n) for n in ("mlx", "torch", "transformers", "csm-mlx", "mlx-audio")}
     about = {"machine": platform.platform(), "device": str(mx.default_device()), "dtype": str(csm.as_dtype(args.dtype)),
-             "quantize": args.quantize, "packages": packages, "peak_memory": csm.peak_memory()}  # fmt: skip
+             "quantize": args.quantize, "packages": packages, "peak_memory": command.peak_memory()}  # fmt: skip
     names = [*next(iter(table.values())), *(["floor"] if "ours" in args.only else [])]
     print(markdown(table, names))
     print(f"\n{about['device']}, {about['dtype']}, peak memory of all together {about['peak_memory'] / 1e9:.1f} GB")

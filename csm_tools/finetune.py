@@ -40,8 +40,9 @@ from pathlib import Path
 
 import csm  # before mlx
 import csm_batch
+import csm_layouts
 import mimi
-from csm_tools import tuning_data
+from csm_tools import adapters, command, tuning_data
 from csm_tools.tuning_data import choose, collate
 
 import mlx.core as mx  # isort: skip
@@ -211,7 +212,7 @@ class Run:
         for t in talks:
             mark.update(t.rows.tobytes() + t.learned.tobytes())
         file = self.args.output_dir / "reference.safetensors"
-        kept, metadata = mimi.read_safetensors(file) if rank == 0 and file.exists() else ({}, {})
+        kept, metadata = mimi.read_weights(file) if rank == 0 and file.exists() else ({}, {})
         fits = metadata.get("mark") == mark.hexdigest()
         ends = np.cumsum([len(t.learned) for t in talks])
         found = np.array(kept["losses"]) if fits else np.zeros((ends[-1], 2), np.float32)
@@ -337,7 +338,7 @@ class Run:
         file = self.args.output_dir / "checkpoint.safetensors"
         if not file.exists():
             return
-        arrays, metadata = mimi.read_safetensors(file)
+        arrays, metadata = mimi.read_weights(file)
         where = json.loads(metadata["run"])
         then = where["settings"]
         if other := [k for k, now in settings(self.args, self.group).items() if now != then.get(k)]:
@@ -353,7 +354,7 @@ class Run:
         folder.mkdir(parents=True, exist_ok=True)
         weights = dict(tree_flatten(self.model.trainable_parameters() if self.loras else self.model.parameters()))
         if not self.loras:
-            save(folder / "model.safetensors", csm.join_heads(weights))
+            save(folder / "model.safetensors", csm_layouts.join_heads(weights))
             return
         config = {name: getattr(self.args, f"lora_{name}") for name in ("rank", "alpha", "dropout")}
         config |= {"model": str(self.args.model), "target_modules": self.args.target_modules, "dora": self.args.dora}
@@ -400,7 +401,7 @@ def train(args):
         test, examples = ([examples[i] for i in part] for part in (order[:n_test], order[n_test:]))
     if args.command == "kto":
         tuning_data.mismatch(generator, examples + test, args)
-    texts = csm.read_text(f"@{args.sample_texts}").splitlines() if args.sample_texts else []
+    texts = command.read_text(f"@{args.sample_texts}").splitlines() if args.sample_texts else []
     run = Run(generator, examples, test, args)
     run.resume()
     first = run.group.rank() == 0
@@ -474,27 +475,25 @@ def fuse(args):
         raise ValueError(f"no such folder: {args.run}")
     config = mimi.read_json(args.run / "adapter_config.json")
     base = args.model or config.get("model") or config.get("base_model_name_or_path") or "csm-1b"
-    dtype = csm.read(csm.locate(base))[1]["backbone.norm.weight"].dtype
+    dtype = csm.read_checkpoint(csm.find_model(base))[1]["backbone.norm.weight"].dtype
     generator = csm.load(base, dtype=dtype, adapter=args.run if config else None)
     if not config:
-        trained = mimi.read_safetensors(args.run / "model.safetensors")[0]
-        mimi.fill(generator.model, csm.split_heads({k: w.astype(dtype) for k, w in trained.items()}))
+        trained = mimi.read_weights(args.run / "model.safetensors")[0]
+        mimi.load_weights(generator.model, csm.split_heads({k: w.astype(dtype) for k, w in trained.items()}))
     generator.save(args.destination)
     print(f"{args.destination}: {base} with {args.run}")
 
 
 def export(args):
     """An adapter of ours as PEFT's, for transformers' CSM."""
-    import csm_layouts
-
     adapter = mimi.read_json(args.run / "adapter_config.json")
     if not adapter:
         raise ValueError(f"{args.run} has no adapter_config.json: what trained all weights is fused, and converted")
-    config = csm.CSMConfig.from_dict(csm.read(csm.locate(args.model or adapter["model"]))[0])
-    tensors = mimi.read_safetensors(args.run / "adapters.safetensors")[0]
-    theirs, tensors = csm_layouts.adapter_to_peft(asdict(config), adapter, tensors)
+    config = csm.CSMConfig.from_dict(csm.read_checkpoint(csm.find_model(args.model or adapter["model"]))[0])
+    tensors = mimi.read_weights(args.run / "adapters.safetensors")[0]
+    theirs, tensors = adapters.adapter_to_peft(asdict(config), adapter, tensors)
     files = {"adapter_config.json": theirs, "adapter_model.safetensors": (tensors, {"format": "pt"})}
-    csm.write_folder(args.destination, files)
+    csm_layouts.write_folder(args.destination, files)
     print(f"{args.destination}: {args.run} for PEFT")
 
 
@@ -502,7 +501,7 @@ def export(args):
 
 
 def main(argv=None):
-    p = csm.parser_for("finetune", description="Fine-tune CSM: LoRA, DoRA or all of it.")
+    p = command.parser_for("finetune", description="Fine-tune CSM: LoRA, DoRA or all of it.")
     commands = p.add_subparsers(dest="command", required=True)
     add_training(commands.add_parser("train", help="train on conversations"), "train")
     add_training(commands.add_parser("dpo", help="train on pairs of a chosen and a rejected speech"), "dpo")
@@ -519,7 +518,7 @@ def main(argv=None):
     )
     g.add_argument("--judge", metavar="COMMAND", help='such as "judge {audio} {text}": prints a number, more is better '
                    "(default: length against the text, silence, repetition, no end)")  # fmt: skip
-    csm.add_options(g)
+    command.add_options(g)
     g.set_defaults(seed=0)
     g.set_defaults(function=tuning_data.pairs)
     f = commands.add_parser("fuse", help="write a model folder with what was trained")
@@ -538,7 +537,7 @@ def main(argv=None):
     for parser in commands.choices.values():
         parser.error = p.error
     args = p.parse_args(argv)
-    return csm.run(p, args.function, args, "interrupted: the same command goes on from what is finished")
+    return command.run(p, args.function, args, "interrupted: the same command goes on from what is finished")
 
 
 def dataset(args):

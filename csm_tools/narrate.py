@@ -25,6 +25,8 @@ from pathlib import Path
 import csm  # before mlx
 import csm_batch
 import mimi
+from csm_tools import command
+from csm_tools.audio import audio_writer
 
 import mlx.core as mx  # isort: skip
 import numpy as np
@@ -252,7 +254,7 @@ def write(generator, text, out, mark, seed, watermark, arguments):
             yield samples[i : i + 2**20] / np.float32(32767)
 
     # What the watermark lacks is said before an hour of work.
-    sound = csm.watermark().embed_stream(blocks(), rate) if watermark else blocks()
+    sound = command.watermark().embed_stream(blocks(), rate) if watermark else blocks()
     with resumed(out, mark, seed) as (file, done):
         pieces = narrate(generator, text, **shared(done["sentences"], done["seed"]), **arguments)
         with tqdm(unit=" sentences", initial=done["sentences"], disable=None) as bar:
@@ -264,7 +266,7 @@ def write(generator, text, out, mark, seed, watermark, arguments):
                     f.write(json.dumps(done).encode())
                 bar.total = total
                 bar.update(1)
-        with mimi.audio_writer(out, rate) as add:
+        with audio_writer(out, rate) as add:
             for block in sound:
                 add(np.array(block))
         part.unlink()
@@ -272,7 +274,7 @@ def write(generator, text, out, mark, seed, watermark, arguments):
     return done["bytes"] / 2 / rate, done["seed"]
 
 
-def command(args):
+def program(args):
     begun, seconds, seed, group = time.perf_counter(), 0, args.seed, mx.distributed.init()
     if args.out_dir:
         jobs = [(path, args.out_dir / f"{Path(path).stem}.{args.format.lstrip('.')}") for path in args.paths]
@@ -280,7 +282,7 @@ def command(args):
         jobs = [(args.paths[0], Path(args.paths[1]))]
     else:
         raise ValueError("give TEXT and OUT, or several TEXTs and --out-dir")
-    texts = [csm.read_text("-" if path == "-" else f"@{path}") for path, _ in jobs]
+    texts = [command.read_text("-" if path == "-" else f"@{path}") for path, _ in jobs]
     for (path, out), text in zip(jobs, texts):
         if not sentences(text):
             raise ValueError(f"the text has no words: {path}")
@@ -290,8 +292,8 @@ def command(args):
             raise ValueError(f"cannot write {out}: there is no such folder")
     if len({out for _, out in jobs}) < len(jobs):
         raise ValueError("two texts have the same name, and would be one file")
-    context, options = csm.read_options(args)
-    generator = csm.load_for(args)
+    context, options = command.read_options(args)
+    generator = command.load_for(args)
     options |= {"speaker": args.speaker, "context": context, "voice": args.voice, "batch": args.batch}
     mark = {k: v for k, v in vars(args).items() if k not in ("paths", "out_dir", "format", "batch", "seed")}
     adapters = [folder for folder, _ in args.adapter or ()]
@@ -312,23 +314,23 @@ def command(args):
     if seconds:
         print(
             f"{seconds:.2f} s of audio in {taken:.2f} s, real-time factor {taken / seconds:.2f}, "
-            f"peak memory {csm.peak_memory() / 1e9:.2f} GB, seed {seed}",
+            f"peak memory {command.peak_memory() / 1e9:.2f} GB, seed {seed}",
             file=sys.stderr,
         )
 
 
 def main(argv=None):
-    p = csm.parser_for("narrate", description="A book to one sound file, resumable; or many texts, one each.")
+    p = command.parser_for("narrate", description="A book to one sound file, resumable; or many texts, one each.")
     p.add_argument("paths", nargs="+", metavar="TEXT OUT", help="a text file (- is standard input) and a sound file")
     p.add_argument("--out-dir", type=Path, metavar="D", help="every path is a text: write D/NAME.wav of each")
     p.add_argument("--format", default="wav", help="of the files in D: wav (default), flac, mp3, ogg, opus")
     p.add_argument("--batch", type=int, default=8, metavar="N", help="sentences at once (default 8)")
-    csm.add_options(p)
+    command.add_options(p)
     args = p.parse_intermixed_args(argv)
     group = mx.distributed.init()
     if group.size() > 1:
         p.prog += f", process {group.rank()} of {group.size()}"
-    return csm.run(p, command, args, "interrupted: the same command goes on from here")
+    return command.run(p, program, args, "interrupted: the same command goes on from here")
 
 
 if __name__ == "__main__":

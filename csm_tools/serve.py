@@ -29,6 +29,7 @@ import soxr
 
 import csm  # before mlx
 import mimi as codec
+from csm_tools import command
 from csm_tools.narrate import sentences
 from csm_tools.serve_engine import Busy, Engine, Speech
 
@@ -348,8 +349,8 @@ def make_app(engine, args, address, mark=None):
 def serve(args):
     if args.max_batch < 1 or args.max_waiting < 0 or not 0 <= args.port < 2**16:
         raise ValueError("--max-batch is 1 or more, --max-waiting 0 or more, --port 0 to 65535")
-    mark = csm.watermark() if args.watermark else None
-    generator = csm.load_for(args)
+    mark = command.watermark() if args.watermark else None
+    generator = command.load_for(args)
     if args.voices:
         clips = [f for f in Path(args.voices).glob("*.wav") if f.with_suffix(".txt").is_file()]
         if not clips:
@@ -370,8 +371,8 @@ def serve(args):
 
 
 def main(argv=None):
-    p = csm.parser_for("csm_tools.serve", description="A speech server with OpenAI's API.")
-    csm.add_model_options(p)
+    p = command.parser_for("csm_tools.serve", description="A speech server with OpenAI's API.")
+    command.add_model_options(p)
     p.add_argument("--host", default="127.0.0.1", help="address to listen on (default 127.0.0.1: this machine alone)")
     p.add_argument("--port", type=int, default=8000, help="0: any that is free (default 8000)")
     p.add_argument("--api-key", default=os.environ.get("CSM_API_KEY"), help="asked of clients (default: $CSM_API_KEY)")
@@ -382,7 +383,7 @@ def main(argv=None):
     p.add_argument("--grace", type=int, default=30, metavar="S", help="seconds that SIGTERM leaves what is under way")
     p.add_argument("--watermark", action="store_true", help="mark all sound as generated; it comes a second later")
     p.add_argument("--log-text", action="store_true", help="log what is said")
-    return csm.run(p, serve, p.parse_args(argv), "stopped")
+    return command.run(p, serve, p.parse_args(argv), "stopped")
 
 
 if __name__ == "__main__":

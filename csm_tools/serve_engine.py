@@ -1,7 +1,7 @@
 """Many texts said at once on one model: the half of csm_tools.serve that knows nothing of HTTP.
 
-One thread owns the model and runs a csm_batch.Batch: a Speech joins before the next frame, and leaves when it has ended or
-nobody listens any more. Mimi decodes the frames of all in one pass, each stream with a state of its own. Everything
+One thread owns the model and runs a csm_batch.Batch: a Speech joins before the next frame, and leaves when it has ended
+or nobody listens any more. Mimi decodes the frames of all in one pass, each stream with a state of its own. Everything
 else belongs to the event loop's thread.
 """
 
@@ -18,6 +18,7 @@ import mimi as codec
 
 import mlx.core as mx  # isort: skip
 import numpy as np
+from mlx.utils import tree_map
 
 AHEAD = 30  # seconds of sound that a listener may leave untaken before the next part of its text waits for it
 KEPT = 16  # voices and contexts whose KV caches are kept
@@ -147,8 +148,8 @@ class Engine:
             return []
         mimi = self.generator.mimi
         if list(frames) != self.decoded:
-            states = dict(zip(self.decoded, codec.split_state(self.state))) if self.decoded else {}
-            self.state = codec.join_states([states.get(uid) or mimi.init_state(1) for uid in frames])
+            states = dict(zip(self.decoded, split_state(self.state))) if self.decoded else {}
+            self.state = join_states([states.get(uid) or mimi.init_state(1) for uid in frames])
             self.decoded = list(frames)
         with mx.stream(self.generator.codec_stream):  # beside the next frame, not behind it
             audio, self.state = mimi.decode_step(np.stack(list(frames.values()))[:, :, None], self.state)
@@ -176,3 +177,24 @@ def failed(e):
         return e
     log.error("generation failed", exc_info=e)
     return RuntimeError("generation failed")
+
+
+def join_states(states):
+    """Mimi's states of decoding streams, of any ages, as one state of a batch."""
+    waiting = mx.concatenate([state.rest for state in states])
+    begun = next((state.decoder for state in states if state.decoder), None)
+    if begun is None:
+        return codec.State(waiting)
+    empty = tree_map(lambda x: x if x is None else mx.zeros_like(x[:1]), begun)  # the past before the first frame
+    pasts = [state.decoder or empty for state in states]
+    decoder = tree_map(lambda *x: x[0] if x[0] is None else mx.concatenate(x), *pasts)
+    return codec.State(waiting, None, decoder)
+
+
+def split_state(state):
+    """The inverse: the state of a batch as a list of the states of its streams."""
+
+    def only(i, part):
+        return tree_map(lambda x: x if x is None else x[i : i + 1], part)
+
+    return [codec.State(*(only(i, part) for part in state)) for i in range(len(state.rest))]

@@ -15,6 +15,7 @@ from unittest.mock import patch
 
 import csm  # before mlx
 import mimi
+from csm_tools import command
 
 import mlx.core as mx  # isort: skip
 import numpy as np
@@ -45,7 +46,9 @@ def observe(generator, text, speaker=0, context=(), *, voice=None, seed=None, **
     prompt = np.concatenate(generator.prompt(text, speaker, context, voice))
     codes = generator.generate_codes(text, speaker, context, voice=voice, seed=seed, **options)
     T = len(prompt)
-    ended = len(codes) < min(generator.max_frames(options.get("max_audio_length_ms"), text), generator.max_positions - T)
+    ended = len(codes) < min(
+        generator.max_frames(options.get("max_audio_length_ms"), text), generator.max_positions - T
+    )
     rows = np.concatenate([prompt, generator.audio_rows(csm.Segment(speaker, text, codes=codes))[: len(codes) + ended]])
     h, attention = read(generator.model, rows[:-1], T - 1)  # the last row was not asked what follows it
     bits = [entropy(generator, h[i : i + 64], rows[T:][i : i + 64, :-1]) for i in range(0, len(h), 64)]  # bounds memory
@@ -154,26 +157,26 @@ def draw(run, generator, layer=None):
     return fig
 
 
-def command(args):
+def program(args):
     kind = args.out.rpartition(".")[2].lower()
     if kind not in ("png", "svg", "pdf"):
         raise ValueError(f"cannot write {args.out}: the suffix must be .png, .svg or .pdf")
-    text, (context, options) = csm.read_text(args.text), csm.read_options(args)
-    context += csm.read_context(args.context) if args.context else []
+    text, (context, options) = command.read_text(args.text), command.read_options(args)
+    context += command.read_context(args.context) if args.context else []
     with mimi.replacing(args.out) as file:
-        generator = csm.load_for(args)
+        generator = command.load_for(args)
         run = observe(generator, text, args.speaker, context, voice=args.voice, seed=args.seed, **options)
         draw(run, generator).savefig(file, format=kind)
     print(run.title, file=sys.stderr)
 
 
 def main(argv=None):
-    p = csm.parser_for("show", description=__doc__.partition("\n")[0])
+    p = command.parser_for("show", description=__doc__.partition("\n")[0])
     p.add_argument("text", metavar="TEXT", help="what to say; - reads standard input, @file a file")
     p.add_argument("out", metavar="OUT", help="a .png, .svg or .pdf file")
-    csm.add_options(p)
+    command.add_options(p)
     p.add_argument("--context", metavar="JSON", help='earlier turns: [{"speaker", "text", "audio"}, ...]')
-    return csm.run(p, command, p.parse_args(argv), "interrupted: no picture was written")
+    return command.run(p, program, p.parse_args(argv), "interrupted: no picture was written")
 
 
 if __name__ == "__main__":

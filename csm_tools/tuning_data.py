@@ -20,6 +20,7 @@ from pathlib import Path
 import csm  # before mlx
 import csm_batch
 import mimi
+from csm_tools import command
 
 import mlx.core as mx  # isort: skip
 import numpy as np
@@ -211,7 +212,7 @@ def pairs(args):
 
     A text that is done is a line of OUT/scores.jsonl; what was interrupted goes on behind the last one.
     """
-    texts = [t.strip() for t in csm.read_text(f"@{args.texts}").splitlines() if t.strip()]
+    texts = [t.strip() for t in command.read_text(f"@{args.texts}").splitlines() if t.strip()]
     if not texts:
         raise ValueError(f"{args.texts} holds no texts")
     if args.samples < 2 or args.batch < 1:
@@ -220,10 +221,10 @@ def pairs(args):
         raise ValueError("a model must not learn the mark: no --watermark")
     if args.codebooks:
         raise ValueError("dpo and kto learn all codebooks: no --codebooks")
-    context, options = csm.read_options(args)
+    context, options = command.read_options(args)
     args.out.mkdir(parents=True, exist_ok=True)
     done = scores_so_far(args, texts)
-    generator = csm.load_for(args)
+    generator = command.load_for(args)
     context = [generator.encode(s) for s in context]
     context = context or generator.voice_prompt(args.voice, args.speaker)
     with open(args.out / "scores.jsonl", "a") as log:

@@ -13,6 +13,7 @@ import signal
 from pathlib import Path
 
 import csm  # before mlx
+import csm_layouts
 import mimi
 
 import mlx.core as mx  # isort: skip
@@ -133,7 +134,7 @@ def random_weights(config, seed=0):
         key, k = mx.random.split(key)
         scale = 1 if "embeddings" in name else 3 / w.shape[-1] ** 0.5 if "head" in name else 1 / w.shape[-1] ** 0.5
         out[name] = mx.random.normal(w.shape, key=k) * scale if w.ndim > 1 else mx.ones(w.shape)
-    return csm.join_heads(out)
+    return csm_layouts.join_heads(out)
 
 
 def random_mimi(K, n_codes, seed=0):

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import csm  # before mlx
 import mimi
+from csm_tools import speak
 
 import mlx.core as mx  # isort: skip
 import numpy as np
@@ -43,7 +44,7 @@ def test_command_and_library_say_the_same(folder, generator, tmp_path):
     assert [f.name for f in tmp_path.iterdir()] == ["a.wav"]
     os.mkfifo(tmp_path / "pipe")
     with subprocess.Popen(["cat", tmp_path / "pipe"], stdout=subprocess.PIPE) as reader:
-        assert csm.main(["hello there", "--model", str(folder), *SHORT, "--seed", "7", str(tmp_path / "pipe")]) == 0
+        assert speak.main(["hello there", "--model", str(folder), *SHORT, "--seed", "7", str(tmp_path / "pipe")]) == 0
         assert len(reader.stdout.read()) == 44 + 2 * len(expected) and (tmp_path / "pipe").is_fifo()
     (tmp_path / "text").write_text("hello there\n")
     for text, stdin in ((f"@{tmp_path / 'text'}", None), ("-", b"hello there\n")):
@@ -67,18 +68,18 @@ def test_command_with_context(folder, generator, tmp_path):
     )
     expected = generator.generate("no", 1, turns, seed=1, max_audio_length_ms=400)
     args = ["no", tmp_path / "a.wav", "--model", folder, "--speaker", 1, "--seed", 1, *SHORT]
-    assert csm.main([str(a) for a in [*args, "--context", tmp_path / "turns.json"]]) == 0
+    assert speak.main([str(a) for a in [*args, "--context", tmp_path / "turns.json"]]) == 0
     np.testing.assert_array_equal(wav(tmp_path / "a.wav"), mimi.to_pcm16(expected))
     expected = generator.generate("no", 1, [turns[0]], seed=1, voice_match=True, max_audio_length_ms=400)
     args += ["--ref-audio", tmp_path / "me.wav", "--ref-text", "hello", "--voice-match"]
-    assert csm.main([str(a) for a in args]) == 0
+    assert speak.main([str(a) for a in args]) == 0
     np.testing.assert_array_equal(wav(tmp_path / "a.wav"), mimi.to_pcm16(expected))
 
 
 def test_dialogue(folder, generator, tmp_path):
     (tmp_path / "script.txt").write_text("0: hello\n\n[1]: yes: no\n  0 : there\n")
     args = ["--dialogue", tmp_path / "script.txt", tmp_path / "a.wav", "--model", folder, "--seed", 1, *SHORT]
-    assert csm.main([str(a) for a in args]) == 0
+    assert speak.main([str(a) for a in args]) == 0
     talk = generator.conversation()
     turns = [(0, "hello"), (1, "yes: no"), (0, "there")]
     said = [talk.say(text, s, seed=1 + i, max_audio_length_ms=400) for i, (s, text) in enumerate(turns)]
@@ -145,7 +146,7 @@ def test_bad_input_gets_one_line_and_loses_nothing(folder, tmp_path, capfd, monk
         model = [] if "--model" in args else ["--model", folder]
         before = sorted(tmp_path.iterdir())
         with pytest.raises(SystemExit) as error:
-            csm.main([str(a) for a in [*text, out, *model, *args]])
+            speak.main([str(a) for a in [*text, out, *model, *args]])
         err = capfd.readouterr().err
         assert error.value.code == 2, args
         assert err.startswith("csm.py: error: ") and err.count("\n") == 1 and message in err, err
@@ -166,7 +167,7 @@ def test_damaged_models_say_what_is_wrong(folder, tmp_path, capfd):
     for message, damaged in cases.items():
         write_model(tmp_path / "m", weights=damaged, voices=False)
         with pytest.raises(SystemExit) as error:
-            csm.main(["hello", str(tmp_path / "a.wav"), "--model", str(tmp_path / "m")])
+            speak.main(["hello", str(tmp_path / "a.wav"), "--model", str(tmp_path / "m")])
         err = capfd.readouterr().err
         assert error.value.code == 2 and err.count("\n") == 1 and message in err and not (tmp_path / "a.wav").exists()
     write_model(tmp_path / "m", voices=False)
@@ -191,7 +192,7 @@ def test_gated_and_unknown_repositories(tmp_path, monkeypatch, capfd):
 
         monkeypatch.setattr(huggingface_hub, "snapshot_download", refuse)
         with pytest.raises(SystemExit) as exit:
-            csm.main(["hello", str(tmp_path / "a.wav"), "--model", "sesame/csm-1b"])
+            speak.main(["hello", str(tmp_path / "a.wav"), "--model", "sesame/csm-1b"])
         err = capfd.readouterr().err
         assert exit.value.code == 2 and err.count("\n") == 1 and message in err and "sesame/csm-1b" in err
 
@@ -203,7 +204,7 @@ def test_interrupted_keeps_what_is_finished(folder, generator, tmp_path, monkeyp
 
     monkeypatch.setattr(csm.Conversation, "frames", frames)
     args = ["hello", str(tmp_path / "a.wav"), "--model", str(folder)]
-    assert csm.main(args) == 130
+    assert speak.main(args) == 130
     assert len(wav(tmp_path / "a.wav")) == 3 * 1920 and "0.2 s finished so far are in" in capfd.readouterr().err
 
 
@@ -217,7 +218,7 @@ def test_a_reader_that_leaves_is_no_error(folder):
 
 @pytest.mark.parametrize("suffix", mimi.FORMATS)
 def test_the_suffix_says_the_format(folder, generator, tmp_path, suffix):
-    assert csm.main(["hello there", str(tmp_path / f"a{suffix}"), "--model", str(folder), "--seed", "7", *SHORT]) == 0
+    assert speak.main(["hello there", str(tmp_path / f"a{suffix}"), "--model", str(folder), "--seed", "7", *SHORT]) == 0
     info = soundfile.info(tmp_path / f"a{suffix}")
     assert (info.format, info.channels) == (mimi.FORMATS[suffix][0], 1)
     expected = generator.generate("hello there", seed=7, max_audio_length_ms=400)

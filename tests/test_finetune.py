@@ -12,7 +12,8 @@ from dataclasses import asdict
 from pathlib import Path
 
 import csm  # before mlx
-from csm_tools import finetune, tuning_data
+import csm_layouts
+from csm_tools import finetune, speak, tuning_data
 
 import mlx.core as mx  # isort: skip
 import mlx.nn as nn
@@ -98,7 +99,6 @@ def test_gradient_is_that_of_transformers_and_torch(plain, data, preferences, tm
     """Each loss and its gradient, of a model that has moved from its reference, beside plain PyTorch."""
     torch, tf = pytest.importorskip("torch"), pytest.importorskip("transformers")
     import convert
-    import csm_layouts
 
     weights = mx.load(str(plain / "model.safetensors"))
     key = mx.random.key(3)  # with which KTO's divergence is above 0
@@ -175,7 +175,7 @@ def test_gradient_is_that_of_transformers_and_torch(plain, data, preferences, tm
     config = json.loads((tmp_path / f"tf_{plain.name}/config.json").read_text())
     named = {k: mx.array(g.numpy()) for k, g in named.items()}
     expected = csm_layouts.csm_to_native(config, named, asdict(csm.CSMConfig()))[1]
-    ours = csm.join_heads(dict(tree_flatten(gradient)))
+    ours = csm_layouts.join_heads(dict(tree_flatten(gradient)))
     assert ours.keys() == expected.keys()
     for name, g in ours.items():
         scale = mx.linalg.norm(expected[name]).item()
@@ -251,7 +251,7 @@ def nats(generator, before, turn, folder):
     said = csm.Segment(turn["speaker"], turn["text"], folder / turn["audio_path"])
     n, rows = len(generator.segment_rows(context)), np.concatenate([generator.segment_rows(s) for s in (context, said)])
     start = n + len(generator.text_rows(said.text, said.speaker))
-    h = generator.model(mx.array(np.maximum(rows, 0))[None], csm.row_mask(mx.array(rows))[None])[0, start - 1 : -1]
+    h = generator.model(mx.array(rows)[None])[0, start - 1 : -1]
     codes = mx.array(rows[start:, :-1])
     logits = mx.concatenate([generator.model.head(0, h)[:, None], generator.model.depth_logits(h, codes)], axis=1)
     return nn.losses.cross_entropy(logits, codes, reduction="mean").item()
@@ -456,10 +456,10 @@ def test_adapter_in_every_way(plain, data, tmp_path, capfd):
     finetune.main(["export", str(tmp_path / "o"), str(tmp_path / "peft"), "--to", "peft"])
     finetune.main(["fuse", str(tmp_path / "peft"), str(tmp_path / "m2")])  # PEFT's are taken too
     np.testing.assert_array_equal(csm.load(tmp_path / "m2").generate_codes("hello there", 0, **options), codes)
-    assert csm.main(["hello there", str(tmp_path / "a.wav"), "--model", str(plain), "--adapter", str(tmp_path / "o"),
+    assert speak.main(["hello there", str(tmp_path / "a.wav"), "--model", str(plain), "--adapter", str(tmp_path / "o"),
                      "--max-audio-length-ms", "400"]) == 0  # fmt: skip
     with pytest.raises(SystemExit):
-        csm.main(["hello", str(tmp_path / "b.wav"), "--model", str(plain), "--adapter", str(data.parent)])
+        speak.main(["hello", str(tmp_path / "b.wav"), "--model", str(plain), "--adapter", str(data.parent)])
     assert "has no adapter_config.json" in capfd.readouterr().err
 
 

@@ -9,15 +9,14 @@ import subprocess
 import sys
 from pathlib import Path
 
-import csm  # before mlx
-from csm_tools import narrate
-
-import mlx.core as mx  # isort: skip
 import numpy as np
 import pytest
 import soundfile
 
-from conftest import clip, write_model
+import csm  # before mlx
+import csm_batch
+from conftest import write_model
+from csm_tools import narrate
 
 HERE = Path(__file__).parent.parent
 SHORT = ["--max-audio-length-ms", "240"]
@@ -119,8 +118,8 @@ def test_a_model_that_continues_its_voice_does_so_here_too(tmp_path):
 
 def test_the_batch_stays_full(generator, monkeypatch):
     """Sentences of other lengths join as others end."""
-    sizes, step = [], csm.Batch.next
-    monkeypatch.setattr(csm.Batch, "next", lambda self: sizes.append(len(self)) or step(self))
+    sizes, step = [], csm_batch.Batch.next
+    monkeypatch.setattr(csm_batch.Batch, "next", lambda self: sizes.append(len(self)) or step(self))
     text = "\n\n".join("hello there, you" + " you" * (i % 3) * 4 for i in range(9))
     n = len(narrate.sentences(text))
     pieces = list(narrate.narrate(generator, text, batch=4, seed=1))
@@ -130,8 +129,8 @@ def test_the_batch_stays_full(generator, monkeypatch):
 
 
 def test_without_a_voice_the_first_sentence_is_the_voice(generator, monkeypatch):
-    contexts, prefill = [], csm.Generator.prefill
-    monkeypatch.setattr(csm.Generator, "prefill", lambda self, rows: contexts.append(rows) or prefill(self, rows))
+    contexts, prefill = [], csm.Generator.context_cache
+    monkeypatch.setattr(csm.Generator, "context_cache", lambda self, rows: contexts.append(rows) or prefill(self, rows))
     ((_, _, first), *_) = narrate.narrate(generator, TEXT, 1, voice="none", seed=3, max_audio_length_ms=240)
     nothing, voice = contexts
     codes = generator.generate_codes(narrate.sentences(TEXT)[0][0], 1, voice="none", seed=3, max_audio_length_ms=240)
@@ -141,7 +140,7 @@ def test_without_a_voice_the_first_sentence_is_the_voice(generator, monkeypatch)
 
 
 def test_what_ended_at_once_is_said_again(generator, monkeypatch):
-    seeds, insert = [], csm.Batch.insert
+    seeds, insert = [], csm_batch.Batch.insert
 
     def nothing_at_first(self, rows, n, seed, *more):
         uid = insert(self, rows, n, seed, *more)
@@ -151,9 +150,9 @@ def test_what_ended_at_once_is_said_again(generator, monkeypatch):
             ended.append(uid)
         return uid
 
-    ended, step = [], csm.Batch.next
-    monkeypatch.setattr(csm.Batch, "insert", nothing_at_first)
-    monkeypatch.setattr(csm.Batch, "next", lambda self: step(self) + [(ended.pop(), None) for _ in ended[:]])
+    ended, step = [], csm_batch.Batch.next
+    monkeypatch.setattr(csm_batch.Batch, "insert", nothing_at_first)
+    monkeypatch.setattr(csm_batch.Batch, "next", lambda self: step(self) + [(ended.pop(), None) for _ in ended[:]])
     said = [audio for _, _, audio in narrate.narrate(generator, TEXT, batch=2, seed=3, max_audio_length_ms=240)]
     assert len(said) == len(narrate.sentences(TEXT)) and all(len(audio) > 3 * 1920 for audio in said)
     assert {4, 4 + 2**32, 4 + 2 * 2**32} <= set(seeds) and 4 + 3 * 2**32 not in seeds
@@ -351,107 +350,3 @@ def test_errors(folder, tmp_path, capfd):
         err = capfd.readouterr().err
         assert e.value.code == 2 and err.count("\n") == 1 and err.startswith("narrate: error: "), err
         assert sorted(f.name for f in tmp_path.iterdir()) == ["book.txt", "empty.txt", "latin.txt"]
-
-
-# ------------------------------------------------------------------------------- generate_batch
-
-
-def test_batch_is_one_at_a_time(generator):
-
-    texts = ["hello", "how are you today ? i am fine .", "yes", "no no no"]
-    a, b = csm.Segment(1, "hello there", clip(1)), csm.Segment(0, "yes", clip(0.6, 1))
-    for speaker, context in ((0, [a]), ([0, 1, 2, 0], [a, b]), (1, [[a], [], [a, b], [b, a]]), (0, [])):
-        for options in ({"temperature": 0.9}, {"temperature": 0}):
-            options |= {"seed": 5, "max_audio_length_ms": 480, "top_k": 20}
-            said = generator.generate_batch(texts, speaker, context, **options)
-            for i, (text, one) in enumerate(zip(texts, said, strict=True)):
-                speaker_i = speaker if isinstance(speaker, int) else speaker[i]
-                context_i = context[i] if context and isinstance(context[0], list) else context
-                alone = generator.generate(text, speaker_i, context_i, **options | {"seed": 5 + i})
-                assert one.shape == alone.shape == (6 * 1920,) and mx.abs(one - alone).max() < 1e-5
-    assert generator.generate_batch([]) == []
-    with pytest.raises(ValueError, match="2 texts need as many"):
-        generator.generate_batch(["a", "b"], [0])
-    for wrong in (["a", " "], "hello"):
-        with pytest.raises(ValueError):
-            generator.generate_batch(wrong)
-    for context in (a, [a, "b"], [[a], "b"], [[a]]):
-        with pytest.raises((ValueError, TypeError)):
-            generator.generate_batch(["a", "b"], 0, context)
-    with pytest.raises(ValueError, match="speaker"):
-        generator.generate_batch(["a"], None)
-    iterators = generator.generate_batch(["hello", "hello"], 0, [iter([a]), iter([a])], max_audio_length_ms=160, seed=1)
-    again = generator.generate("hello", 0, [a], max_audio_length_ms=160, seed=2)
-    assert mx.abs(iterators[1] - again).max() < 1e-5
-
-
-def test_long_beside_short_up_to_the_limit(generator):
-
-    contexts = [[csm.Segment(0, "hello", clip(36))], [csm.Segment(0, "hello", clip(1))]]
-    said = generator.generate_batch(["hello", "yes"], 0, contexts, max_audio_length_ms=8_000, seed=1)
-    for i, (text, context) in enumerate(zip(["hello", "yes"], contexts)):
-        alone = generator.generate(text, 0, context, max_audio_length_ms=8_000, seed=1 + i)
-        assert alone.shape == said[i].shape and mx.abs(alone - said[i]).max() < 1e-4
-    assert len(said[0]) < len(said[1]) == 100 * 1920
-
-
-def test_a_shared_context_is_nobody_elses(generator):
-    """The cache of a context is held and used again: what one goes on with must not reach another."""
-    import threading
-
-    context, options = [csm.Segment(0, "hello there", clip(1))], {"temperature": 0, "max_audio_length_ms": 800}
-    expected = [np.array(generator.generate_codes(text, 0, context, **options)) for text in ("yes", "no no")]
-    frames = [generator.conversation(context).frames(text, 0, **options) for text in ("yes", "no no")]
-    said = list(zip(*frames))  # in turns
-    for i in (0, 1):
-        np.testing.assert_array_equal(np.stack([pair[i] for pair in said]), expected[i])
-    talk = generator.conversation(context)
-    talk.say("yes", 0, **options)
-    generator.generate("how are you", 0, context, **options)
-    talk.say("yes", 0, **options)
-    fresh = generator.conversation([*context, *talk.turns[1:2]])
-    fresh.say("yes", 0, **options)
-    np.testing.assert_array_equal(talk.turns[-1].codes, fresh.turns[-1].codes)
-    found = {}
-
-    def work(i):
-        found[i] = np.array(generator.generate_codes(("yes", "no no")[i], 0, context, **options))
-
-    threads = [threading.Thread(target=work, args=(i,)) for i in (0, 1)]
-    for t in threads:
-        t.start()
-    for t in threads:
-        t.join()
-    for i in (0, 1):
-        np.testing.assert_array_equal(found[i], expected[i])
-
-
-def test_every_piece_may_be_taken_by_another_thread(generator):
-    from concurrent.futures import ThreadPoolExecutor
-
-    def elsewhere(function, *args):
-        with ThreadPoolExecutor(1) as pool:
-            return pool.submit(function, *args).result()
-
-    options = {"max_audio_length_ms": 400, "seed": 3, "logits_processors": [lambda ids, logits: logits - ids.sum() * 0]}
-    pieces, said = generator.stream("hello there", streaming_interval=0.08, **options), []
-    while (piece := elsewhere(next, pieces, None)) is not None:
-        said.append(np.array(piece))
-    np.testing.assert_allclose(np.concatenate(said), generator.generate("hello there", **options), atol=1e-5)
-
-    mimi = generator.mimi
-    audio = np.linspace(-1, 1, 2 * mimi.frame_size, dtype=np.float32)[None, None]
-    state = elsewhere(mimi.init_state, 1)
-    few, state = elsewhere(mimi.encode_step, audio[..., :100], state)
-    codes, _ = elsewhere(mimi.encode_step, audio[..., 100:], state)
-    assert few.shape[2] == 0
-    np.testing.assert_array_equal(codes, mimi.encode(audio))
-
-
-def test_a_failed_turn_leaves_the_conversation_as_it_was(generator):
-    talk = generator.conversation(voice="none")
-    options = {"max_audio_length_ms": 240, "seed": 1}
-    with pytest.raises(ValueError, match="sampler"):
-        talk.say("hello", 0, sampler=lambda logp: mx.full(logp.shape[:1], -1), **options)
-    fresh = generator.conversation(voice="none")
-    np.testing.assert_array_equal(talk.say("yes", 1, **options), fresh.say("yes", 1, **options))

@@ -508,7 +508,7 @@ def test_what_fails_fails_alone(engine, monkeypatch):
 
 
 def test_what_ends_at_once_is_tried_again(engine):
-    class Silent:  # a csm.Batch
+    class Silent:  # a csm_batch.Batch
         seeds = ()
 
         def insert(self, rows, max_frames, seed, sampling, cache):

@@ -56,15 +56,14 @@ def test_entropy(generator, run):
 
     for start, end in ((0, T), *((i, i + 1) for i in range(T, len(run.rows) - 1))):
         rows = mx.array(run.rows[None, start:end])
-        h = model(mx.maximum(rows, 0), csm.row_mask(rows), cache)[:, -1]
+        h = model(rows, cache)[:, -1]
         frame = run.rows[end, :-1].tolist()
-        note(model.head(0, h))
 
         def drawn(i, logits, frame=frame):
             note(logits)
             return mx.array([frame[i]])
 
-        model.sample_rest(h, mx.array(frame[:1]), drawn)
+        model.next_frame(h, drawn)
     np.testing.assert_allclose(run.entropy, np.reshape(bits, (-1, K)), atol=1e-4)
 
 
@@ -72,7 +71,7 @@ def test_attention(generator, run):
     """The first layer's, from its projections, with RoPE as rotations of complex numbers."""
     c, layer = generator.model.config.backbone, generator.model.backbone.layers[0]
     rows = mx.array(run.rows[None, :-1])
-    x = layer.input_layernorm(generator.model.embed(mx.maximum(rows, 0), csm.row_mask(rows)))[0]
+    x = layer.input_layernorm(generator.model.embed(rows))[0]
     S, angle = len(x), np.arange(len(x))[:, None] / c.rope_theta ** (np.arange(0, c.head_dim, 2) / c.head_dim)
 
     def turned(y, heads):  # (S, heads, head_dim / 2) complex

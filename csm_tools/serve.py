@@ -30,8 +30,8 @@ import soxr
 import csm  # before mlx
 import mimi as codec
 from csm_tools import command
-from csm_tools.narrate import sentences
 from csm_tools.serve_engine import Busy, Engine, Speech
+from csm_tools.text import sentences
 
 import mlx.core as mx  # isort: skip
 import numpy as np

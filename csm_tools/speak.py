@@ -73,10 +73,21 @@ def speak(args):
 
 
 def say(generator, turns, context, seed, args, options):
-    """The turns, (speaker, text) each, as pieces of audio."""
-    talk = generator.conversation(context, voice=args.voice, voice_match=args.voice_match)
+    """The turns, (speaker, text) each, as pieces of audio. Ctrl-C comes after what is finished."""
+    interrupts, interval = [], options.pop("streaming_interval")
+
+    def until_interrupted(frames):
+        try:
+            yield from frames
+        except KeyboardInterrupt as e:
+            interrupts.append(e)
+
+    talk = generator.conversation(context, voice=args.voice, speaker=turns[0][0], voice_match=args.voice_match)
     for i, (speaker, text) in enumerate(turns):
-        yield from talk.stream(text, speaker, seed=(seed + i) % 2**64, **options)
+        frames = talk.frames(text, speaker, seed=(seed + i) % 2**64, **options)
+        yield from generator.decode_stream(until_interrupted(frames), interval)
+        if interrupts:
+            raise interrupts[0]
 
 
 @contextmanager

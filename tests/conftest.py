@@ -233,9 +233,11 @@ def stand_in_hub(cache):
     repos = {
         "senstella/csm-1b-mlx": {"ckpt.safetensors": "model.safetensors", "config.json": "config.json"},
         mimi.DEFAULT_REPO: {mimi.DEFAULT_FILE: "mimi.safetensors"},
-        csm.DEFAULT_TOKENIZER: {"tokenizer.json": "tokenizer.json"},
+        csm_layouts.DEFAULT_TOKENIZER: {"tokenizer.json": "tokenizer.json"},
+        csm_layouts.DEFAULT_PROMPTS: {
+            f"prompts/conversational_a.{x}": f"prompts/conversational_a.{x}" for x in ("wav", "txt")
+        },
         "unsloth/csm-1b": {name: name for name in ("config.json", "model.safetensors", "mimi.safetensors", *TOKENIZER)},
-        csm.DEFAULT_PROMPTS: {f"prompts/conversational_a.{x}": f"prompts/conversational_a.{x}" for x in ("wav", "txt")},
     }
     for repo, files in repos.items():
         place = cache / "hub" / f"models--{repo.replace('/', '--')}"

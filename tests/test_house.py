@@ -21,6 +21,7 @@ FLOORS = {  # a module may import those on lower floors
     "csm_tools.adapters": 4,  # what the programs share
     "csm_tools.audio": 4,
     "csm_tools.command": 4,
+    "csm_tools.gguf": 4,
     "csm_tools.text": 4,
     "csm_tools": 5,  # the programs
     "convert": 5,
@@ -28,8 +29,8 @@ FLOORS = {  # a module may import those on lower floors
 ALLOWED = {  # besides
     ("csm.py", "csm_tools.speak"),  # in its last lines: see test_csm_py_hands_over_in_its_last_lines
     ("csm.py", "csm_tools.adapters"),  # late, for csm.load(adapter=...)
+    ("csm.py", "csm_tools.gguf"),  # late, for a GGUF file
     ("csm_tools/command.py", "csm_tools.watermark"),  # late, for --watermark
-    ("csm_tools/serve.py", "csm_tools.narrate"),  # how a long text is cut
     ("csm_tools/serve.py", "csm_tools.serve_engine"),  # its other half
     ("csm_tools/finetune.py", "csm_tools.tuning_data"),  # its other half
 }
@@ -89,6 +90,13 @@ def test_only_mimi_knows_of_the_cpu(file):
 
 def test_mlx_cpu_knows_nothing_of_csm():
     assert not {m.split(".")[0] for m in imports(tree(HERE / "mlx_cpu/__init__.py"))} & FLOORS.keys()
+
+
+def test_the_command_loads_csm_py_once():
+    command = [sys.executable, "-X", "importtime", HERE / "csm.py", "--help"]
+    done = subprocess.run(command, capture_output=True, text=True, check=True)
+    modules = [line.split("|")[-1].strip() for line in done.stderr.splitlines()]
+    assert "csm_tools.command" in modules and "csm" not in modules
 
 
 @pytest.fixture

@@ -66,6 +66,16 @@ class LlamaConfig:
     rope_scaling: dict | None = field(default_factory=LLAMA3_ROPE.copy)  # None: plain RoPE
     max_positions: int = 2048
 
+    def __post_init__(self):
+        if s := self.rope_scaling:
+            numbers = [s.get(name) for name in LLAMA3_ROPE]
+            if not all(type(n) in (int, float) and 0 < n < 1e12 for n in numbers):
+                raise ValueError(f"rope_scaling must have positive {', '.join(LLAMA3_ROPE)}")
+            if s["low_freq_factor"] >= s["high_freq_factor"]:
+                raise ValueError("low_freq_factor must be below high_freq_factor")
+        if self.n_heads % self.n_kv_heads or self.head_dim % 2:
+            raise ValueError("n_kv_heads must divide n_heads, and head_dim must be even")
+
     def rope_periods(self):
         """(head_dim / 2,) float32: positions per radian. Llama 3 stretches the long periods."""
         periods = self.rope_theta ** (np.arange(0, self.head_dim, 2) / self.head_dim)
@@ -97,10 +107,16 @@ class CSMConfig:
     def from_dict(cls, d):
         d = {f.name: d[f.name] for f in fields(cls) if d.get(f.name) is not None}
         try:
-            Sampling(**d.get("sampling", {}))
-            parts = {part: LlamaConfig(**d[part]) for part in ("backbone", "decoder") if part in d}
-            return cls(**d | parts)
-        except TypeError as e:
+            for part in {"backbone", "decoder"} & d.keys():
+                mimi.check_fields(LlamaConfig, d[part])
+                d[part] = LlamaConfig(**d[part])
+            mimi.check_fields(cls, d)
+            sampling = d.get("sampling", {})
+            if not all(type(number) in (int, float) for number in sampling.values()):
+                raise ValueError("sampling must have numbers")
+            Sampling(**sampling)
+            return cls(**d)
+        except (TypeError, AttributeError, ValueError) as e:
             raise ValueError(f"config.json is not in our layout: {e}") from None
 
 
@@ -1092,7 +1108,10 @@ def read_checkpoint(path):
         weights = mimi.read_weights(file)[0]
     if config.get("layout") == "native":
         return config, weights, None
-    return mimi.layouts(path).csm_to_native(config, weights, asdict(CSMConfig()))
+    try:
+        return mimi.layouts(path).csm_to_native(config, weights, asdict(CSMConfig()))
+    except (TypeError, AttributeError, LookupError, ArithmeticError) as e:
+        raise ValueError(f"{file.with_name('config.json')} has a field of a wrong type: {e}") from None
 
 
 def weights_file(path):

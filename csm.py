@@ -132,9 +132,7 @@ class Sampling:
     top_p: float = 1.0  # 0 or 1: off
     min_p: float = 0.0  # relative to the likeliest code; 0: off
     min_tokens_to_keep: int = 1  # codes that min_p never removes
-    sampler: Callable | None = (
-        None  # log-probabilities (1, V) -> ids (1,), instead of all the above
-    )
+    sampler: Callable | None = None  # log-probabilities (1, V) -> ids (1,), instead of the above
     logits_processors: tuple = ()  # codebook 0: (codes so far (F,), logits (1, V)) -> logits
 
     def __post_init__(self):
@@ -272,7 +270,9 @@ class Linear(nn.Module):
         if "scales" not in self:
             return x @ self.weight.T
         how, biases = packing(self, x.shape[-1]), self.get("biases")
-        return mx.quantized_matmul(x, self.weight, self.scales, biases, transpose=True, **how)
+        rows = x.reshape(-1, x.shape[-1])  # of (B, 1, in), CUDA would read the weights B times
+        y = mx.quantized_matmul(rows, self.weight, self.scales, biases, transpose=True, **how)
+        return y.reshape(*x.shape[:-1], -1)
 
 
 class Embedding(nn.Module):
@@ -287,8 +287,7 @@ class Embedding(nn.Module):
         if "scales" not in self:
             return self.weight[ids]
         biases = self.biases[ids] if "biases" in self else None
-        how = packing(self, self.dim)
-        return mx.dequantize(self.weight[ids], self.scales[ids], biases, **how)
+        return mx.dequantize(self.weight[ids], self.scales[ids], biases, **packing(self, self.dim))
 
 
 def packing(module, n_in):
@@ -475,9 +474,10 @@ def frames(
         if sampling.sampler or sampling.logits_processors:
             draw = add_functions(draw, sampling, said)
         codes = fast_next_frame(model, h, draw, n)  # (1, n)
+        mx.async_eval(codes)  # apart from h: what is launched together is ready together
         h = model(frame_row(codes, K), cache)[:, -1]  # (1, D): the frame goes back in
-        mx.async_eval(codes, h, key)  # queue the backbone's step before looking at the codes
-        frame = np.array(codes[0])
+        mx.async_eval(h, key)  # queue the backbone's step before looking at the codes
+        frame = np.array(codes)[0]
         if not frame.any():
             return
         said.append(int(frame[0]))

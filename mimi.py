@@ -27,6 +27,12 @@ from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import NamedTuple
 
+# Read by MLX before its first operation on a GPU, where a frame is thousands of small ones.
+os.environ.setdefault("MLX_MAX_OPS_PER_BUFFER", "1000")  # launch them in fewer parts
+if sys.platform == "darwin":
+    os.environ.setdefault("MLX_MAX_MB_PER_BUFFER", "400")  # one gather would fill a part
+os.environ.setdefault("MLX_CUDA_USE_CUDNN_SDPA", "0")  # it makes a plan for each prompt length
+
 with suppress(ImportError):
     import mlx_cpu  # noqa: F401  before mlx: makes some of MLX's functions fast on a Linux CPU
 

@@ -130,7 +130,9 @@ class Batch:
         self.generator.check_length(n)
         uid, max_frames = next(self.ids), min(max_frames, self.generator.max_positions - n)
         cache = cache if cache and cache.offset else None
-        self.waiting.append(Utterance(uid, rows, max_frames, seed, sampling or csm.Sampling(), cache))
+        self.waiting.append(
+            Utterance(uid, rows, max_frames, seed, sampling or csm.Sampling(), cache)
+        )
         return uid
 
     def next(self) -> list[tuple[int, np.ndarray | None]]:
@@ -245,9 +247,7 @@ class Batch:
 
         def draw_all(i, logits):
             ids = draw(i, logits)
-            rows = [
-                draw_row(i, b, logits[b : b + 1], ids[b : b + 1]) for b in range(len(logits))
-            ]
+            rows = [draw_row(i, b, logits[b : b + 1], ids[b : b + 1]) for b in range(len(logits))]
             return mx.concatenate(rows)
 
         return draw_all

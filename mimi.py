@@ -19,7 +19,6 @@ import json
 import logging
 import math
 import os
-import re
 import shutil
 import subprocess
 import sys
@@ -40,10 +39,6 @@ DEFAULT_REPO = "kyutai/moshiko-pytorch-bf16"
 DEFAULT_FILE = "tokenizer-e351c8d8-checkpoint125.safetensors"
 
 log = logging.getLogger("csm")
-
-
-class DownloadError(ValueError):
-    """A file or repository of the Hugging Face Hub cannot be downloaded."""
 
 
 @dataclass(frozen=True)
@@ -102,7 +97,6 @@ class Conv(nn.Module):
         B, T, _ = x.shape
         taps, c_out, c_in = self.weight.shape
         n_past = (taps - 1) * self.dilation
-        bias = mx.zeros((1,)) if self.bias is None else self.bias
         if past is None and n_past:
             past = x[:, :1] if self.pad == "first" else mx.zeros((B, 1, x.shape[2]))
             past = mx.repeat(past, n_past * self.stride, axis=1).reshape(B, n_past, c_in)
@@ -115,7 +109,7 @@ class Conv(nn.Module):
         if c_in < taps:  # a waveform: one product for all taps instead of one per tap
             windows = [mx.concatenate(windows, axis=-1)]
             weight = weight.swapaxes(0, 1).reshape(1, c_out, -1)
-        y = bias
+        y = mx.zeros((1,)) if self.bias is None else self.bias
         for window, w in zip(windows, weight):
             y = mx.addmm(y, window, w.T)
         return y.reshape(B, T * self.upsample, c_out // self.upsample), past
@@ -386,9 +380,9 @@ def load(path_or_repo: str | Path | None = None, n_codebooks: int | None = None)
 def read_mimi(path_or_repo=None):
     """A Mimi, or the one inside a CSM -> weights {name: array} in our layout, config."""
     if path_or_repo is None:
-        path = download(DEFAULT_REPO, DEFAULT_FILE)
+        path = layouts("the default Mimi").download(DEFAULT_REPO, DEFAULT_FILE)
     else:
-        path = local_path(path_or_repo, MIMI_FILES, CONTAINER_FILES)
+        path = find_or_download(path_or_repo, MIMI_FILES, CONTAINER_FILES)
     file = first_match(path, *MIMI_FILES, *CONTAINER_FILES) if path.is_dir() else path
     if file is None:
         raise ValueError(f"no Mimi in {path}")
@@ -481,61 +475,16 @@ def layouts(path):
     return csm_layouts
 
 
+def find_or_download(source, *groups, **options):
+    """A local file or folder as it is, or a Hugging Face repository as csm_layouts.fetch has it."""
+    if Path(source).exists():
+        return Path(source)
+    return layouts(source).fetch(source, *groups, **options)
+
+
 def first_match(folder, *patterns):
     """The first file in `folder` that matches the first pattern with any match, or None."""
     return next((f for p in patterns for f in sorted(Path(folder).glob(p))), None)
-
-
-def local_path(source, *groups, beside=("*.json",), known="no such file or folder"):
-    """A file or folder as it is; a Hugging Face repository, downloaded, as a folder.
-
-    groups: tuples of file patterns, tried in turn until one matches; files that match `beside` are
-    downloaded, too. known: sources that the error message suggests. Raises ValueError.
-    """
-    if Path(source).exists():
-        return Path(source)
-    if not re.fullmatch(r"[\w.-]+/[\w.-]+", str(source)):
-        raise ValueError(f"no such model: {source} ({known})")
-    for patterns in groups:
-        folder = download(str(source), *patterns, *beside)
-        if first_match(folder, *patterns):
-            break
-    return folder
-
-
-def download(repo, *patterns):
-    """One file of a Hugging Face repository -> its path; several patterns -> the matches' folder.
-
-    Raises FileNotFoundError if the repository has no such file, DownloadError for other failures.
-    """
-    from huggingface_hub import constants, errors, hf_hub_download, snapshot_download
-
-    def fetch(**options):
-        if len(patterns) == 1:
-            return Path(hf_hub_download(repo, *patterns, **options))
-        return Path(snapshot_download(repo, allow_patterns=list(patterns), **options))
-
-    try:
-        cached = None
-        with suppress(errors.LocalEntryNotFoundError):
-            cached = fetch(local_files_only=True)
-            if len(patterns) == 1:
-                return cached
-        if not constants.HF_HUB_OFFLINE and not (cached and first_match(cached, patterns[0])):
-            log.warning("fetching %s from %s", patterns[0], repo)
-        return fetch()
-    except errors.LocalEntryNotFoundError:
-        reason = "no network, or HF_HUB_OFFLINE is set, and it is not in the cache"
-    except errors.EntryNotFoundError:
-        raise FileNotFoundError(f"{repo} has no {patterns[0]}") from None
-    except errors.GatedRepoError:
-        reason = "it is gated: accept its licence on huggingface.co and run `hf auth login`"
-    except errors.RepositoryNotFoundError:
-        reason = "no such folder, file or Hugging Face repository"
-    except Exception as e:  # many kinds: connection, proxy, disk
-        reason = str(e).partition("\n")[0] or type(e).__name__
-    reason += " (--model tiny needs no download)"
-    raise DownloadError(f"cannot download {patterns[0]} from {repo}: {reason}")
 
 
 # ------------------------------------------------------------------------------------ audio files

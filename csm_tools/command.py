@@ -11,7 +11,7 @@ import threading
 from pathlib import Path
 
 import csm  # before mlx
-import mimi
+import csm_layouts
 from csm import read_text
 
 import mlx.core as mx  # isort: skip
@@ -109,7 +109,7 @@ def load_for(args):
     options = {name: getattr(args, name) for name in ("dtype", "quantize", "adapter", "codebooks")}
     try:
         return csm.load(args.model or "csm-1b", **options)
-    except mimi.DownloadError as e:
+    except csm_layouts.DownloadError as e:
         if args.model:
             raise
         print(f"using the small bundled model, tiny, because csm-1b is missing: {e}", file=sys.stderr)

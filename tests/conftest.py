@@ -181,8 +181,10 @@ def stand_in_hub(cache):
     repos = {
         "senstella/csm-1b-mlx": {"ckpt.safetensors": "model.safetensors", "config.json": "config.json"},
         mimi.DEFAULT_REPO: {mimi.DEFAULT_FILE: "mimi.safetensors"},
-        csm.DEFAULT_TOKENIZER: {"tokenizer.json": "tokenizer.json"},
-        csm.DEFAULT_PROMPTS: {f"prompts/conversational_a.{x}": f"prompts/conversational_a.{x}" for x in ("wav", "txt")},
+        csm_layouts.DEFAULT_TOKENIZER: {"tokenizer.json": "tokenizer.json"},
+        csm_layouts.DEFAULT_PROMPTS: {
+            f"prompts/conversational_a.{x}": f"prompts/conversational_a.{x}" for x in ("wav", "txt")
+        },
     }
     for repo, files in repos.items():
         place = cache / "hub" / f"models--{repo.replace('/', '--')}"

@@ -280,6 +280,15 @@ def test_help_needs_no_model():
     assert done.returncode == 0 and b"--voice-match" in done.stdout
 
 
+def test_without_arguments_the_usage_is_three_lines(capfd):
+    done = run()
+    assert done.returncode == 2 and done.stderr.startswith(b"usage: csm.py TEXT OUT") and done.stdout == b""
+    assert done.stderr.count(b"\n") == 3
+    with pytest.raises(SystemExit):  # `python -m csm_tools.speak` is the same command
+        speak.main([])
+    assert capfd.readouterr().err == done.stderr.decode()
+
+
 # ------------------------------------------------------------------------------- downloads, README, the real weights
 
 

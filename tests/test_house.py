@@ -90,6 +90,13 @@ def test_mlx_cpu_knows_nothing_of_csm():
     assert not {m.split(".")[0] for m in imports(tree(HERE / "mlx_cpu/__init__.py"))} & FLOORS.keys()
 
 
+def test_the_command_loads_csm_py_once():
+    command = [sys.executable, "-X", "importtime", HERE / "csm.py", "--help"]
+    done = subprocess.run(command, capture_output=True, text=True, check=True)
+    modules = [line.split("|")[-1].strip() for line in done.stderr.splitlines()]
+    assert "csm_tools.command" in modules and "csm" not in modules
+
+
 @pytest.fixture
 def copy(tmp_path):
     """A folder with csm.py, mimi.py and the model tiny, and a function that runs a program in it."""

@@ -1286,7 +1286,7 @@ def parts_of(text, verbatim=False, longest=LONGEST, together=0):
         log.debug("said as: %s", text)
     parts = sentences(text, longest, together)
     if not parts:
-        raise ValueError("there is nothing to say: the text has no words")
+        raise ValueError("the text is empty: it has no words to say")
     *_, last = [None, *PAUSE.finditer(text)]
     if last is None or WORD.search(text, last.end()):
         parts[-1] = parts[-1][0], 0

@@ -1013,7 +1013,7 @@ TOKENIZER = (
 )  # fmt: skip
 WEIGHTS = (  # patterns, tried in this order: the first match is loaded
     "model.safetensors", "model.safetensors.index.json", "ckpt.safetensors", "*.index.json",
-    "*.safetensors", "ckpt.pt", "*.pt", "*.pth",
+    "*.safetensors", "ckpt.pt", "*.pt", "*.pth", "*backbone*.gguf", "*.gguf",
 )  # fmt: skip
 
 
@@ -1058,7 +1058,7 @@ def load(
         codec = mimi.from_weights(inside[1], inside[0])
     else:
         codec = mimi.load()
-    tokenizer = Tokenizer(find_tokenizer(folder, config.text_tokenizer))
+    tokenizer = Tokenizer(find_tokenizer(path, config.text_tokenizer))
     voices = {}
     if model == "csm-1b":
         voices = dict.fromkeys(mimi.layouts(model).DEFAULT_VOICES)
@@ -1084,8 +1084,13 @@ def read_checkpoint(path):
     """
     file = weights_file(path)
     if file is None:
-        raise ValueError(f"{path} has no weights of a CSM: no .safetensors, index of shards or .pt")
-    config, weights = mimi.read_json(file.with_name("config.json")), mimi.read_weights(file)[0]
+        raise ValueError(f"{path} has no weights of a CSM: no .safetensors, .pt, .gguf or index")
+    config = mimi.read_json(file.with_name("config.json"))
+    if file.suffix == ".gguf":
+        weights, fields = gguf().read_gguf(file)
+        config = fields | config | {"layout": None}
+    else:
+        weights = mimi.read_weights(file)[0]
     if config.get("layout") == "native":
         return config, weights, None
     return mimi.layouts(path).csm_to_native(config, weights, asdict(CSMConfig()))
@@ -1102,10 +1107,13 @@ def weights_file(path):
     return None
 
 
-def find_tokenizer(folder, repo):
-    """The tokenizer's file in the folder, or in a Hub repository (None: the default one)."""
-    file = mimi.first_match(folder, *TOKENIZER[:2])
-    return file or mimi.layouts("a missing tokenizer").download_tokenizer(repo, TOKENIZER)
+def find_tokenizer(path, repo):
+    """The tokenizer beside the weights, in a .gguf, or of a Hub repository (None: the default)."""
+    file = weights_file(path)
+    found = mimi.first_match(file.parent, *TOKENIZER[:2])
+    if not found and file.suffix == ".gguf":
+        found = gguf().extract_tokenizer(file)
+    return found or mimi.layouts("a missing tokenizer").download_tokenizer(repo, TOKENIZER)
 
 
 def split_heads(weights):
@@ -1144,6 +1152,15 @@ def adapters():
     except ImportError:
         raise ValueError("an adapter needs csm_tools and csm_layouts.py beside csm.py") from None
     return adapters
+
+
+def gguf():
+    """The module csm_tools.gguf, which only GGUF files need."""
+    try:
+        from csm_tools import gguf
+    except ImportError:
+        raise ValueError("a GGUF file needs csm_tools and csm_layouts.py beside csm.py") from None
+    return gguf
 
 
 # ------------------------------------------------------------------------------------------ command

@@ -586,6 +586,7 @@ def quantize(weights, how=4, group_size=64):
 # ---- PyTorch's checkpoints --------------------------------------------------------------------------------------
 
 STATES = ("model_state", "model_state_dict", "model", "state_dict")  # where trainers keep the weights in a checkpoint
+MAX_PICKLE = 16 << 20  # bytes. CSM-1B's pickle has 40 kB; a byte can make an object of a hundred
 STORAGES = {  # torch.XStorage -> what is in it. MLX has float64 on the CPU alone: it becomes float32 on the way
     "Float": mx.float32, "Double": mx.float64, "Half": mx.float16, "BFloat16": mx.bfloat16, "Bool": mx.bool_,
     "Long": mx.int64, "Int": mx.int32, "Short": mx.int16, "Char": mx.int8, "Byte": mx.uint8,
@@ -610,18 +611,23 @@ class Stored(NamedTuple):
 
 
 def rebuild(storage, offset, shape, strides, *_):
-    """torch._utils._rebuild_tensor_v2 -> Stored. storage: its bytes and their type."""
+    """torch._utils._rebuild_tensor_v2 -> Stored, within its storage. storage: the bytes of it and their type."""
     data, dtype = storage
-    if min((*strides, *shape, offset), default=0) < 0:
-        raise ValueError("a tensor of negative strides")
+    sizes = (offset, *shape, *strides)
+    whole = isinstance(data, memoryview) and isinstance(dtype, mx.Dtype) and len(shape) == len(strides) <= 8
+    if not whole or not all(type(n) is int and 0 <= n < 2**31 for n in sizes) or math.prod(shape) >= 2**31:
+        raise ValueError("a tensor of no possible shape")
     end = offset + 1 + sum((n - 1) * step for n, step in zip(shape, strides)) if math.prod(shape) else offset
     if end * dtype.size > len(data):
         raise ValueError("a tensor is larger than what holds it")
     return Stored(data[offset * dtype.size : end * dtype.size], dtype, tuple(shape), tuple(strides))
 
 
-class Unpickler(pickle.Unpickler):
-    """Builds what a state dict is made of, tensors and plain containers, and calls nothing else that a pickle names."""
+class Unpickler(pickle._Unpickler):  # the one written in C can be made to fill the memory
+    """Builds what a state dict is made of, tensors and plain containers, and calls nothing else that a pickle names.
+
+    Keys of a dict are strings and numbers: computing the hash of deeply nested tuples overflows the stack.
+    """
 
     storages: dict  # name -> memoryview
 
@@ -631,8 +637,8 @@ class Unpickler(pickle.Unpickler):
         allowed = {
             "torch._utils._rebuild_tensor_v2": rebuild,
             "torch._utils._rebuild_parameter": lambda tensor, *_: tensor,
-            "torch.Size": tuple,
-            "collections.OrderedDict": OrderedDict,
+            "torch.Size": lambda shape: shape,
+            "collections.OrderedDict": lambda: OrderedDict(),
         }
         if f"{module}.{name}" not in allowed:
             raise ValueError(f"it holds a {module}.{name}, and nothing but tensors and plain containers is read")
@@ -641,6 +647,27 @@ class Unpickler(pickle.Unpickler):
     def persistent_load(self, pid):
         _, dtype, key, _, n = pid
         return self.storages[key][: n * dtype.size], dtype
+
+    def load_setitems(self, items=None):
+        items = self.pop_mark() if items is None else items
+        if not all(isinstance(key, (str, int, float)) for key in items[::2]):
+            raise ValueError("a dict of it has a key that is no string and no number")
+        self.stack[-1].update(zip(items[::2], items[1::2]))
+
+    def load_setitem(self):
+        value, key = self.stack.pop(), self.stack.pop()
+        self.load_setitems([key, value])
+
+    def load_build(self):
+        self.stack.pop()  # attributes, such as _metadata of a state dict
+
+    def refuse(self):
+        raise ValueError("its pickle is not as torch.save writes them")
+
+    dispatch = pickle._Unpickler.dispatch | {
+        pickle.SETITEMS[0]: load_setitems, pickle.SETITEM[0]: load_setitem, pickle.BUILD[0]: load_build,
+        pickle.DICT[0]: refuse, pickle.EMPTY_SET[0]: refuse, pickle.ADDITEMS[0]: refuse, pickle.FROZENSET[0]: refuse,
+    }  # fmt: skip
 
 
 def read_pt(path):
@@ -662,26 +689,31 @@ def read_pt(path):
                 root = pickled.removesuffix("data.pkl")
                 storages = {}
                 for name, m in members.items():
-                    if name.startswith(f"{root}data/"):
-                        if m.compress_type != zipfile.ZIP_STORED:
-                            raise ValueError("compressed, which torch.save never does")
-                        local = file_bytes[m.header_offset : m.header_offset + 30]  # its last: lengths of what follows
-                        start = m.header_offset + 30 + sum(local[26:30].cast("H"))
-                        storages[name.removeprefix(f"{root}data/")] = file_bytes[start : start + m.file_size]
+                    if name != pickled and not name.startswith(f"{root}data/"):
+                        continue
+                    if m.compress_type != zipfile.ZIP_STORED:
+                        raise ValueError("compressed, which torch.save never does")
+                    local = file_bytes[m.header_offset : m.header_offset + 30]  # its last: lengths of what follows
+                    start = m.header_offset + 30 + sum(local[26:30].cast("H"))
+                    storages[name.removeprefix(f"{root}data/")] = file_bytes[start : start + m.file_size]
+                if members[pickled].file_size > MAX_PICKLE:
+                    raise ValueError(f"its {pickled} has more than {MAX_PICKLE >> 20} MB")
                 unpickler = Unpickler(archive.open(pickled))
                 unpickler.storages = storages
                 state = unpickler.load()
         state = next((state[name] for name in STATES if isinstance(state.get(name), dict)), state)
         for name, tensor in state.items():
             if not (isinstance(name, str) and isinstance(tensor, Stored)):
-                raise ValueError(f"its {name!r} is not a tensor, and it has none of {', '.join(STATES)}")
+                raise ValueError(f"its {name!r:.80} is not a tensor, and it has none of {', '.join(STATES)}")
+        if sum(math.prod(w.shape) * w.dtype.size for w in state.values()) > 4 * len(file_bytes) + 2**26:
+            raise ValueError("its tensors are far larger than the file")
+        return {name.removeprefix("module."): tensor.read() for name, tensor in state.items()}
     except FileNotFoundError:
         raise ValueError(f"no such file: {path}") from None
     except ValueError as error:
         raise ValueError(f"cannot read {path}: {error}") from None
     except Exception as error:  # of many kinds: a damaged zip, a damaged pickle
         raise ValueError(f"{path} is truncated or not a PyTorch checkpoint ({type(error).__name__})") from None
-    return {name.removeprefix("module."): tensor.read() for name, tensor in state.items()}
 
 
 # ---- saving -----------------------------------------------------------------------------------------------------

@@ -46,7 +46,7 @@ try:
     from starlette.responses import FileResponse, JSONResponse
     from starlette.routing import Route
 except ImportError as e:
-    print(f"csm-serve needs `pip install 'csm[serve]'` ({e})", file=sys.stderr)
+    print(f"csm-serve needs `pip install 'csm-speech[serve]'` ({e})", file=sys.stderr)
     sys.exit(2)
 
 # response_format -> media type, container, encoder, bits a second, the container's options

@@ -1,4 +1,4 @@
-"""The command of csm.py, the default downloads, the README's examples, and the real weights for who has them."""
+"""The command of csm.py, the default downloads, and the real weights for who has them."""
 
 import json
 import os
@@ -354,7 +354,7 @@ def test_without_arguments_the_usage_is_three_lines(capfd):
     assert capfd.readouterr().err == done.stderr.decode()
 
 
-# ------------------------------------------------------------------------------- downloads, README, the real weights
+# --------------------------------------------------------------------------------------- downloads, the real weights
 
 
 def test_default_downloads(hub, tmp_path):
@@ -365,47 +365,9 @@ def test_default_downloads(hub, tmp_path):
     assert done.returncode == 2 and done.stderr.count(b"\n") == 1 and b"read_speech_a" in done.stderr
 
 
-README = (HERE / "README.md").read_text() if (HERE / "README.md").exists() else ""
-
-
-def blocks(kind):
-    return [part.split("```")[0] for part in README.split(f"```{kind}\n")[1:]]
-
-
-def test_readme_examples_run(hub, tmp_path):
-    """Every Python block, one after the other, and every `python csm.py` line, with the stand-ins for the downloads."""
-    soundfile.write(tmp_path / "me.wav", clip(1), 24000)
-    soundfile.write(tmp_path / "you.wav", clip(1), 24000)
-    (tmp_path / "me.txt").write_text("This is what my voice sounds like.")
-    (tmp_path / "turns.json").write_text('[{"speaker": 0, "text": "hello", "audio": "me.wav"}]')
-    (tmp_path / "script.txt").write_text("0: hello\n1: yes\n")
-    (tmp_path / "example.py").write_text("\n".join(blocks("python")))
-    environment = {**os.environ, **hub, "PYTHONPATH": str(HERE)}
-    assert len(blocks("python")) > 2
-    done = subprocess.run([sys.executable, "example.py"], cwd=tmp_path, env=environment, capture_output=True)
-    assert done.returncode == 0, done.stderr.decode()
-    (tmp_path / "chapter.txt").write_text("hello there, how are you today? i am fine, yes i am fine.")
-    (tmp_path / "texts.txt").write_text("Yes, I see.\nWhere is the station?\nIt rains today.\n")
-    (tmp_path / "clips/talk_1").mkdir(parents=True)
-    soundfile.write(tmp_path / "clips/talk_1/001_speaker0_hello.wav", clip(0.5), 24000)
-    (tmp_path / "clips/talk_1/001_speaker0_hello.txt").write_text("hello")
-    lines = [line.split(" #")[0].strip() for b in blocks("sh") for line in b.splitlines()]
-    starts = ("python csm.py", "python mimi.py", "python -m csm_tools.narrate", "python -m csm_tools.finetune")
-    lines = [line for line in lines if any(start in line for start in starts)]
-    lines = [line for line in lines if "finetune dpo" not in line]  # three texts give no pairs: see test_finetune.py
-    assert len(lines) >= 10
-    for line in lines:
-        line = line.replace("ffplay", "cat #").replace("python -m ", "PYTHON -m ").replace("python ", f"PYTHON {HERE}/")
-        line = line.replace("PYTHON", sys.executable)
-        for program in ("csm.py", "csm_tools.narrate"):
-            line = line.replace(program, f"{program} --max-audio-length-ms 400")
-        done = subprocess.run(line, shell=True, cwd=tmp_path, env=environment, capture_output=True)
-        assert done.returncode == 0, (line, done.stderr.decode())
-
-
 @pytest.mark.skipif(not os.environ.get("CSM_GOLDEN"), reason="opt-in: CSM_GOLDEN=csm-1b with the real weights at hand")
 def test_golden_codes_of_the_real_weights():
-    golden = json.loads((HERE / "golden_csm_1b.json").read_text())
+    golden = json.loads((HERE / "tests/golden_csm_1b.json").read_text())
     generator = csm.load(os.environ["CSM_GOLDEN"], dtype="float32")
     n = len(golden["frames"])
     codes = generator.generate_codes(

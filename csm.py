@@ -100,6 +100,7 @@ class CSMConfig:
     text_tokenizer: str | None = None  # Hub repository to use if the folder has no tokenizer
     use_default_voice_prompt: bool = True
     voice_match: bool = False  # clone by continuing the clip instead of adding a turn after it
+    max_part_characters: int = 240  # what programs cut a text into: longer ones are said less well
     sampling: dict | None = None  # this model's own defaults for the fields of Sampling
     quantization: dict | None = None  # a note in MLX's form; loading goes by the tensors' shapes
 

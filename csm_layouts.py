@@ -90,7 +90,10 @@ PART_FIELDS = (  # native field, transformers' field
     ("norm_eps", "rms_norm_eps"), ("max_positions", "max_position_embeddings"),
 )
 PART_FIXED = {"hidden_act": "silu", "attention_bias": False, "mlp_bias": False}
-CARRIED = r"sampling|speaker_prefix_space|text_tokenizer|use_default_voice_prompt|voice_match|quantization|\w+_token_id"
+CARRIED = (
+    r"max_part_characters|sampling|speaker_prefix_space|text_tokenizer|use_default_voice_prompt|voice_match"
+    r"|quantization|\w+_token_id"
+)
 MIMI_FIELDS = (  # native field, transformers' field; shapes do not show the first five
     ("n_heads", "num_attention_heads"), ("context", "sliding_window"), ("norm_eps", "norm_eps"),
     ("dilation_base", "dilation_growth_rate"), ("sample_rate", "sampling_rate"),

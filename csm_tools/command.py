@@ -80,6 +80,7 @@ def add_options(p):
     p.add_argument("--top-p", type=float, help="1 is off (default)")
     p.add_argument("--min-p", type=float, help="0 is off (default)")
     p.add_argument("--seed", type=int, help="for the same speech again (default: a random one, which is printed)")
+    p.add_argument("--verbatim", action="store_true", help="say the text as it is, not numbers and signs in words")
     p.add_argument("--max-audio-length-ms", type=float, metavar="MS", help="limit of a turn (default: by its text)")
     p.add_argument("--watermark", action="store_true", help="mark the speech as generated (csm_tools.watermark)")
 

@@ -1112,7 +1112,9 @@ def read_checkpoint(path):
     try:
         return mimi.layouts(path).csm_to_native(config, weights, asdict(CSMConfig()))
     except (TypeError, AttributeError, LookupError, ArithmeticError) as e:
-        raise ValueError(f"{file.with_name('config.json')} has a field of a wrong type: {e}") from None
+        raise ValueError(
+            f"{file.with_name('config.json')} has a field of a wrong type: {e}"
+        ) from None
 
 
 def weights_file(path):

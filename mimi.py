@@ -488,11 +488,15 @@ def read_weights(path):
 def read_shards(path):
     """An index of shards -> {name: array}, each from the shard that the index names."""
     shards, weights = read_json(path).get("weight_map"), {}
-    if not (shards and isinstance(shards, dict) and all(isinstance(x, str) for x in shards.values())):
+    if not (
+        shards and isinstance(shards, dict) and all(isinstance(x, str) for x in shards.values())
+    ):
         raise ValueError(f"{path} has no weight_map from names to files")
     for shard in sorted(set(shards.values())):
         if Path(shard).name != shard or not shard.endswith(".safetensors"):
-            raise ValueError(f"{path} names {shard!r:.80}, which is no .safetensors file in its folder")
+            raise ValueError(
+                f"{path} names {shard!r:.80}, which is no .safetensors file in its folder"
+            )
         tensors = read_weights(path.parent / shard)[0]
         weights |= {name: w for name, w in tensors.items() if shards.get(name, shard) == shard}
     return weights
@@ -501,7 +505,9 @@ def read_shards(path):
 def read_json(path):
     """The object in a JSON file, {} if there is no file. Raises ValueError."""
     try:
-        return as_object(Path(path).read_text(encoding="utf-8") if Path(path).is_file() else "{}", path)
+        return as_object(
+            Path(path).read_text(encoding="utf-8") if Path(path).is_file() else "{}", path
+        )
     except (UnicodeDecodeError, OSError):
         raise ValueError(f"{path} is not a JSON file with an object") from None
 

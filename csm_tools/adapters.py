@@ -32,7 +32,7 @@ def adapted(config, weights, adapters):
     """
     for adapter in adapters if isinstance(adapters, list) else [adapters]:
         folder, factor = adapter if isinstance(adapter, tuple) else (adapter, 1.0)
-        place = mimi.local_path(folder, FILES, beside=("adapter_config.json",))
+        place = mimi.find_or_download(folder, FILES, beside=("adapter_config.json",))
         settings, file = mimi.read_json(place / "adapter_config.json"), mimi.first_match(place, *FILES)
         if not settings or not file:
             raise ValueError(f"{folder} has no adapter_config.json and {FILES[0]} or {FILES[2]}")
@@ -44,6 +44,8 @@ def adapted(config, weights, adapters):
                 config = replace(config, use_default_voice_prompt=bool(settings["use_default_voice_prompt"]))
         except ValueError as e:
             raise ValueError(f"the adapter {folder}: {e}") from None
+        except (TypeError, AttributeError, LookupError, ArithmeticError) as e:
+            raise ValueError(f"the adapter {folder}: a field of adapter_config.json is wrong: {e}") from None
     return config, weights
 
 
@@ -52,7 +54,7 @@ def base_model(adapter):
 
     A path is seen from the adapter's folder. Raises ValueError.
     """
-    place = mimi.local_path(adapter, FILES, beside=("adapter_config.json",))
+    place = mimi.find_or_download(adapter, FILES, beside=("adapter_config.json",))
     settings = mimi.read_json(place / "adapter_config.json")
     base = settings.get("model") or settings.get("base_model_name_or_path")
     if not isinstance(base, str):

@@ -45,7 +45,7 @@ def narrate(
     """
     if batch < 1:
         raise ValueError(f"batch must be 1 or more, not {batch}")
-    parts = parts_of(text, verbatim, generator.model.config.max_part_characters)
+    parts = parts_for(generator, text, verbatim)
     seed, sampling = generator.read_options(seed, sampling)
     rows = [generator.text_rows(part, speaker) for part, _ in parts]
     frames = [min(generator.max_frames(ms, part) for ms in (None, max_audio_length_ms)) for part, _ in parts]
@@ -84,6 +84,10 @@ def narrate(
         return i + 1, len(parts), np.concatenate([np.array(generator.decode(mx.array(codes))), silence])
 
     return pieces(context, start)
+
+
+def parts_for(generator, text, verbatim):
+    return parts_of(text, verbatim, generator.model.config.max_part_characters)
 
 
 def spoken(generator, todo, job, size, group):
@@ -162,8 +166,11 @@ def resumed(out, mark, seed):
                 part.unlink(missing_ok=True)
 
 
-def write(generator, text, out, mark, seed, watermark, arguments):
-    """Narrate into `out` by way of OUT.part, from where a run with the same mark stopped -> seconds of sound, seed."""
+def write(generator, text, out, mark, seed, args, options):
+    """Narrate into `out` by way of OUT.part, from where a run with the same mark stopped -> seconds of sound, seed.
+
+    args: of the command; options: of `narrate`. With --captions OUT.part.srt goes along with OUT.part.
+    """
     group = mx.distributed.init()
 
     def shared(start, seed):
@@ -173,10 +180,11 @@ def write(generator, text, out, mark, seed, watermark, arguments):
         return {"start": start, "seed": high * 2**32 + low}
 
     if group.rank() > 0:
-        for _ in narrate(generator, text, **shared(0, 0), **arguments):
+        for _ in narrate(generator, text, **shared(0, 0), **options):
             pass
         return 0, seed
-    part, state, rate = Path(f"{out}.part"), Path(f"{out}.part.json"), generator.sample_rate
+    part, state, captions = (Path(f"{out}.part{x}") for x in ("", ".json", ".srt"))
+    parts, rate = parts_for(generator, text, args.verbatim), generator.sample_rate
 
     def blocks():
         samples = np.memmap(part, np.int16, "r")
@@ -184,14 +192,22 @@ def write(generator, text, out, mark, seed, watermark, arguments):
             yield samples[i : i + 2**20] / np.float32(32767)
 
     # What the watermark lacks is said before an hour of work.
-    sound = command.watermark().embed_stream(blocks(), rate) if watermark else blocks()
+    sound = command.watermark().embed_stream(blocks(), rate) if args.watermark else blocks()
     with resumed(out, mark, seed) as (file, done):
-        pieces = narrate(generator, text, **shared(done["sentences"], done["seed"]), **arguments)
+        pieces = narrate(generator, text, **shared(done["sentences"], done["seed"]), **options)
+        if args.captions:
+            with open(captions, "ab") as srt:
+                srt.truncate(done.get("captions", 0))
         with tqdm(unit=" sentences", initial=done["sentences"], disable=None) as bar:
             for n, total, audio in pieces:
+                start, (said, pause) = file.tell() / 2 / rate, parts[n - 1]
                 file.write(mimi.to_pcm16(audio).tobytes())
                 file.flush()
                 done |= {"sentences": n, "bytes": file.tell()}
+                if args.captions:
+                    with open(captions, "ab") as srt:
+                        srt.write(caption(n, start, start + len(audio) / rate - pause, said).encode())
+                        done["captions"] = srt.tell()
                 with mimi.replacing(state) as f:
                     f.write(json.dumps(done).encode())
                 bar.total = total
@@ -199,9 +215,20 @@ def write(generator, text, out, mark, seed, watermark, arguments):
         with audio_writer(out, rate) as add:
             for block in sound:
                 add(np.array(block))
+        if args.captions:
+            captions.replace(out.with_suffix(".srt"))
         part.unlink()
         state.unlink()
     return done["bytes"] / 2 / rate, done["seed"]
+
+
+def caption(n, start, end, text):
+    """An entry of an .srt file."""
+    start, end = (
+        f"{ms // 3_600_000:02}:{ms // 60_000 % 60:02}:{ms // 1000 % 60:02},{ms % 1000:03}"
+        for ms in (round(seconds * 1000) for seconds in (start, end))
+    )
+    return f"{n}\n{start} --> {end}\n{text}\n\n"
 
 
 def program(args):
@@ -240,9 +267,8 @@ def program(args):
         if mx.distributed.all_sum(mx.array(int(there)), group=group).item():  # as process 0 sees it
             print(f"{out} is there already, and stays", file=sys.stderr)
             continue
-        parts = parts_of(text, args.verbatim, generator.model.config.max_part_characters)
-        own = hashlib.sha256(mark + json.dumps(parts).encode()).hexdigest()
-        more, seed = write(generator, text, out, own, args.seed, args.watermark, options)
+        own = hashlib.sha256(mark + json.dumps(parts_for(generator, text, args.verbatim)).encode()).hexdigest()
+        more, seed = write(generator, text, out, own, args.seed, args, options)
         seconds += more
     taken = time.perf_counter() - begun
     if seconds:
@@ -259,6 +285,7 @@ def main(argv=None):
     p.add_argument("--out-dir", type=Path, metavar="D", help="every path is a text: write D/NAME.wav of each")
     p.add_argument("--format", default="wav", help="of the files in D: wav (default), flac, mp3, ogg, opus")
     p.add_argument("--batch", type=int, default=8, metavar="N", help="sentences at once (default 8)")
+    p.add_argument("--captions", action="store_true", help="write OUT.srt too: what is said, with its times")
     command.add_options(p)
     args = p.parse_intermixed_args(argv)
     group = mx.distributed.init()

@@ -129,6 +129,35 @@ def test_command(folder, tmp_path):
     np.testing.assert_array_equal(soundfile.read(tmp_path / "b.flac", dtype="int16")[0], whole)
 
 
+def test_captions(folder, tmp_path, monkeypatch):
+    (tmp_path / "book.txt").write_text(TEXT)
+    args = [str(tmp_path / "book.txt"), str(tmp_path / "a.wav"), "--model", str(folder), "--seed", "3", *SHORT]
+    args += ["--captions", "--batch", "1"]
+    expected, start = "", 0
+    for i, (part, pause) in enumerate(parts_of(TEXT), 1):
+        expected += f"{i}\n00:00:0{start:.3f} --> 00:00:0{start + 0.24:.3f}\n{part}\n\n".replace(".", ",", 2)
+        start += 0.24 + pause
+    narrate.main(args)
+    assert (tmp_path / "a.srt").read_text() == expected
+    (tmp_path / "a.srt").unlink()
+    spoken = narrate.spoken
+
+    def fails_at_the_third(*more):
+        for i, codes in spoken(*more):
+            if i == 2:
+                raise KeyboardInterrupt
+            yield i, codes
+
+    monkeypatch.setattr(narrate, "spoken", fails_at_the_third)
+    with pytest.raises(SystemExit):
+        narrate.main(args)
+    monkeypatch.undo()
+    (tmp_path / "a.wav.part.srt").open("a").write("3\nhalf an entry")
+    narrate.main(args)
+    assert (tmp_path / "a.srt").read_text() == expected
+    assert sorted(f.name for f in tmp_path.iterdir()) == ["a.srt", "a.wav", "book.txt"]
+
+
 def test_many_texts(folder, tmp_path, capfd):
     for i, text in enumerate((TEXT, "hello there, how are you today?", "i am fine. Yes, I am.")):
         (tmp_path / f"{i}.txt").write_text(text)

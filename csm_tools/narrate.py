@@ -2,6 +2,7 @@
 
     python -m csm_tools.narrate book.txt book.mp3 --batch 16
     python -m csm_tools.narrate chapters/*.txt --out-dir spoken
+    python -m csm_tools.narrate book.epub --out-dir spoken --captions
     mlx.launch -n 2 -m csm_tools.narrate book.txt book.mp3       # several processes or machines, the same file
 
 Interrupted, by Ctrl-C or worse, the same command goes on where it stopped: what is finished waits in OUT.part, and
@@ -24,13 +25,15 @@ from pathlib import Path
 import csm  # before mlx
 import csm_batch
 import mimi
-from csm_tools import command
+from csm_tools import command, epub
 from csm_tools.audio import audio_writer
 from csm_tools.text import parts_of
 
 import mlx.core as mx  # isort: skip
 import numpy as np
 from tqdm import tqdm
+
+BETWEEN_CHAPTERS = "\n\n[pause:2]\n\n"
 
 
 def narrate(
@@ -222,6 +225,13 @@ def write(generator, text, out, mark, seed, args, options):
     return done["bytes"] / 2 / rate, done["seed"]
 
 
+def read_chapters(path):
+    """[text]: those of an EPUB's chapters, or the whole file's."""
+    if path.lower().endswith(".epub"):
+        return epub.chapters(path) or [""]
+    return [command.read_text("-" if path == "-" else f"@{path}")]
+
+
 def caption(n, start, end, text):
     """An entry of an .srt file."""
     start, end = (
@@ -233,13 +243,19 @@ def caption(n, start, end, text):
 
 def program(args):
     begun, seconds, seed, group = time.perf_counter(), 0, args.seed, mx.distributed.init()
-    if args.out_dir:
-        jobs = [(path, args.out_dir / f"{Path(path).stem}.{args.format.lstrip('.')}") for path in args.paths]
-    elif len(args.paths) == 2:
-        jobs = [(args.paths[0], Path(args.paths[1]))]
-    else:
+    if not args.out_dir and len(args.paths) != 2:
         raise ValueError("give TEXT and OUT, or several TEXTs and --out-dir")
-    texts = [command.read_text("-" if path == "-" else f"@{path}") for path, _ in jobs]
+    jobs, texts = [], []  # (path, OUT), and what is said there
+    for path in args.paths if args.out_dir else args.paths[:1]:
+        chapters = read_chapters(path)
+        if not args.out_dir:
+            chapters, outs = [BETWEEN_CHAPTERS.join(chapters)], [Path(args.paths[1])]
+        else:
+            suffix = args.format.lstrip(".")
+            numbers = [f"-{i:02}" for i in range(1, len(chapters) + 1)] if len(chapters) > 1 else [""]
+            outs = [args.out_dir / f"{Path(path).stem}{number}.{suffix}" for number in numbers]
+        jobs += [(path, out) for out in outs]
+        texts += chapters
     for (path, out), text in zip(jobs, texts):
         try:
             parts_of(text, args.verbatim)
@@ -281,8 +297,12 @@ def program(args):
 
 def main(argv=None):
     p = command.parser_for("narrate", description="A book to one sound file, resumable; or many texts, one each.")
-    p.add_argument("paths", nargs="+", metavar="TEXT OUT", help="a text file (- is standard input) and a sound file")
-    p.add_argument("--out-dir", type=Path, metavar="D", help="every path is a text: write D/NAME.wav of each")
+    p.add_argument(
+        "paths", nargs="+", metavar="TEXT OUT", help="a text, .md or .epub (-: standard input); a sound file"
+    )
+    p.add_argument(
+        "--out-dir", type=Path, metavar="D", help="every path is a text: write D/NAME.wav of each, or of each chapter"
+    )
     p.add_argument("--format", default="wav", help="of the files in D: wav (default), flac, mp3, ogg, opus")
     p.add_argument("--batch", type=int, default=8, metavar="N", help="sentences at once (default 8)")
     p.add_argument("--captions", action="store_true", help="write OUT.srt too: what is said, with its times")

@@ -66,6 +66,16 @@ class LlamaConfig:
     rope_scaling: dict | None = field(default_factory=LLAMA3_ROPE.copy)  # None: plain RoPE
     max_positions: int = 2048
 
+    def __post_init__(self):
+        if s := self.rope_scaling:
+            numbers = [s.get(name) for name in LLAMA3_ROPE]
+            if not all(type(n) in (int, float) and 0 < n < 1e12 for n in numbers):
+                raise ValueError(f"rope_scaling must have positive {', '.join(LLAMA3_ROPE)}")
+            if s["low_freq_factor"] >= s["high_freq_factor"]:
+                raise ValueError("low_freq_factor must be below high_freq_factor")
+        if self.n_heads % self.n_kv_heads or self.head_dim % 2:
+            raise ValueError("n_kv_heads must divide n_heads, and head_dim must be even")
+
     def rope_periods(self):
         """(head_dim / 2,) float32: positions per radian. Llama 3 stretches the long periods."""
         periods = self.rope_theta ** (np.arange(0, self.head_dim, 2) / self.head_dim)
@@ -98,10 +108,16 @@ class CSMConfig:
     def from_dict(cls, d):
         d = {f.name: d[f.name] for f in fields(cls) if d.get(f.name) is not None}
         try:
-            Sampling(**d.get("sampling", {}))
-            parts = {part: LlamaConfig(**d[part]) for part in ("backbone", "decoder") if part in d}
-            return cls(**d | parts)
-        except TypeError as e:
+            for part in {"backbone", "decoder"} & d.keys():
+                mimi.check_fields(LlamaConfig, d[part])
+                d[part] = LlamaConfig(**d[part])
+            mimi.check_fields(cls, d)
+            sampling = d.get("sampling", {})
+            if not all(type(number) in (int, float) for number in sampling.values()):
+                raise ValueError("sampling must have numbers")
+            Sampling(**sampling)
+            return cls(**d)
+        except (TypeError, AttributeError, ValueError) as e:
             raise ValueError(f"config.json is not in our layout: {e}") from None
 
 
@@ -117,9 +133,7 @@ class Sampling:
     top_p: float = 1.0  # 0 or 1: off
     min_p: float = 0.0  # relative to the likeliest code; 0: off
     min_tokens_to_keep: int = 1  # codes that min_p never removes
-    sampler: Callable | None = (
-        None  # log-probabilities (1, V) -> ids (1,), instead of all the above
-    )
+    sampler: Callable | None = None  # log-probabilities (1, V) -> ids (1,), instead of the above
     logits_processors: tuple = ()  # codebook 0: (codes so far (F,), logits (1, V)) -> logits
 
     def __post_init__(self):
@@ -257,7 +271,9 @@ class Linear(nn.Module):
         if "scales" not in self:
             return x @ self.weight.T
         how, biases = packing(self, x.shape[-1]), self.get("biases")
-        return mx.quantized_matmul(x, self.weight, self.scales, biases, transpose=True, **how)
+        rows = x.reshape(-1, x.shape[-1])  # of (B, 1, in), CUDA would read the weights B times
+        y = mx.quantized_matmul(rows, self.weight, self.scales, biases, transpose=True, **how)
+        return y.reshape(*x.shape[:-1], -1)
 
 
 class Embedding(nn.Module):
@@ -272,8 +288,7 @@ class Embedding(nn.Module):
         if "scales" not in self:
             return self.weight[ids]
         biases = self.biases[ids] if "biases" in self else None
-        how = packing(self, self.dim)
-        return mx.dequantize(self.weight[ids], self.scales[ids], biases, **how)
+        return mx.dequantize(self.weight[ids], self.scales[ids], biases, **packing(self, self.dim))
 
 
 def packing(module, n_in):
@@ -460,9 +475,10 @@ def frames(
         if sampling.sampler or sampling.logits_processors:
             draw = add_functions(draw, sampling, said)
         codes = fast_next_frame(model, h, draw, n)  # (1, n)
+        mx.async_eval(codes)  # apart from h: what is launched together is ready together
         h = model(frame_row(codes, K), cache)[:, -1]  # (1, D): the frame goes back in
-        mx.async_eval(codes, h, key)  # queue the backbone's step before looking at the codes
-        frame = np.array(codes[0])
+        mx.async_eval(h, key)  # queue the backbone's step before looking at the codes
+        frame = np.array(codes)[0]
         if not frame.any():
             return
         said.append(int(frame[0]))
@@ -1093,7 +1109,12 @@ def read_checkpoint(path):
         weights = mimi.read_weights(file)[0]
     if config.get("layout") == "native":
         return config, weights, None
-    return mimi.layouts(path).csm_to_native(config, weights, asdict(CSMConfig()))
+    try:
+        return mimi.layouts(path).csm_to_native(config, weights, asdict(CSMConfig()))
+    except (TypeError, AttributeError, LookupError, ArithmeticError) as e:
+        raise ValueError(
+            f"{file.with_name('config.json')} has a field of a wrong type: {e}"
+        ) from None
 
 
 def weights_file(path):

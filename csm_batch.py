@@ -221,8 +221,9 @@ class Batch:
             h, draw = padded(self.h, draw)
             codes = csm.fast_next_frame(self.model, h, draw, n)[:B]
         rows = csm.frame_row(codes, config.audio_num_codebooks)
+        mx.async_eval(codes)
         self.h, self.keys = self.model(rows, self.cache)[:, -1], keys
-        mx.async_eval(codes, self.h, self.keys)  # queue this before looking at the codes
+        mx.async_eval(self.h, self.keys)  # queue this before looking at the codes
         return codes, errors
 
     def _draw_by_row(self, draw, errors):

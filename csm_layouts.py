@@ -139,6 +139,12 @@ def refuse_other(config, fixed):
             raise ValueError(f"{field} = {config[field]!r} is not supported, only {value!r}")
 
 
+def refuse_impossible(config, sizes):
+    for field in sizes:
+        if field in config and not (type(config[field]) is int and 0 < config[field] < 2**31):
+            raise ValueError(f"config.json says {field} = {config[field]!r:.40}")
+
+
 def read_rope(config, llama3):
     """transformers 4's rope_theta and rope_scaling, or 5's rope_parameters -> our two fields, or those it has.
 
@@ -161,10 +167,12 @@ def read_rope(config, llama3):
 def read_part(config, part, csm_1b):
     """The fields of the backbone or the decoder that a config has, under our names."""
     if isinstance(config.get(part), dict):
+        refuse_impossible(config[part], SIZES)
         return {field: value for field, value in csm_1b[part].items() if field not in SIZES} | config[part]
     config = config if part == "backbone" else config.get("depth_decoder_config") or {}
     refuse_other(config, PART_FIXED)
     fields = {ours: config[theirs] for ours, theirs in PART_FIELDS if config.get(theirs) is not None}
+    refuse_impossible(fields, SIZES)
     return fields | read_rope(config, csm_1b[part]["rope_scaling"])
 
 
@@ -428,6 +436,7 @@ def from_transformers_mimi(config, weights):
     refuse_other(rope, MIMI_FIXED | {"rope_scaling": None, "rope_type": "default"})
     native = {ours: config[theirs] for ours, theirs in MIMI_FIELDS[:5] if config.get(theirs) is not None}
     native |= {"rope_theta": rope["rope_theta"]} if "rope_theta" in rope else {}
+    refuse_impossible(native, ("n_heads",))
     weights, heads = rename(weights, mimi_table(layers)), native.setdefault("n_heads", 8)  # transformers' default
     for stem in [name.removesuffix("q_proj.weight") for name in weights if name.endswith(".q_proj.weight")]:
         parts = [weights.get(f"{stem}{x}_proj.weight") for x in "qkv"]

@@ -41,6 +41,8 @@ def adapted(config, weights, adapters):
             weights = apply_adapter(plain, changes, factor)
         except ValueError as e:
             raise ValueError(f"the adapter {folder}: {e}") from None
+        except (TypeError, AttributeError, LookupError, ArithmeticError) as e:
+            raise ValueError(f"the adapter {folder}: a field of adapter_config.json is wrong: {e}") from None
     return weights
 
 

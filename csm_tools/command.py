@@ -107,6 +107,8 @@ def read_options(args):
 def load_for(args):
     """The Generator for the options. Without --model: csm-1b, or tiny if csm-1b cannot be downloaded."""
     options = {name: getattr(args, name) for name in ("dtype", "quantize", "adapter", "codebooks")}
+    if csm.on_gpu() and mx.metal.is_available():  # keep the weights from being paged out, as mlx-lm does
+        mx.set_wired_limit(mx.device_info()["max_recommended_working_set_size"])
     try:
         return csm.load(args.model or "csm-1b", **options)
     except csm_layouts.DownloadError as e:

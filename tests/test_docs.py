@@ -109,8 +109,8 @@ def test_commands_run(page, sandbox):
         for program in ("csm.py", "csm_tools.narrate", "csm_tools.show"):
             line = line.replace(program, f"{program} --max-audio-length-ms 400")
         line = re.sub(r"\bpython (?=\w)", f"python {HERE}/", line).replace("python ", f"{sys.executable} ")
-        done = subprocess.run(line, shell=True, cwd=folder, env=environment, capture_output=True, text=True)
-        assert done.returncode == 0, (command, done.stderr)
+        done = subprocess.run(line, shell=True, cwd=folder, env=environment, capture_output=True)
+        assert done.returncode == 0, (command, done.stderr.decode())
         written = [f for f in re.findall(r"[\w./-]+\.(?:wav|mp3|flac|png|npz)\b", command) if "ffplay" not in command]
         assert all((folder / f).stat().st_size > 500 for f in written), command
 

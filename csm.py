@@ -40,6 +40,7 @@ import mlx.nn as nn
 import numpy as np
 from mlx.utils import tree_flatten, tree_map
 
+__version__ = "0.1.0"
 NO_TEXT = -1  # marks an empty cell: a row without a text id, a codebook that a frame lacks
 PREFILL_ROWS = 256  # rows of a prompt that pass the backbone at once; bounds memory
 CACHE_STEP = 256  # positions that a KV cache grows by
@@ -639,6 +640,7 @@ class Generator:
 
     def __init__(self, model, codec, tokenizer, voices=None, config_json=None, codebooks=None):
         self.model, self.mimi, self.tokenizer = model, codec, tokenizer
+        self.pid = os.getpid()
         self.voices = voices or {}  # name -> folder of its .wav and .txt; None: on the Hub
         self.config_json = config_json or {}  # all of config.json, for `save`
         self.sample_rate = codec.sample_rate
@@ -788,6 +790,8 @@ class Generator:
 
     def read_options(self, seed=None, sampling=()):
         """-> the seed, drawn if None, and a Sampling: the model's own, changed by `sampling`."""
+        if os.getpid() != self.pid:  # MLX's threads are not there, and it would wait for them
+            raise ValueError("the model was loaded before a fork: load it in the new process")
         if seed is None:
             seed = secrets.randbits(32)
             log.info("seed %d", seed)

@@ -3,6 +3,7 @@
 import importlib.util
 import json
 import os
+import platform
 import signal
 import subprocess
 import sys
@@ -367,6 +368,44 @@ def test_names_and_modes_of_files(folder, tmp_path):
     long.chmod(0o640)
     assert speak.main(["hello", str(long), "--model", str(folder), *SHORT]) == 0
     assert long.stat().st_mode & 0o777 == 0o640 and list(tmp_path.iterdir()) == [long]
+
+
+def test_a_save_that_is_killed_leaves_no_mixture(folder, generator, tmp_path, monkeypatch):
+    """Of an old model and a new one: what is left does not load; the next save removes what lies beside."""
+    generator.save(tmp_path / "m")
+    replace = Path.replace
+    monkeypatch.setattr(Path, "replace", lambda *a: replace(*a) and os.kill(os.getpid(), signal.SIGKILL))
+    pid = os.fork()
+    if not pid:
+        generator.save(tmp_path / "m")
+        os._exit(1)  # not reached
+    assert os.waitpid(pid, 0)[1] == signal.SIGKILL
+    monkeypatch.undo()
+    assert not (tmp_path / "m/config.json").exists() and len(list(tmp_path.glob(".m.*.part"))) == 1
+    with pytest.raises(ValueError):
+        csm.load(tmp_path / "m")
+    (tmp_path / f".m.{platform.node()[:30]}-{os.getpid()}-0.part").mkdir()  # of one that lives
+    generator.save(tmp_path / "m")
+    assert csm.load(tmp_path / "m").model.config == generator.model.config
+    assert [p.name.split("-")[-1] for p in tmp_path.glob(".m.*.part")] == ["0.part"]
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="no fork here")
+def test_after_a_fork_it_is_an_error(generator):
+    pid = os.fork()
+    if not pid:
+        try:
+            generator.generate("hello")
+        except ValueError as e:
+            os._exit(7 if "before a fork" in str(e) else 1)
+        os._exit(0)
+    assert os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) == 7
+
+
+def test_the_version_is_one():
+    pyproject = HERE / "pyproject.toml"
+    if pyproject.exists():
+        assert f'version = "{csm.__version__}"' in pyproject.read_text()
 
 
 @pytest.mark.skipif(not hasattr(signal, "SIGHUP"), reason="no terminals here")

@@ -12,7 +12,7 @@ import re
 import signal
 from pathlib import Path
 
-os.environ.setdefault("MLX_ENABLE_TF32", "0")  # a GPU's float32 would be one of 10 bits in its products
+os.environ.setdefault("MLX_ENABLE_TF32", "0")  # or a GPU rounds the factors of float32 products to 10 bits
 import csm  # before mlx
 import csm_layouts
 import mimi

@@ -31,10 +31,10 @@ METAL_LACKS = set("QRF SVD Inverse Cholesky Eig Eigh LUF AllReduce AllGather Sen
 KNOWN = set(
     """
     Add AddMM Arange ArgReduce ArgSort AsType BitwiseAnd BitwiseOr Broadcast Concatenate Contiguous Copy Cos CumSum
-    CustomTransforms Divide Equal Erf Exp ExpandDims Flatten Full Gather GatherAxis GreaterEqual LeftShift Less LessEqual Load Log
-    LogSumExp Matmul Max Maximum Minimum Multiply Negative NotEqual Pad Power Quantize QuantizedMatmul RandomBits
-    Reshape RightShift Rsqrt Scatter ScatterAxis Select Sigmoid Sin Slice SliceUpdate Softmax Split Sqrt Square Squeeze
-    StopGradient Subtract Sum Transpose Unflatten
+    CustomTransforms Divide Equal Erf Exp ExpandDims Flatten Full Gather GatherAxis GreaterEqual LeftShift Less
+    LessEqual Load Log LogSumExp Matmul Max Maximum Minimum Multiply Negative NotEqual Pad Power Quantize
+    QuantizedMatmul RandomBits Reshape RightShift Rsqrt Scatter ScatterAxis Select Sigmoid Sin Slice SliceUpdate
+    Softmax Split Sqrt Square Squeeze StopGradient Subtract Sum Transpose Unflatten
     """.split()
 )
 FREE = set(  # they give a view of their input, or none of these arrays is made anew each frame

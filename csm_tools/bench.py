@@ -4,6 +4,7 @@
     python -m csm_tools.bench --json b.json --png b.png  # CSM-1B's sizes, random weights: minutes
     python -m csm_tools.bench --checkpoint my-csm        # those of a folder instead, with the time to load them
     python -m csm_tools.bench --dtype bfloat16 --quantize 8 4 --batch 1 16 50   # on a GPU
+    python -m csm_tools.bench --doctor                   # are the results right here? (csm_tools/doctor.py)
 
 Peers, through their own public functions: transformers (its `generate`, torch), csm-mlx (`generate_frame`) and
 mlx-audio (`SesameModel.generate_frame`, its Mimi). One that is not installed gets a row that says so. Weights are of
@@ -278,8 +279,7 @@ class Floor:
         mx.eval(self.row, self.matrix)
 
     def frames(self, batch, n_rows, n):
-        for _ in range(round(n * self.reads)):
-            mx.eval(self.row @ self.matrix.T)
+        mx.eval([self.row @ self.matrix.T for _ in range(round(n * self.reads))])  # a GPU would wait after each
 
 
 SYSTEMS = {
@@ -414,7 +414,13 @@ def version(name):
 
 
 def main(argv=None):
+    argv = sys.argv[1:] if argv is None else argv
+    if "--doctor" in argv:
+        from csm_tools import doctor
+
+        return doctor.main([arg for arg in argv if arg != "--doctor"])
     p = command.parser_for("bench", description="Speed of ours and of installed peers, side by side.")
+    p.add_argument("--doctor", action="store_true", help="check the results instead: see csm_tools.doctor --help")
     p.add_argument("--tiny", action="store_true", help="small random models: a minute")
     p.add_argument("--checkpoint", help="a folder in any layout, in place of random weights")
     p.add_argument("--only", nargs="+", choices=SYSTEMS, default=list(SYSTEMS), help="systems")

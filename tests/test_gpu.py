@@ -4,6 +4,7 @@ Nothing here needs a GPU. On one, `python -m csm_tools.bench --doctor` checks th
 """
 
 import io
+import json
 import os
 import re
 import subprocess
@@ -13,6 +14,7 @@ from pathlib import Path
 
 import csm  # before mlx
 import csm_batch
+import mimi
 
 import mlx.core as mx  # isort: skip
 import mlx.nn as nn
@@ -22,7 +24,7 @@ import pytest
 from mlx.utils import tree_flatten
 
 from conftest import clip, write_model
-from csm_tools import command, finetune, serve_engine
+from csm_tools import bench, command, doctor, finetune, serve_engine
 
 HERE = Path(__file__).parent.parent
 # What the backends of MLX 0.32.4 lack: "has no CUDA implementation" in its libmlx.so; "NYI" in its Metal sources.
@@ -282,7 +284,7 @@ sys.meta_path.insert(0, Look())
 sys.platform = sys.argv[1]
 import MODULE
 """
-PROGRAMS = ("speak", "narrate", "serve", "finetune", "bench")
+PROGRAMS = ("speak", "narrate", "serve", "finetune", "bench", "doctor")
 
 
 @pytest.mark.parametrize("module", ["csm", "mimi", "csm_batch", *(f"csm_tools.{name}" for name in PROGRAMS)])
@@ -336,3 +338,45 @@ def test_weights_that_learn_are_float32(gpu, monkeypatch, options, dtype):
     with pytest.raises(SystemExit):
         finetune.main(["train", "--data-path", "none.json", "--output-dir", "none", *options])
     assert loaded == [dtype]
+
+
+# ------------------------------------------------------------------------------------ the doctor
+
+
+@pytest.mark.slow
+def test_the_doctor_finds_nothing_here(tmp_path, capsys):
+    """Everything but what takes long, by the name of bench."""
+    checks = [name for name in doctor.CHECKS if name not in ("timings", "engine", "memory")]
+    assert bench.main(["--doctor", "--json", str(tmp_path / "d.json"), "--only", *checks]) == 0
+    out, report = capsys.readouterr().out, json.loads((tmp_path / "d.json").read_text())
+    assert [name for name in checks if f"| {name} | good |" in out] == checks
+    assert "- Nothing fell short." in out and json.loads(out.split("```")[1].removeprefix("json")) == report
+    assert report["checks"]["golden"]["figures"] == {"frames": 36, "the same until frame": 36}
+    assert report["settings"]["MLX_MAX_OPS_PER_BUFFER"] == "1000" and report["checks"]["installation"]["figures"]["mlx"]
+
+
+def test_the_doctor_sees_what_is_wrong(monkeypatch, capsys):
+    own = mx.fast.scaled_dot_product_attention
+
+    def wrong(q, k, v, **options):  # as M3 Max is said to have it: beyond 1024 keys
+        y = own(q, k, v, **options)
+        return y * 1.1 if k.shape[2] > 1024 else y
+
+    monkeypatch.setattr(mx.fast, "scaled_dot_product_attention", wrong)
+    monkeypatch.setattr(mimi.Mimi, "init_state", lambda self, batch: 1 / 0)
+    assert doctor.main(["--only", "attention", "codec"]) == 1
+    out = capsys.readouterr().out
+    assert "| attention | fell short |" in out and "- attention of 1 over 1500 positions is off by" in out
+    assert "1 over 300 positions" not in out and "- codec failed: ZeroDivisionError" in out
+
+
+def test_the_doctor_compares_codes():
+    a, b = np.arange(12).reshape(3, 4), np.arange(12).reshape(3, 4)
+    assert doctor.compared(a, b, "its", True) == ({"frames": 3, "the same until frame": 3}, [])
+    b[1, 0] = 99
+    assert doctor.compared(a, b, "its", True) == (
+        {"frames": 3, "the same until frame": 1}, ["its codes are others from frame 1 on"],
+    )  # fmt: skip
+    assert doctor.compared(a, b, "its", False)[1] == doctor.compared(a[:2], a, "its", False)[1] == []
+    assert doctor.compared(a + 50, a, "its", False)[1] and doctor.compared(a[:2], a, "its", True)[1]
+    assert doctor.compared(a[:0], a[:0], "its", True)[1] == []

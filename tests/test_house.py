@@ -33,6 +33,8 @@ ALLOWED = {  # besides
     ("csm_tools/command.py", "csm_tools.watermark"),  # late, for --watermark
     ("csm_tools/serve.py", "csm_tools.serve_engine"),  # its other half
     ("csm_tools/finetune.py", "csm_tools.tuning_data"),  # its other half
+    ("csm_tools/bench.py", "csm_tools.doctor"),  # late, for --doctor
+    ("csm_tools/doctor.py", "csm_tools.serve_engine"),  # which it checks
 }
 TOOLS = [f"csm_tools/{name}.py" for name in ("command", "speak", "narrate", "serve", "finetune")]
 

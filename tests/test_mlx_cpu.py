@@ -154,6 +154,7 @@ def test_with_and_without_compiler_and_library(without, tmp_path):
         assert "scipy" not in out  # a library with MLX's own names, if there is one
 
 
+@pytest.mark.slow
 def test_processes_that_compile_at_once(tmp_path):
     for _ in range(2):  # the second time nothing is compiled
         for process in [python(REPORT, XDG_CACHE_HOME=str(tmp_path)) for _ in range(3)]:

@@ -21,6 +21,7 @@ FLOORS = {  # a module may import those on lower floors
     "csm_tools.adapters": 4,  # what the programs share
     "csm_tools.audio": 4,
     "csm_tools.command": 4,
+    "csm_tools.epub": 4,
     "csm_tools.gguf": 4,
     "csm_tools.text": 4,
     "csm_tools": 5,  # the programs

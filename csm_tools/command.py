@@ -60,7 +60,8 @@ def peak_memory():
 
 def add_model_options(p):
     """The options that `load_for` reads."""
-    p.add_argument("--model", help="csm-1b, tiny, a folder, a weights file or a Hugging Face repo (default: csm-1b)")
+    what = "csm-1b, tiny, a folder, a weights file or a Hugging Face repo (default: $CSM_MODEL, or csm-1b)"
+    p.add_argument("--model", default=os.environ.get("CSM_MODEL") or None, help=what)
     p.add_argument("--quantize", **QUANTIZE)
     p.add_argument("--dtype", choices=("float32", "bfloat16", "float16"), help="default: bfloat16 on a GPU, or float32")
     how = {"metavar": "DIR[=FACTOR]", "action": "append", "type": adapter}
@@ -103,13 +104,13 @@ def read_options(args):
     return context, options | {"max_audio_length_ms": args.max_audio_length_ms}
 
 
-def load_for(args):
-    """The Generator for the options. Without --model: csm-1b, or tiny if csm-1b cannot be downloaded."""
+def load_for(args, fallback=True):
+    """The Generator for the options. Without --model: csm-1b, or as a `fallback` tiny if it cannot be downloaded."""
     options = {name: getattr(args, name) for name in ("dtype", "quantize", "adapter", "codebooks")}
     try:
         return csm.load(args.model or "csm-1b", **options)
     except mimi.DownloadError as e:
-        if args.model:
+        if args.model or not fallback:
             raise
         print(f"using the small bundled model, tiny, because csm-1b is missing: {e}", file=sys.stderr)
         return csm.load("tiny", **options)

@@ -29,8 +29,16 @@ ALLOWED = {  # besides
     ("csm.py", "csm_tools.speak"),  # in its last lines: see test_csm_py_hands_over_in_its_last_lines
     ("csm.py", "csm_tools.adapters"),  # late, for csm.load(adapter=...)
     ("csm_tools/command.py", "csm_tools.watermark"),  # late, for --watermark
-    ("csm_tools/serve.py", "csm_tools.narrate"),  # how a long text is cut
-    ("csm_tools/serve.py", "csm_tools.serve_engine"),  # its other half
+    ("csm_tools/serve.py", "csm_tools.serve_engine"),  # its other parts
+    ("csm_tools/serve.py", "csm_tools.serve_files"),
+    ("csm_tools/serve.py", "csm_tools.serve_network"),
+    ("csm_tools/serve.py", "csm_tools.serve_requests"),
+    ("csm_tools/serve.py", "csm_tools.serve_voices"),
+    ("csm_tools/serve_requests.py", "csm_tools.narrate"),  # how a long text is cut
+    ("csm_tools/serve_requests.py", "csm_tools.serve_engine"),
+    ("csm_tools/serve_requests.py", "csm_tools.serve_files"),
+    ("csm_tools/serve_voices.py", "csm_tools.serve_files"),
+    ("csm_tools/serve_files.py", "csm_tools.watermark"),  # the mark, for many streams
     ("csm_tools/finetune.py", "csm_tools.tuning_data"),  # its other half
 }
 TOOLS = [f"csm_tools/{name}.py" for name in ("command", "speak", "narrate", "serve", "finetune")]

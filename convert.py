@@ -14,7 +14,7 @@ from pathlib import Path
 import csm  # before mlx
 import csm_layouts
 import mimi as codec
-from csm_tools import adapters, command
+from csm_tools import adapters, command, gguf
 
 import mlx.core as mx  # isort: skip
 
@@ -28,7 +28,8 @@ def read(source):
     beside = codec.first_match(source if source.is_dir() else source.parent, *codec.MIMI_FILES)
     if not file and (beside or source.is_file()):
         return None, None, read_mimi(source if source.is_file() else beside)
-    if file and any(name.startswith(("quantizer.", "first.")) for name in codec.read_weights(file)[0]):
+    names = codec.read_weights(file)[0] if file and file.suffix != ".gguf" else ()
+    if any(name.startswith(("quantizer.", "first.")) for name in names):
         return None, None, read_mimi(file)
     config, weights, inside = csm.read_checkpoint(source)
     return config, weights, read_mimi(beside) if beside else inside
@@ -39,15 +40,18 @@ def read_mimi(source):
     return config, weights
 
 
-def text_files(folder, tokenizer):
+def text_files(source, folder, tokenizer):
     """The tokenizer's files and the voices: {name in the destination: path}"""
     place = Path(tokenizer) if tokenizer else folder
     if not place.exists():
-        place = codec.download(str(tokenizer), *csm.TOKENIZER)
+        place = csm_layouts.download(str(tokenizer), *csm.TOKENIZER)
     if place.is_file():
         files = {"tokenizer.model" if place.suffix == ".model" else "tokenizer.json": place}
     else:
         files = {name: place / name for name in csm.TOKENIZER if (place / name).is_file()}
+    weights = csm.weights_file(source)
+    if not files and weights.suffix == ".gguf" and (inside := gguf.extract_tokenizer(weights)):
+        files = {"tokenizer.json": inside}
     if tokenizer and not {"tokenizer.json", "tokenizer.model"} & files.keys():
         raise ValueError(f"{tokenizer} has no tokenizer.json and no tokenizer.model")
     return files | {f"prompts/{f.name}": f for f in (folder / "prompts").glob("*") if f.is_file()}
@@ -90,7 +94,7 @@ def convert(
     if sound:
         sound_config = asdict(codec.from_weights(sound, sound_config).config)  # this also checks the weights
     if weights:
-        files = text_files(folder, tokenizer)
+        files = text_files(source, folder, tokenizer)
         sizes = csm.CSMConfig.from_dict(config)
         codec.check_weights(csm.blank_model(sizes, weights), csm.split_heads(weights))
         config |= {part: asdict(getattr(sizes, part)) for part in ("backbone", "decoder")}
@@ -127,7 +131,7 @@ def convert(
 
 def main(argv=None):
     p = command.parser_for("convert.py", description="Any published CSM or Mimi -> a folder that csm.py loads.")
-    p.add_argument("source", help="csm-1b, a folder, .safetensors, .index.json or .pt file, or a Hub repo")
+    p.add_argument("source", help="csm-1b, a folder, a .safetensors, .index.json, .pt or .gguf file, or a Hub repo")
     p.add_argument("destination", help="the folder to write")
     p.add_argument("--mimi", help="where to take the Mimi from, if not from SOURCE")
     p.add_argument("--tokenizer", help="where to take the text tokenizer from, if not from SOURCE")

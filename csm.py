@@ -66,6 +66,16 @@ class LlamaConfig:
     rope_scaling: dict | None = field(default_factory=LLAMA3_ROPE.copy)  # None: plain RoPE
     max_positions: int = 2048
 
+    def __post_init__(self):
+        if s := self.rope_scaling:
+            numbers = [s.get(name) for name in LLAMA3_ROPE]
+            if not all(type(n) in (int, float) and 0 < n < 1e12 for n in numbers):
+                raise ValueError(f"rope_scaling must have positive {', '.join(LLAMA3_ROPE)}")
+            if s["low_freq_factor"] >= s["high_freq_factor"]:
+                raise ValueError("low_freq_factor must be below high_freq_factor")
+        if self.n_heads % self.n_kv_heads or self.head_dim % 2:
+            raise ValueError("n_kv_heads must divide n_heads, and head_dim must be even")
+
     def rope_periods(self):
         """(head_dim / 2,) float32: positions per radian. Llama 3 stretches the long periods."""
         periods = self.rope_theta ** (np.arange(0, self.head_dim, 2) / self.head_dim)
@@ -90,6 +100,7 @@ class CSMConfig:
     text_tokenizer: str | None = None  # Hub repository to use if the folder has no tokenizer
     use_default_voice_prompt: bool = True
     voice_match: bool = False  # clone by continuing the clip instead of adding a turn after it
+    max_part_characters: int = 240  # what programs cut a text into: longer ones are said less well
     sampling: dict | None = None  # this model's own defaults for the fields of Sampling
     quantization: dict | None = None  # a note in MLX's form; loading goes by the tensors' shapes
 
@@ -97,10 +108,16 @@ class CSMConfig:
     def from_dict(cls, d):
         d = {f.name: d[f.name] for f in fields(cls) if d.get(f.name) is not None}
         try:
-            Sampling(**d.get("sampling", {}))
-            parts = {part: LlamaConfig(**d[part]) for part in ("backbone", "decoder") if part in d}
-            return cls(**d | parts)
-        except TypeError as e:
+            for part in {"backbone", "decoder"} & d.keys():
+                mimi.check_fields(LlamaConfig, d[part])
+                d[part] = LlamaConfig(**d[part])
+            mimi.check_fields(cls, d)
+            sampling = d.get("sampling", {})
+            if not all(type(number) in (int, float) for number in sampling.values()):
+                raise ValueError("sampling must have numbers")
+            Sampling(**sampling)
+            return cls(**d)
+        except (TypeError, AttributeError, ValueError) as e:
             raise ValueError(f"config.json is not in our layout: {e}") from None
 
 
@@ -109,17 +126,15 @@ class CSMConfig:
 
 @dataclass(frozen=True)
 class Sampling:
-    """How codes are drawn. The filters act on the probabilities before temperature, as in mlx-lm."""
+    """How codes are drawn. The filters act before the temperature, as in mlx-lm."""
 
     temperature: float = 0.9  # 0: greedy
     top_k: int = 50  # 0: off
     top_p: float = 1.0  # 0 or 1: off
     min_p: float = 0.0  # relative to the likeliest code; 0: off
     min_tokens_to_keep: int = 1  # codes that min_p never removes
-    sampler: Callable | None = (
-        None  # log-probabilities (1, V) -> ids (1,), instead of all the above
-    )
-    logits_processors: tuple = ()  # for codebook 0: (its codes so far (F,), logits (1, V)) -> logits
+    sampler: Callable | None = None  # log-probabilities (1, V) -> ids (1,), instead of the above
+    logits_processors: tuple = ()  # codebook 0: (codes so far (F,), logits (1, V)) -> logits
 
     def __post_init__(self):
         limits = {"temperature": (0, 1e9), "top_p": (0, 1), "min_p": (0, 1)}
@@ -176,7 +191,7 @@ class Draw:
 
 
 def add_functions(draw, sampling, said):
-    """`draw` for one row, with the user's logits processors and sampler; said: codebook 0 so far."""
+    """`draw` of one row with the user's own functions; said: its codes of codebook 0 so far."""
 
     def draw_one(i, logits):
         for process in sampling.logits_processors if i == 0 else ():
@@ -202,7 +217,7 @@ def check_seed(seed):
 
 
 class KVCache:
-    """Keys and values of the positions so far, one pair of arrays (B, H_kv, capacity, head_dim) a layer."""
+    """Keys and values of the positions so far: (B, H_kv, capacity, head_dim) arrays, by layer."""
 
     def __init__(self, config, dtype=mx.float32, step=CACHE_STEP):
         self.dtype, self.step = dtype, step
@@ -256,7 +271,9 @@ class Linear(nn.Module):
         if "scales" not in self:
             return x @ self.weight.T
         how, biases = packing(self, x.shape[-1]), self.get("biases")
-        return mx.quantized_matmul(x, self.weight, self.scales, biases, transpose=True, **how)
+        rows = x.reshape(-1, x.shape[-1])  # of (B, 1, in), CUDA would read the weights B times
+        y = mx.quantized_matmul(rows, self.weight, self.scales, biases, transpose=True, **how)
+        return y.reshape(*x.shape[:-1], -1)
 
 
 class Embedding(nn.Module):
@@ -271,8 +288,7 @@ class Embedding(nn.Module):
         if "scales" not in self:
             return self.weight[ids]
         biases = self.biases[ids] if "biases" in self else None
-        how = packing(self, self.dim)
-        return mx.dequantize(self.weight[ids], self.scales[ids], biases, **how)
+        return mx.dequantize(self.weight[ids], self.scales[ids], biases, **packing(self, self.dim))
 
 
 def packing(module, n_in):
@@ -353,7 +369,7 @@ class Llama(nn.Module):
 
 
 def row_mask(rows):
-    """Which cells of rows (..., K + 1) count: the text id of a text row, the codes of an audio row."""
+    """Which cells of rows (..., K + 1) count: the id of a text row, the codes of an audio row."""
     is_text = rows[..., -1:] != NO_TEXT
     in_text_column = mx.arange(rows.shape[-1]) == rows.shape[-1] - 1
     return (is_text == in_text_column) & (rows != NO_TEXT)
@@ -396,7 +412,7 @@ class CSM(nn.Module):
         return self.backbone.norm.weight.dtype
 
     def embed(self, rows):
-        """rows (B, T, K + 1) int -> (B, T, D): the sum, in float32, of the embeddings that count."""
+        """rows (B, T, K + 1) -> (B, T, D): the sum, in float32, of the embeddings that count."""
         K, ids = self.config.audio_num_codebooks, mx.maximum(rows, 0)  # NO_TEXT is no index
         audio = self.audio_embeddings(ids[..., :K] + self._offsets)  # (B, T, K, D)
         text = self.text_embeddings(ids[..., K:])  # (B, T, 1, D)
@@ -408,7 +424,7 @@ class CSM(nn.Module):
         return self.backbone(self.embed(rows), cache)
 
     def head(self, i, h):
-        """Logits (..., V) of codebook i from h: the backbone's hidden state for i = 0, else the depth decoder's."""
+        """Logits (..., V) of codebook i from h, the backbone's for i = 0, else the decoder's."""
         return self.codebook0_head(h) if i == 0 else self.audio_head[i - 1](h)
 
     def embed_code(self, i, codes):
@@ -416,7 +432,7 @@ class CSM(nn.Module):
         return self.audio_embeddings(codes + self._offsets[i])
 
     def depth_logits(self, h, codes):
-        """Teacher-forced: h (N, D), the codes (N, K) of their frames -> logits (N, K - 1, V) of codes 1.."""
+        """Teacher-forced: h (N, D), their frames (N, K) -> logits (N, K - 1, V) of codes 1.."""
         K = self.config.audio_num_codebooks
         x = self.embed_code(mx.arange(K - 1), codes[:, :-1])
         y = self.decoder(self.projection(mx.concatenate([h[:, None], x], axis=1)))[:, 1:]
@@ -443,7 +459,7 @@ def frames(
     model: CSM, rows: np.ndarray, cache: KVCache, max_frames: int, seed: int,
     sampling: Sampling = Sampling(), n_codes: int | None = None, n_codebooks: int | None = None,
 ) -> Iterator[np.ndarray]:  # fmt: skip
-    """Speak a prompt's rows (T, K + 1): frames of codes (K,) int32, one at a time, until one of zeros.
+    """Speak a prompt's rows (T, K + 1) -> frames of codes (K,) int32, until one is all zeros.
 
     cache: what goes before the rows. It grows by them and by each frame. n_codes: Mimi's (None:
     three fewer than the vocabulary). n_codebooks: speak only so many (None: all).
@@ -459,9 +475,10 @@ def frames(
         if sampling.sampler or sampling.logits_processors:
             draw = add_functions(draw, sampling, said)
         codes = fast_next_frame(model, h, draw, n)  # (1, n)
+        mx.async_eval(codes)  # apart from h: what is launched together is ready together
         h = model(frame_row(codes, K), cache)[:, -1]  # (1, D): the frame goes back in
-        mx.async_eval(codes, h, key)  # queue the backbone's step before looking at the codes
-        frame = np.array(codes[0])
+        mx.async_eval(h, key)  # queue the backbone's step before looking at the codes
+        frame = np.array(codes)[0]
         if not frame.any():
             return
         said.append(int(frame[0]))
@@ -469,7 +486,7 @@ def frames(
     log.warning("the speech was cut off at %d frames", max_frames)
 
 
-# ------------------------------------ compiling CSM.next_frame: skip this section on a first reading
+# ----------------------------------- compiling CSM.next_frame: skip this section on a first reading
 
 COMPILED = {}  # functions, by what their traces depend on besides shapes
 COMPILE_LOCK = threading.Lock()  # any call may trace: each thread does for each shape
@@ -547,7 +564,7 @@ class Segment:
 
 
 class Tokenizer:
-    """Text -> ids, from `tokenizer.json` (by `tokenizers`) or `tokenizer.model` (by `sentencepiece`)."""
+    """Text -> ids, by a `tokenizer.json` (tokenizers) or a `tokenizer.model` (sentencepiece)."""
 
     MARKS = (  # common names of the tokens before and after a text
         "<|begin_of_text|> <|end_of_text|>", "<bos> <eos>", "<s> </s>", "<|im_start|> <|im_end|>",
@@ -575,7 +592,7 @@ class Tokenizer:
             log.warning("%s has no begin and end tokens, which CSM was trained with", path)
 
     def _find_marks(self, t):
-        """The ids before and after a text: from the tokenizer's template if it has both, else by name.
+        """The ids before and after a text: by the tokenizer's template if it has both, or by name.
 
         Llama's own template adds only the first; CSM was trained with both.
         """
@@ -587,7 +604,7 @@ class Tokenizer:
         names = [name["content"] if isinstance(name, dict) else name for name in names]
         pairs = [names, *(marks.split() for marks in self.MARKS)]
         pairs = [[t.token_to_id(name) for name in pair] for pair in pairs]
-        # Prefer a complete pair of two different tokens: if both are one, it only separates documents.
+        # Prefer two different tokens: if both are the same, it only separates documents.
         return max(pairs, key=lambda p: (None not in p and p[0] != p[1], -p.count(None)))
 
     def encode(self, text):
@@ -631,21 +648,15 @@ class Generator:
         if not 2 <= n <= K:
             raise ValueError(f"codebooks must be 2 to {K}, not {n}")
         if n > has:
-            raise ValueError(
-                f"the model writes {n} codebooks, its Mimi has {has} (--codebooks: fewer)"
-            )
+            raise ValueError(f"the model writes {n} codebooks, its Mimi has {has} (use fewer)")
         self.codec_stream = mx.new_thread_local_stream(mx.default_device())
-        self.context_caches, self.n_context_caches = (
-            {},
-            4,
-        )  # rows as bytes -> KVCache, last used last
+        self.context_caches = {}  # rows as bytes -> KVCache, the last used last
+        self.n_context_caches = 4
         self._voice_prompts = {}  # name -> Segment with codes
 
     def __repr__(self):
         c, voices = self.model.config.backbone, ", ".join(sorted(self.voices)) or "none"
-        return (
-            f"<csm.Generator: {c.n_layers} layers of {c.dim}, {self.model.dtype}, voices: {voices}>"
-        )
+        return f"<csm.Generator: {c.n_layers} layers of {c.dim}, voices: {voices}>"
 
     def generate(
         self, text: str, speaker: int = 0, context: Sequence[Segment] = (), *,
@@ -664,7 +675,7 @@ class Generator:
         max_audio_length_ms: None: 3 s and 200 ms a character, at most 90 s
         temperature ... logits_processors: see Sampling; None: the model's own default
         seed: for the same speech again; None draws one, and logs it on the logger "csm"
-        voice_match: continue the speaker's last clip instead of answering it; None: as config.json says
+        voice_match: continue the speaker's last clip instead of answering it; None: by config.json
 
         Raises ValueError for a wrong argument, and for a prompt that the model has no room for.
         """
@@ -681,9 +692,8 @@ class Generator:
         streaming_interval: float = 0.5, **options,
     ) -> Iterator[mx.array]:  # fmt: skip
         """What `generate` gives, in pieces of `streaming_interval` seconds: (samples,) float32."""
-        return self.decode_stream(
-            self.frames(text, speaker, context, **options), streaming_interval
-        )
+        frames = self.frames(text, speaker, context, **options)
+        return self.decode_stream(frames, streaming_interval)
 
     def generate_codes(
         self, text: str, speaker: int = 0, context: Sequence[Segment] = (), **options
@@ -695,7 +705,7 @@ class Generator:
         self, context: Sequence[Segment] = (), *, voice: str | os.PathLike | None = None,
         speaker: int = 0, voice_match: bool | None = None,
     ) -> "Conversation":  # fmt: skip
-        """A Conversation after `context`; without context, `speaker` is the one who has the voice."""
+        """A Conversation after `context`. Without context, `speaker` has the voice."""
         return Conversation(self, context, voice, speaker, voice_match)
 
     def save(self, folder):
@@ -736,9 +746,7 @@ class Generator:
     def decode_stream(self, frames, streaming_interval):
         """Frames (K,) -> pieces of sound (samples,), each as soon as its frames are there."""
         if not 0 < streaming_interval < math.inf:
-            raise ValueError(
-                f"streaming_interval must be above 0 seconds, not {streaming_interval}"
-            )
+            raise ValueError(f"streaming_interval must be above 0 s, not {streaming_interval}")
         size = max(1, round(streaming_interval * self.mimi.config.frame_rate))
 
         def pieces():
@@ -748,8 +756,9 @@ class Generator:
                     with mx.stream(self.codec_stream):  # beside the next frames, not behind them
                         codes = self.join_frames(some).T[None]  # (1, K, f)
                         audio, state = self.mimi.decode_step(codes, state)
-                        mx.async_eval(audio)
-                    yield audio[0, 0]
+                        piece = audio[0, 0]
+                        mx.async_eval(piece)  # so that another thread can take it
+                    yield piece
 
         return pieces()
 
@@ -774,13 +783,11 @@ class Generator:
         ms = max_audio_length_ms
         ms = min(90_000, 3_000 + 200 * len(str(text))) if ms is None else ms
         if not frame_ms <= ms < math.inf:
-            raise ValueError(
-                f"max_audio_length_ms must be {frame_ms:g} (a frame) or more, not {ms}"
-            )
+            raise ValueError(f"max_audio_length_ms must be {frame_ms:g} or more, not {ms}")
         return int(ms / frame_ms)
 
     def read_options(self, seed=None, sampling=()):
-        """-> the seed, drawn if it is None, and a Sampling: the model's own, changed by `sampling`."""
+        """-> the seed, drawn if None, and a Sampling: the model's own, changed by `sampling`."""
         if seed is None:
             seed = secrets.randbits(32)
             log.info("seed %d", seed)
@@ -821,7 +828,7 @@ class Generator:
         return np.concatenate([self.text_rows(segment.text, segment.speaker), audio])
 
     def turn_rows(self, text, speaker, clip=None):
-        """(T, K + 1) int32 for a turn to speak: its text; or, to continue a clip, both texts and the clip."""
+        """(T, K + 1) int32 for a turn to speak, which may continue a clip."""
         if clip is None:
             return self.text_rows(text, speaker)
         both = self.text_rows(f"{clip.text} {text}", speaker)
@@ -834,11 +841,9 @@ class Generator:
         if not isinstance(text, str) or not text.strip():
             raise ValueError(f"the text is empty, or no text: {text!r}")
         c = self.model.config
+        spaced = f" {text.lstrip()}" if c.speaker_prefix_space else text
         try:
-            space = c.speaker_prefix_space
-            ids = self.tokenizer.encode(
-                f"[{speaker}] {text.lstrip()}" if space else f"[{speaker}]{text}"
-            )
+            ids = self.tokenizer.encode(f"[{speaker}]{spaced}")
         except (UnicodeError, TypeError):  # lone surrogates, which Python makes of invalid bytes
             raise ValueError("the text is not UTF-8") from None
         if max(ids) >= c.text_vocab_size:
@@ -857,9 +862,7 @@ class Generator:
         if not isinstance(segment, Segment):
             raise ValueError(f"a context is a list of Segments, not of {segment!r}")
         if segment.codes is None and segment.audio is None:
-            raise ValueError(
-                f"a turn of the context has a text but no audio: {segment.text[:40]!r}"
-            )
+            raise ValueError(f"a turn of the context has no audio: {segment.text[:40]!r}")
         codes = segment.codes
         if codes is None:
             audio = mx.array(as_samples(segment.audio))[None, None]
@@ -877,8 +880,8 @@ class Generator:
         limit, seconds = self.max_positions, self.max_positions / self.mimi.config.frame_rate
         if n >= limit:
             raise ValueError(
-                f"the prompt takes {n} positions, and the model has {limit}, which is {seconds:.0f} s of "
-                "sound: shorten context or text (a long text: python -m csm_tools.narrate)"
+                f"the prompt takes {n} positions, and the model has {limit}: {seconds:.0f} s of "
+                "sound; shorten context or text (a long text: python -m csm_tools.narrate)"
             )
 
     def context_cache(self, rows):
@@ -897,12 +900,8 @@ class Generator:
         default = bool(self.voices) and self.model.config.use_default_voice_prompt
         if voice == "none" or (voice is None and not default):
             return []
-        preset = (
-            "conversational_a"
-            if "conversational_a" in self.voices
-            else min(self.voices, default="")
-        )
-        name = str(voice or preset)
+        presets = sorted(self.voices, key=lambda name: (name != "conversational_a", name))
+        name = str(voice or presets[0])
         try:
             if name not in self._voice_prompts:
                 self._voice_prompts[name] = self.encode(self._read_voice(name))
@@ -916,17 +915,13 @@ class Generator:
     def _read_voice(self, name):
         """A voice's clip and transcript, as a Segment."""
         if name in self.voices and self.voices[name] is None:
-            wav = mimi.download(DEFAULT_PROMPTS, f"prompts/{name}.wav")
-            text = mimi.layouts("the Hub's voices").TRANSCRIPTS.get(name)
-            if text is None:
-                text = read_text(f"@{mimi.download(DEFAULT_PROMPTS, f'prompts/{name}.txt')}")
+            wav, text = mimi.layouts("the Hub's voices").download_voice(name)
             return Segment(0, text, wav)
         wav = self.voices[name] / f"{name}.wav" if name in self.voices else Path(name)
         if not wav.is_file():
             known = ", ".join(sorted(self.voices)) or "none at all"
-            raise ValueError(
-                f"unknown voice {name!r}; this model has: {known}; or name a clip, with a .txt beside it"
-            )
+            hint = f"this model has: {known}; or name a clip, with a .txt beside it"
+            raise ValueError(f"unknown voice {name!r}; {hint}")
         return Segment(0, read_text(f"@{wav.with_suffix('.txt')}"), wav)
 
 
@@ -959,7 +954,9 @@ class Conversation:
         self, text: str, speaker: int = 0, *, streaming_interval: float = 0.5, **options
     ) -> Iterator[mx.array]:
         """Speak the next turn in pieces of `streaming_interval` seconds: (samples,) float32."""
-        return self.generator.decode_stream(self.frames(text, speaker, **options), streaming_interval)
+        return self.generator.decode_stream(
+            self.frames(text, speaker, **options), streaming_interval
+        )
 
     def hear(self, segment: Segment):
         """Add a turn that somebody else spoke."""
@@ -1027,18 +1024,13 @@ class Conversation:
 
 # ------------------------------------------------------------------------------------------ loading
 
-DEFAULT_MODEL = ("senstella/csm-1b-mlx", "ckpt.safetensors")
-DEFAULT_TOKENIZER = "unsloth/Llama-3.2-1B"
-DEFAULT_PROMPTS = "mlx-community/csm-1b"
-DEFAULT_VOICES = ("conversational_a", "conversational_b", *(f"read_speech_{x}" for x in "abcd"))
 TOKENIZER = (
     "tokenizer.json", "tokenizer.model", "tokenizer_config.json", "special_tokens_map.json",
 )  # fmt: skip
 WEIGHTS = (  # patterns, tried in this order: the first match is loaded
     "model.safetensors", "model.safetensors.index.json", "ckpt.safetensors", "*.index.json",
-    "*.safetensors", "ckpt.pt", "*.pt", "*.pth",
+    "*.safetensors", "ckpt.pt", "*.pt", "*.pth", "*backbone*.gguf", "*.gguf",
 )  # fmt: skip
-BESIDE = ("*.json", "tokenizer.model", *mimi.MIMI_FILES, "prompts/*")  # also fetched from the Hub
 
 
 def load(
@@ -1082,24 +1074,23 @@ def load(
         codec = mimi.from_weights(inside[1], inside[0])
     else:
         codec = mimi.load()
-    tokenizer = Tokenizer(find_tokenizer(folder, config.text_tokenizer or DEFAULT_TOKENIZER))
-    voices = dict.fromkeys(DEFAULT_VOICES) if model == "csm-1b" else {}
+    tokenizer = Tokenizer(find_tokenizer(path, config.text_tokenizer))
+    voices = {}
+    if model == "csm-1b":
+        voices = dict.fromkeys(mimi.layouts(model).DEFAULT_VOICES)
     voices |= {clip.stem: clip.parent for clip in (folder / "prompts").glob("*.wav")}
     return Generator(network, codec, tokenizer, voices, fields, codebooks)
 
 
 def find_model(model):
     """The local path of what `load` was given; downloads it if necessary. Raises ValueError."""
-    if model == "csm-1b":
-        return mimi.download(*DEFAULT_MODEL)
     if model == "tiny":  # beside csm.py; an installation has it in csm_tools
         here = Path(__file__).resolve().parent
         installed = here / "csm_tools/tiny"
         return installed if (installed / "config.json").is_file() else here / "tiny"
-    # A repository may have its weights in several layouts: prefer MLX's or Sesame's, in one file.
-    groups = ("model*.safetensors*", "ckpt.safetensors"), ("*.pt",), ("*.safetensors*",)
-    known = "csm-1b, tiny, a folder, a .safetensors file or a Hugging Face repository"
-    return mimi.local_path(model, *groups, beside=BESIDE, known=known)
+    if Path(model).exists() and model != "csm-1b":
+        return Path(model)
+    return mimi.layouts(model).download_csm(model, mimi.MIMI_FILES)
 
 
 def read_checkpoint(path):
@@ -1109,11 +1100,21 @@ def read_checkpoint(path):
     """
     file = weights_file(path)
     if file is None:
-        raise ValueError(f"{path} has no weights of a CSM: no .safetensors, index of shards or .pt")
-    config, weights = mimi.read_json(file.with_name("config.json")), mimi.read_weights(file)[0]
+        raise ValueError(f"{path} has no weights of a CSM: no .safetensors, .pt, .gguf or index")
+    config = mimi.read_json(file.with_name("config.json"))
+    if file.suffix == ".gguf":
+        weights, fields = gguf().read_gguf(file)
+        config = fields | config | {"layout": None}
+    else:
+        weights = mimi.read_weights(file)[0]
     if config.get("layout") == "native":
         return config, weights, None
-    return mimi.layouts(path).csm_to_native(config, weights, asdict(CSMConfig()))
+    try:
+        return mimi.layouts(path).csm_to_native(config, weights, asdict(CSMConfig()))
+    except (TypeError, AttributeError, LookupError, ArithmeticError) as e:
+        raise ValueError(
+            f"{file.with_name('config.json')} has a field of a wrong type: {e}"
+        ) from None
 
 
 def weights_file(path):
@@ -1127,14 +1128,13 @@ def weights_file(path):
     return None
 
 
-def find_tokenizer(folder, repo):
-    """The tokenizer's file in the folder, or, downloaded, in the repository."""
-    names = TOKENIZER[:2]
-    file = mimi.first_match(folder, *names)
-    file = file or mimi.first_match(mimi.download(repo, *TOKENIZER), *names)
-    if file is None:
-        raise ValueError(f"{repo} has no {' or '.join(names)}")
-    return file
+def find_tokenizer(path, repo):
+    """The tokenizer beside the weights, in a .gguf, or of a Hub repository (None: the default)."""
+    file = weights_file(path)
+    found = mimi.first_match(file.parent, *TOKENIZER[:2])
+    if not found and file.suffix == ".gguf":
+        found = gguf().extract_tokenizer(file)
+    return found or mimi.layouts("a missing tokenizer").download_tokenizer(repo, TOKENIZER)
 
 
 def split_heads(weights):
@@ -1173,6 +1173,15 @@ def adapters():
     except ImportError:
         raise ValueError("an adapter needs csm_tools and csm_layouts.py beside csm.py") from None
     return adapters
+
+
+def gguf():
+    """The module csm_tools.gguf, which only GGUF files need."""
+    try:
+        from csm_tools import gguf
+    except ImportError:
+        raise ValueError("a GGUF file needs csm_tools and csm_layouts.py beside csm.py") from None
+    return gguf
 
 
 # ------------------------------------------------------------------------------------------ command

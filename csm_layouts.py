@@ -25,6 +25,7 @@ import re
 import shutil
 import zipfile
 from collections import OrderedDict
+from contextlib import suppress
 from pathlib import Path
 from typing import NamedTuple
 
@@ -89,7 +90,10 @@ PART_FIELDS = (  # native field, transformers' field
     ("norm_eps", "rms_norm_eps"), ("max_positions", "max_position_embeddings"),
 )
 PART_FIXED = {"hidden_act": "silu", "attention_bias": False, "mlp_bias": False}
-CARRIED = r"sampling|speaker_prefix_space|text_tokenizer|use_default_voice_prompt|voice_match|quantization|\w+_token_id"
+CARRIED = (
+    r"max_part_characters|sampling|speaker_prefix_space|text_tokenizer|use_default_voice_prompt|voice_match"
+    r"|quantization|\w+_token_id"
+)
 MIMI_FIELDS = (  # native field, transformers' field; shapes do not show the first five
     ("n_heads", "num_attention_heads"), ("context", "sliding_window"), ("norm_eps", "norm_eps"),
     ("dilation_base", "dilation_growth_rate"), ("sample_rate", "sampling_rate"),
@@ -135,6 +139,12 @@ def refuse_other(config, fixed):
             raise ValueError(f"{field} = {config[field]!r} is not supported, only {value!r}")
 
 
+def refuse_impossible(config, sizes):
+    for field in sizes:
+        if field in config and not (type(config[field]) is int and 0 < config[field] < 2**31):
+            raise ValueError(f"config.json says {field} = {config[field]!r:.40}")
+
+
 def read_rope(config, llama3):
     """transformers 4's rope_theta and rope_scaling, or 5's rope_parameters -> our two fields, or those it has.
 
@@ -157,10 +167,12 @@ def read_rope(config, llama3):
 def read_part(config, part, csm_1b):
     """The fields of the backbone or the decoder that a config has, under our names."""
     if isinstance(config.get(part), dict):
+        refuse_impossible(config[part], SIZES)
         return {field: value for field, value in csm_1b[part].items() if field not in SIZES} | config[part]
     config = config if part == "backbone" else config.get("depth_decoder_config") or {}
     refuse_other(config, PART_FIXED)
     fields = {ours: config[theirs] for ours, theirs in PART_FIELDS if config.get(theirs) is not None}
+    refuse_impossible(fields, SIZES)
     return fields | read_rope(config, csm_1b[part]["rope_scaling"])
 
 
@@ -424,6 +436,7 @@ def from_transformers_mimi(config, weights):
     refuse_other(rope, MIMI_FIXED | {"rope_scaling": None, "rope_type": "default"})
     native = {ours: config[theirs] for ours, theirs in MIMI_FIELDS[:5] if config.get(theirs) is not None}
     native |= {"rope_theta": rope["rope_theta"]} if "rope_theta" in rope else {}
+    refuse_impossible(native, ("n_heads",))
     weights, heads = rename(weights, mimi_table(layers)), native.setdefault("n_heads", 8)  # transformers' default
     for stem in [name.removesuffix("q_proj.weight") for name in weights if name.endswith(".q_proj.weight")]:
         parts = [weights.get(f"{stem}{x}_proj.weight") for x in "qkv"]
@@ -582,6 +595,7 @@ def quantize(weights, how=4, group_size=64):
 # ---- PyTorch's checkpoints --------------------------------------------------------------------------------------
 
 STATES = ("model_state", "model_state_dict", "model", "state_dict")  # where trainers keep the weights in a checkpoint
+MAX_PICKLE = 16 << 20  # bytes. CSM-1B's pickle has 40 kB; a byte can make an object of a hundred
 STORAGES = {  # torch.XStorage -> what is in it. MLX has float64 on the CPU alone: it becomes float32 on the way
     "Float": mx.float32, "Double": mx.float64, "Half": mx.float16, "BFloat16": mx.bfloat16, "Bool": mx.bool_,
     "Long": mx.int64, "Int": mx.int32, "Short": mx.int16, "Char": mx.int8, "Byte": mx.uint8,
@@ -606,18 +620,23 @@ class Stored(NamedTuple):
 
 
 def rebuild(storage, offset, shape, strides, *_):
-    """torch._utils._rebuild_tensor_v2 -> Stored. storage: its bytes and their type."""
+    """torch._utils._rebuild_tensor_v2 -> Stored, within its storage. storage: the bytes of it and their type."""
     data, dtype = storage
-    if min((*strides, *shape, offset), default=0) < 0:
-        raise ValueError("a tensor of negative strides")
+    sizes = (offset, *shape, *strides)
+    whole = isinstance(data, memoryview) and isinstance(dtype, mx.Dtype) and len(shape) == len(strides) <= 8
+    if not whole or not all(type(n) is int and 0 <= n < 2**31 for n in sizes) or math.prod(shape) >= 2**31:
+        raise ValueError("a tensor of no possible shape")
     end = offset + 1 + sum((n - 1) * step for n, step in zip(shape, strides)) if math.prod(shape) else offset
     if end * dtype.size > len(data):
         raise ValueError("a tensor is larger than what holds it")
     return Stored(data[offset * dtype.size : end * dtype.size], dtype, tuple(shape), tuple(strides))
 
 
-class Unpickler(pickle.Unpickler):
-    """Builds what a state dict is made of, tensors and plain containers, and calls nothing else that a pickle names."""
+class Unpickler(pickle._Unpickler):  # the one written in C can be made to fill the memory
+    """Builds what a state dict is made of, tensors and plain containers, and calls nothing else that a pickle names.
+
+    Keys of a dict are strings and numbers: computing the hash of deeply nested tuples overflows the stack.
+    """
 
     storages: dict  # name -> memoryview
 
@@ -627,8 +646,8 @@ class Unpickler(pickle.Unpickler):
         allowed = {
             "torch._utils._rebuild_tensor_v2": rebuild,
             "torch._utils._rebuild_parameter": lambda tensor, *_: tensor,
-            "torch.Size": tuple,
-            "collections.OrderedDict": OrderedDict,
+            "torch.Size": lambda shape: shape,
+            "collections.OrderedDict": lambda: OrderedDict(),
         }
         if f"{module}.{name}" not in allowed:
             raise ValueError(f"it holds a {module}.{name}, and nothing but tensors and plain containers is read")
@@ -637,6 +656,27 @@ class Unpickler(pickle.Unpickler):
     def persistent_load(self, pid):
         _, dtype, key, _, n = pid
         return self.storages[key][: n * dtype.size], dtype
+
+    def load_setitems(self, items=None):
+        items = self.pop_mark() if items is None else items
+        if not all(isinstance(key, (str, int, float)) for key in items[::2]):
+            raise ValueError("a dict of it has a key that is no string and no number")
+        self.stack[-1].update(zip(items[::2], items[1::2]))
+
+    def load_setitem(self):
+        value, key = self.stack.pop(), self.stack.pop()
+        self.load_setitems([key, value])
+
+    def load_build(self):
+        self.stack.pop()  # attributes, such as _metadata of a state dict
+
+    def refuse(self):
+        raise ValueError("its pickle is not as torch.save writes them")
+
+    dispatch = pickle._Unpickler.dispatch | {
+        pickle.SETITEMS[0]: load_setitems, pickle.SETITEM[0]: load_setitem, pickle.BUILD[0]: load_build,
+        pickle.DICT[0]: refuse, pickle.EMPTY_SET[0]: refuse, pickle.ADDITEMS[0]: refuse, pickle.FROZENSET[0]: refuse,
+    }  # fmt: skip
 
 
 def read_pt(path):
@@ -658,26 +698,31 @@ def read_pt(path):
                 root = pickled.removesuffix("data.pkl")
                 storages = {}
                 for name, m in members.items():
-                    if name.startswith(f"{root}data/"):
-                        if m.compress_type != zipfile.ZIP_STORED:
-                            raise ValueError("compressed, which torch.save never does")
-                        local = file_bytes[m.header_offset : m.header_offset + 30]  # its last: lengths of what follows
-                        start = m.header_offset + 30 + sum(local[26:30].cast("H"))
-                        storages[name.removeprefix(f"{root}data/")] = file_bytes[start : start + m.file_size]
+                    if name != pickled and not name.startswith(f"{root}data/"):
+                        continue
+                    if m.compress_type != zipfile.ZIP_STORED:
+                        raise ValueError("compressed, which torch.save never does")
+                    local = file_bytes[m.header_offset : m.header_offset + 30]  # its last: lengths of what follows
+                    start = m.header_offset + 30 + sum(local[26:30].cast("H"))
+                    storages[name.removeprefix(f"{root}data/")] = file_bytes[start : start + m.file_size]
+                if members[pickled].file_size > MAX_PICKLE:
+                    raise ValueError(f"its {pickled} has more than {MAX_PICKLE >> 20} MB")
                 unpickler = Unpickler(archive.open(pickled))
                 unpickler.storages = storages
                 state = unpickler.load()
         state = next((state[name] for name in STATES if isinstance(state.get(name), dict)), state)
         for name, tensor in state.items():
             if not (isinstance(name, str) and isinstance(tensor, Stored)):
-                raise ValueError(f"its {name!r} is not a tensor, and it has none of {', '.join(STATES)}")
+                raise ValueError(f"its {name!r:.80} is not a tensor, and it has none of {', '.join(STATES)}")
+        if sum(math.prod(w.shape) * w.dtype.size for w in state.values()) > 4 * len(file_bytes) + 2**26:
+            raise ValueError("its tensors are far larger than the file")
+        return {name.removeprefix("module."): tensor.read() for name, tensor in state.items()}
     except FileNotFoundError:
         raise ValueError(f"no such file: {path}") from None
     except ValueError as error:
         raise ValueError(f"cannot read {path}: {error}") from None
     except Exception as error:  # of many kinds: a damaged zip, a damaged pickle
         raise ValueError(f"{path} is truncated or not a PyTorch checkpoint ({type(error).__name__})") from None
-    return {name.removeprefix("module."): tensor.read() for name, tensor in state.items()}
 
 
 # ---- saving -----------------------------------------------------------------------------------------------------
@@ -755,3 +800,94 @@ def write_file(path, content):
     else:
         text = content if isinstance(content, str) else json.dumps(content, indent=2) + "\n"
         path.write_text(text, encoding="utf-8")
+
+
+# ---- the Hugging Face Hub ----------------------------------------------------------------------------------------
+
+
+DEFAULT_MODEL = ("senstella/csm-1b-mlx", "ckpt.safetensors")
+DEFAULT_TOKENIZER = "unsloth/Llama-3.2-1B"
+DEFAULT_PROMPTS = "mlx-community/csm-1b"
+DEFAULT_VOICES = ("conversational_a", "conversational_b", *(f"read_speech_{x}" for x in "abcd"))
+
+
+class DownloadError(ValueError):
+    """A file or repository of the Hugging Face Hub cannot be downloaded."""
+
+
+def fetch(source, *groups, beside=("*.json",), known="no such file or folder"):
+    """A Hugging Face repository -> the folder that it is downloaded to.
+
+    groups: tuples of file patterns, tried in turn until one matches; files that match `beside` are
+    downloaded, too. known: sources that the error message suggests. Raises ValueError.
+    """
+    if not re.fullmatch(r"[\w.-]+/[\w.-]+", str(source)):
+        raise ValueError(f"no such model: {source} ({known})")
+    for patterns in groups:
+        folder = download(str(source), *patterns, *beside)
+        if any(any(folder.glob(pattern)) for pattern in patterns):
+            break
+    return folder
+
+
+def download(repo, *patterns):
+    """One file of a Hugging Face repository -> its path; several patterns -> the matches' folder.
+
+    Raises FileNotFoundError if the repository has no such file, DownloadError for other failures.
+    """
+    from huggingface_hub import constants, errors, hf_hub_download, snapshot_download
+
+    def get(**options):
+        if len(patterns) == 1:
+            return Path(hf_hub_download(repo, *patterns, **options))
+        return Path(snapshot_download(repo, allow_patterns=list(patterns), **options))
+
+    try:
+        cached = None
+        with suppress(errors.LocalEntryNotFoundError):
+            cached = get(local_files_only=True)
+            if len(patterns) == 1:
+                return cached
+        if not constants.HF_HUB_OFFLINE and not (cached and any(cached.glob(patterns[0]))):
+            log.warning("fetching %s from %s", patterns[0], repo)
+        return get()
+    except errors.LocalEntryNotFoundError:
+        reason = "no network, or HF_HUB_OFFLINE is set, and it is not in the cache"
+    except errors.EntryNotFoundError:
+        raise FileNotFoundError(f"{repo} has no {patterns[0]}") from None
+    except errors.GatedRepoError:
+        reason = "it is gated: accept its licence on huggingface.co and run `hf auth login`"
+    except errors.RepositoryNotFoundError:
+        reason = "no such folder, file or Hugging Face repository"
+    except Exception as e:  # many kinds: connection, proxy, disk
+        reason = str(e).partition("\n")[0] or type(e).__name__
+    reason += " (--model tiny needs no download)"
+    raise DownloadError(f"cannot download {patterns[0]} from {repo}: {reason}")
+
+
+def download_csm(model, mimi_files):
+    """The model csm-1b, or a Hugging Face repository -> its local path."""
+    if model == "csm-1b":
+        return download(*DEFAULT_MODEL)
+    # A repository may have its weights in several layouts: prefer MLX's or Sesame's, in one file.
+    groups = ("model*.safetensors*", "ckpt.safetensors"), ("*.pt",), ("*.safetensors*",)
+    beside = ("*.json", "tokenizer.model", *mimi_files, "prompts/*")
+    known = "csm-1b, tiny, a folder, a .safetensors file or a Hugging Face repository"
+    return fetch(model, *groups, beside=beside, known=known)
+
+
+def download_tokenizer(repo, names):
+    """The tokenizer of a Hugging Face repository, None for the default: the first of the names that it has."""
+    repo = repo or DEFAULT_TOKENIZER
+    folder = download(repo, *names)
+    for name in names[:2]:
+        if (folder / name).is_file():
+            return folder / name
+    raise ValueError(f"{repo} has no {' or '.join(names[:2])}")
+
+
+def download_voice(name):
+    """A voice of CSM-1B -> the path of its clip, and what the clip says."""
+    clip = download(DEFAULT_PROMPTS, f"prompts/{name}.wav")
+    text = TRANSCRIPTS.get(name) or download(DEFAULT_PROMPTS, f"prompts/{name}.txt").read_text(encoding="utf-8-sig")
+    return clip, text.strip()

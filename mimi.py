@@ -19,14 +19,19 @@ import json
 import logging
 import math
 import os
-import re
 import shutil
 import subprocess
 import sys
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import NamedTuple
+
+# Read by MLX before its first operation on a GPU, where a frame is thousands of small ones.
+os.environ.setdefault("MLX_MAX_OPS_PER_BUFFER", "1000")  # launch them in fewer parts
+if sys.platform == "darwin":
+    os.environ.setdefault("MLX_MAX_MB_PER_BUFFER", "400")  # one gather would fill a part
+os.environ.setdefault("MLX_CUDA_USE_CUDNN_SDPA", "0")  # it makes a plan for each prompt length
 
 with suppress(ImportError):
     import mlx_cpu  # noqa: F401  before mlx: makes some of MLX's functions fast on a Linux CPU
@@ -40,10 +45,6 @@ DEFAULT_REPO = "kyutai/moshiko-pytorch-bf16"
 DEFAULT_FILE = "tokenizer-e351c8d8-checkpoint125.safetensors"
 
 log = logging.getLogger("csm")
-
-
-class DownloadError(ValueError):
-    """A file or repository of the Hugging Face Hub cannot be downloaded."""
 
 
 @dataclass(frozen=True)
@@ -102,7 +103,6 @@ class Conv(nn.Module):
         B, T, _ = x.shape
         taps, c_out, c_in = self.weight.shape
         n_past = (taps - 1) * self.dilation
-        bias = mx.zeros((1,)) if self.bias is None else self.bias
         if past is None and n_past:
             past = x[:, :1] if self.pad == "first" else mx.zeros((B, 1, x.shape[2]))
             past = mx.repeat(past, n_past * self.stride, axis=1).reshape(B, n_past, c_in)
@@ -115,7 +115,7 @@ class Conv(nn.Module):
         if c_in < taps:  # a waveform: one product for all taps instead of one per tap
             windows = [mx.concatenate(windows, axis=-1)]
             weight = weight.swapaxes(0, 1).reshape(1, c_out, -1)
-        y = bias
+        y = mx.zeros((1,)) if self.bias is None else self.bias
         for window, w in zip(windows, weight):
             y = mx.addmm(y, window, w.T)
         return y.reshape(B, T * self.upsample, c_out // self.upsample), past
@@ -386,25 +386,50 @@ def load(path_or_repo: str | Path | None = None, n_codebooks: int | None = None)
 def read_mimi(path_or_repo=None):
     """A Mimi, or the one inside a CSM -> weights {name: array} in our layout, config."""
     if path_or_repo is None:
-        path = download(DEFAULT_REPO, DEFAULT_FILE)
+        path = layouts("the default Mimi").download(DEFAULT_REPO, DEFAULT_FILE)
     else:
-        path = local_path(path_or_repo, MIMI_FILES, CONTAINER_FILES)
+        path = find_or_download(path_or_repo, MIMI_FILES, CONTAINER_FILES)
     file = first_match(path, *MIMI_FILES, *CONTAINER_FILES) if path.is_dir() else path
     if file is None:
         raise ValueError(f"no Mimi in {path}")
     weights, metadata = read_weights(file)
-    config = metadata.get("config")
-    config = json.loads(config) if config else read_json(file.with_name("config.json"))
+    if "config" in metadata:
+        config = as_object(metadata["config"], file)
+    else:
+        config = read_json(file.with_name("config.json"))
     if "first.input_proj" not in weights:
         config, weights = layouts(file).mimi_to_native(config, weights)
     return weights, config
 
 
+def check_fields(kind, values):
+    """Raise ValueError if JSON gives a field of a dataclass a wrong type, or a number beyond reason.
+
+    MLX ends the process where a size exceeds 32 bits.
+    """
+    for f in fields(kind):
+        value = values.get(f.name, f.default)
+        if f.type is int:
+            largest = 1024 if f.name.startswith("n_") or f.name.endswith("codebooks") else 2**20
+            fine = type(value) is int and 0 < value <= largest
+        elif f.type is float:
+            fine = type(value) in (int, float) and 0 < value < 1e12
+        elif f.type is tuple:
+            fine = isinstance(value, (list, tuple)) and 0 < len(value) <= 8
+            fine = fine and all(type(n) is int and 0 < n <= 1024 for n in value)
+        else:
+            fine = isinstance(value, f.type)
+        if f.name in values and not fine:
+            raise ValueError(f"{f.name} cannot be {value!r:.40}")
+
+
 def from_weights(weights, config=None, n_codebooks=None):
     """A Mimi, in float32, from weights of our layout. config: fields of MimiConfig."""
     known = MimiConfig.__dataclass_fields__
-    c = MimiConfig(**{name: value for name, value in (config or {}).items() if name in known})
-    if c.n_heads < 1 or c.dim % c.n_heads:
+    config = {name: value for name, value in (config or {}).items() if name in known}
+    check_fields(MimiConfig, config)
+    c = MimiConfig(**config)
+    if c.dim % c.n_heads:
         raise ValueError(f"{c.n_heads} heads do not divide {c.dim} channels")
     n, K = c.n_semantic, c.n_codebooks if n_codebooks is None else n_codebooks
     if not n <= K <= c.n_codebooks:
@@ -453,23 +478,49 @@ def read_weights(path):
     if path.suffix in (".pt", ".pth", ".ckpt"):
         return layouts(path).read_pt(path), {}
     if path.suffix == ".json":
-        weights = {}
-        for shard in sorted(set(read_json(path).get("weight_map", {}).values())):
-            weights |= read_weights(path.parent / shard)[0]
-        return weights, {}
+        return read_shards(path), {}
     try:
         return mx.load(str(path), format="safetensors", return_metadata=True)
     except RuntimeError:
         raise ValueError(f"{path} is truncated or not a safetensors file") from None
 
 
+def read_shards(path):
+    """An index of shards -> {name: array}, each from the shard that the index names."""
+    shards, weights = read_json(path).get("weight_map"), {}
+    if not (
+        shards and isinstance(shards, dict) and all(isinstance(x, str) for x in shards.values())
+    ):
+        raise ValueError(f"{path} has no weight_map from names to files")
+    for shard in sorted(set(shards.values())):
+        if Path(shard).name != shard or not shard.endswith(".safetensors"):
+            raise ValueError(
+                f"{path} names {shard!r:.80}, which is no .safetensors file in its folder"
+            )
+        tensors = read_weights(path.parent / shard)[0]
+        weights |= {name: w for name, w in tensors.items() if shards.get(name, shard) == shard}
+    return weights
+
+
 def read_json(path):
     """The object in a JSON file, {} if there is no file. Raises ValueError."""
     try:
-        text = Path(path).read_text(encoding="utf-8") if Path(path).is_file() else "{}"
-        return dict(json.loads(text))
-    except (ValueError, TypeError, OSError):
+        return as_object(
+            Path(path).read_text(encoding="utf-8") if Path(path).is_file() else "{}", path
+        )
+    except (UnicodeDecodeError, OSError):
         raise ValueError(f"{path} is not a JSON file with an object") from None
+
+
+def as_object(text, path):
+    """The object {...} in a JSON text, which is from the file `path`. Raises ValueError."""
+    try:
+        value = json.loads(text)
+    except (ValueError, RecursionError):
+        value = None
+    if not isinstance(value, dict):
+        raise ValueError(f"{path} is not a JSON file with an object")
+    return value
 
 
 def layouts(path):
@@ -481,61 +532,16 @@ def layouts(path):
     return csm_layouts
 
 
+def find_or_download(source, *groups, **options):
+    """A local file or folder as it is, or a Hugging Face repository as csm_layouts.fetch has it."""
+    if Path(source).exists():
+        return Path(source)
+    return layouts(source).fetch(source, *groups, **options)
+
+
 def first_match(folder, *patterns):
     """The first file in `folder` that matches the first pattern with any match, or None."""
     return next((f for p in patterns for f in sorted(Path(folder).glob(p))), None)
-
-
-def local_path(source, *groups, beside=("*.json",), known="no such file or folder"):
-    """A file or folder as it is; a Hugging Face repository, downloaded, as a folder.
-
-    groups: tuples of file patterns, tried in turn until one matches; files that match `beside` are
-    downloaded, too. known: sources that the error message suggests. Raises ValueError.
-    """
-    if Path(source).exists():
-        return Path(source)
-    if not re.fullmatch(r"[\w.-]+/[\w.-]+", str(source)):
-        raise ValueError(f"no such model: {source} ({known})")
-    for patterns in groups:
-        folder = download(str(source), *patterns, *beside)
-        if first_match(folder, *patterns):
-            break
-    return folder
-
-
-def download(repo, *patterns):
-    """One file of a Hugging Face repository -> its path; several patterns -> the matches' folder.
-
-    Raises FileNotFoundError if the repository has no such file, DownloadError for other failures.
-    """
-    from huggingface_hub import constants, errors, hf_hub_download, snapshot_download
-
-    def fetch(**options):
-        if len(patterns) == 1:
-            return Path(hf_hub_download(repo, *patterns, **options))
-        return Path(snapshot_download(repo, allow_patterns=list(patterns), **options))
-
-    try:
-        cached = None
-        with suppress(errors.LocalEntryNotFoundError):
-            cached = fetch(local_files_only=True)
-            if len(patterns) == 1:
-                return cached
-        if not constants.HF_HUB_OFFLINE and not (cached and first_match(cached, patterns[0])):
-            log.warning("fetching %s from %s", patterns[0], repo)
-        return fetch()
-    except errors.LocalEntryNotFoundError:
-        reason = "no network, or HF_HUB_OFFLINE is set, and it is not in the cache"
-    except errors.EntryNotFoundError:
-        raise FileNotFoundError(f"{repo} has no {patterns[0]}") from None
-    except errors.GatedRepoError:
-        reason = "it is gated: accept its licence on huggingface.co and run `hf auth login`"
-    except errors.RepositoryNotFoundError:
-        reason = "no such folder, file or Hugging Face repository"
-    except Exception as e:  # many kinds: connection, proxy, disk
-        reason = str(e).partition("\n")[0] or type(e).__name__
-    reason += " (--model tiny needs no download)"
-    raise DownloadError(f"cannot download {patterns[0]} from {repo}: {reason}")
 
 
 # ------------------------------------------------------------------------------------ audio files

@@ -31,7 +31,7 @@ def adapted(config, weights, adapters):
     """
     for adapter in adapters if isinstance(adapters, list) else [adapters]:
         folder, factor = adapter if isinstance(adapter, tuple) else (adapter, 1.0)
-        place = mimi.local_path(folder, FILES, beside=("adapter_config.json",))
+        place = mimi.find_or_download(folder, FILES, beside=("adapter_config.json",))
         settings, file = mimi.read_json(place / "adapter_config.json"), mimi.first_match(place, *FILES)
         if not settings or not file:
             raise ValueError(f"{folder} has no adapter_config.json and {FILES[0]} or {FILES[2]}")
@@ -41,6 +41,8 @@ def adapted(config, weights, adapters):
             weights = apply_adapter(plain, changes, factor)
         except ValueError as e:
             raise ValueError(f"the adapter {folder}: {e}") from None
+        except (TypeError, AttributeError, LookupError, ArithmeticError) as e:
+            raise ValueError(f"the adapter {folder}: a field of adapter_config.json is wrong: {e}") from None
     return weights
 
 

@@ -14,7 +14,6 @@ codes of those that have ended; process 0 makes sound of them and writes.
 import fcntl
 import hashlib
 import json
-import re
 import secrets
 import sys
 import time
@@ -27,95 +26,26 @@ import csm_batch
 import mimi
 from csm_tools import command
 from csm_tools.audio import audio_writer
+from csm_tools.text import parts_of
 
 import mlx.core as mx  # isort: skip
 import numpy as np
 from tqdm import tqdm
 
-PAUSES = {"paragraph": 0.7, "sentence": 0.25, "part": 0.05}  # seconds after each
-LONGEST = 240  # characters that are said at once; longer sentences are cut at commas, or between words
-SHORTEST = 20  # bytes; shorter ones join the next, since a word alone is said less well
-# No sentence ends after these, nor after an initial,
-ABBREVIATIONS = """
-mr mrs ms dr messrs mme mlle prof rev fr st sr jr esq gen col maj capt cmdr adm lt sgt hon pres gov sen rep univ mt ft
-ave blvd rd vs cf al ca approx dept est inc ltd co corp bros ed eds viz e.g i.e
-""".split()
-NUMBERED = "no nos art fig sec vol ch p pp".split()  # nor after these before a number,
-DATES = (
-    "jan feb mar apr jun jul aug sep sept oct nov dec mon tue wed thu fri sat sun".split()
-)  # or these with a capital
-END = re.compile(r"""(?:(?<![.!?…])[.!?…]+['"’”)\]]*(?:\[\d+\])*(?=\s)|[。！？]+[」』”]?)\s*""")
-
-
-def sentences(text):
-    """Text -> [(a sentence or a part of one, the seconds of silence after it)]. A blank line ends a paragraph."""
-    out = []
-    for paragraph in re.split(r"\n\s*\n", text):
-        paragraph, start, said = " ".join(paragraph.split()), 0, []
-        for end in [*END.finditer(paragraph), None]:
-            if end and not ends_here(paragraph[start : end.start()], end[0], paragraph[end.end() :]):
-                continue
-            part = paragraph[start : end.end() if end else None]
-            start = end.end() if end else None
-            if said and len(said[-1].strip().encode()) < SHORTEST:
-                said[-1] += part
-            else:
-                said.append(part)
-        said = [part.strip() for part in said if re.search(r"[^\W_]", part)]
-        for i, sentence in enumerate(said):
-            *first, last = cut(sentence)
-            pause = PAUSES["paragraph" if i == len(said) - 1 else "sentence"]
-            out += [(part, PAUSES["part"]) for part in first] + [(last, pause)]
-    return [(part, pause) for part, pause in out if re.search(r"[^\W_]", part)]
-
-
-def ends_here(before, mark, after):
-    """Whether the sentence ends with `mark`, which may also be an abbreviation's or belong to what is quoted."""
-    if not after or mark[0] in "。！？":
-        return True
-    following, cased = after.lstrip("'\"‘“([¿¡—–- ")[:1], before != before.lower()
-    if following.islower() and cased:  # "Stop!" he cried. He waited ... and left.
-        return False
-    word = re.search(r"[\w.]*$", before)[0]
-    if mark.strip() != ".":
-        return True
-    if re.fullmatch(r"([^\W\d]\.)+[^\W\d]", word):  # J.R.R. Tolkien; at 5 p.m. Then
-        return word.islower() and following.isupper()
-    if (len(word) == 1 and word.isalpha() and word != "I") or before.strip() in [str(i) for i in range(100)]:
-        return False
-    low = word.lower()
-    if low in NUMBERED or (low in DATES and word[0].isupper()):
-        return not following.isdigit()
-    return low not in ABBREVIATIONS
-
-
-def cut(sentence):
-    """A sentence in parts of at most LONGEST characters."""
-    parts = []
-    while len(sentence) > LONGEST:
-        head = sentence[:LONGEST]
-        for mark in (r"[.!?…]\s+", r"(?:[;:,]\s+|[，、—–]\s*)", r"\s+", r".$"):
-            if at := [m.end() for m in re.finditer(mark, head) if m.end() > LONGEST // 3]:
-                break
-        parts.append(sentence[: at[-1]].strip())
-        sentence = sentence[at[-1] :].strip()
-    return [*parts, sentence]
-
 
 def narrate(
     generator, text, speaker=0, context=(), *, voice=None, batch=8, start=0, seed=None, max_audio_length_ms=None,
-    **sampling,
+    verbatim=False, **sampling,
 ):  # fmt: skip
     """Speak `text`: yields (sentences finished, of how many, (samples,) float32) for each, its pause included.
 
     context, voice, sampling: as of Generator.generate; without a voice the first sentence sets that of the others.
-    start: the sentence to begin with. Of several processes the first alone yields. ValueError comes at once.
+    verbatim: the text as it is, not as text.spoken has it. start: the sentence to begin with. Of several processes the
+    first alone yields. ValueError comes at once.
     """
     if batch < 1:
         raise ValueError(f"batch must be 1 or more, not {batch}")
-    parts = sentences(text)
-    if not parts:
-        raise ValueError("the text has no words")
+    parts = parts_of(text, verbatim, generator.model.config.max_part_characters)
     seed, sampling = generator.read_options(seed, sampling)
     rows = [generator.text_rows(part, speaker) for part, _ in parts]
     frames = [min(generator.max_frames(ms, part) for ms in (None, max_audio_length_ms)) for part, _ in parts]
@@ -284,8 +214,10 @@ def program(args):
         raise ValueError("give TEXT and OUT, or several TEXTs and --out-dir")
     texts = [command.read_text("-" if path == "-" else f"@{path}") for path, _ in jobs]
     for (path, out), text in zip(jobs, texts):
-        if not sentences(text):
-            raise ValueError(f"the text has no words: {path}")
+        try:
+            parts_of(text, args.verbatim)
+        except ValueError as e:
+            raise ValueError(f"{path}: {e}") from None
         if out.suffix.lower() not in mimi.FORMATS or (out.exists() and not out.is_file()):
             raise ValueError(f"OUT must be a file that ends in {' '.join(mimi.FORMATS)}, not {out}")
         if not args.out_dir and not out.absolute().parent.is_dir():
@@ -295,6 +227,7 @@ def program(args):
     context, options = command.read_options(args)
     generator = command.load_for(args)
     options |= {"speaker": args.speaker, "context": context, "voice": args.voice, "batch": args.batch}
+    options["verbatim"] = args.verbatim
     mark = {k: v for k, v in vars(args).items() if k not in ("paths", "out_dir", "format", "batch", "seed")}
     adapters = [folder for folder, _ in args.adapter or ()]
     used = [f for p in (args.model, *adapters) if p for f in (Path(p), *sorted(Path(p).glob("*.safetensors")))]
@@ -307,7 +240,8 @@ def program(args):
         if mx.distributed.all_sum(mx.array(int(there)), group=group).item():  # as process 0 sees it
             print(f"{out} is there already, and stays", file=sys.stderr)
             continue
-        own = hashlib.sha256(mark + text.encode()).hexdigest()
+        parts = parts_of(text, args.verbatim, generator.model.config.max_part_characters)
+        own = hashlib.sha256(mark + json.dumps(parts).encode()).hexdigest()
         more, seed = write(generator, text, out, own, args.seed, args.watermark, options)
         seconds += more
     taken = time.perf_counter() - begun

@@ -62,6 +62,8 @@ class Engine:
     def __init__(self, generator, max_batch, max_waiting):
         self.generator, self.max_batch, self.max_waiting = generator, max_batch, max_waiting
         generator.n_context_caches = KEPT
+        if csm.on_gpu():  # whoever joins changes the sizes of arrays: those that were freed would pile up
+            mx.set_cache_limit(2 << 30)
         self.thread = ThreadPoolExecutor(1, "model")
         self.changed = asyncio.Event()  # there may be something to do
         self.waiting = []  # Speeches; those between two parts stand in front

@@ -12,9 +12,9 @@ from typing import Annotated, Literal
 from pydantic import BaseModel, BeforeValidator, Field, ValidationError, model_validator
 
 import csm
-from csm_tools.narrate import sentences
 from csm_tools.serve_engine import Speech
 from csm_tools.serve_files import FORMATS, LONGEST_CLIP, doubts, read_clip
+from csm_tools.text import parts_of
 
 MOST_CLIPS = 64  # in one request
 
@@ -83,6 +83,7 @@ class Request(BaseModel):
     response_format: Annotated[Literal[tuple(FORMATS)], BeforeValidator(lower)] = "mp3"
     speed: float = Field(1, ge=0.25, le=4)
     stream_format: Annotated[Literal["audio", "sse"], BeforeValidator(lower)] = "audio"
+    normalize: bool = True  # say numbers, signs and markdown in words
     stream: bool = False  # a short WAV or FLAC too: at once, not with its length in the header
     speaker: int = Field(0, ge=0)
     seed: int = Field(default_factory=lambda: secrets.randbits(32), ge=0, lt=2**64)
@@ -157,9 +158,10 @@ def read_request(body, voices, generator, longest):
         raise Refused("`input` is empty", "input")
     if len(r.input) > longest:
         raise Refused(f"`input` has {len(r.input)} characters, and may have {longest}", "input")
-    parts = sentences(r.input)
-    if not parts:
-        raise Refused("`input` has no words", "input")
+    try:
+        parts = parts_of(r.input, not r.normalize, generator.model.config.max_part_characters)
+    except ValueError as e:
+        raise Refused(f"`input`: {e}", "input") from None
     known = voices.table()
     if r.voice is not None and r.voice not in known:
         raise Refused(f"unknown voice {r.voice[:80]!r}; there are: {', '.join(known)}", "voice")
@@ -173,8 +175,6 @@ def read_request(body, voices, generator, longest):
     context, warnings = read_clips(turns, seconds)
     if context and r.speaker not in {turn.speaker for turn in context}:
         warnings.append(f"no clip is of speaker {r.speaker}, who has the voice of another or none")
-    if len(parts) == 1:
-        parts = [(r.input, 0)]
     return r, Speech(parts, r.speaker, known.get(r.voice), context, r.seed, sampling), warnings
 
 

@@ -75,7 +75,8 @@ def peak_memory():
 
 def add_model_options(p):
     """The options that `load_for` reads."""
-    p.add_argument("--model", help="csm-1b, tiny, a folder, a weights file or a Hugging Face repo (default: csm-1b)")
+    what = "csm-1b, tiny, a folder, a weights file or a Hugging Face repo (default: $CSM_MODEL, or csm-1b)"
+    p.add_argument("--model", default=os.environ.get("CSM_MODEL") or None, help=what)
     p.add_argument("--quantize", **QUANTIZE)
     p.add_argument("--dtype", choices=("float32", "bfloat16", "float16"), help="default: bfloat16 on a GPU, or float32")
     how = {"metavar": "DIR[=FACTOR]", "action": "append", "type": adapter}
@@ -171,9 +172,9 @@ def check_out(out, args, *more):
             raise ValueError(f"{out} would be overwritten, and is read: give another OUT")
 
 
-def load_for(args):
-    """The Generator for the options. Without --model: the base that an adapter names; else csm-1b, or tiny if csm-1b
-    cannot be downloaded.
+def load_for(args, fallback=True):
+    """The Generator for the options. Without --model: the base that an adapter names; else csm-1b, or, as a
+    `fallback`, tiny if csm-1b cannot be downloaded.
     """
     options = {name: getattr(args, name) for name in ("dtype", "quantize", "adapter", "codebooks")}
     bases = [base for folder, _ in args.adapter or () if not args.model and (base := csm.adapters().base_model(folder))]
@@ -183,7 +184,7 @@ def load_for(args):
     try:
         generator = csm.load(model or "csm-1b", **options)
     except csm_layouts.DownloadError as e:
-        if model:
+        if model or not fallback:
             raise
         print(f"using the small bundled model, tiny, because csm-1b is missing: {e}", file=sys.stderr)
         generator = csm.load("tiny", **options)

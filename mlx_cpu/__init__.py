@@ -30,7 +30,7 @@ So this module does three things.
 2. primitives.cpp computes exp, sigmoid, erf and products with quantized matrices (affine, 8 and 4 bits), unless
    CSM_PLAIN=1. MLX's operations stay and call it, so that graphs, gradients, mx.compile and mx.vmap are MLX's. A C++
    compiler needs some seconds for it, so that happens once and in the background, unless MLX_CPU_BACKGROUND=0; until
-   then MLX computes as it always did. `wait` waits for it; `python -m mlx_cpu` compiles at once, for an image.
+   then MLX computes as it always did. `python -c 'import mlx_cpu; mlx_cpu.wait()'` waits for it, for an image.
 3. mx.fast.scaled_dot_product_attention is done in blocks, unless CSM_PLAIN=1, where float32 arrays are large. And
    mx.compile no longer fuses operations: for that MLX has g++ compile scalar loops, which are slower than ours and need
    a /tmp in which files can be written and executed.
@@ -230,7 +230,6 @@ LATE = "mlx.core" in sys.modules
 LINUX = sys.platform == "linux"
 WANTED = LINUX and os.environ.get("CSM_FAST_BLAS", "1") != "0"
 PLAIN = not LINUX or os.environ.get("CSM_PLAIN", "0") == "1"
-MLX = Path(next(iter(importlib.util.find_spec("mlx").submodule_search_locations)))  # the package's folder
 INFO = cpu_info() if LINUX else ""
 SHARED = ["-O3", "-shared", "-fPIC", "-fvisibility=hidden", "-Wl,-Bsymbolic", "-pthread"]
 SHARED += ["-march=native"] if LINUX and os.uname().machine == "x86_64" else []
@@ -246,6 +245,7 @@ if WANTED:
 
 import mlx.core as mx
 
+MLX = Path(mx.__file__).parent  # the package's folder, with its library and headers
 ON_CPU = mx.default_device() == mx.cpu
 if products:
     if not sgemm:  # MLX's own, on one core, for slices

@@ -167,18 +167,20 @@ API void mlx_cpu_sgemm(int order, int ta, int tb, int m, int n, int k, float alp
 static int redirect(const struct dl_phdr_info *library, const char *name, void *function) {
   const ElfW(Rela) *relocations = NULL;
   const ElfW(Sym) *symbols = NULL;
-  const char *names = NULL;
+  const char *names = NULL, *base = (const char *)library->dlpi_addr;
   size_t size = 0, page = sysconf(_SC_PAGESIZE);
   int found = 0;
   for (int i = 0; i < library->dlpi_phnum; i++)
     if (library->dlpi_phdr[i].p_type == PT_DYNAMIC)
-      for (const ElfW(Dyn) *d = (const void *)(library->dlpi_addr + library->dlpi_phdr[i].p_vaddr); d->d_tag; d++)
+      for (const ElfW(Dyn) *d = (const void *)(base + library->dlpi_phdr[i].p_vaddr); d->d_tag; d++) {
+        const char *address = (d->d_un.d_ptr < library->dlpi_addr ? base : NULL) + d->d_un.d_ptr; // musl: an offset
         switch (d->d_tag) {
-        case DT_JMPREL: relocations = (const void *)d->d_un.d_ptr; break;
+        case DT_JMPREL: relocations = (const void *)address; break;
         case DT_PLTRELSZ: size = d->d_un.d_val; break;
-        case DT_SYMTAB: symbols = (const void *)d->d_un.d_ptr; break;
-        case DT_STRTAB: names = (const void *)d->d_un.d_ptr; break;
+        case DT_SYMTAB: symbols = (const void *)address; break;
+        case DT_STRTAB: names = address; break;
         }
+      }
   for (size_t i = 0; relocations && symbols && names && i < size / sizeof *relocations; i++)
     if (!strcmp(names + symbols[relocations[i].r_info >> 32].st_name, name)) {
       void **slot = (void **)(library->dlpi_addr + relocations[i].r_offset);

@@ -34,8 +34,8 @@ int threads;
 // ------------------------------------------------------------------------------------- functions of each number
 
 enum { LANES = __BIGGEST_ALIGNMENT__ / 4, LARGE = 1 << 10, STEP = 1 << 13 };
-typedef float vec __attribute__((vector_size(4 * LANES), aligned(4)));
-typedef int ivec __attribute__((vector_size(4 * LANES), aligned(4)));
+typedef float vec __attribute__((vector_size(4 * LANES), aligned(4), may_alias));
+typedef int ivec __attribute__((vector_size(4 * LANES), aligned(4), may_alias));
 
 inline vec within(float low, vec x, float high) { // NaN stays
   const ivec below = x < low, above = x > high;
@@ -91,11 +91,11 @@ enum { ROWS = 4 }; // of x at a time, as there are 32 registers
 #else
 enum { ROWS = 2 };
 #endif
-typedef float floats __attribute__((vector_size(32), aligned(4)));
-typedef int ints __attribute__((vector_size(32), aligned(4)));
-typedef short words __attribute__((vector_size(32), aligned(2)));
-typedef unsigned short half_words __attribute__((vector_size(16), aligned(2)));
-typedef unsigned char bytes __attribute__((vector_size(16), aligned(1)));
+typedef float floats __attribute__((vector_size(32), aligned(4), may_alias));
+typedef int ints __attribute__((vector_size(32), aligned(4), may_alias));
+typedef short words __attribute__((vector_size(32), aligned(2), may_alias));
+typedef short shorts __attribute__((vector_size(16), aligned(2), may_alias));
+typedef unsigned char bytes __attribute__((vector_size(16), aligned(1), may_alias));
 
 struct Product {
   const uint8_t *w;
@@ -252,10 +252,14 @@ void to_integers(const float *x, const Product &p, short *integers, float *scale
     for (int i = 0; i < p.group; i += 8) {
       const float shift = 0x1.8p23f; // rounds to an integer, which stands in the lowest bits
       const ints v = (ints)(*(const floats *)(x + i) * factor + shift) - 0x4b400000;
-      sum += v;
-      const int block = i & ~(BLOCK - 1), place = i & (BLOCK - 1);
-      for (int l = 0; l < 8; l++)
-        integers[block + (bits == 4 ? (place + l) / 2 + (l & 1) * 16 : place + l)] = v[l];
+      sum += v, *(shorts *)(integers + i) = __builtin_convertvector(v, shorts);
+    }
+    for (int i = 0; bits == 4 && i < p.group; i += BLOCK) { // even places first, then odd ones
+      const ints low = *(const ints *)(integers + i), high = *(const ints *)(integers + i + 16); // pairs
+      *(shorts *)(integers + i) = __builtin_convertvector(low << 16 >> 16, shorts);
+      *(shorts *)(integers + i + 8) = __builtin_convertvector(high << 16 >> 16, shorts);
+      *(shorts *)(integers + i + 16) = __builtin_convertvector(low >> 16, shorts);
+      *(shorts *)(integers + i + 24) = __builtin_convertvector(high >> 16, shorts);
     }
     int all = 0;
     for (int i = 0; i < 8; i++)

@@ -38,7 +38,9 @@ def imports(path):
 
 def test_imports_run_one_way():
     files = [*HERE.glob("*.py"), *(HERE / "csm_tools").glob("*.py"), *(HERE / "mlx_cpu").glob("*.py")]
-    assert {"csm", "mimi", "csm_layouts", "mlx_cpu", "convert"} <= {f.relative_to(HERE).parts[0].removesuffix(".py") for f in files} and len(files) > 8
+    assert {"csm", "mimi", "csm_layouts", "mlx_cpu", "convert"} <= {
+        f.relative_to(HERE).parts[0].removesuffix(".py") for f in files
+    } and len(files) > 8
     seen = set()
     for file in files:
         name = file.relative_to(HERE).as_posix()

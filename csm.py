@@ -66,6 +66,16 @@ class LlamaConfig:
     rope_scaling: dict | None = field(default_factory=LLAMA3_ROPE.copy)  # None: plain RoPE
     max_positions: int = 2048
 
+    def __post_init__(self):
+        if s := self.rope_scaling:
+            numbers = [s.get(name) for name in LLAMA3_ROPE]
+            if not all(type(n) in (int, float) and 0 < n < 1e12 for n in numbers):
+                raise ValueError(f"rope_scaling must have positive {', '.join(LLAMA3_ROPE)}")
+            if s["low_freq_factor"] >= s["high_freq_factor"]:
+                raise ValueError("low_freq_factor must be below high_freq_factor")
+        if self.n_heads % self.n_kv_heads or self.head_dim % 2:
+            raise ValueError("n_kv_heads must divide n_heads, and head_dim must be even")
+
     def rope_periods(self):
         """(head_dim / 2,) float32: positions per radian. Llama 3 stretches the long periods."""
         periods = self.rope_theta ** (np.arange(0, self.head_dim, 2) / self.head_dim)
@@ -90,6 +100,7 @@ class CSMConfig:
     text_tokenizer: str | None = None  # Hub repository to use if the folder has no tokenizer
     use_default_voice_prompt: bool = True
     voice_match: bool = False  # clone by continuing the clip instead of adding a turn after it
+    max_part_characters: int = 240  # what programs cut a text into: longer ones are said less well
     sampling: dict | None = None  # this model's own defaults for the fields of Sampling
     quantization: dict | None = None  # a note in MLX's form; loading goes by the tensors' shapes
 
@@ -97,10 +108,16 @@ class CSMConfig:
     def from_dict(cls, d):
         d = {f.name: d[f.name] for f in fields(cls) if d.get(f.name) is not None}
         try:
-            Sampling(**d.get("sampling", {}))
-            parts = {part: LlamaConfig(**d[part]) for part in ("backbone", "decoder") if part in d}
-            return cls(**d | parts)
-        except TypeError as e:
+            for part in {"backbone", "decoder"} & d.keys():
+                mimi.check_fields(LlamaConfig, d[part])
+                d[part] = LlamaConfig(**d[part])
+            mimi.check_fields(cls, d)
+            sampling = d.get("sampling", {})
+            if not all(type(number) in (int, float) for number in sampling.values()):
+                raise ValueError("sampling must have numbers")
+            Sampling(**sampling)
+            return cls(**d)
+        except (TypeError, AttributeError, ValueError) as e:
             raise ValueError(f"config.json is not in our layout: {e}") from None
 
 
@@ -1038,7 +1055,7 @@ def load(
     fields, weights, inside = read_checkpoint(path)
     config, weights = CSMConfig.from_dict(fields), split_heads(weights)
     if adapter:
-        weights = adapters().adapted(config, weights, adapter)
+        config, weights = adapters().adapted(config, weights, adapter)
     if quantize:
         layouts = mimi.layouts("quantize")
         weights, note = layouts.quantize(weights, quantize, group_size)
@@ -1092,7 +1109,12 @@ def read_checkpoint(path):
         weights = mimi.read_weights(file)[0]
     if config.get("layout") == "native":
         return config, weights, None
-    return mimi.layouts(path).csm_to_native(config, weights, asdict(CSMConfig()))
+    try:
+        return mimi.layouts(path).csm_to_native(config, weights, asdict(CSMConfig()))
+    except (TypeError, AttributeError, LookupError, ArithmeticError) as e:
+        raise ValueError(
+            f"{file.with_name('config.json')} has a field of a wrong type: {e}"
+        ) from None
 
 
 def weights_file(path):

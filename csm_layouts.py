@@ -90,7 +90,10 @@ PART_FIELDS = (  # native field, transformers' field
     ("norm_eps", "rms_norm_eps"), ("max_positions", "max_position_embeddings"),
 )
 PART_FIXED = {"hidden_act": "silu", "attention_bias": False, "mlp_bias": False}
-CARRIED = r"sampling|speaker_prefix_space|text_tokenizer|use_default_voice_prompt|voice_match|quantization|\w+_token_id"
+CARRIED = (
+    r"max_part_characters|sampling|speaker_prefix_space|text_tokenizer|use_default_voice_prompt|voice_match"
+    r"|quantization|\w+_token_id"
+)
 MIMI_FIELDS = (  # native field, transformers' field; shapes do not show the first five
     ("n_heads", "num_attention_heads"), ("context", "sliding_window"), ("norm_eps", "norm_eps"),
     ("dilation_base", "dilation_growth_rate"), ("sample_rate", "sampling_rate"),
@@ -136,6 +139,12 @@ def refuse_other(config, fixed):
             raise ValueError(f"{field} = {config[field]!r} is not supported, only {value!r}")
 
 
+def refuse_impossible(config, sizes):
+    for field in sizes:
+        if field in config and not (type(config[field]) is int and 0 < config[field] < 2**31):
+            raise ValueError(f"config.json says {field} = {config[field]!r:.40}")
+
+
 def read_rope(config, llama3):
     """transformers 4's rope_theta and rope_scaling, or 5's rope_parameters -> our two fields, or those it has.
 
@@ -158,10 +167,12 @@ def read_rope(config, llama3):
 def read_part(config, part, csm_1b):
     """The fields of the backbone or the decoder that a config has, under our names."""
     if isinstance(config.get(part), dict):
+        refuse_impossible(config[part], SIZES)
         return {field: value for field, value in csm_1b[part].items() if field not in SIZES} | config[part]
     config = config if part == "backbone" else config.get("depth_decoder_config") or {}
     refuse_other(config, PART_FIXED)
     fields = {ours: config[theirs] for ours, theirs in PART_FIELDS if config.get(theirs) is not None}
+    refuse_impossible(fields, SIZES)
     return fields | read_rope(config, csm_1b[part]["rope_scaling"])
 
 
@@ -425,6 +436,7 @@ def from_transformers_mimi(config, weights):
     refuse_other(rope, MIMI_FIXED | {"rope_scaling": None, "rope_type": "default"})
     native = {ours: config[theirs] for ours, theirs in MIMI_FIELDS[:5] if config.get(theirs) is not None}
     native |= {"rope_theta": rope["rope_theta"]} if "rope_theta" in rope else {}
+    refuse_impossible(native, ("n_heads",))
     weights, heads = rename(weights, mimi_table(layers)), native.setdefault("n_heads", 8)  # transformers' default
     for stem in [name.removesuffix("q_proj.weight") for name in weights if name.endswith(".q_proj.weight")]:
         parts = [weights.get(f"{stem}{x}_proj.weight") for x in "qkv"]

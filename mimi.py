@@ -23,7 +23,7 @@ import shutil
 import subprocess
 import sys
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import NamedTuple
 
@@ -393,18 +393,43 @@ def read_mimi(path_or_repo=None):
     if file is None:
         raise ValueError(f"no Mimi in {path}")
     weights, metadata = read_weights(file)
-    config = metadata.get("config")
-    config = json.loads(config) if config else read_json(file.with_name("config.json"))
+    if "config" in metadata:
+        config = as_object(metadata["config"], file)
+    else:
+        config = read_json(file.with_name("config.json"))
     if "first.input_proj" not in weights:
         config, weights = layouts(file).mimi_to_native(config, weights)
     return weights, config
 
 
+def check_fields(kind, values):
+    """Raise ValueError if JSON gives a field of a dataclass a wrong type, or a number beyond reason.
+
+    MLX ends the process where a size exceeds 32 bits.
+    """
+    for f in fields(kind):
+        value = values.get(f.name, f.default)
+        if f.type is int:
+            largest = 1024 if f.name.startswith("n_") or f.name.endswith("codebooks") else 2**20
+            fine = type(value) is int and 0 < value <= largest
+        elif f.type is float:
+            fine = type(value) in (int, float) and 0 < value < 1e12
+        elif f.type is tuple:
+            fine = isinstance(value, (list, tuple)) and 0 < len(value) <= 8
+            fine = fine and all(type(n) is int and 0 < n <= 1024 for n in value)
+        else:
+            fine = isinstance(value, f.type)
+        if f.name in values and not fine:
+            raise ValueError(f"{f.name} cannot be {value!r:.40}")
+
+
 def from_weights(weights, config=None, n_codebooks=None):
     """A Mimi, in float32, from weights of our layout. config: fields of MimiConfig."""
     known = MimiConfig.__dataclass_fields__
-    c = MimiConfig(**{name: value for name, value in (config or {}).items() if name in known})
-    if c.n_heads < 1 or c.dim % c.n_heads:
+    config = {name: value for name, value in (config or {}).items() if name in known}
+    check_fields(MimiConfig, config)
+    c = MimiConfig(**config)
+    if c.dim % c.n_heads:
         raise ValueError(f"{c.n_heads} heads do not divide {c.dim} channels")
     n, K = c.n_semantic, c.n_codebooks if n_codebooks is None else n_codebooks
     if not n <= K <= c.n_codebooks:
@@ -453,23 +478,49 @@ def read_weights(path):
     if path.suffix in (".pt", ".pth", ".ckpt"):
         return layouts(path).read_pt(path), {}
     if path.suffix == ".json":
-        weights = {}
-        for shard in sorted(set(read_json(path).get("weight_map", {}).values())):
-            weights |= read_weights(path.parent / shard)[0]
-        return weights, {}
+        return read_shards(path), {}
     try:
         return mx.load(str(path), format="safetensors", return_metadata=True)
     except RuntimeError:
         raise ValueError(f"{path} is truncated or not a safetensors file") from None
 
 
+def read_shards(path):
+    """An index of shards -> {name: array}, each from the shard that the index names."""
+    shards, weights = read_json(path).get("weight_map"), {}
+    if not (
+        shards and isinstance(shards, dict) and all(isinstance(x, str) for x in shards.values())
+    ):
+        raise ValueError(f"{path} has no weight_map from names to files")
+    for shard in sorted(set(shards.values())):
+        if Path(shard).name != shard or not shard.endswith(".safetensors"):
+            raise ValueError(
+                f"{path} names {shard!r:.80}, which is no .safetensors file in its folder"
+            )
+        tensors = read_weights(path.parent / shard)[0]
+        weights |= {name: w for name, w in tensors.items() if shards.get(name, shard) == shard}
+    return weights
+
+
 def read_json(path):
     """The object in a JSON file, {} if there is no file. Raises ValueError."""
     try:
-        text = Path(path).read_text(encoding="utf-8") if Path(path).is_file() else "{}"
-        return dict(json.loads(text))
-    except (ValueError, TypeError, OSError):
+        return as_object(
+            Path(path).read_text(encoding="utf-8") if Path(path).is_file() else "{}", path
+        )
+    except (UnicodeDecodeError, OSError):
         raise ValueError(f"{path} is not a JSON file with an object") from None
+
+
+def as_object(text, path):
+    """The object {...} in a JSON text, which is from the file `path`. Raises ValueError."""
+    try:
+        value = json.loads(text)
+    except (ValueError, RecursionError):
+        value = None
+    if not isinstance(value, dict):
+        raise ValueError(f"{path} is not a JSON file with an object")
+    return value
 
 
 def layouts(path):

@@ -7,15 +7,20 @@ What it shares with the other commands is in command.py; how sound is written as
 """
 
 import argparse
+import logging
 import math
 import secrets
 import sys
 import time
 from contextlib import contextmanager, nullcontext
 
-from csm_tools import audio, command  # before mlx
+import csm  # before mlx
+from csm_tools import audio, command
+from csm_tools.text import parts_of
 
 import numpy as np  # isort: skip
+
+log = logging.getLogger("csm")
 
 USAGE = """usage: {0} TEXT OUT [--model M] [--voice NAME|clip.wav] [--ref-audio F --ref-text T] [--seed N] ...
        {0} --dialogue SCRIPT OUT ...
@@ -28,12 +33,18 @@ def speak(args):
 
     if (args.dialogue is None) == (args.text is None):
         raise ValueError("give either TEXT and OUT, or --dialogue and OUT, not both")
+    if args.play:
+        command.need("play", "sounddevice")
     if args.dialogue:
         turns = command.read_dialogue(args.dialogue)
     else:
-        turns = [(args.speaker, command.read_text(args.text))]
+        turns = [(args.speaker, command.read_text(command.check_text(args.text)))]
+    for _, text in turns:
+        parts_of(text, args.verbatim)  # raises early
     context, options = command.read_options(args)
-    context += command.read_context(args.context) if args.context else []
+    before, turns = command.read_context(args, turns)
+    context += before
+    command.check_out(args.out, args, *files_read(args))
     seed = secrets.randbits(32) if args.seed is None else args.seed
     live = args.stream or args.play or args.out == "-"
     options["streaming_interval"] = args.streaming_interval if live else 2.0
@@ -44,7 +55,8 @@ def speak(args):
     with audio.audio_writer(args.out) as write, play_audio as play, progress:  # OUT is checked before loading
         generator = command.load_for(args)
         rate, start = generator.sample_rate, time.perf_counter()
-        pieces = say(generator, turns, context, seed, args, options)
+        parts = cut_turns(generator, turns, args)
+        pieces = say(generator, parts, context, seed, args, options)
         if args.watermark:
             pieces = command.watermark().embed_stream(pieces, rate)
         try:
@@ -72,22 +84,66 @@ def speak(args):
     return 130 if stopped else 0
 
 
-def say(generator, turns, context, seed, args, options):
-    """The turns, (speaker, text) each, as pieces of audio. Ctrl-C comes after what is finished."""
-    interrupts, interval = [], options.pop("streaming_interval")
+def files_read(args):
+    """The files that the command reads besides those of the voice."""
+    clips = [file for _, _, file in command.read_turns(args.context)] if args.context else []
+    text = args.text[1:] if args.text and args.text.startswith("@") else None
+    return [args.dialogue, args.context, text, *clips]
 
-    def until_interrupted(frames):
+
+def cut_turns(generator, turns, args):
+    """[(speaker, text)] -> [(speaker, part, seconds of silence after it)]; a part is what the model says well."""
+    longest, out = generator.model.config.max_part_characters, []
+    for speaker, text in turns:
+        if args.whole:
+            parts = parts_of(text, args.verbatim, together=math.inf)
+            if (n := max(len(part) for part, _ in parts)) > longest:
+                log.warning("%d characters are said at once: this model says %d well", n, longest)
+        else:
+            parts = parts_of(text, args.verbatim, longest, together=longest)
+        out += [(speaker, part, pause) for part, pause in parts]
+    return out
+
+
+def say(generator, parts, context, seed, args, options):
+    """The parts of `cut_turns` as pieces of audio. Ctrl-C comes after what is finished.
+
+    Turns of a dialogue hear all before them; the parts of a text hear the context and the voice alone, and without
+    those the first part.
+    """
+    interrupts, interval = [], options.pop("streaming_interval")
+    how = {"voice": args.voice, "voice_match": args.voice_match}
+
+    def until_interrupted(frames, said):
         try:
-            yield from frames
+            for codes in frames:
+                said.append(codes)
+                yield codes
         except KeyboardInterrupt as e:
             interrupts.append(e)
 
-    talk = generator.conversation(context, voice=args.voice, speaker=turns[0][0], voice_match=args.voice_match)
-    for i, (speaker, text) in enumerate(turns):
-        frames = talk.frames(text, speaker, seed=(seed + i) % 2**64, **options)
-        yield from generator.decode_stream(until_interrupted(frames), interval)
+    speakers = [speaker for speaker, _, _ in parts]
+    if args.dialogue:
+        talk = generator.conversation(context, speaker=speakers[0], **how)
+    else:
+        context = [generator.encode(segment) for segment in context]
+        for speaker, text, _ in parts:
+            generator.prompt(text, speaker, context, **how)  # raises early
+        alone = not context and not generator.voice_prompt(args.voice, speakers[0])
+    command.warn(args, context, speakers)
+    for i, (speaker, text, pause) in enumerate(parts):
+        this, said = options | {"seed": (seed + i) % 2**64}, []
+        if args.dialogue:
+            frames = talk.frames(text, speaker, **this)
+        else:
+            frames = generator.frames(text, speaker, context, **how, **this)
+        yield from generator.decode_stream(until_interrupted(frames, said), interval)
         if interrupts:
             raise interrupts[0]
+        if pause:
+            yield np.zeros(int(pause * generator.sample_rate), np.float32)
+        if not args.dialogue and alone and said:
+            alone, context = False, [csm.Segment(speaker, text, codes=generator.join_frames(said))]
 
 
 @contextmanager
@@ -108,10 +164,13 @@ def main(argv=None):
     p.add_argument("text", nargs="?", metavar="TEXT", help="what to say; - is standard input, @file a file")
     p.add_argument("out", metavar="OUT", help="a .wav, .flac, .mp3, .ogg or .opus file; - is WAV to standard output")
     command.add_options(p)
-    p.add_argument("--context", metavar="JSON", help='earlier turns: [{"speaker", "text", "audio"}, ...]')
+    p.add_argument(
+        "--context", metavar="JSON", help='earlier turns, instead of the voice: [{"speaker", "text", "audio"}, ...]'
+    )
     how = {"action": argparse.BooleanOptionalAction}
     p.add_argument("--voice-match", **how, help="continue the speaker's last clip (default: by the model's config)")
-    p.add_argument("--dialogue", metavar="F", help='speak a script: lines "0: Hello."')
+    p.add_argument("--dialogue", metavar="F", help='speak a script: lines "0: Hello." or "Ann: Hello."')
+    p.add_argument("--whole", action="store_true", help="say a long text in one go, not in parts that are said well")
     p.add_argument("--stream", action="store_true", help="write every --streaming-interval seconds")
     p.add_argument("--streaming-interval", type=float, default=0.5, metavar="S")
     p.add_argument("--play", action="store_true", help="play while generating")

@@ -56,6 +56,12 @@ def is_run(command):
     return not command.startswith(tuple(NOT_RUN))
 
 
+def pages(fits):
+    """The pages that fit, as parameters of a test: the README's is quick, the others take seconds each."""
+    slow = pytest.mark.slow
+    return [pytest.param(p, id=name(p), marks=[] if p.name == "README.md" else slow) for p in PAGES if fits(p)]
+
+
 @pytest.fixture
 def sandbox(hub, tmp_path):
     """A folder with the files that the pages speak of, and the environment of their commands."""
@@ -91,7 +97,7 @@ def test_pages():
         assert set(kinds) <= {"python", "sh", "py", "nginx"}, page
 
 
-@pytest.mark.parametrize("page", [p for p in PAGES if blocks(p, "python") and p.name != "tour.md"], ids=name)
+@pytest.mark.parametrize("page", pages(lambda p: blocks(p, "python") and p.name != "tour.md"))
 def test_snippets_run(page, sandbox):
     """In order, as one program. The tour's are run below."""
     folder, environment = sandbox
@@ -100,7 +106,7 @@ def test_snippets_run(page, sandbox):
     assert done.returncode == 0, done.stderr
 
 
-@pytest.mark.parametrize("page", [p for p in PAGES if any(map(is_run, commands(p)))], ids=name)
+@pytest.mark.parametrize("page", pages(lambda p: any(map(is_run, commands(p)))))
 def test_commands_run(page, sandbox):
     """In order, with small random models in the place of the downloads, and short speech."""
     folder, environment = sandbox
@@ -109,8 +115,8 @@ def test_commands_run(page, sandbox):
         for program in ("csm.py", "csm_tools.narrate", "csm_tools.show"):
             line = line.replace(program, f"{program} --max-audio-length-ms 400")
         line = re.sub(r"\bpython (?=\w)", f"python {HERE}/", line).replace("python ", f"{sys.executable} ")
-        done = subprocess.run(line, shell=True, cwd=folder, env=environment, capture_output=True, text=True)
-        assert done.returncode == 0, (command, done.stderr)
+        done = subprocess.run(line, shell=True, cwd=folder, env=environment, capture_output=True)
+        assert done.returncode == 0, (command, done.stderr.decode())
         written = [f for f in re.findall(r"[\w./-]+\.(?:wav|mp3|flac|png|npz)\b", command) if "ffplay" not in command]
         assert all((folder / f).stat().st_size > 500 for f in written), command
 

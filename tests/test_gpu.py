@@ -323,11 +323,24 @@ def test_memory_of_a_mac(gpu):
     assert gpu["set_cache_limit"] == 2 << 30
 
 
+@pytest.mark.parametrize("compiled, sizes", [("1", [1, 2, 3, 4, 6]), ("0", [1])])
+def test_a_server_compiles_before_it_listens(generator, monkeypatch, caplog, compiled, sizes):
+    seen = []
+    monkeypatch.setenv("CSM_COMPILE", compiled)
+    monkeypatch.setattr(
+        csm, "fast_next_frame", lambda model, h, *rest: seen.append(len(h)) or model.next_frame(h, *rest)
+    )
+    engine = serve_engine.Engine(generator, 5, 2)
+    engine.warm_up()
+    engine.thread.shutdown()
+    assert seen == sizes and not caplog.records
+
+
 @pytest.mark.parametrize("options, dtype", [
     ([], "float32"), (["--lora-rank", "8"], None), (["--lora-rank", "8", "--train-embeddings"], "float32"),
     (["--dtype", "bfloat16"], "bfloat16"),
 ])  # fmt: skip
-def test_weights_that_learn_are_float32(gpu, monkeypatch, options, dtype):
+def test_weights_that_learn_are_float32(gpu, monkeypatch, tmp_path, options, dtype):
     loaded = []
 
     def load(model, dtype, **_):
@@ -335,8 +348,9 @@ def test_weights_that_learn_are_float32(gpu, monkeypatch, options, dtype):
         raise ValueError("far enough")
 
     monkeypatch.setattr(csm, "load", load)
+    monkeypatch.setattr(finetune.tuning_data, "read_data", lambda *_: [])
     with pytest.raises(SystemExit):
-        finetune.main(["train", "--data-path", "none.json", "--output-dir", "none", *options])
+        finetune.main(["train", "--data-path", "none.json", "--output-dir", str(tmp_path / "run"), *options])
     assert loaded == [dtype]
 
 

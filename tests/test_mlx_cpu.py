@@ -299,6 +299,7 @@ def test_the_order_of_imports_does_not_matter():
     assert out == "" and "import mlx_cpu, or csm, before mlx" in err  # nothing to be done then, and it says so
 
 
+@pytest.mark.slow
 def test_processes_that_compile_at_once(tmp_path):
     for _ in range(2):  # the second time nothing is compiled
         for process in [python(REPORT, XDG_CACHE_HOME=str(tmp_path)) for _ in range(3)]:

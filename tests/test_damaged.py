@@ -59,7 +59,7 @@ def mutated(value, chance):
         if isinstance(part, dict) and chance.random() < 0.15:
             part.pop(last, None)
         else:
-            part[last] = chance.choice(WRONG)
+            part[last] = copy.deepcopy(chance.choice(WRONG))
     return value if chance.random() > 0.03 else chance.choice(WRONG)
 
 

@@ -13,6 +13,7 @@ from pathlib import Path
 import csm  # before mlx
 import mimi
 from csm import read_text
+from csm_tools import adapters
 
 import mlx.core as mx  # isort: skip
 
@@ -104,12 +105,16 @@ def read_options(args):
 
 
 def load_for(args):
-    """The Generator for the options. Without --model: csm-1b, or tiny if csm-1b cannot be downloaded."""
+    """The Generator for the options.
+
+    Without --model: the base of the adapter, or csm-1b, or tiny if csm-1b cannot be downloaded.
+    """
     options = {name: getattr(args, name) for name in ("dtype", "quantize", "adapter", "codebooks")}
+    model = args.model or (args.adapter and adapters.base_model(args.adapter[0][0]))
     try:
-        return csm.load(args.model or "csm-1b", **options)
+        return csm.load(model or "csm-1b", **options)
     except mimi.DownloadError as e:
-        if args.model:
+        if model:
             raise
         print(f"using the small bundled model, tiny, because csm-1b is missing: {e}", file=sys.stderr)
         return csm.load("tiny", **options)

@@ -44,7 +44,7 @@ def text_files(source, folder, tokenizer):
     """The tokenizer's files and the voices: {name in the destination: path}"""
     place = Path(tokenizer) if tokenizer else folder
     if not place.exists():
-        place = codec.download(str(tokenizer), *csm.TOKENIZER)
+        place = csm_layouts.download(str(tokenizer), *csm.TOKENIZER)
     if place.is_file():
         files = {"tokenizer.model" if place.suffix == ".model" else "tokenizer.json": place}
     else:

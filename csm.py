@@ -100,6 +100,7 @@ class CSMConfig:
     text_tokenizer: str | None = None  # Hub repository to use if the folder has no tokenizer
     use_default_voice_prompt: bool = True
     voice_match: bool = False  # clone by continuing the clip instead of adding a turn after it
+    max_part_characters: int = 240  # what programs cut a text into: longer ones are said less well
     sampling: dict | None = None  # this model's own defaults for the fields of Sampling
     quantization: dict | None = None  # a note in MLX's form; loading goes by the tensors' shapes
 
@@ -132,9 +133,7 @@ class Sampling:
     top_p: float = 1.0  # 0 or 1: off
     min_p: float = 0.0  # relative to the likeliest code; 0: off
     min_tokens_to_keep: int = 1  # codes that min_p never removes
-    sampler: Callable | None = (
-        None  # log-probabilities (1, V) -> ids (1,), instead of all the above
-    )
+    sampler: Callable | None = None  # log-probabilities (1, V) -> ids (1,), instead of the above
     logits_processors: tuple = ()  # codebook 0: (codes so far (F,), logits (1, V)) -> logits
 
     def __post_init__(self):
@@ -272,7 +271,9 @@ class Linear(nn.Module):
         if "scales" not in self:
             return x @ self.weight.T
         how, biases = packing(self, x.shape[-1]), self.get("biases")
-        return mx.quantized_matmul(x, self.weight, self.scales, biases, transpose=True, **how)
+        rows = x.reshape(-1, x.shape[-1])  # of (B, 1, in), CUDA would read the weights B times
+        y = mx.quantized_matmul(rows, self.weight, self.scales, biases, transpose=True, **how)
+        return y.reshape(*x.shape[:-1], -1)
 
 
 class Embedding(nn.Module):
@@ -287,8 +288,7 @@ class Embedding(nn.Module):
         if "scales" not in self:
             return self.weight[ids]
         biases = self.biases[ids] if "biases" in self else None
-        how = packing(self, self.dim)
-        return mx.dequantize(self.weight[ids], self.scales[ids], biases, **how)
+        return mx.dequantize(self.weight[ids], self.scales[ids], biases, **packing(self, self.dim))
 
 
 def packing(module, n_in):
@@ -475,10 +475,13 @@ def frames(
         if sampling.sampler or sampling.logits_processors:
             draw = add_functions(draw, sampling, said)
         codes = fast_next_frame(model, h, draw, n)  # (1, n)
+        mx.async_eval(codes)  # apart from h: what is launched together is ready together
         h = model(frame_row(codes, K), cache)[:, -1]  # (1, D): the frame goes back in
-        mx.async_eval(codes, h, key)  # queue the backbone's step before looking at the codes
-        frame = np.array(codes[0])
+        mx.async_eval(h, key)  # queue the backbone's step before looking at the codes
+        frame = np.array(codes)[0]
         if not frame.any():
+            if not mx.isfinite(h).all():
+                raise ValueError(f"the model computes NaN or infinite numbers in {model.dtype}")
             return
         said.append(int(frame[0]))
         yield frame
@@ -586,7 +589,10 @@ class Tokenizer:
                 self._encode = t.encode
                 self.bos, self.eos = (i if i >= 0 else None for i in (t.bos_id(), t.eos_id()))
         except Exception as e:  # both libraries raise bare Exceptions
-            raise ValueError(f"{path} is not a tokenizer: {e}") from None
+            hint = ""
+            if "untagged enum" in str(e) and tokenizers.__version__ < "0.20":  # merges as pairs
+                hint = " (newer than the package tokenizers: pip install -U tokenizers)"
+            raise ValueError(f"{path} is not a tokenizer: {e}{hint}") from None
         if None in (self.bos, self.eos):
             log.warning("%s has no begin and end tokens, which CSM was trained with", path)
 
@@ -914,10 +920,7 @@ class Generator:
     def _read_voice(self, name):
         """A voice's clip and transcript, as a Segment."""
         if name in self.voices and self.voices[name] is None:
-            wav = mimi.download(DEFAULT_PROMPTS, f"prompts/{name}.wav")
-            text = mimi.layouts("the Hub's voices").TRANSCRIPTS.get(name)
-            if text is None:
-                text = read_text(f"@{mimi.download(DEFAULT_PROMPTS, f'prompts/{name}.txt')}")
+            wav, text = mimi.layouts("the Hub's voices").download_voice(name)
             return Segment(0, text, wav)
         wav = self.voices[name] / f"{name}.wav" if name in self.voices else Path(name)
         if not wav.is_file():
@@ -1026,10 +1029,6 @@ class Conversation:
 
 # ------------------------------------------------------------------------------------------ loading
 
-DEFAULT_MODEL = ("senstella/csm-1b-mlx", "ckpt.safetensors")
-DEFAULT_TOKENIZER = "unsloth/Llama-3.2-1B"
-DEFAULT_PROMPTS = "mlx-community/csm-1b"
-DEFAULT_VOICES = ("conversational_a", "conversational_b", *(f"read_speech_{x}" for x in "abcd"))
 TOKENIZER = (
     "tokenizer.json", "tokenizer.model", "tokenizer_config.json", "special_tokens_map.json",
 )  # fmt: skip
@@ -1037,7 +1036,6 @@ WEIGHTS = (  # patterns, tried in this order: the first match is loaded
     "model.safetensors", "model.safetensors.index.json", "ckpt.safetensors", "*.index.json",
     "*.safetensors", "ckpt.pt", "*.pt", "*.pth", "*backbone*.gguf", "*.gguf",
 )  # fmt: skip
-BESIDE = ("*.json", "tokenizer.model", *mimi.MIMI_FILES, "prompts/*")  # also fetched from the Hub
 
 
 def load(
@@ -1074,6 +1072,9 @@ def load(
     network = blank_model(config, weights)
     mimi.load_weights(network, weights)
     del weights  # the network holds them now
+    check_finite(network, path)
+    if not adapter and (folder / "adapter_config.json").is_file():
+        log.warning("%s also has an adapter, which is not applied without --adapter", folder)
 
     if beside := mimi.first_match(folder, *mimi.MIMI_FILES):
         codec = mimi.load(beside)
@@ -1081,24 +1082,23 @@ def load(
         codec = mimi.from_weights(inside[1], inside[0])
     else:
         codec = mimi.load()
-    tokenizer = Tokenizer(find_tokenizer(path, config.text_tokenizer or DEFAULT_TOKENIZER))
-    voices = dict.fromkeys(DEFAULT_VOICES) if model == "csm-1b" else {}
+    tokenizer = Tokenizer(find_tokenizer(path, config.text_tokenizer))
+    voices = {}
+    if model == "csm-1b":
+        voices = dict.fromkeys(mimi.layouts(model).DEFAULT_VOICES)
     voices |= {clip.stem: clip.parent for clip in (folder / "prompts").glob("*.wav")}
     return Generator(network, codec, tokenizer, voices, fields, codebooks)
 
 
 def find_model(model):
     """The local path of what `load` was given; downloads it if necessary. Raises ValueError."""
-    if model == "csm-1b":
-        return mimi.download(*DEFAULT_MODEL)
     if model == "tiny":  # beside csm.py; an installation has it in csm_tools
         here = Path(__file__).resolve().parent
         installed = here / "csm_tools/tiny"
         return installed if (installed / "config.json").is_file() else here / "tiny"
-    # A repository may have its weights in several layouts: prefer MLX's or Sesame's, in one file.
-    groups = ("model*.safetensors*", "ckpt.safetensors"), ("*.pt",), ("*.safetensors*",)
-    known = "csm-1b, tiny, a folder, a .safetensors file or a Hugging Face repository"
-    return mimi.local_path(model, *groups, beside=BESIDE, known=known)
+    if Path(model).exists() and model != "csm-1b":
+        return Path(model)
+    return mimi.layouts(model).download_csm(model, mimi.MIMI_FILES)
 
 
 def read_checkpoint(path):
@@ -1107,6 +1107,9 @@ def read_checkpoint(path):
     The weights are {name: array}, read lazily. The Mimi is (config, weights), or None.
     """
     file = weights_file(path)
+    adapter = f"{path} is an adapter: give it with --adapter, and the model it is for with --model"
+    if file is None and path.is_dir() and mimi.first_match(path, "adapter*.safetensors"):
+        raise ValueError(adapter)
     if file is None:
         raise ValueError(f"{path} has no weights of a CSM: no .safetensors, .pt, .gguf or index")
     config = mimi.read_json(file.with_name("config.json"))
@@ -1115,12 +1118,18 @@ def read_checkpoint(path):
         config = fields | config | {"layout": None}
     else:
         weights = mimi.read_weights(file)[0]
+    if any(name.endswith((".lora_a", ".lora_A.weight")) for name in weights):
+        raise ValueError(adapter)
+    if "-of-0" in file.name and file.suffix == ".safetensors":
+        raise ValueError(f"{file} is one of several shards: their index, *.index.json, is missing")
     if config.get("layout") == "native":
         return config, weights, None
     try:
         return mimi.layouts(path).csm_to_native(config, weights, asdict(CSMConfig()))
     except (TypeError, AttributeError, LookupError, ArithmeticError) as e:
-        raise ValueError(f"{file.with_name('config.json')} has a field of a wrong type: {e}") from None
+        raise ValueError(
+            f"{file.with_name('config.json')} has a field of a wrong type: {e}"
+        ) from None
 
 
 def weights_file(path):
@@ -1128,22 +1137,20 @@ def weights_file(path):
     files = [path]
     if path.is_dir():
         files = [file for pattern in WEIGHTS for file in sorted(path.glob(pattern))]
+    other = (*mimi.MIMI_FILES, "adapter*.safetensors") if path.is_dir() else mimi.MIMI_FILES
     for file in files:
-        if not any(file.match(pattern) for pattern in mimi.MIMI_FILES):
+        if not any(file.match(pattern) for pattern in other):
             return file
     return None
 
 
 def find_tokenizer(path, repo):
-    """The tokenizer's file in a folder, beside a file or in it; or, downloaded, in the repository."""
-    file, names = weights_file(path), TOKENIZER[:2]
-    found = mimi.first_match(file.parent, *names)
+    """The tokenizer beside the weights, in a .gguf, or of a Hub repository (None: the default)."""
+    file = weights_file(path)
+    found = mimi.first_match(file.parent, *TOKENIZER[:2])
     if not found and file.suffix == ".gguf":
         found = gguf().extract_tokenizer(file)
-    found = found or mimi.first_match(mimi.download(repo, *TOKENIZER), *names)
-    if found is None:
-        raise ValueError(f"{repo} has no {' or '.join(names)}")
-    return found
+    return found or mimi.layouts("a missing tokenizer").download_tokenizer(repo, TOKENIZER)
 
 
 def split_heads(weights):
@@ -1164,6 +1171,18 @@ def blank_model(config, weights):
                 if (w := weights.get(f"{name}.{part}")) is not None:
                     module[part] = mx.zeros((len(module.weight), *w.shape[1:]), w.dtype)
     return model
+
+
+def check_finite(model, path):
+    """Raise ValueError if norms or heads have NaN or infinite weights. `frames` notices others."""
+    wrong = []
+    for name, w in tree_flatten(model.parameters()):
+        if "norm" in name or ("head" in name and w.dtype != mx.uint32):
+            if not mx.isfinite(w).all():
+                wrong.append(name)
+    if wrong:
+        hint = ": load it as bfloat16" if model.dtype == mx.float16 else ""
+        raise ValueError(f"{path} has NaN or infinite weights: {', '.join(wrong[:4])}{hint}")
 
 
 def as_dtype(dtype):

@@ -7,10 +7,9 @@
         for uid, codes in batch.next():  # (K,) int32 each; None: this utterance has ended
             ...
 
-Nearly all the time of a frame goes into reading the weights, which a batch reads once for all. The
-steps are those of csm.frames, and each utterance gives the codes that it would give there: its
-random numbers come from its own seed. (On a GPU other kernels serve other batch sizes, so codes
-may differ where two are almost equally likely.)
+A frame mostly costs the reading of the weights, which a batch reads once. Each utterance gives the
+codes that csm.frames gives: its random numbers come from its own seed. (On a GPU other kernels
+serve other batch sizes, so there codes may differ where two are almost equally likely.)
 """
 
 from collections.abc import Sequence
@@ -58,17 +57,15 @@ class BatchCache(csm.KVCache):
         caches = [self, *others]
         end = max(cache.offset for cache in caches)
 
-        def aligned(cache, x):
-            x = x[:, :, : cache.offset]
-            return mx.pad(x, [(0, 0), (0, 0), (end - cache.offset, 0), (0, 0)])
+        def joined(arrays):  # one layer's keys or values, of each cache
+            left = [end - cache.offset for cache in caches]
+            ends = [x[:, :, : end - n] for x, n in zip(arrays, left)]
+            return mx.concatenate(
+                [mx.pad(x, [(0, 0), (0, 0), (n, 0), (0, 0)]) for x, n in zip(ends, left)]
+            )
 
-        def joined(arrays):  # one layer's, of each cache
-            return mx.concatenate([aligned(cache, x) for cache, x in zip(caches, arrays)])
-
-        self.keys, self.values = (
-            [joined(arrays) for arrays in zip(*(cache.keys for cache in caches))],
-            [joined(arrays) for arrays in zip(*(cache.values for cache in caches))],
-        )
+        self.keys = [joined(layer) for layer in zip(*(cache.keys for cache in caches))]
+        self.values = [joined(layer) for layer in zip(*(cache.values for cache in caches))]
         self.pad = np.concatenate([cache.pad + (end - cache.offset) for cache in caches])
         self.offset = end
 
@@ -129,10 +126,8 @@ class Batch:
         n = len(rows) + (cache.offset if cache else 0)
         self.generator.check_length(n)
         uid, max_frames = next(self.ids), min(max_frames, self.generator.max_positions - n)
-        cache = cache if cache and cache.offset else None
-        self.waiting.append(
-            Utterance(uid, rows, max_frames, seed, sampling or csm.Sampling(), cache)
-        )
+        cache, sampling = cache if cache and cache.offset else None, sampling or csm.Sampling()
+        self.waiting.append(Utterance(uid, rows, max_frames, seed, sampling, cache))
         return uid
 
     def next(self) -> list[tuple[int, np.ndarray | None]]:
@@ -226,46 +221,39 @@ class Batch:
             h, draw = padded(self.h, draw)
             codes = csm.fast_next_frame(self.model, h, draw, n)[:B]
         rows = csm.frame_row(codes, config.audio_num_codebooks)
+        mx.async_eval(codes)
         self.h, self.keys = self.model(rows, self.cache)[:, -1], keys
-        mx.async_eval(codes, self.h, self.keys)  # queue this before looking at the codes
+        mx.async_eval(self.h, self.keys)  # queue this before looking at the codes
         return codes, errors
 
     def _draw_by_row(self, draw, errors):
         """`draw`, where the rows with functions of their own go through these."""
 
-        def draw_row(i, b, logits, ids):
-            u = self.live[b]
-            if b in errors or not (u.sampling.sampler or u.sampling.logits_processors):
-                return ids
-            noise = draw.noise if draw.noise is None else draw.noise[b : b + 1]
-            one = csm.Draw(noise, draw.options[b : b + 1], draw.n_codes)
-            try:
-                return csm.add_functions(one, u.sampling, u.said)(i, logits)
-            except Exception as e:  # it must not cost the others their frame
-                errors[b] = e
-                return ids
-
         def draw_all(i, logits):
-            ids = draw(i, logits)
-            rows = [draw_row(i, b, logits[b : b + 1], ids[b : b + 1]) for b in range(len(logits))]
-            return mx.concatenate(rows)
+            ids = mx.split(draw(i, logits), len(logits))
+            for b, u in enumerate(self.live):
+                if b in errors or not (u.sampling.sampler or u.sampling.logits_processors):
+                    continue
+                noise = draw.noise if draw.noise is None else draw.noise[b : b + 1]
+                one = csm.Draw(noise, draw.options[b : b + 1], draw.n_codes)
+                try:
+                    ids[b] = csm.add_functions(one, u.sampling, u.said)(i, logits[b : b + 1])
+                except Exception as e:  # it must not cost the others their frame
+                    errors[b] = e
+            return mx.concatenate(ids)
 
         return draw_all
 
 
-def padded(h, draw):
-    """h and a Draw of B rows, with zeros up to 1, 2, 3, 4, 6, 8, 12, 16, ... rows.
+SIZES = sorted({2**i for i in range(16)} | {3 * 2**i for i in range(15)})  # 1, 2, 3, 4, 6, 8, 12
 
-    next_frame is compiled for each number of rows, so there should be few.
-    """
-    size = 1
-    while size < len(h):
-        size = size * 3 // 2 if size & (size - 1) == 0 and size > 1 else 2 ** size.bit_length()
-    if size == len(h):
-        return h, draw
+
+def padded(h, draw):
+    """h and a Draw with rows of zeros up to one of SIZES: next_frame is compiled for each size."""
+    size = next(size for size in SIZES if size >= len(h))
 
     def pad(x):
-        return x if x is None else mx.pad(x, [(0, size - len(x))] + [(0, 0)] * (x.ndim - 1))
+        return x if x is None else mx.pad(x, [(0, size - len(h))] + [(0, 0)] * (x.ndim - 1))
 
     return pad(h), csm.Draw(pad(draw.noise), pad(draw.options), draw.n_codes)
 
@@ -283,29 +271,21 @@ def generate(
     """
     if isinstance(texts, str):
         raise ValueError("texts must be a list of texts, not one text")
-    texts, context = list(texts), list(context)
-    speakers, lengths = (
-        [x] * len(texts) if np.ndim(x) == 0 else x for x in (speaker, max_audio_length_ms)
-    )
-    if context and not isinstance(context[0], csm.Segment):
-        contexts = [list(segments) for segments in context]
-    else:
-        contexts = [context] * len(texts)
-    if not len(speakers) == len(lengths) == len(contexts) == len(texts):
-        raise ValueError(
-            f"{len(texts)} texts need as many speakers, contexts and lengths, or one for all"
-        )
-    encoded = {}  # each clip once
-    for segment in (segment for segments in contexts for segment in segments):
-        if id(segment) not in encoded:
-            encoded[id(segment)] = generator.encode(segment)
+    n, context = len(texts), list(context)
+    speakers = speaker if np.ndim(speaker) else [speaker] * n
+    lengths = max_audio_length_ms if np.ndim(max_audio_length_ms) else [max_audio_length_ms] * n
+    shared = not context or isinstance(context[0], csm.Segment)
+    contexts = [context] * n if shared else [list(segments) for segments in context]
+    if not len(speakers) == len(lengths) == len(contexts) == n:
+        raise ValueError(f"{n} texts need as many speakers, contexts and lengths, or one for all")
+    clips = {id(segment): segment for segments in contexts for segment in segments}
+    encoded = {key: generator.encode(segment) for key, segment in clips.items()}  # each once
     contexts = [[encoded[id(segment)] for segment in segments] for segments in contexts]
     seed, sampling = generator.read_options(seed, sampling)
     batch, said = Batch(generator), {}
     for i, (text, speaker, segments, ms) in enumerate(zip(texts, speakers, contexts, lengths)):
         before, rows = generator.prompt(text, speaker, segments, voice, voice_match)
-        cache = generator.context_cache(before)
-        max_frames = generator.max_frames(ms, text)
+        max_frames, cache = generator.max_frames(ms, text), generator.context_cache(before)
         said[batch.insert(rows, max_frames, (seed + i) % 2**64, sampling, cache)] = []
     while len(batch):
         for uid, codes in batch.next():

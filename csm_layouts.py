@@ -25,6 +25,7 @@ import re
 import shutil
 import zipfile
 from collections import OrderedDict
+from contextlib import suppress
 from pathlib import Path
 from typing import NamedTuple
 
@@ -89,7 +90,10 @@ PART_FIELDS = (  # native field, transformers' field
     ("norm_eps", "rms_norm_eps"), ("max_positions", "max_position_embeddings"),
 )
 PART_FIXED = {"hidden_act": "silu", "attention_bias": False, "mlp_bias": False}
-CARRIED = r"sampling|speaker_prefix_space|text_tokenizer|use_default_voice_prompt|voice_match|quantization|\w+_token_id"
+CARRIED = (
+    r"max_part_characters|sampling|speaker_prefix_space|text_tokenizer|use_default_voice_prompt|voice_match"
+    r"|quantization|\w+_token_id"
+)
 MIMI_FIELDS = (  # native field, transformers' field; shapes do not show the first five
     ("n_heads", "num_attention_heads"), ("context", "sliding_window"), ("norm_eps", "norm_eps"),
     ("dilation_base", "dilation_growth_rate"), ("sample_rate", "sampling_rate"),
@@ -327,6 +331,8 @@ def csm_to_native(config, weights, csm_1b):
     requires something that the model does not support.
     """
     weights = bare(weights)
+    if any(".absmax" in name or "bitsandbytes" in name for name in weights):
+        raise ValueError("bitsandbytes quantized this checkpoint: give the plain model, such as unsloth/csm-1b")
     inside = {name: w for name, w in weights.items() if name.startswith("codec_model.")}
     mimi = mimi_to_native(config, inside) if inside else None
     weights = {name: w for name, w in weights.items() if name not in inside}
@@ -388,6 +394,9 @@ def to_transformers_tokenizer(tokenizer, settings, bos, eos):
     ids["pad_token_id"] = ids.get("audio_token_id")
     names = {token["id"]: token["content"] for token in tokens.values()}
     marks = {"bos_token": names.get(bos), "eos_token": names.get(eos)}
+    if not settings.get("pad_token"):  # CsmProcessor pads; Llama's own settings name no token for it
+        padding = [name for name in ("<|finetune_right_pad_id|>", "<pad>") if name in names.values()]
+        marks["pad_token"] = padding[0] if padding else marks["eos_token"]
     settings = {"tokenizer_class": "PreTrainedTokenizerFast"} | settings | {k: v for k, v in marks.items() if v}
     settings.pop("added_tokens_decoder", None)  # repeats added_tokens, under the old names
     if not {bos, eos} <= names.keys():
@@ -796,3 +805,94 @@ def write_file(path, content):
     else:
         text = content if isinstance(content, str) else json.dumps(content, indent=2) + "\n"
         path.write_text(text, encoding="utf-8")
+
+
+# ---- the Hugging Face Hub ----------------------------------------------------------------------------------------
+
+
+DEFAULT_MODEL = ("senstella/csm-1b-mlx", "ckpt.safetensors")
+DEFAULT_TOKENIZER = "unsloth/Llama-3.2-1B"
+DEFAULT_PROMPTS = "mlx-community/csm-1b"
+DEFAULT_VOICES = ("conversational_a", "conversational_b", *(f"read_speech_{x}" for x in "abcd"))
+
+
+class DownloadError(ValueError):
+    """A file or repository of the Hugging Face Hub cannot be downloaded."""
+
+
+def fetch(source, *groups, beside=("*.json",), known="no such file or folder"):
+    """A Hugging Face repository -> the folder that it is downloaded to.
+
+    groups: tuples of file patterns, tried in turn until one matches; files that match `beside` are
+    downloaded, too. known: sources that the error message suggests. Raises ValueError.
+    """
+    if not re.fullmatch(r"[\w.-]+/[\w.-]+", str(source)):
+        raise ValueError(f"no such model: {source} ({known})")
+    for patterns in groups:
+        folder = download(str(source), *patterns, *beside)
+        if any(any(folder.glob(pattern)) for pattern in patterns):
+            break
+    return folder
+
+
+def download(repo, *patterns):
+    """One file of a Hugging Face repository -> its path; several patterns -> the matches' folder.
+
+    Raises FileNotFoundError if the repository has no such file, DownloadError for other failures.
+    """
+    from huggingface_hub import constants, errors, hf_hub_download, snapshot_download
+
+    def get(**options):
+        if len(patterns) == 1:
+            return Path(hf_hub_download(repo, *patterns, **options))
+        return Path(snapshot_download(repo, allow_patterns=list(patterns), **options))
+
+    try:
+        cached = None
+        with suppress(errors.LocalEntryNotFoundError):
+            cached = get(local_files_only=True)
+            if len(patterns) == 1:
+                return cached
+        if not constants.HF_HUB_OFFLINE and not (cached and any(cached.glob(patterns[0]))):
+            log.warning("fetching %s from %s", patterns[0], repo)
+        return get()
+    except errors.LocalEntryNotFoundError:
+        reason = "no network, or HF_HUB_OFFLINE is set, and it is not in the cache"
+    except errors.EntryNotFoundError:
+        raise FileNotFoundError(f"{repo} has no {patterns[0]}") from None
+    except errors.GatedRepoError:
+        reason = "it is gated: accept its licence on huggingface.co and run `hf auth login`"
+    except errors.RepositoryNotFoundError:
+        reason = "no such folder, file or Hugging Face repository"
+    except Exception as e:  # many kinds: connection, proxy, disk
+        reason = str(e).partition("\n")[0] or type(e).__name__
+    reason += " (--model tiny needs no download)"
+    raise DownloadError(f"cannot download {patterns[0]} from {repo}: {reason}")
+
+
+def download_csm(model, mimi_files):
+    """The model csm-1b, or a Hugging Face repository -> its local path."""
+    if model == "csm-1b":
+        return download(*DEFAULT_MODEL)
+    # A repository may have its weights in several layouts: prefer MLX's or Sesame's, in one file.
+    groups = ("model*.safetensors*", "ckpt.safetensors"), ("*.pt",), ("*.safetensors*",)
+    beside = ("*.json", "tokenizer.model", *mimi_files, "prompts/*")
+    known = "csm-1b, tiny, a folder, a .safetensors file or a Hugging Face repository"
+    return fetch(model, *groups, beside=beside, known=known)
+
+
+def download_tokenizer(repo, names):
+    """The tokenizer of a Hugging Face repository, None for the default: the first of the names that it has."""
+    repo = repo or DEFAULT_TOKENIZER
+    folder = download(repo, *names)
+    for name in names[:2]:
+        if (folder / name).is_file():
+            return folder / name
+    raise ValueError(f"{repo} has no {' or '.join(names[:2])}")
+
+
+def download_voice(name):
+    """A voice of CSM-1B -> the path of its clip, and what the clip says."""
+    clip = download(DEFAULT_PROMPTS, f"prompts/{name}.wav")
+    text = TRANSCRIPTS.get(name) or download(DEFAULT_PROMPTS, f"prompts/{name}.txt").read_text(encoding="utf-8-sig")
+    return clip, text.strip()

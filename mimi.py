@@ -19,7 +19,6 @@ import json
 import logging
 import math
 import os
-import re
 import shutil
 import subprocess
 import sys
@@ -27,6 +26,12 @@ from contextlib import contextmanager, suppress
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import NamedTuple
+
+# Read by MLX before its first operation on a GPU, where a frame is thousands of small ones.
+os.environ.setdefault("MLX_MAX_OPS_PER_BUFFER", "1000")  # launch them in fewer parts
+if sys.platform == "darwin":
+    os.environ.setdefault("MLX_MAX_MB_PER_BUFFER", "400")  # one gather would fill a part
+os.environ.setdefault("MLX_CUDA_USE_CUDNN_SDPA", "0")  # it makes a plan for each prompt length
 
 with suppress(ImportError):
     import mlx_cpu  # noqa: F401  before mlx: makes some of MLX's functions fast on a Linux CPU
@@ -40,10 +45,6 @@ DEFAULT_REPO = "kyutai/moshiko-pytorch-bf16"
 DEFAULT_FILE = "tokenizer-e351c8d8-checkpoint125.safetensors"
 
 log = logging.getLogger("csm")
-
-
-class DownloadError(ValueError):
-    """A file or repository of the Hugging Face Hub cannot be downloaded."""
 
 
 @dataclass(frozen=True)
@@ -385,9 +386,9 @@ def load(path_or_repo: str | Path | None = None, n_codebooks: int | None = None)
 def read_mimi(path_or_repo=None):
     """A Mimi, or the one inside a CSM -> weights {name: array} in our layout, config."""
     if path_or_repo is None:
-        path = download(DEFAULT_REPO, DEFAULT_FILE)
+        path = layouts("the default Mimi").download(DEFAULT_REPO, DEFAULT_FILE)
     else:
-        path = local_path(path_or_repo, MIMI_FILES, CONTAINER_FILES)
+        path = find_or_download(path_or_repo, MIMI_FILES, CONTAINER_FILES)
     file = first_match(path, *MIMI_FILES, *CONTAINER_FILES) if path.is_dir() else path
     if file is None:
         raise ValueError(f"no Mimi in {path}")
@@ -487,11 +488,15 @@ def read_weights(path):
 def read_shards(path):
     """An index of shards -> {name: array}, each from the shard that the index names."""
     shards, weights = read_json(path).get("weight_map"), {}
-    if not (shards and isinstance(shards, dict) and all(isinstance(x, str) for x in shards.values())):
+    if not (
+        shards and isinstance(shards, dict) and all(isinstance(x, str) for x in shards.values())
+    ):
         raise ValueError(f"{path} has no weight_map from names to files")
     for shard in sorted(set(shards.values())):
         if Path(shard).name != shard or not shard.endswith(".safetensors"):
-            raise ValueError(f"{path} names {shard!r:.80}, which is no .safetensors file in its folder")
+            raise ValueError(
+                f"{path} names {shard!r:.80}, which is no .safetensors file in its folder"
+            )
         tensors = read_weights(path.parent / shard)[0]
         weights |= {name: w for name, w in tensors.items() if shards.get(name, shard) == shard}
     return weights
@@ -500,7 +505,9 @@ def read_shards(path):
 def read_json(path):
     """The object in a JSON file, {} if there is no file. Raises ValueError."""
     try:
-        return as_object(Path(path).read_text(encoding="utf-8") if Path(path).is_file() else "{}", path)
+        return as_object(
+            Path(path).read_text(encoding="utf-8") if Path(path).is_file() else "{}", path
+        )
     except (UnicodeDecodeError, OSError):
         raise ValueError(f"{path} is not a JSON file with an object") from None
 
@@ -525,61 +532,16 @@ def layouts(path):
     return csm_layouts
 
 
+def find_or_download(source, *groups, **options):
+    """A local file or folder as it is, or a Hugging Face repository as csm_layouts.fetch has it."""
+    if Path(source).exists():
+        return Path(source)
+    return layouts(source).fetch(source, *groups, **options)
+
+
 def first_match(folder, *patterns):
     """The first file in `folder` that matches the first pattern with any match, or None."""
     return next((f for p in patterns for f in sorted(Path(folder).glob(p))), None)
-
-
-def local_path(source, *groups, beside=("*.json",), known="no such file or folder"):
-    """A file or folder as it is; a Hugging Face repository, downloaded, as a folder.
-
-    groups: tuples of file patterns, tried in turn until one matches; files that match `beside` are
-    downloaded, too. known: sources that the error message suggests. Raises ValueError.
-    """
-    if Path(source).exists():
-        return Path(source)
-    if not re.fullmatch(r"[\w.-]+/[\w.-]+", str(source)):
-        raise ValueError(f"no such model: {source} ({known})")
-    for patterns in groups:
-        folder = download(str(source), *patterns, *beside)
-        if first_match(folder, *patterns):
-            break
-    return folder
-
-
-def download(repo, *patterns):
-    """One file of a Hugging Face repository -> its path; several patterns -> the matches' folder.
-
-    Raises FileNotFoundError if the repository has no such file, DownloadError for other failures.
-    """
-    from huggingface_hub import constants, errors, hf_hub_download, snapshot_download
-
-    def fetch(**options):
-        if len(patterns) == 1:
-            return Path(hf_hub_download(repo, *patterns, **options))
-        return Path(snapshot_download(repo, allow_patterns=list(patterns), **options))
-
-    try:
-        cached = None
-        with suppress(errors.LocalEntryNotFoundError):
-            cached = fetch(local_files_only=True)
-            if len(patterns) == 1:
-                return cached
-        if not constants.HF_HUB_OFFLINE and not (cached and first_match(cached, patterns[0])):
-            log.warning("fetching %s from %s", patterns[0], repo)
-        return fetch()
-    except errors.LocalEntryNotFoundError:
-        reason = "no network, or HF_HUB_OFFLINE is set, and it is not in the cache"
-    except errors.EntryNotFoundError:
-        raise FileNotFoundError(f"{repo} has no {patterns[0]}") from None
-    except errors.GatedRepoError:
-        reason = "it is gated: accept its licence on huggingface.co and run `hf auth login`"
-    except errors.RepositoryNotFoundError:
-        reason = "no such folder, file or Hugging Face repository"
-    except Exception as e:  # many kinds: connection, proxy, disk
-        reason = str(e).partition("\n")[0] or type(e).__name__
-    reason += " (--model tiny needs no download)"
-    raise DownloadError(f"cannot download {patterns[0]} from {repo}: {reason}")
 
 
 # ------------------------------------------------------------------------------------ audio files

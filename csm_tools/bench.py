@@ -387,7 +387,7 @@ def markdown(table, names):
     return "\n".join(lines)
 
 
-def chart(table, names, path):
+def chart(table, names, path, title):
     """Seconds a frame as bars."""
     import matplotlib
 
@@ -400,7 +400,8 @@ def chart(table, names, path):
         heights = [r.get(name) if isinstance(r.get(name), float) else 0 for r in rows.values()]
         axes.bar(np.arange(len(rows)) + 0.8 * i / len(names), heights, 0.8 / len(names), label=name)
     axes.set_xticks(np.arange(len(rows)) + 0.4 - 0.4 / len(names), rows)
-    axes.set_ylabel("seconds (0.08 s of sound each)")
+    axes.set_ylabel("seconds a frame (0.08 s of sound each)")
+    axes.set_title(title)
     axes.legend()
     figure.savefig(path, dpi=120)
 
@@ -449,7 +450,10 @@ def program(args):
     if args.json:
         args.json.write_text(json.dumps({"about": about, "seconds": table}, indent=2) + "\n")
     if args.png:
-        chart(table, names, args.png)
+        sizes = args.checkpoint or ("a small model" if args.tiny else "CSM-1B's sizes")
+        dtype, device = about["dtype"].removeprefix("mlx.core."), mx.default_device().type.name.upper()
+        title = f"Time of a frame, and of only reading its weights (floor)\n{sizes}, {dtype}, {device}"
+        chart(table, names, args.png, title)
 
 
 if __name__ == "__main__":

@@ -11,7 +11,7 @@ import threading
 from pathlib import Path
 
 import csm  # before mlx
-import mimi
+import csm_layouts
 from csm import read_text
 from csm_tools import adapters
 
@@ -81,6 +81,7 @@ def add_options(p):
     p.add_argument("--top-p", type=float, help="1 is off (default)")
     p.add_argument("--min-p", type=float, help="0 is off (default)")
     p.add_argument("--seed", type=int, help="for the same speech again (default: a random one, which is printed)")
+    p.add_argument("--verbatim", action="store_true", help="say the text as it is, not numbers and signs in words")
     p.add_argument("--max-audio-length-ms", type=float, metavar="MS", help="limit of a turn (default: by its text)")
     p.add_argument("--watermark", action="store_true", help="mark the speech as generated (csm_tools.watermark)")
 
@@ -111,9 +112,11 @@ def load_for(args):
     """
     options = {name: getattr(args, name) for name in ("dtype", "quantize", "adapter", "codebooks")}
     model = args.model or (args.adapter and adapters.base_model(args.adapter[0][0]))
+    if csm.on_gpu() and mx.metal.is_available():  # keep the weights from being paged out, as mlx-lm does
+        mx.set_wired_limit(mx.device_info()["max_recommended_working_set_size"])
     try:
         return csm.load(model or "csm-1b", **options)
-    except mimi.DownloadError as e:
+    except csm_layouts.DownloadError as e:
         if model:
             raise
         print(f"using the small bundled model, tiny, because csm-1b is missing: {e}", file=sys.stderr)

@@ -26,7 +26,7 @@ import csm_batch
 import mimi
 from csm_tools import command
 from csm_tools.audio import audio_writer
-from csm_tools.text import sentences
+from csm_tools.text import parts_of
 
 import mlx.core as mx  # isort: skip
 import numpy as np
@@ -35,18 +35,17 @@ from tqdm import tqdm
 
 def narrate(
     generator, text, speaker=0, context=(), *, voice=None, batch=8, start=0, seed=None, max_audio_length_ms=None,
-    **sampling,
+    verbatim=False, **sampling,
 ):  # fmt: skip
     """Speak `text`: yields (sentences finished, of how many, (samples,) float32) for each, its pause included.
 
     context, voice, sampling: as of Generator.generate; without a voice the first sentence sets that of the others.
-    start: the sentence to begin with. Of several processes the first alone yields. ValueError comes at once.
+    verbatim: the text as it is, not as text.spoken has it. start: the sentence to begin with. Of several processes the
+    first alone yields. ValueError comes at once.
     """
     if batch < 1:
         raise ValueError(f"batch must be 1 or more, not {batch}")
-    parts = sentences(text)
-    if not parts:
-        raise ValueError("the text has no words")
+    parts = parts_of(text, verbatim, generator.model.config.max_part_characters)
     seed, sampling = generator.read_options(seed, sampling)
     rows = [generator.text_rows(part, speaker) for part, _ in parts]
     frames = [min(generator.max_frames(ms, part) for ms in (None, max_audio_length_ms)) for part, _ in parts]
@@ -215,8 +214,10 @@ def program(args):
         raise ValueError("give TEXT and OUT, or several TEXTs and --out-dir")
     texts = [command.read_text("-" if path == "-" else f"@{path}") for path, _ in jobs]
     for (path, out), text in zip(jobs, texts):
-        if not sentences(text):
-            raise ValueError(f"the text has no words: {path}")
+        try:
+            parts_of(text, args.verbatim)
+        except ValueError as e:
+            raise ValueError(f"{path}: {e}") from None
         if out.suffix.lower() not in mimi.FORMATS or (out.exists() and not out.is_file()):
             raise ValueError(f"OUT must be a file that ends in {' '.join(mimi.FORMATS)}, not {out}")
         if not args.out_dir and not out.absolute().parent.is_dir():
@@ -226,6 +227,7 @@ def program(args):
     context, options = command.read_options(args)
     generator = command.load_for(args)
     options |= {"speaker": args.speaker, "context": context, "voice": args.voice, "batch": args.batch}
+    options["verbatim"] = args.verbatim
     mark = {k: v for k, v in vars(args).items() if k not in ("paths", "out_dir", "format", "batch", "seed")}
     adapters = [folder for folder, _ in args.adapter or ()]
     used = [f for p in (args.model, *adapters) if p for f in (Path(p), *sorted(Path(p).glob("*.safetensors")))]
@@ -238,7 +240,8 @@ def program(args):
         if mx.distributed.all_sum(mx.array(int(there)), group=group).item():  # as process 0 sees it
             print(f"{out} is there already, and stays", file=sys.stderr)
             continue
-        own = hashlib.sha256(mark + text.encode()).hexdigest()
+        parts = parts_of(text, args.verbatim, generator.model.config.max_part_characters)
+        own = hashlib.sha256(mark + json.dumps(parts).encode()).hexdigest()
         more, seed = write(generator, text, out, own, args.seed, args.watermark, options)
         seconds += more
     taken = time.perf_counter() - begun

@@ -31,7 +31,7 @@ import csm  # before mlx
 import mimi as codec
 from csm_tools import command
 from csm_tools.serve_engine import Busy, Engine, Speech
-from csm_tools.text import sentences
+from csm_tools.text import parts_of
 
 import mlx.core as mx  # isort: skip
 import numpy as np
@@ -46,7 +46,7 @@ try:
     from starlette.responses import FileResponse, JSONResponse
     from starlette.routing import Route
 except ImportError as e:
-    print(f"csm-serve needs `pip install 'csm[serve]'` ({e})", file=sys.stderr)
+    print(f"csm-serve needs `pip install 'csm-speech[serve]'` ({e})", file=sys.stderr)
     sys.exit(2)
 
 # response_format -> media type, container, encoder, bits a second, the container's options
@@ -106,6 +106,7 @@ class Request(BaseModel):
     response_format: Literal[tuple(FORMATS)] = "mp3"
     speed: float = Field(1, ge=0.25, le=4)
     stream_format: Literal["audio", "sse"] = "audio"
+    normalize: bool = True  # say numbers, signs and markdown in words
     speaker: int = Field(0, ge=0)
     seed: int = Field(default_factory=lambda: secrets.randbits(32), ge=0, lt=2**64)
     temperature: float | None = None
@@ -144,8 +145,10 @@ def read_request(body, voices, generator, longest):
     turns, voice = r.context, voices.get(voice)
     if r.ref_audio:  # in place of the voice
         turns, voice = [Turn.model_construct(speaker=r.speaker, text=r.ref_text, audio=r.ref_audio), *turns], "none"
-    parts = sentences(r.input)
-    parts = parts if len(parts) > 1 else [(r.input, 0)]
+    try:
+        parts = parts_of(r.input, not r.normalize, generator.model.config.max_part_characters)
+    except ValueError as e:
+        raise Refused(f"`input`: {e}", "input") from None
     return r, Speech(parts, r.speaker, voice, [turn.segment() for turn in turns], r.seed, sampling)
 
 

@@ -55,6 +55,8 @@ class Engine:
     def __init__(self, generator, max_batch, max_waiting):
         self.generator, self.max_batch, self.max_waiting = generator, max_batch, max_waiting
         generator.n_context_caches = KEPT
+        if csm.on_gpu():  # whoever joins changes the sizes of arrays: those that were freed would pile up
+            mx.set_cache_limit(2 << 30)
         self.thread = ThreadPoolExecutor(1, "model")
         self.changed = asyncio.Event()  # there may be something to do
         self.waiting = []  # Speeches; those between two parts stand in front
@@ -147,11 +149,11 @@ class Engine:
         if not frames:
             return []
         mimi = self.generator.mimi
-        if list(frames) != self.decoded:
-            states = dict(zip(self.decoded, split_state(self.state))) if self.decoded else {}
-            self.state = join_states([states.get(uid) or mimi.init_state(1) for uid in frames])
-            self.decoded = list(frames)
         with mx.stream(self.generator.codec_stream):  # beside the next frame, not behind it
+            if list(frames) != self.decoded:
+                states = dict(zip(self.decoded, split_state(self.state))) if self.decoded else {}
+                self.state = join_states([states.get(uid) or mimi.init_state(1) for uid in frames])
+                self.decoded = list(frames)
             audio, self.state = mimi.decode_step(np.stack(list(frames.values()))[:, :, None], self.state)
         return codec.to_pcm16(audio[:, 0])
 

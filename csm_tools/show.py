@@ -1,6 +1,6 @@
-"""A picture of what the model does with a sentence: rows, codes, doubt, attention and sound of one run.
+"""A picture of what the model does with a sentence: rows, codes, entropy, attention and sound of one run.
 
-    python -m csm_tools.show "hello world" hello.png --model tiny
+    python -m csm_tools.show "How are you today?" hello.png --model tiny
 
 All is seen from outside. The speech is generated as ever; then its rows pass through the model once more, with the
 codes that were drawn given ("teacher-forced"), which makes again the logits that each code was drawn from.
@@ -137,8 +137,8 @@ def draw(run, generator, layer=None):
         axes[1].text((f + 0.5) / c.frame_rate, k, code, color=ink, ha="center", va="center", fontsize=8)
     ending = "the column of zeros is the end (dashed)" if run.ended else "cut off: no column of zeros came"
     panel(1, f"codes: a column is a frame, a colour the number of a code; {ending}", "codebook", image, "code")
-    image, most = axes[2].imshow(run.entropy.T, cmap="magma", **area), f"{np.log2(c.codebook_size):g} bits no idea"
-    panel(2, f"doubt: of what each code was drawn from; 0 is sure, {most}", "codebook", image, "entropy (bits)")
+    image, most = axes[2].imshow(run.entropy.T, cmap="magma", **area), f"{np.log2(c.codebook_size):g} bits are no idea"
+    panel(2, f"entropy of what each code was drawn from: 0 is certain, {most}", "codebook", image, "bits")
     area = {"extent": (0, end, S - 1.5, -0.5), "aspect": "auto", "norm": PowerNorm(0.5, 0), "cmap": "cividis"}
     image, parts = axes[3].imshow(run.attention[layer].T, **area), [*zip(starts, [*starts[1:], S - 1])]
     labels = {(a + b - 1) / 2: "text" if text[a] else "clip" if a < T else "speech" for a, b in parts if b - a > S / 30}

@@ -7,15 +7,20 @@ What it shares with the other commands is in command.py; how sound is written as
 """
 
 import argparse
+import logging
 import math
 import secrets
 import sys
 import time
 from contextlib import contextmanager, nullcontext
 
-from csm_tools import audio, command  # before mlx
+import csm  # before mlx
+from csm_tools import audio, command
+from csm_tools.text import parts_of
 
 import numpy as np  # isort: skip
+
+log = logging.getLogger("csm")
 
 USAGE = """usage: {0} TEXT OUT [--model M] [--voice NAME|clip.wav] [--ref-audio F --ref-text T] [--seed N] ...
        {0} --dialogue SCRIPT OUT ...
@@ -32,6 +37,8 @@ def speak(args):
         turns = command.read_dialogue(args.dialogue)
     else:
         turns = [(args.speaker, command.read_text(args.text))]
+    for _, text in turns:
+        parts_of(text, args.verbatim)  # raises early
     context, options = command.read_options(args)
     context += command.read_context(args.context) if args.context else []
     seed = secrets.randbits(32) if args.seed is None else args.seed
@@ -44,7 +51,7 @@ def speak(args):
     with audio.audio_writer(args.out) as write, play_audio as play, progress:  # OUT is checked before loading
         generator = command.load_for(args)
         rate, start = generator.sample_rate, time.perf_counter()
-        pieces = say(generator, turns, context, seed, args, options)
+        pieces = say(generator, cut_turns(generator, turns, args), context, seed, args, options)
         if args.watermark:
             pieces = command.watermark().embed_stream(pieces, rate)
         try:
@@ -72,22 +79,57 @@ def speak(args):
     return 130 if stopped else 0
 
 
-def say(generator, turns, context, seed, args, options):
-    """The turns, (speaker, text) each, as pieces of audio. Ctrl-C comes after what is finished."""
-    interrupts, interval = [], options.pop("streaming_interval")
+def cut_turns(generator, turns, args):
+    """[(speaker, text)] -> [(speaker, part, seconds of silence after it)]; a part is what the model says well."""
+    longest, out = generator.model.config.max_part_characters, []
+    for speaker, text in turns:
+        if args.whole:
+            parts = parts_of(text, args.verbatim, together=math.inf)
+            if (n := max(len(part) for part, _ in parts)) > longest:
+                log.warning("%d characters are said at once: this model says %d well", n, longest)
+        else:
+            parts = parts_of(text, args.verbatim, longest, together=longest)
+        out += [(speaker, part, pause) for part, pause in parts]
+    return out
 
-    def until_interrupted(frames):
+
+def say(generator, parts, context, seed, args, options):
+    """The parts of `cut_turns` as pieces of audio. Ctrl-C comes after what is finished.
+
+    Turns of a dialogue hear all before them; the parts of a text hear the context and the voice alone, and without
+    those the first part.
+    """
+    interrupts, interval = [], options.pop("streaming_interval")
+    how = {"voice": args.voice, "voice_match": args.voice_match}
+
+    def until_interrupted(frames, said):
         try:
-            yield from frames
+            for codes in frames:
+                said.append(codes)
+                yield codes
         except KeyboardInterrupt as e:
             interrupts.append(e)
 
-    talk = generator.conversation(context, voice=args.voice, speaker=turns[0][0], voice_match=args.voice_match)
-    for i, (speaker, text) in enumerate(turns):
-        frames = talk.frames(text, speaker, seed=(seed + i) % 2**64, **options)
-        yield from generator.decode_stream(until_interrupted(frames), interval)
+    if args.dialogue:
+        talk = generator.conversation(context, speaker=parts[0][0], **how)
+    else:
+        context = [generator.encode(segment) for segment in context]
+        for speaker, text, _ in parts:
+            generator.prompt(text, speaker, context, **how)  # raises early
+        alone = not context and not generator.voice_prompt(args.voice, parts[0][0])
+    for i, (speaker, text, pause) in enumerate(parts):
+        this, said = options | {"seed": (seed + i) % 2**64}, []
+        if args.dialogue:
+            frames = talk.frames(text, speaker, **this)
+        else:
+            frames = generator.frames(text, speaker, context, **how, **this)
+        yield from generator.decode_stream(until_interrupted(frames, said), interval)
         if interrupts:
             raise interrupts[0]
+        if pause:
+            yield np.zeros(int(pause * generator.sample_rate), np.float32)
+        if not args.dialogue and alone and said:
+            alone, context = False, [csm.Segment(speaker, text, codes=generator.join_frames(said))]
 
 
 @contextmanager
@@ -112,6 +154,7 @@ def main(argv=None):
     how = {"action": argparse.BooleanOptionalAction}
     p.add_argument("--voice-match", **how, help="continue the speaker's last clip (default: by the model's config)")
     p.add_argument("--dialogue", metavar="F", help='speak a script: lines "0: Hello."')
+    p.add_argument("--whole", action="store_true", help="say a long text in one go, not in parts that are said well")
     p.add_argument("--stream", action="store_true", help="write every --streaming-interval seconds")
     p.add_argument("--streaming-interval", type=float, default=0.5, metavar="S")
     p.add_argument("--play", action="store_true", help="play while generating")

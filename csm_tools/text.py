@@ -29,6 +29,7 @@ so it does with lines that are mostly in another script.
 """
 
 import html
+import logging
 import re
 import unicodedata
 from functools import cache
@@ -1251,6 +1252,8 @@ def said_block(block, emoji):
 
 # ------------------------------------------------------------------------------------- sentences
 
+log = logging.getLogger("csm")
+
 PAUSES = {"paragraph": 0.7, "sentence": 0.25, "part": 0.05}  # seconds after each
 LONGEST = 240  # characters that are said at once; longer sentences are cut at commas, or between words
 SHORTEST = 20  # bytes; shorter ones join the next, since a word alone is said less well
@@ -1265,6 +1268,7 @@ NUMBERED = "no nos art fig sec vol ch p pp".split()  # nor after these before a 
 DATES = "jan feb mar apr jun jul aug sep sept oct nov dec mon tue wed thu fri sat sun".split()  # or these, capital
 ALWAYS = "。！？।॥؟۔։።။៕"  # end a sentence whatever follows
 END = re.compile(rf"""(?:(?<![.!?…])(?:\.(?: \.)+|[.!?…]+)['"’”)\]]*(?:\[\d+\])*(?=\s)|[{ALWAYS}]+[」』”’"')\]]*)\s*""")
+WORD = re.compile(r"[^\W_]")  # what has none is not said
 ITEM = re.compile(r"[ \t]*(?:#{1,6}[ \t]|[-*+•◦▪●–][ \t]|[0-9]{1,3}[.)][ \t])")
 WHOLE_PREFIXES = """
 self well non ex half high low all cross long short full ill so two three four five six seven eight nine ten twenty
@@ -1272,17 +1276,37 @@ thirty forty fifty sixty seventy eighty ninety old new first second third last m
 """.split()
 
 
-def sentences(text, longest=LONGEST):
+def parts_of(text, verbatim=False, longest=LONGEST, together=0):
+    """What a program says of a text: its `sentences`, with silence after the last only where a pause is written.
+
+    verbatim: of the text as it is, without `spoken`. Raises ValueError if there is nothing to say.
+    """
+    if not verbatim:
+        text = spoken(text)
+        log.debug("said as: %s", text)
+    parts = sentences(text, longest, together)
+    if not parts:
+        raise ValueError("the text is empty: it has no words to say")
+    *_, last = [None, *PAUSE.finditer(text)]
+    if last is None or WORD.search(text, last.end()):
+        parts[-1] = parts[-1][0], 0
+    return parts
+
+
+def sentences(text, longest=LONGEST, together=0):
     """Text -> [(a sentence or a part of one, the seconds of silence after it)]. A blank line ends a paragraph.
 
-    longest: the characters of a part. [pause:1.5] and <break time="1.5s"/> are that much silence; in front of all
-    words they are nothing.
+    longest: the characters of a part. together: the characters up to which what stands between two pauses is one part.
+    [pause:1.5] and <break time="1.5s"/> are that much silence; in front of all words they are nothing.
     """
     out, start = [], 0
     for m in [*PAUSE.finditer(text), None]:
-        parts = []
-        for paragraph in re.split(r"\n[^\S\n]*\n\s*", text[start : m.start() if m else None]):
-            parts += paragraph_parts(paragraph, longest)
+        chunk, parts = text[start : m.start() if m else None], []
+        if len(chunk.strip()) <= together:
+            parts = [(" ".join(chunk.split()), PAUSES["paragraph"])] if WORD.search(chunk) else []
+        else:
+            for paragraph in re.split(r"\n[^\S\n]*\n\s*", chunk):
+                parts += paragraph_parts(paragraph, longest)
         out += parts
         if m is None:
             return out
@@ -1313,12 +1337,12 @@ def paragraph_parts(paragraph, longest):
                 said.append(part)
             fresh = False
     out = []
-    said = [part.strip() for part in said if re.search(r"[^\W_]", part)]
+    said = [part.strip() for part in said if WORD.search(part)]
     for i, sentence in enumerate(said):
         *first, last = cut(sentence, longest)
         pause = PAUSES["paragraph" if i == len(said) - 1 else "sentence"]
         out += [(part, PAUSES["part"]) for part in first] + [(last, pause)]
-    return [(part, pause) for part, pause in out if re.search(r"[^\W_]", part)]
+    return [(part, pause) for part, pause in out if WORD.search(part)]
 
 
 def blocks(paragraph):

@@ -20,6 +20,7 @@ from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
+import csm_layouts
 import mimi as codec
 from csm_tools import command
 from csm_tools.audio import audio_writer
@@ -242,12 +243,11 @@ class Watermark:
 
 def load(path_or_repo=REPO):
     """The networks, from a folder or a Hub repository with SilentCipher's 44.1 kHz model. Raises ValueError."""
-    import csm_layouts
 
     folder = Path(path_or_repo)
     try:
         if not folder.is_dir():
-            folder = codec.download(str(path_or_repo), *(f"{FOLDER}/{name}" for name in FILES))
+            folder = csm_layouts.download(str(path_or_repo), *(f"{FOLDER}/{name}" for name in FILES))
         folder = next(f for f in (folder / FOLDER, folder) if f.is_dir())
         mark = Watermark(*(csm_layouts.read_pt(folder / name) for name in FILES))
         if mark.symbols.shape != (5, BAND) or mark.bins.shape != (BAND,):

@@ -18,7 +18,7 @@ FLOORS = {  # a module may import those on lower floors
     "mimi": 1,
     "csm": 2,
     "csm_batch": 3,
-    "csm_tools.adapters": 4,  # what the programs share
+    "csm_tools.adapters": 3,  # what the programs share
     "csm_tools.audio": 4,
     "csm_tools.command": 4,
     "csm_tools.gguf": 4,
@@ -167,3 +167,53 @@ def test_a_users_own_files_are_never_executed(tmp_path):
     ):
         done = subprocess.run([sys.executable, *command], cwd=tmp_path, env=env, capture_output=True)
         assert done.returncode == 0, done.stderr
+
+
+def test_requirements_are_the_package_with_its_extra_cpu():
+    tomllib = pytest.importorskip("tomllib")  # Python 3.11
+    project = tomllib.loads((HERE / "pyproject.toml").read_text())["project"]
+    lines = (HERE / "requirements.txt").read_text().splitlines()
+    listed = [line for line in lines if not line.startswith("#")]
+    mlx, *others = project["dependencies"]
+    assert sorted(listed) == sorted([*project["optional-dependencies"]["cpu"], *others])
+    assert mlx in {line.replace("[cpu]", "") for line in listed}  # one floor for all
+
+
+@pytest.mark.parametrize("kind", ["a package", "a module"])
+def test_another_projects_csm_is_one_line(kind, tmp_path):
+    shutil.copytree(HERE / "csm_tools", tmp_path / "csm_tools", ignore=shutil.ignore_patterns("tiny"))
+    if kind == "a package":  # as the project csm on PyPI installs it; it may not even be importable
+        (tmp_path / "csm").mkdir()
+        (tmp_path / "csm/__init__.py").write_text("raise ImportError('of its own')\n")
+    else:
+        (tmp_path / "csm.py").write_text("symmetry = 1\n")
+    env = {k: v for k, v in os.environ.items() if k != "PYTHONPATH"}
+    command = [sys.executable, "-m", "csm_tools.narrate", "--help"]
+    done = subprocess.run(command, cwd=tmp_path, env=env, capture_output=True, text=True)
+    assert done.returncode == 2 and done.stderr.count("\n") == 1 and "another project" in done.stderr, done.stderr
+    done = subprocess.run(
+        [sys.executable, "-c", "import csm_tools"], cwd=tmp_path, env=env, capture_output=True, text=True
+    )
+    assert "ImportError" in done.stderr and "another project" in done.stderr  # a library's import, not a program
+
+
+def test_what_a_bare_pytest_leaves_out(tmp_path):
+    (tmp_path / "tests").mkdir()
+    shutil.copy(HERE / "tests/conftest.py", tmp_path / "tests")
+    settings = '[tool.pytest.ini_options]\ntestpaths = ["tests"]\nmarkers = ["slow: of this test"]\n'
+    (tmp_path / "pyproject.toml").write_text(settings)
+    (tmp_path / "tests/test_a.py").write_text(
+        "import pytest\n\n\ndef test_plain():\n    pass\n\n\n@pytest.mark.slow\ndef test_slow():\n    pass\n\n\n"
+        "@pytest.fixture\ndef peer():\n    pytest.importorskip('no_such_package')\n\n\n"
+        "def test_parity(peer):\n    pass\n"
+    )
+    (tmp_path / "tests/test_b.py").write_text("import pytest\n\npytest.importorskip('no_such_package')\n")
+    for arguments, result, left_out in (
+        ([], "1 passed, 2 deselected", True), (["tests"], "1 passed, 2 deselected", True),
+        (["--all"], "2 passed, 2 skipped", False), (["tests/test_a.py"], "2 passed, 1 skipped", False),
+    ):  # fmt: skip
+        command = [sys.executable, "-m", "pytest", "-q", *arguments]
+        env = {**os.environ, "PYTHONPATH": str(HERE)}
+        done = subprocess.run(command, cwd=tmp_path, env=env, capture_output=True, text=True)
+        assert result in done.stdout, done.stdout
+        assert ("left out: 2 tests and 1 files" in done.stdout) == ("pytest --all" in done.stdout) == left_out

@@ -198,6 +198,13 @@ def test_a_long_text_is_one_file_as_narrate_makes_it(address, tiny, voice):
     assert not want[len(got) :].any()  # the silence after the last
 
 
+def test_the_text_is_said_as_people_read_it(address, tiny):
+    typed, said = "**Dinner** at 10:30 am 🎉", "Dinner at ten thirty A M"
+    assert same(samples(speak(address, typed, voice="bright", seed=9)), tiny.generate(said, voice="bright", seed=9))
+    verbatim = tiny.generate(typed, voice="bright", seed=9)
+    assert same(samples(speak(address, typed, voice="bright", seed=9, normalize=False)), verbatim)
+
+
 def test_speed_keeps_the_pitch(address):
     def pitch(x):  # Hz: the strongest periodicity, over the voiced frames
         frames = np.lib.stride_tricks.sliding_window_view(x.astype(float), 2048)[::512]
@@ -270,6 +277,8 @@ def test_a_key():
     [
         ({"text": ""}, "input"),
         ({"text": " \n"}, "input"),
+        ({"text": "?! 🎉 [pause:1]"}, "input"),
+        ({"text": "...", "normalize": False}, "input"),
         ({"text": "a" * 5000}, "input"),
         ({"text": "\ud800"}, None),
         ({"voice": "nobody"}, "voice"),

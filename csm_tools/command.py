@@ -177,8 +177,9 @@ def load_for(args, fallback=True):
     `fallback`, tiny if csm-1b cannot be downloaded.
     """
     options = {name: getattr(args, name) for name in ("dtype", "quantize", "adapter", "codebooks")}
-    bases = [base for folder, _ in args.adapter or () if not args.model and (base := csm.adapters().base_model(folder))]
-    model = args.model or next(iter(bases), None)
+    model = args.model
+    for folder, _ in args.adapter or ():
+        model = model or csm.adapters().base_model(folder)
     if csm.on_gpu() and mx.metal.is_available():  # keep the weights from being paged out, as mlx-lm does
         mx.set_wired_limit(mx.device_info()["max_recommended_working_set_size"])
     try:

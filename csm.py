@@ -1055,7 +1055,7 @@ def load(
     fields, weights, inside = read_checkpoint(path)
     config, weights = CSMConfig.from_dict(fields), split_heads(weights)
     if adapter:
-        weights = adapters().adapted(config, weights, adapter)
+        config, weights = adapters().adapted(config, weights, adapter)
     if quantize:
         layouts = mimi.layouts("quantize")
         weights, note = layouts.quantize(weights, quantize, group_size)

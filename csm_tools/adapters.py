@@ -6,8 +6,9 @@ that was trained as a whole. PEFT's adapters are for transformers' CSM: other na
 """
 
 import math
+import os
 import re
-from dataclasses import asdict
+from dataclasses import asdict, replace
 
 import csm  # before mlx
 import csm_layouts
@@ -24,7 +25,7 @@ PEFT_PARTS = {  # the ending of PEFT's name -> ours; PEFT's shapes
 
 
 def adapted(config, weights, adapters):
-    """The weights {name: array} of a model, each head a matrix, with adapters applied. Raises ValueError.
+    """A model's config and weights {name: array}, each head a matrix, with adapters applied. Raises ValueError.
 
     adapters: a folder or Hub repository, or a list of these and of (folder, factor), which scales the change. Quantized
     matrices that change become plain.
@@ -39,11 +40,30 @@ def adapted(config, weights, adapters):
             changes = adapter_to_native(asdict(config), settings, mimi.read_weights(file)[0])
             plain = dequantize_weights(config, weights, {name.rpartition(".")[0] for name in changes})
             weights = apply_adapter(plain, changes, factor)
+            if "use_default_voice_prompt" in settings:  # what was trained without a voice speaks without one
+                config = replace(config, use_default_voice_prompt=bool(settings["use_default_voice_prompt"]))
         except ValueError as e:
             raise ValueError(f"the adapter {folder}: {e}") from None
         except (TypeError, AttributeError, LookupError, ArithmeticError) as e:
             raise ValueError(f"the adapter {folder}: a field of adapter_config.json is wrong: {e}") from None
-    return weights
+    return config, weights
+
+
+def base_model(adapter):
+    """What an adapter's folder or Hub repository names as its base: a model as csm.load takes it, or None.
+
+    A path is seen from the adapter's folder. Raises ValueError.
+    """
+    place = mimi.find_or_download(adapter, FILES, beside=("adapter_config.json",))
+    settings = mimi.read_json(place / "adapter_config.json")
+    base = settings.get("model") or settings.get("base_model_name_or_path")
+    if not isinstance(base, str):
+        return None
+    if "bnb" in base:
+        raise ValueError(f"{adapter} is for {base}, which needs bitsandbytes: give --model unsloth/csm-1b")
+    if base not in ("csm-1b", "tiny") and (place / base).exists():
+        return os.path.normpath(place / base)
+    return base
 
 
 def dequantize_weights(config, weights, names=None):

@@ -21,6 +21,7 @@ FLOORS = {  # a module may import those on lower floors
     "csm_tools.adapters": 4,  # what the programs share
     "csm_tools.audio": 4,
     "csm_tools.command": 4,
+    "csm_tools.epub": 4,
     "csm_tools.gguf": 4,
     "csm_tools.text": 4,
     "csm_tools": 5,  # the programs
@@ -31,7 +32,15 @@ ALLOWED = {  # besides
     ("csm.py", "csm_tools.adapters"),  # late, for csm.load(adapter=...)
     ("csm.py", "csm_tools.gguf"),  # late, for a GGUF file
     ("csm_tools/command.py", "csm_tools.watermark"),  # late, for --watermark
-    ("csm_tools/serve.py", "csm_tools.serve_engine"),  # its other half
+    ("csm_tools/serve.py", "csm_tools.serve_engine"),  # its other parts
+    ("csm_tools/serve.py", "csm_tools.serve_files"),
+    ("csm_tools/serve.py", "csm_tools.serve_network"),
+    ("csm_tools/serve.py", "csm_tools.serve_requests"),
+    ("csm_tools/serve.py", "csm_tools.serve_voices"),
+    ("csm_tools/serve_requests.py", "csm_tools.serve_engine"),
+    ("csm_tools/serve_requests.py", "csm_tools.serve_files"),
+    ("csm_tools/serve_voices.py", "csm_tools.serve_files"),
+    ("csm_tools/serve_files.py", "csm_tools.watermark"),  # the mark, for many streams
     ("csm_tools/finetune.py", "csm_tools.tuning_data"),  # its other half
 }
 TOOLS = [f"csm_tools/{name}.py" for name in ("command", "speak", "narrate", "serve", "finetune")]

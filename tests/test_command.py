@@ -185,7 +185,7 @@ def bad_inputs(d):
         ([], ["--temperature", "warm"], "temperature"),
         ([], ["--context", d / "odd.json"], "odd.json"),
         ([], ["--top-p", "2"], "--top-p"),
-        ([], ["--top-k", "-3"], "top_k"),
+        ([], ["--top-k", "-3"], "--top-k"),
         ([], ["--seed", "-1"], "seed"),
         ([], ["--max-audio-length-ms", "0"], "max_audio_length_ms"),
         ([], ["--stream", "--streaming-interval", "0"], "streaming_interval"),

@@ -2,6 +2,7 @@
 
     python -m csm_tools.narrate book.txt book.mp3 --batch 16
     python -m csm_tools.narrate chapters/*.txt --out-dir spoken
+    python -m csm_tools.narrate book.epub --out-dir spoken --captions
     mlx.launch -n 2 -m csm_tools.narrate book.txt book.mp3       # several processes or machines, the same file
 
 Interrupted, by Ctrl-C or worse, the same command goes on where it stopped: what is finished waits in OUT.part, and
@@ -24,13 +25,15 @@ from pathlib import Path
 import csm  # before mlx
 import csm_batch
 import mimi
-from csm_tools import command
+from csm_tools import command, epub
 from csm_tools.audio import audio_writer
 from csm_tools.text import parts_of
 
 import mlx.core as mx  # isort: skip
 import numpy as np
 from tqdm import tqdm
+
+BETWEEN_CHAPTERS = "\n\n[pause:2]\n\n"
 
 
 def narrate(
@@ -45,7 +48,7 @@ def narrate(
     """
     if batch < 1:
         raise ValueError(f"batch must be 1 or more, not {batch}")
-    parts = parts_of(text, verbatim, generator.model.config.max_part_characters)
+    parts = parts_for(generator, text, verbatim)
     seed, sampling = generator.read_options(seed, sampling)
     rows = [generator.text_rows(part, speaker) for part, _ in parts]
     frames = [min(generator.max_frames(ms, part) for ms in (None, max_audio_length_ms)) for part, _ in parts]
@@ -84,6 +87,10 @@ def narrate(
         return i + 1, len(parts), np.concatenate([np.array(generator.decode(mx.array(codes))), silence])
 
     return pieces(context, start)
+
+
+def parts_for(generator, text, verbatim):
+    return parts_of(text, verbatim, generator.model.config.max_part_characters)
 
 
 def spoken(generator, todo, job, size, group):
@@ -162,8 +169,11 @@ def resumed(out, mark, seed):
                 part.unlink(missing_ok=True)
 
 
-def write(generator, text, out, mark, seed, watermark, arguments):
-    """Narrate into `out` by way of OUT.part, from where a run with the same mark stopped -> seconds of sound, seed."""
+def write(generator, text, out, mark, seed, args, options):
+    """Narrate into `out` by way of OUT.part, from where a run with the same mark stopped -> seconds of sound, seed.
+
+    args: of the command; options: of `narrate`. With --captions OUT.part.srt goes along with OUT.part.
+    """
     group = mx.distributed.init()
 
     def shared(start, seed):
@@ -173,10 +183,11 @@ def write(generator, text, out, mark, seed, watermark, arguments):
         return {"start": start, "seed": high * 2**32 + low}
 
     if group.rank() > 0:
-        for _ in narrate(generator, text, **shared(0, 0), **arguments):
+        for _ in narrate(generator, text, **shared(0, 0), **options):
             pass
         return 0, seed
-    part, state, rate = Path(f"{out}.part"), Path(f"{out}.part.json"), generator.sample_rate
+    part, state, captions = (Path(f"{out}.part{x}") for x in ("", ".json", ".srt"))
+    parts, rate = parts_for(generator, text, args.verbatim), generator.sample_rate
 
     def blocks():
         samples = np.memmap(part, np.int16, "r")
@@ -184,14 +195,22 @@ def write(generator, text, out, mark, seed, watermark, arguments):
             yield samples[i : i + 2**20] / np.float32(32767)
 
     # What the watermark lacks is said before an hour of work.
-    sound = command.watermark().embed_stream(blocks(), rate) if watermark else blocks()
+    sound = command.watermark().embed_stream(blocks(), rate) if args.watermark else blocks()
     with resumed(out, mark, seed) as (file, done):
-        pieces = narrate(generator, text, **shared(done["sentences"], done["seed"]), **arguments)
+        pieces = narrate(generator, text, **shared(done["sentences"], done["seed"]), **options)
+        if args.captions:
+            with open(captions, "ab") as srt:
+                srt.truncate(done.get("captions", 0))
         with tqdm(unit=" sentences", initial=done["sentences"], disable=None) as bar:
             for n, total, audio in pieces:
+                start, (said, pause) = file.tell() / 2 / rate, parts[n - 1]
                 file.write(mimi.to_pcm16(audio).tobytes())
                 file.flush()
                 done |= {"sentences": n, "bytes": file.tell()}
+                if args.captions:
+                    with open(captions, "ab") as srt:
+                        srt.write(caption(n, start, start + len(audio) / rate - pause, said).encode())
+                        done["captions"] = srt.tell()
                 with mimi.replacing(state) as f:
                     f.write(json.dumps(done).encode())
                 bar.total = total
@@ -199,20 +218,44 @@ def write(generator, text, out, mark, seed, watermark, arguments):
         with audio_writer(out, rate) as add:
             for block in sound:
                 add(np.array(block))
+        if args.captions:
+            captions.replace(out.with_suffix(".srt"))
         part.unlink()
         state.unlink()
     return done["bytes"] / 2 / rate, done["seed"]
 
 
+def read_chapters(path):
+    """[text]: those of an EPUB's chapters, or the whole file's."""
+    if path.lower().endswith(".epub"):
+        return epub.chapters(path) or [""]
+    return [command.read_text("-" if path == "-" else f"@{path}")]
+
+
+def caption(n, start, end, text):
+    """An entry of an .srt file."""
+    start, end = (
+        f"{ms // 3_600_000:02}:{ms // 60_000 % 60:02}:{ms // 1000 % 60:02},{ms % 1000:03}"
+        for ms in (round(seconds * 1000) for seconds in (start, end))
+    )
+    return f"{n}\n{start} --> {end}\n{text}\n\n"
+
+
 def program(args):
     begun, seconds, seed, group = time.perf_counter(), 0, args.seed, mx.distributed.init()
-    if args.out_dir:
-        jobs = [(path, args.out_dir / f"{Path(path).stem}.{args.format.lstrip('.')}") for path in args.paths]
-    elif len(args.paths) == 2:
-        jobs = [(args.paths[0], Path(args.paths[1]))]
-    else:
+    if not args.out_dir and len(args.paths) != 2:
         raise ValueError("give TEXT and OUT, or several TEXTs and --out-dir")
-    texts = [command.read_text("-" if path == "-" else f"@{path}") for path, _ in jobs]
+    jobs, texts = [], []  # (path, OUT), and what is said there
+    for path in args.paths if args.out_dir else args.paths[:1]:
+        chapters = read_chapters(path)
+        if not args.out_dir:
+            chapters, outs = [BETWEEN_CHAPTERS.join(chapters)], [Path(args.paths[1])]
+        else:
+            suffix = args.format.lstrip(".")
+            numbers = [f"-{i:02}" for i in range(1, len(chapters) + 1)] if len(chapters) > 1 else [""]
+            outs = [args.out_dir / f"{Path(path).stem}{number}.{suffix}" for number in numbers]
+        jobs += [(path, out) for out in outs]
+        texts += chapters
     for (path, out), text in zip(jobs, texts):
         try:
             parts_of(text, args.verbatim)
@@ -240,9 +283,8 @@ def program(args):
         if mx.distributed.all_sum(mx.array(int(there)), group=group).item():  # as process 0 sees it
             print(f"{out} is there already, and stays", file=sys.stderr)
             continue
-        parts = parts_of(text, args.verbatim, generator.model.config.max_part_characters)
-        own = hashlib.sha256(mark + json.dumps(parts).encode()).hexdigest()
-        more, seed = write(generator, text, out, own, args.seed, args.watermark, options)
+        own = hashlib.sha256(mark + json.dumps(parts_for(generator, text, args.verbatim)).encode()).hexdigest()
+        more, seed = write(generator, text, out, own, args.seed, args, options)
         seconds += more
     taken = time.perf_counter() - begun
     if seconds:
@@ -255,10 +297,15 @@ def program(args):
 
 def main(argv=None):
     p = command.parser_for("narrate", description="A book to one sound file, resumable; or many texts, one each.")
-    p.add_argument("paths", nargs="+", metavar="TEXT OUT", help="a text file (- is standard input) and a sound file")
-    p.add_argument("--out-dir", type=Path, metavar="D", help="every path is a text: write D/NAME.wav of each")
+    p.add_argument(
+        "paths", nargs="+", metavar="TEXT OUT", help="a text, .md or .epub (-: standard input); a sound file"
+    )
+    p.add_argument(
+        "--out-dir", type=Path, metavar="D", help="every path is a text: write D/NAME.wav of each, or of each chapter"
+    )
     p.add_argument("--format", default="wav", help="of the files in D: wav (default), flac, mp3, ogg, opus")
     p.add_argument("--batch", type=int, default=8, metavar="N", help="sentences at once (default 8)")
+    p.add_argument("--captions", action="store_true", help="write OUT.srt too: what is said, with its times")
     command.add_options(p)
     args = p.parse_intermixed_args(argv)
     group = mx.distributed.init()

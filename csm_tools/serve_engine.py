@@ -48,6 +48,8 @@ class Speech:
     codes: list = field(default_factory=list)  # of it so far, (K,) each
     limit: int = 0  # frames that it may take
     cut_off: list = field(default_factory=list)  # the parts that took as many, counted from 1
+    captions: list = field(default_factory=list)  # of the parts that were said: (text, first sample, last sample + 1)
+    part_start: int = 0  # the sample that the part begins with
     made: int = 0  # samples
     taken: int = 0  # of them; the listener's to write
     gone: bool = False  # nobody listens; the listener's to write
@@ -74,8 +76,17 @@ class Engine:
         self.steps = deque([(0, 0.0)], maxlen=125)  # (frames, seconds) of each
 
     def warm_up(self):
-        """One frame, with what is slow only once."""
-        self.thread.submit(lambda: next(self.generator.frames("Hello.", seed=0), None)).result()
+        """A frame of each size of batch that is compiled, so that no listener waits for the compiler."""
+        sizes = {n for n in csm_batch.SIZES if n < self.max_batch} | {self.max_batch}
+
+        def speak():
+            for size in sorted(sizes) if csm.compiles(self.generator.model) else [1]:
+                batch = csm_batch.Batch(self.generator)
+                for seed in range(size):
+                    batch.insert(self.generator.text_rows("Hello.", 0), 2, seed)
+                batch.next()
+
+        self.thread.submit(speak).result()
 
     def submit(self, speech):
         """Let a Speech wait for its turn. Raises Busy."""
@@ -277,11 +288,17 @@ class Engine:
             speech.cut_off.append(speech.part + 1)
         if speech.codes and not speech.context:  # this part's voice is that of the others
             self.keep_voice(speech, csm.Segment(speech.speaker, text, codes=np.stack(speech.codes)))
+        if speech.codes:
+            speech.captions.append((text, speech.part_start, speech.made))
+        silence = np.zeros(int(pause * self.generator.sample_rate), np.int16)
+        speech.part_start = speech.made + len(silence)
         speech.part, speech.tries, speech.codes = speech.part + 1, 0, []
         if speech.part < len(speech.parts):
             self.waiting.insert(0, speech)
-            return [np.zeros(int(pause * self.generator.sample_rate), np.int16)]
-        return [None if speech.made else RuntimeError("the model ended the speech at once: try another seed")]
+            return [silence]
+        if not speech.made:
+            return [RuntimeError("the model ended the speech at once: try another seed")]
+        return [silence, None] if len(silence) else [None]
 
     def keep_voice(self, speech, turn):
         """Say the parts that follow after this one, if it leaves room for them."""

@@ -161,11 +161,13 @@ def program(args):
     kind = args.out.rpartition(".")[2].lower()
     if kind not in ("png", "svg", "pdf"):
         raise ValueError(f"cannot write {args.out}: the suffix must be .png, .svg or .pdf")
-    text, (context, options) = command.read_text(args.text), command.read_options(args)
-    context += command.read_context(args.context) if args.context else []
+    command.need("show", "matplotlib")
+    text, (context, options) = command.read_text(command.check_text(args.text)), command.read_options(args)
+    context += command.read_context(args)[0]
     with mimi.replacing(args.out) as file:
         generator = command.load_for(args)
         run = observe(generator, text, args.speaker, context, voice=args.voice, seed=args.seed, **options)
+        command.warn(args, context, [args.speaker])
         draw(run, generator).savefig(file, format=kind)
     print(run.title, file=sys.stderr)
 

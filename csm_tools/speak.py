@@ -33,14 +33,18 @@ def speak(args):
 
     if (args.dialogue is None) == (args.text is None):
         raise ValueError("give either TEXT and OUT, or --dialogue and OUT, not both")
+    if args.play:
+        command.need("play", "sounddevice")
     if args.dialogue:
         turns = command.read_dialogue(args.dialogue)
     else:
-        turns = [(args.speaker, command.read_text(args.text))]
+        turns = [(args.speaker, command.read_text(command.check_text(args.text)))]
     for _, text in turns:
         parts_of(text, args.verbatim)  # raises early
     context, options = command.read_options(args)
-    context += command.read_context(args.context) if args.context else []
+    before, turns = command.read_context(args, turns)
+    context += before
+    command.check_out(args.out, args, *files_read(args))
     seed = secrets.randbits(32) if args.seed is None else args.seed
     live = args.stream or args.play or args.out == "-"
     options["streaming_interval"] = args.streaming_interval if live else 2.0
@@ -51,7 +55,8 @@ def speak(args):
     with audio.audio_writer(args.out) as write, play_audio as play, progress:  # OUT is checked before loading
         generator = command.load_for(args)
         rate, start = generator.sample_rate, time.perf_counter()
-        pieces = say(generator, cut_turns(generator, turns, args), context, seed, args, options)
+        parts = cut_turns(generator, turns, args)
+        pieces = say(generator, parts, context, seed, args, options)
         if args.watermark:
             pieces = command.watermark().embed_stream(pieces, rate)
         try:
@@ -77,6 +82,13 @@ def speak(args):
         file=sys.stderr,
     )
     return 130 if stopped else 0
+
+
+def files_read(args):
+    """The files that the command reads besides those of the voice."""
+    clips = [file for _, _, file in command.read_turns(args.context)] if args.context else []
+    text = args.text[1:] if args.text and args.text.startswith("@") else None
+    return [args.dialogue, args.context, text, *clips]
 
 
 def cut_turns(generator, turns, args):
@@ -110,13 +122,15 @@ def say(generator, parts, context, seed, args, options):
         except KeyboardInterrupt as e:
             interrupts.append(e)
 
+    speakers = [speaker for speaker, _, _ in parts]
     if args.dialogue:
-        talk = generator.conversation(context, speaker=parts[0][0], **how)
+        talk = generator.conversation(context, speaker=speakers[0], **how)
     else:
         context = [generator.encode(segment) for segment in context]
         for speaker, text, _ in parts:
             generator.prompt(text, speaker, context, **how)  # raises early
-        alone = not context and not generator.voice_prompt(args.voice, parts[0][0])
+        alone = not context and not generator.voice_prompt(args.voice, speakers[0])
+    command.warn(args, context, speakers)
     for i, (speaker, text, pause) in enumerate(parts):
         this, said = options | {"seed": (seed + i) % 2**64}, []
         if args.dialogue:
@@ -150,10 +164,12 @@ def main(argv=None):
     p.add_argument("text", nargs="?", metavar="TEXT", help="what to say; - is standard input, @file a file")
     p.add_argument("out", metavar="OUT", help="a .wav, .flac, .mp3, .ogg or .opus file; - is WAV to standard output")
     command.add_options(p)
-    p.add_argument("--context", metavar="JSON", help='earlier turns: [{"speaker", "text", "audio"}, ...]')
+    p.add_argument(
+        "--context", metavar="JSON", help='earlier turns, instead of the voice: [{"speaker", "text", "audio"}, ...]'
+    )
     how = {"action": argparse.BooleanOptionalAction}
     p.add_argument("--voice-match", **how, help="continue the speaker's last clip (default: by the model's config)")
-    p.add_argument("--dialogue", metavar="F", help='speak a script: lines "0: Hello."')
+    p.add_argument("--dialogue", metavar="F", help='speak a script: lines "0: Hello." or "Ann: Hello."')
     p.add_argument("--whole", action="store_true", help="say a long text in one go, not in parts that are said well")
     p.add_argument("--stream", action="store_true", help="write every --streaming-interval seconds")
     p.add_argument("--streaming-interval", type=float, default=0.5, metavar="S")

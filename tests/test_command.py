@@ -184,7 +184,7 @@ def bad_inputs(d):
         ([], ["--temperature", "-1"], "temperature"),
         ([], ["--temperature", "warm"], "temperature"),
         ([], ["--context", d / "odd.json"], "odd.json"),
-        ([], ["--top-p", "2"], "top_p"),
+        ([], ["--top-p", "2"], "--top-p"),
         ([], ["--top-k", "-3"], "top_k"),
         ([], ["--seed", "-1"], "seed"),
         ([], ["--max-audio-length-ms", "0"], "max_audio_length_ms"),

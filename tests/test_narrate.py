@@ -7,6 +7,7 @@ import re
 import signal
 import subprocess
 import sys
+import zipfile
 from pathlib import Path
 
 import numpy as np
@@ -16,7 +17,7 @@ import soundfile
 import csm  # before mlx
 import csm_batch
 from conftest import write_model
-from csm_tools import narrate
+from csm_tools import epub, narrate
 from csm_tools.text import parts_of
 
 HERE = Path(__file__).parent.parent
@@ -67,6 +68,7 @@ def test_a_model_that_continues_its_voice_does_so_here_too(tmp_path):
         np.testing.assert_allclose(said[i][: len(alone)], alone, atol=1e-5)
 
 
+@pytest.mark.slow
 def test_the_batch_stays_full(generator, monkeypatch):
     """Sentences of other lengths join as others end."""
     sizes, step = [], csm_batch.Batch.next
@@ -109,6 +111,7 @@ def test_what_ended_at_once_is_said_again(generator, monkeypatch):
     assert {4, 4 + 2**32, 4 + 2 * 2**32} <= set(seeds) and 4 + 3 * 2**32 not in seeds
 
 
+@pytest.mark.slow
 def test_endless_speech_is_cut_by_its_own_sentence(generator):
     texts = ["hello there, hello there.", "How are you today? " * 5]
     said = [list(narrate.narrate(generator, "\n\n".join(texts), batch=b, seed=1)) for b in (1, 2)]
@@ -127,6 +130,87 @@ def test_command(folder, tmp_path):
     narrate.main([str(tmp_path / "book.txt"), str(tmp_path / "b.flac"), *args])
     assert soundfile.info(tmp_path / "b.flac").format == "FLAC"
     np.testing.assert_array_equal(soundfile.read(tmp_path / "b.flac", dtype="int16")[0], whole)
+
+
+def test_captions(folder, tmp_path, monkeypatch):
+    (tmp_path / "book.txt").write_text(TEXT)
+    args = [str(tmp_path / "book.txt"), str(tmp_path / "a.wav"), "--model", str(folder), "--seed", "3", *SHORT]
+    args += ["--captions", "--batch", "1"]
+    expected, start = "", 0
+    for i, (part, pause) in enumerate(parts_of(TEXT), 1):
+        expected += f"{i}\n00:00:0{start:.3f} --> 00:00:0{start + 0.24:.3f}\n{part}\n\n".replace(".", ",", 2)
+        start += 0.24 + pause
+    narrate.main(args)
+    assert (tmp_path / "a.srt").read_text() == expected
+    (tmp_path / "a.srt").unlink()
+    spoken = narrate.spoken
+
+    def fails_at_the_third(*more):
+        for i, codes in spoken(*more):
+            if i == 2:
+                raise KeyboardInterrupt
+            yield i, codes
+
+    monkeypatch.setattr(narrate, "spoken", fails_at_the_third)
+    with pytest.raises(SystemExit):
+        narrate.main(args)
+    monkeypatch.undo()
+    (tmp_path / "a.wav.part.srt").open("a").write("3\nhalf an entry")
+    narrate.main(args)
+    assert (tmp_path / "a.srt").read_text() == expected
+    assert sorted(f.name for f in tmp_path.iterdir()) == ["a.srt", "a.wav", "book.txt"]
+
+
+CONTAINER = """<?xml version="1.0"?><container xmlns="urn:oasis:names:tc:opendocument:xmlns:container" version="1.0">
+<rootfiles><rootfile full-path="OPS/book.opf" media-type="application/oebps-package+xml"/></rootfiles></container>"""
+PACKAGE = """<?xml version="1.0"?><package xmlns="http://www.idpf.org/2007/opf" version="3.0"><manifest>
+<item id="nav" href="nav.xhtml" media-type="application/xhtml+xml" properties="nav"/>
+<item id="b" href="text/two.xhtml" media-type="application/xhtml+xml"/>
+<item id="a" href="text/one%20a.xhtml" media-type="application/xhtml+xml"/>
+<item id="cover" href="cover.xhtml" media-type="application/xhtml+xml"/>
+</manifest><spine>
+<itemref idref="cover"/><itemref idref="nav"/><itemref idref="a"/><itemref idref="b"/></spine></package>"""
+PAGE = '<html xmlns="http://www.w3.org/1999/xhtml"><head><title>no</title></head><body>{}</body></html>'
+NOTE = '<sup><a epub:type="noteref" href="#n">1</a></sup>'
+
+
+def write_epub(path):
+    with zipfile.ZipFile(path, "w") as book:
+        book.writestr("mimetype", "application/epub+zip")
+        book.writestr("META-INF/container.xml", CONTAINER)
+        book.writestr("OPS/book.opf", PACKAGE)
+        book.writestr("OPS/cover.xhtml", PAGE.format('<img src="a.png" alt=""/>'))
+        book.writestr("OPS/nav.xhtml", PAGE.format("<nav><ol><li>contents</li></ol></nav>"))
+        one = f"<h1>One</h1>\n<p>Hello <em>there</em>,\n  you.{NOTE}</p><p>Tom &amp; I<br/>am</p>"
+        book.writestr("OPS/text/one a.xhtml", PAGE.format(one))
+        book.writestr("OPS/text/two.xhtml", PAGE.format("<script>no</script><div>Yes.</div>"))
+    return path
+
+
+def test_an_epub_is_read_in_its_order(folder, tmp_path):
+    book = write_epub(tmp_path / "book.epub")
+    assert epub.chapters(book) == ["One\n\nHello there, you.\n\nTom & I\n\nam", "Yes."]
+    options = ["--model", str(folder), "--seed", "3", *SHORT]
+    narrate.main([str(book), "--out-dir", str(tmp_path / "out"), *options])
+    assert sorted(f.name for f in (tmp_path / "out").iterdir()) == ["book-01.wav", "book-02.wav"]
+    narrate.main([str(book), str(tmp_path / "a.wav"), *options])
+    audio = soundfile.read(tmp_path / "a.wav")[0]
+    assert len(audio) == 5 * 5760 + round(24000 * (3 * 0.7 + 2))
+    assert not audio[-5760 - 48000 : -5760].any()
+
+
+def test_what_is_no_epub_is_said(folder, tmp_path, capfd):
+    (tmp_path / "a.epub").write_text("hello")
+    with zipfile.ZipFile(tmp_path / "b.epub", "w") as book:
+        book.writestr("META-INF/container.xml", "<container/>")
+    with zipfile.ZipFile(tmp_path / "c.epub", "w") as book:
+        book.writestr("META-INF/container.xml", CONTAINER)
+        book.writestr("OPS/book.opf", "<package")
+    for name in "abc":
+        with pytest.raises(SystemExit) as e:
+            narrate.main([str(tmp_path / f"{name}.epub"), str(tmp_path / "a.wav"), "--model", str(folder)])
+        err = capfd.readouterr().err
+        assert e.value.code == 2 and err.count("\n") == 1 and f"{name}.epub" in err
 
 
 def test_many_texts(folder, tmp_path, capfd):
@@ -197,6 +281,7 @@ def finished(tmp_path, p, n=2):
     return state
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("how", [signal.SIGINT, signal.SIGTERM, signal.SIGKILL])
 def test_goes_on_after_an_interruption(folder, tmp_path, how):
     (tmp_path / "book.txt").write_text(TEXT * 12)
@@ -219,6 +304,7 @@ def test_goes_on_after_an_interruption(folder, tmp_path, how):
     np.testing.assert_array_equal(whole, soundfile.read(tmp_path / "b.wav", dtype="int16")[0])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("voice", ["other", "none"])
 def test_two_processes_write_the_file_of_one(folder, tmp_path, voice):
     """Also when one is killed and the same command goes on."""
@@ -267,6 +353,7 @@ def readable(file):
         return False
 
 
+@pytest.mark.slow
 def test_a_mistake_of_a_process_is_named(folder, tmp_path):
     (tmp_path / "book.txt").write_text(TEXT)
     launcher = str(Path(sys.executable).with_name("mlx.launch")), "-n", "2", "--python", sys.executable

@@ -12,7 +12,7 @@ import csm  # before mlx
 
 serve = pytest.importorskip("csm_tools.serve")
 from csm_tools import serve_engine, serve_files, watermark
-from test_serve import ARGUMENTS, HERE, LONG, TEXT, ask, collector, same, samples
+from test_serve import ARGUMENTS, HERE, LONG, TEXT, ask, collector, samples
 
 CLIP = HERE / "tiny/prompts/calm.wav"
 SAID = CLIP.with_suffix(".txt").read_text().strip()
@@ -69,21 +69,19 @@ def test_a_clip_is_encoded_between_the_frames_of_others(engine, tiny):
     assert frames == steps > 50 * 12.5 / serve_engine.PIECE  # a frame beside each piece
     want = tiny.encode(csm.Segment(0, SAID, audio)).codes
     np.testing.assert_array_equal(asks.context[0].codes, np.array(want))
-    ends = all_said(e, asks)
-    assert same(ends[asks].astype(np.int32), tiny.generate("Yes.", 0, asks.context, seed=1, temperature=0.9))
 
 
 def test_a_voice_is_encoded_once_for_all_who_ask_for_it(engine, monkeypatch):
     e, voice, n = engine(), csm.Segment(0, SAID, speech() / np.float32(32768)), []
-    encode = e.generator.mimi.encode_step
+    rows, encode = [], e.generator.mimi.encode_step
     monkeypatch.setattr(type(e.generator.mimi), "encode_step", lambda self, *x: n.append(0) or encode(*x))
     prefill = csm.prefill
-    monkeypatch.setattr(csm, "prefill", lambda *x: n.append(1) or prefill(*x))
+    monkeypatch.setattr(csm, "prefill", lambda *x: rows.append(x[1].tobytes()) or prefill(*x))
     three = [a_speech("Yes.", voice=voice) for _ in range(3)]
     ends = all_said(e, *three)
-    assert n.count(0) == -(-len(speech()) // (serve_engine.PIECE * 1920))
+    assert len(n) == -(-len(speech()) // (serve_engine.PIECE * 1920))
     assert all(np.array_equal(ends[s], ends[three[0]]) for s in three)
-    assert n.count(1) <= 2  # the voice; the batch's own rows of one text
+    assert rows.count(e.generator.context_rows(three[0].context).tobytes()) == 1
 
 
 def test_who_leaves_while_a_voice_is_encoded_keeps_nobody_waiting(engine):

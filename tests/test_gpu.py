@@ -240,6 +240,45 @@ def test_shapes_that_reach_attention(generator, monkeypatch):
     assert len(prompts) <= 1 + len(set(lengths))
 
 
+@pytest.mark.parametrize("quantize", [None, 8])
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
+def test_no_product_is_of_another_type(folder, monkeypatch, dtype, quantize):
+    """float32 that leaks into a model of 16 bits doubles what is read and computed."""
+    linear, attention, seen = csm.Linear.__call__, mx.fast.scaled_dot_product_attention, set()
+
+    def watched_linear(self, x):
+        y = linear(self, x)
+        seen.update({("in", x.dtype), ("out", y.dtype)})
+        return y
+
+    def watched_attention(q, k, v, **options):
+        y = attention(q, k, v, **options)
+        seen.update(("attention", x.dtype) for x in (q, k, v, y))
+        return y
+
+    monkeypatch.setattr(csm.Linear, "__call__", watched_linear)
+    monkeypatch.setattr(mx.fast, "scaled_dot_product_attention", watched_attention)
+    generator = csm.load(folder, dtype=dtype, quantize=quantize, group_size=32)
+    one, kind = csm.KVCache(generator.model.config.backbone, generator.model.dtype), getattr(mx, dtype)
+    batch, rows = csm_batch.Batch(generator), generator.text_rows("hello there", 0)
+    next(generator.speak(rows, one, 3, 0, csm.Sampling()))
+    for seed in range(3):
+        batch.insert(rows[seed:], 3, seed)
+    batch.next()
+    model = generator.model
+    model.depth_logits(batch.h, mx.zeros((3, 8), mx.int32))
+    assert seen == {("in", kind), ("out", kind), ("attention", kind)}
+    for x in (
+        batch.h,
+        model.embed(mx.array(rows[None])),
+        *one.keys,
+        *one.values,
+        *batch.cache.keys,
+        *batch.cache.values,
+    ):
+        assert x.dtype == kind
+
+
 @pytest.mark.parametrize("temperature", [0, 1.0])
 def test_only_codes_of_mimi_are_drawn(monkeypatch, temperature):
     """The last ids of the vocabulary are no codes: they are neither drawn nor sorted with the others."""

@@ -338,6 +338,8 @@ def csm_to_native(config, weights, csm_1b):
     requires something that the model does not support.
     """
     weights = bare(weights)
+    if any(".absmax" in name or "bitsandbytes" in name for name in weights):
+        raise ValueError("bitsandbytes quantized this checkpoint: give the plain model, such as unsloth/csm-1b")
     inside = {name: w for name, w in weights.items() if name.startswith("codec_model.")}
     mimi = mimi_to_native(config, inside) if inside else None
     weights = {name: w for name, w in weights.items() if name not in inside}
@@ -399,6 +401,9 @@ def to_transformers_tokenizer(tokenizer, settings, bos, eos):
     ids["pad_token_id"] = ids.get("audio_token_id")
     names = {token["id"]: token["content"] for token in tokens.values()}
     marks = {"bos_token": names.get(bos), "eos_token": names.get(eos)}
+    if not settings.get("pad_token"):  # CsmProcessor pads; Llama's own settings name no token for it
+        padding = [name for name in ("<|finetune_right_pad_id|>", "<pad>") if name in names.values()]
+        marks["pad_token"] = padding[0] if padding else marks["eos_token"]
     settings = {"tokenizer_class": "PreTrainedTokenizerFast"} | settings | {k: v for k, v in marks.items() if v}
     settings.pop("added_tokens_decoder", None)  # repeats added_tokens, under the old names
     if not {bos, eos} <= names.keys():

@@ -6,19 +6,15 @@ from pathlib import Path
 
 
 def problem():
-    """Why no program can start, in one line; None if nothing is wrong."""
-    other = "`import csm` finds another project; this one is csm-speech. Run: pip uninstall csm"
-    if "csm" not in sys.modules:
-        spec = importlib.util.find_spec("csm")
-        if spec and spec.submodule_search_locations is not None:  # a package; ours is one file
-            return other
-    try:
-        import csm
-    except ImportError as error:
-        if "libmlx" not in str(error):
-            raise
+    """Why no program can start, in one line; None if nothing is wrong. Imports nothing."""
+    spec = None if "csm" in sys.modules else importlib.util.find_spec("csm")
+    if spec and not (spec.origin and Path(spec.origin).with_name("csm_layouts.py").is_file()):
+        return "`import csm` finds another project; this one is csm-speech. Run: pip uninstall csm"
+    mlx = importlib.util.find_spec("mlx")
+    folders = mlx.submodule_search_locations if mlx else []
+    if folders and not any(file for folder in folders for file in Path(folder).glob("lib/libmlx.*")):
         return "MLX has no backend here. Run: pip install mlx-cpu, or for an NVIDIA GPU: pip install mlx-cuda-13"
-    return None if hasattr(csm, "Generator") else other
+    return None
 
 
 if wrong := problem():

@@ -749,7 +749,8 @@ def add_training(t, command):
     t.add_argument("--val-data-path", type=Path, help="the same, for a test after each epoch")
     t.add_argument("--output-dir", type=Path, required=True, help="folder of the run; the same command goes on from it")
     t.add_argument("--model", "--pretrained-path", default="csm-1b", help="as csm.py has it")
-    t.add_argument("--dtype", choices=("float32", "bfloat16", "float16"), help="default: what suits the device")
+    types = ("float32", "bfloat16", "float16")
+    t.add_argument("--dtype", choices=types, help="default: float32, or with LoRA what suits the device")
     t.add_argument("--quantize", type=int, choices=(4, 6, 8), help="bits of the frozen weights under LoRA")
     t.add_argument("--epochs", type=int, default=10, help="times through the data")
     t.add_argument("--batch-size", type=int, default=4, help="examples at once, in each process")
@@ -801,6 +802,8 @@ def add_training(t, command):
 def check(args):
     usual = (5e-4 if args.lora_rank else 1e-5) * (1 if args.command == "train" else 0.1)
     args.learning_rate = usual if args.learning_rate is None else args.learning_rate
+    if not args.lora_rank or args.train_embeddings:
+        args.dtype = args.dtype or "float32"  # bfloat16 would round most updates of a weight to nothing
     for name, good in (
         ("depth-fraction", 0 < args.depth_fraction <= 1), ("validation", 0 <= args.validation < 1),
         ("batch-size", args.batch_size > 0), ("gradient-accumulation-steps", args.gradient_accumulation_steps > 0),

@@ -40,6 +40,7 @@ def prompts(generator):
         yield (rows, None) if i % 2 else (rows, generator.context_cache(context))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("compiled", ["0", "1"])
 def test_joining_and_leaving_changes_nobodys_codes(generator, monkeypatch, compiled):
     monkeypatch.setenv("CSM_COMPILE", compiled)
@@ -71,6 +72,7 @@ def test_joining_and_leaving_changes_nobodys_codes(generator, monkeypatch, compi
     assert ended == set(order) - {gone}
 
 
+@pytest.mark.slow
 def test_the_cache_is_as_long_as_its_longest_live_sequence(generator):
     rng, batch, live = np.random.default_rng(0), csm_batch.Batch(generator), {}
     texts = ["yes", "no", "hello there", "i am fine, how are you today?"]
@@ -198,6 +200,7 @@ def test_a_batch_refuses(generator):
     assert len(batch) == 0 and batch.next() == []
 
 
+@pytest.mark.slow
 def test_threads_while_the_loop_is_compiled(tmp_path, monkeypatch):
     monkeypatch.setenv("CSM_COMPILE", "1")
     generator = csm.load(write_model(tmp_path))
@@ -288,6 +291,7 @@ def test_batch_is_one_at_a_time(generator):
     assert mx.abs(iterators[1] - again).max() < 1e-5
 
 
+@pytest.mark.slow
 def test_long_beside_short_up_to_the_limit(generator):
 
     contexts = [[csm.Segment(0, "hello", clip(36))], [csm.Segment(0, "hello", clip(1))]]

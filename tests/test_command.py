@@ -321,7 +321,7 @@ def test_speakers_by_name(folder, generator, tmp_path, capfd):
     [
         (4, "hello there you, how are you today, i am fine and you?", [], []),
         (1, "hello there you", [], ["the clip has 1.0 s of sound: 3 to 12 s"]),
-        (31, "hello there, how are you today? " * 13, [], ["the clip has 31.0 s of sound"]),
+        (31, "hello there, how are you today? " * 7, [], ["the clip has 31.0 s of sound"]),
         (4, "hello there you.", [], ["16 letters of text for 4.0 s of sound"]),
         (2, "hello there you, how are you today, i am fine and you? yes.", [], ["59 letters of text for 2.0 s"]),
         (4, "hello there you, how are you today, i am fine and you?", ["--voice", "other"], ["--voice is not used"]),
@@ -388,6 +388,25 @@ def test_a_save_that_is_killed_leaves_no_mixture(folder, generator, tmp_path, mo
     generator.save(tmp_path / "m")
     assert csm.load(tmp_path / "m").model.config == generator.model.config
     assert [p.name.split("-")[-1] for p in tmp_path.glob(".m.*.part")] == ["0.part"]
+
+
+def test_the_model_is_the_one_typed_or_the_adapters_or_the_environments(folder, tmp_path, monkeypatch):
+    from csm_tools import command
+
+    (tmp_path / "adapter_config.json").write_text(json.dumps({"model": os.path.relpath(folder, tmp_path)}))
+    (tmp_path / "adapters.safetensors").write_bytes(b"")
+    loaded = []
+    bare = csm.Generator.__new__(csm.Generator)
+    bare.voices = {}
+    monkeypatch.setattr(csm, "load", lambda model, **options: loaded.append(model) or bare)
+    p = command.parser_for("x")
+    command.add_model_options(p)
+    monkeypatch.setenv("CSM_MODEL", "tiny")
+    for args in ([], ["--model", "typed"], ["--adapter", str(tmp_path)]):
+        command.load_for(p.parse_args(args))
+    monkeypatch.delenv("CSM_MODEL")
+    command.load_for(p.parse_args([]))
+    assert loaded == ["tiny", "typed", str(folder), "csm-1b"]
 
 
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="no fork here")

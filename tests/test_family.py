@@ -86,6 +86,7 @@ def write(path, config, files, index=None):
     return path
 
 
+@pytest.mark.slow
 def test_every_form(tmp_path, made):
     config = native(beside(tmp_path / "first"))
     codes = {}

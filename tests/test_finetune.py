@@ -199,6 +199,7 @@ def test_fraction_is_an_estimate_of_the_whole(plain, data, tmp_path):
     assert abs(np.mean(parts) - rest(talk.learned)) < 3 * np.std(parts) / 40**0.5 + 1e-6 and np.std(parts) > 0
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("command", ["dpo", "kto"])
 @pytest.mark.parametrize("kind", ["lora", "dora", "full"])
 def test_the_sign(plain, tmp_path, command, kind):
@@ -261,6 +262,7 @@ def nats(generator, before, turn, folder):
 # ------------------------------------------------------------------------------- runs
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("command, kind", [("train", "full"), ("train", "lora"), ("dpo", "full"), ("kto", "dora")])
 def test_continues_to_the_same_bits(plain, data, preferences, tmp_path, command, kind):
     more = ["--lora-rank", 4, "--lora-dropout", 0.1] if kind != "full" else ["--lr", 1e-3]
@@ -291,6 +293,7 @@ def test_continues_to_the_same_bits(plain, data, preferences, tmp_path, command,
         train(plain, source, tmp_path / "b", *more, "--seed", 5, command=command)
 
 
+@pytest.mark.slow
 def test_killed_while_writing(plain, data, tmp_path):
     """Ten times, at any moment: the run goes on."""
     command = [
@@ -322,6 +325,7 @@ def test_killed_while_writing(plain, data, tmp_path):
     assert reached == sorted(reached) and reached[-1] > 0
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("command", ["train", "dpo", "kto"])
 def test_two_processes_are_one_with_the_doubled_batch(plain, data, preferences, tmp_path, command):
     source = data if command == "train" else preferences
@@ -355,6 +359,7 @@ def test_accumulation_is_a_larger_batch(plain, data, tmp_path):
     np.testing.assert_allclose([r["loss"] for r in two], [r["loss"] for r in one], rtol=1e-5)
 
 
+@pytest.mark.slow
 def test_what_a_run_leaves(plain, data, tmp_path):
     """The last checkpoints, the best, samples at every test, other data for the test, the chart."""
     (tmp_path / "say.txt").write_text("hello there\n\nyes\n")
@@ -404,6 +409,7 @@ def test_lora_on_quantized_models(tmp_path, data, dora):
     assert loss.item() == pytest.approx(rows[-1]["test_loss"], rel=1e-3)
 
 
+@pytest.mark.slow
 def test_overfits_until_it_says_the_very_codes(plain, tmp_path):
     if not shutil.which("espeak-ng"):
         pytest.skip("espeak-ng is not installed")
@@ -778,6 +784,7 @@ def test_preferences_of_another_form(plain, tmp_path, capfd, item):
 # ------------------------------------------------------------------------------- pairs
 
 
+@pytest.mark.slow
 def test_pairs(folder, tmp_path, capfd, monkeypatch):
     """The best and the worst of each text's samplings; gone on with after an interruption; dpo and kto take them."""
     monkeypatch.setattr(tuning_data, "judged", lambda text, codes, audio, ended: float(codes[0, 0]))

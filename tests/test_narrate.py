@@ -68,6 +68,7 @@ def test_a_model_that_continues_its_voice_does_so_here_too(tmp_path):
         np.testing.assert_allclose(said[i][: len(alone)], alone, atol=1e-5)
 
 
+@pytest.mark.slow
 def test_the_batch_stays_full(generator, monkeypatch):
     """Sentences of other lengths join as others end."""
     sizes, step = [], csm_batch.Batch.next
@@ -110,6 +111,7 @@ def test_what_ended_at_once_is_said_again(generator, monkeypatch):
     assert {4, 4 + 2**32, 4 + 2 * 2**32} <= set(seeds) and 4 + 3 * 2**32 not in seeds
 
 
+@pytest.mark.slow
 def test_endless_speech_is_cut_by_its_own_sentence(generator):
     texts = ["hello there, hello there.", "How are you today? " * 5]
     said = [list(narrate.narrate(generator, "\n\n".join(texts), batch=b, seed=1)) for b in (1, 2)]
@@ -341,6 +343,7 @@ def finished(tmp_path, p, n=2):
     return state
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("how", [signal.SIGINT, signal.SIGTERM, signal.SIGKILL])
 def test_goes_on_after_an_interruption(folder, tmp_path, how):
     (tmp_path / "book.txt").write_text(TEXT * 12)
@@ -363,6 +366,7 @@ def test_goes_on_after_an_interruption(folder, tmp_path, how):
     np.testing.assert_array_equal(whole, soundfile.read(tmp_path / "b.wav", dtype="int16")[0])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("voice", ["other", "none"])
 def test_two_processes_write_the_file_of_one(folder, tmp_path, voice):
     """Also when one is killed and the same command goes on."""
@@ -411,6 +415,7 @@ def readable(file):
         return False
 
 
+@pytest.mark.slow
 def test_a_mistake_of_a_process_is_named(folder, tmp_path):
     (tmp_path / "book.txt").write_text(TEXT)
     launcher = str(Path(sys.executable).with_name("mlx.launch")), "-n", "2", "--python", sys.executable

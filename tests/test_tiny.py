@@ -143,6 +143,7 @@ def test_word_errors(evaluate):
     assert abs(evaluate.pitch(tone) - 200) < 3
 
 
+@pytest.mark.slow
 def test_batch_rows_end_each_on_its_own(tiny):
     texts = [
         "Yes.",

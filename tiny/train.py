@@ -47,6 +47,7 @@ DIM, FILTERS, LAYERS = 192, 16, 4  # the codec's widths, the layers of its trans
 AHEAD, LATE = FRAME, FRAME // 2  # samples that the encoder hears beyond a frame; by which the decoder is late
 ALONE = 0.7  # of the decoder's steps go by distances alone, the others against an adversary too
 EARS = 11  # layers of the encoder, down to rows of 200 Hz
+LAST_FRAMES, LAST_WEIGHT = 6, 2.0  # of a turn's end, and how much more than others they count
 SAMPLING = {"temperature": 0.5, "top_k": 50}  # the exported folder's defaults
 
 torch.set_flush_denormal(True)
@@ -185,7 +186,8 @@ class Steps:
     """
 
     def __init__(self, args, default, path, lr, every=500, **modules):
-        self.n, self.path, self.lr, self.every, self.modules = args.steps or default, path, lr, every, modules
+        self.n, self.lr = args.steps or default, args.lr or lr
+        self.path, self.every, self.modules = path, every, modules
         self.step, self.means, self.begun = 0, {}, time.time()
         if path.exists():
             state = torch.load(path, map_location=DEVICE)
@@ -542,7 +544,10 @@ class Guide:
 
 
 def losses(model, guide, batch, fraction=1.0, corrupt=0.0):
-    """Cross-entropy of codebook 0 in every frame, of each other in a fraction of them and all last ones; the guide."""
+    """Cross-entropy of codebook 0 in every frame, of each other in a fraction of them and all last ones; the guide.
+
+    The end of a turn weighs more: else the last syllable is what the model swallows.
+    """
     ids, audio, is_audio, target, spoken = batch
     offsets = torch.arange(K, device=DEVICE) * V
     if corrupt:  # of the codes that it reads: it shall follow the text, and go on from its own mistakes
@@ -553,14 +558,19 @@ def losses(model, guide, batch, fraction=1.0, corrupt=0.0):
     x = torch.where(is_audio[..., None], F.embedding(audio + offsets, table).sum(2), model.embed_text_tokens(ids))
     h = model.backbone_model(inputs_embeds=x, use_cache=False).last_hidden_state
     guided = guide.loss(spoken)
-    h, target = h[target[..., 0] >= 0], target[target[..., 0] >= 0]  # (N, D), (N, K)
-    first = F.cross_entropy(model.lm_head(h), target[:, 0])
+    ends = F.pad((target[..., 0] == 0).float(), (0, LAST_FRAMES - 1))
+    weight = 1 + (LAST_WEIGHT - 1) * F.max_pool1d(ends[:, None], LAST_FRAMES, 1)[:, 0]  # (B, T)
+    trained = target[..., 0] >= 0
+    h, target, weight = h[trained], target[trained], weight[trained]  # (N, D), (N, K), (N,)
+    first = F.cross_entropy(model.lm_head(h), target[:, 0], reduction="none")
+    first = (first * weight).sum() / weight.sum()
     some = (torch.rand(len(h), device=DEVICE) < fraction) | (target[:, 0] == 0)
-    h, target = h[some], target[some]
+    h, target, weight = h[some], target[some], weight[some]
     x = torch.cat([h[:, None], F.embedding(target[:, :-1] + offsets[:-1], table)], 1)
     y = model.depth_decoder.model(inputs_embeds=x, use_cache=False).last_hidden_state[:, 1:]  # (N, K - 1, D')
     logits = torch.bmm(y.transpose(0, 1), model.depth_decoder.codebooks_head.weight)  # (K - 1, N, V)
-    rest = F.cross_entropy(logits.transpose(1, 2), target[:, 1:].T, reduction="none").mean(1)
+    rest = F.cross_entropy(logits.transpose(1, 2), target[:, 1:].T, reduction="none")
+    rest = (rest * weight).sum(1) / weight.sum()
     return first, rest, guided
 
 
@@ -644,6 +654,7 @@ def main():
     p.add_argument("stage", choices=("all", *STAGES))
     p.add_argument("work", type=Path, help="folder for what the stages make")
     p.add_argument("--steps", type=int, help="of a training stage; more than before: it goes on")
+    p.add_argument("--lr", type=float, help="learning rate of a training stage in place of its own; going on: 8e-4")
     p.add_argument("--teacher", choices=teacher.TEACHERS, default="kokoro", help="of speech, talks and export")
     p.add_argument("--hours", type=float, help="of the stage speech (3), talks (20) or echo (8)")
     p.add_argument("--part", type=int, default=0, help="of speech, talks or echo: which of --parts processes this is")

@@ -36,7 +36,7 @@ import numpy as np
 import teacher
 import torch
 import torch.nn.functional as F
-from codes import CODE_DIM, N_CODES, K
+from codes import CODE_DIM, N_CODES, PARTS, K
 from spectra import Adversary, log_mels, unlike
 from teacher import FRAME, RATE
 from torch import nn
@@ -47,7 +47,7 @@ DIM, FILTERS, LAYERS = 192, 16, 4  # the codec's widths, the layers of its trans
 AHEAD, LATE = FRAME, FRAME // 2  # samples that the encoder hears beyond a frame; by which the decoder is late
 ALONE = 0.7  # of the decoder's steps go by distances alone, the others against an adversary too
 EARS = 11  # layers of the encoder, down to rows of 200 Hz
-LAST_FRAMES, LAST_WEIGHT = 6, 2.0  # of a turn's end, and how much more than others they count
+LAST_FRAMES, LAST_WEIGHT = 6, 2.0  # before a silence, and how much more than others they count
 SAMPLING = {"temperature": 0.5, "top_k": 50}  # the exported folder's defaults
 
 torch.set_flush_denormal(True)
@@ -546,7 +546,7 @@ class Guide:
 def losses(model, guide, batch, fraction=1.0, corrupt=0.0):
     """Cross-entropy of codebook 0 in every frame, of each other in a fraction of them and all last ones; the guide.
 
-    The end of a turn weighs more: else the last syllable is what the model swallows.
+    What comes before a silence weighs more: else the last syllable is what the model swallows.
     """
     ids, audio, is_audio, target, spoken = batch
     offsets = torch.arange(K, device=DEVICE) * V
@@ -554,12 +554,20 @@ def losses(model, guide, batch, fraction=1.0, corrupt=0.0):
         rate = corrupt * torch.rand(len(audio), 1, 1, device=DEVICE)
         other = audio[torch.randint(len(audio), (len(audio),))][:, torch.randperm(audio.shape[1])]
         audio = torch.where(torch.rand(audio.shape, device=DEVICE) < rate, other, audio)
+        # Let some frames be silent: else one that is so by mistake is taken for the end, and the last word is lost.
+        silent = (target[..., :PARTS] == codes.SILENCE).all(-1)
+        if silent.any():
+            hush = torch.rand(audio.shape[:2], device=DEVICE) < 0.1 * torch.rand(len(audio), 1, device=DEVICE)
+            quiet = target[silent][torch.randint(int(silent.sum()), (int(hush.sum()),))]
+            audio[hush] = torch.cat([quiet[:, :-1], audio[hush][:, -1:]], 1)  # but the voice's own
     table = model.backbone_model.embed_tokens.embed_audio_tokens.weight
     x = torch.where(is_audio[..., None], F.embedding(audio + offsets, table).sum(2), model.embed_text_tokens(ids))
     h = model.backbone_model(inputs_embeds=x, use_cache=False).last_hidden_state
     guided = guide.loss(spoken)
-    ends = F.pad((target[..., 0] == 0).float(), (0, LAST_FRAMES - 1))
-    weight = 1 + (LAST_WEIGHT - 1) * F.max_pool1d(ends[:, None], LAST_FRAMES, 1)[:, 0]  # (B, T)
+    quiet = (target[..., :PARTS] <= codes.SILENCE).all(-1) & (target[..., 0] >= 0)  # or over
+    begins = quiet & ~F.pad(quiet, (1, 0))[:, :-1]
+    begins = F.pad(begins.float(), (0, LAST_FRAMES - 1))
+    weight = 1 + (LAST_WEIGHT - 1) * F.max_pool1d(begins[:, None], LAST_FRAMES, 1)[:, 0]  # (B, T)
     trained = target[..., 0] >= 0
     h, target, weight = h[trained], target[trained], weight[trained]  # (N, D), (N, K), (N,)
     first = F.cross_entropy(model.lm_head(h), target[:, 0], reduction="none")

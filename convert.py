@@ -3,7 +3,7 @@
     python convert.py unsloth/csm-1b my-csm --quantize 8
     python convert.py my-csm for-transformers --dequantize --to transformers
 
-The layouts are csm_layouts.py's. All is lazy: a tensor is read, changed and written at the end, when it is its turn.
+csm_layouts.py knows the layouts. Arrays are lazy: each tensor is read and converted when it is written.
 """
 
 import json
@@ -14,85 +14,100 @@ from pathlib import Path
 import csm  # before mlx
 import csm_layouts
 import mimi as codec
+from csm_tools import adapters, command, gguf
 
 import mlx.core as mx  # isort: skip
 
 
 def read(source):
-    """csm.read, with the Mimi beside or inside: (config, weights, mimi). Of a Mimi alone the first two are None."""
-    file, beside = csm.weights_file(source), codec.find(source if source.is_dir() else source.parent, *codec.FILES)
+    """A folder or file -> config, weights, and (config, weights) of the Mimi beside or inside it, or None.
+
+    config and weights are None for a Mimi alone.
+    """
+    file = csm.weights_file(source)
+    beside = codec.first_match(source if source.is_dir() else source.parent, *codec.MIMI_FILES)
     if not file and (beside or source.is_file()):
-        return None, None, codec.read_mimi(source if source.is_file() else beside)[::-1]
-    if file and any(name.startswith(("quantizer.", "first.")) for name in codec.read_weights(file)[0]):
-        return None, None, codec.read_mimi(file)[::-1]
-    config, weights, mimi = csm.read(source)
-    return config, weights, codec.read_mimi(beside)[::-1] if beside else mimi
+        return None, None, read_mimi(source if source.is_file() else beside)
+    names = codec.read_weights(file)[0] if file and file.suffix != ".gguf" else ()
+    if any(name.startswith(("quantizer.", "first.")) for name in names):
+        return None, None, read_mimi(file)
+    config, weights, inside = csm.read_checkpoint(source)
+    return config, weights, read_mimi(beside) if beside else inside
 
 
-def text_files(folder, tokenizer):
-    """The tokenizer and the voices: {name in the destination: path}"""
+def read_mimi(source):
+    weights, config = codec.read_mimi(source)
+    return config, weights
+
+
+def text_files(source, folder, tokenizer):
+    """The tokenizer's files and the voices: {name in the destination: path}"""
     place = Path(tokenizer) if tokenizer else folder
     if not place.exists():
-        place = codec.download(str(tokenizer), *csm.TOKENIZER)
+        place = csm_layouts.download(str(tokenizer), *csm.TOKENIZER)
     if place.is_file():
         files = {"tokenizer.model" if place.suffix == ".model" else "tokenizer.json": place}
     else:
         files = {name: place / name for name in csm.TOKENIZER if (place / name).is_file()}
+    weights = csm.weights_file(source)
+    if not files and weights.suffix == ".gguf" and (inside := gguf.extract_tokenizer(weights)):
+        files = {"tokenizer.json": inside}
     if tokenizer and not {"tokenizer.json", "tokenizer.model"} & files.keys():
         raise ValueError(f"{tokenizer} has no tokenizer.json and no tokenizer.model")
     return files | {f"prompts/{f.name}": f for f in (folder / "prompts").glob("*") if f.is_file()}
 
 
 def for_transformers(files):
-    """tokenizer.json and its settings as a CsmProcessor needs them -> ({name: content}, ids for the config)"""
+    """tokenizer.json and its settings as a CsmProcessor needs them -> {name: content}, ids for the config"""
     names = "tokenizer.json", "tokenizer_config.json"
-    marks, (tokenizer, settings) = csm.Tokenizer(files[names[0]]), (codec.read_json(files.get(n, "")) for n in names)
+    marks = csm.Tokenizer(files[names[0]])
+    tokenizer, settings = (codec.read_json(files.get(name, "")) for name in names)
     *contents, ids = csm_layouts.to_transformers_tokenizer(tokenizer, settings, marks.bos, marks.eos)
     return dict(zip(names, contents)), ids
 
 
 def convert(
-    source, destination, *, mimi=None, tokenizer=None, dequantize=False, quantize=None, group_size=64, dtype=None,
-    to=None,
-):  # fmt: skip
-    """Write `source` (folder, file or Hub repo) as the folder `destination`; the names of its files come back.
+    source: str | Path, destination: str | Path, *, mimi: str | Path | None = None,
+    tokenizer: str | Path | None = None, dequantize: bool = False, quantize: int | str | None = None,
+    group_size: int = 64, dtype=None, to: str | None = None,
+) -> list[str]:  # fmt: skip
+    """Write `source` (a folder, file or Hub repository) as the folder `destination`; returns the names of its files.
 
-    mimi, tokenizer: sources of these where `source` has none, or others are wanted. quantize: 4, 6 or 8 bits, or one of
-    csm_layouts.MODES. dequantize: make a quantized source plain (first). dtype: cast CSM's tensors (None: as stored).
-    to: None for our layout, "sesame" or "transformers" for theirs. Raises ValueError.
+    mimi, tokenizer: sources of these, if `source` lacks them or others are wanted. dequantize: make a quantized CSM
+    plain (before quantize). quantize: 4, 6 or 8 bits, in groups of group_size, or one of csm_layouts.MODES. dtype: cast
+    the CSM (None: as stored). to: None for our layout, or "sesame" or "transformers". Raises ValueError.
     """
-    source, destination = csm.locate(source), Path(destination).resolve()
+    source, destination = csm.find_model(source), Path(destination).resolve()
     folder = source if source.is_dir() else source.parent
     if destination == folder.resolve() or destination.is_file():
-        raise ValueError(f"{destination} is where the source is, or a file: the destination must be another folder")
+        raise ValueError(f"the destination must be another folder than the source, and no file: {destination}")
     if to not in (None, "sesame", "transformers"):
-        raise ValueError(f"to is sesame or transformers, not {to}")
+        raise ValueError(f"to must be sesame or transformers, not {to}")
     config, weights, sound = read(source)
-    if mimi:
-        sound = codec.read_mimi(codec.locate(mimi))[::-1]
+    sound_config, sound = read_mimi(mimi) if mimi else sound or (None, None)
     if to == "transformers" and sound is None:
-        raise ValueError("transformers keeps the Mimi inside, and this source has none: give one with --mimi")
+        raise ValueError("transformers stores the Mimi inside, and this source has none: give one with --mimi")
     if weights is None and (quantize or dequantize or dtype or tokenizer):
         raise ValueError(f"{source} is a Mimi alone: quantize, dequantize, dtype and tokenizer are for a CSM")
 
-    files, kind = {}, {"format": "pt" if to else "mlx"}  # name: what to write there
+    files = {}  # name in the destination: content, as csm_layouts.write_folder takes it
     if sound:
-        sound_config, sound = asdict(codec.from_weights(sound[1], sound[0]).config), sound[1]  # checks them, too
-        sound_kind = kind | {"config": json.dumps(sound_config)}  # since the shapes do not tell how many heads it has
+        sound_config = asdict(codec.from_weights(sound, sound_config).config)  # this also checks the weights
     if weights:
-        files = text_files(folder, tokenizer)
+        files = text_files(source, folder, tokenizer)
         sizes = csm.CSMConfig.from_dict(config)
-        codec.check(csm.blank(sizes, weights), csm.split_heads(weights))
+        codec.check_weights(csm.blank_model(sizes, weights), csm.split_heads(weights))
         config |= {part: asdict(getattr(sizes, part)) for part in ("backbone", "decoder")}
         if dequantize:
-            weights = csm.join_heads(csm.dequantize_weights(sizes, weights))
+            weights = csm_layouts.join_heads(adapters.dequantize_weights(sizes, weights))
             config.pop("quantization", None)
         if to and (quantize or any(name.endswith(".scales") for name in weights)):
             raise ValueError("a quantized CSM can be written in our own layout only: --dequantize makes it plain")
         if dtype:
             cast = csm.as_dtype(dtype)
-            plain = [name for name in weights if not name.endswith((".scales", ".biases"))]
-            weights |= {name: weights[name].astype(cast) for name in plain if weights[name].dtype != mx.uint32}
+            for name, w in weights.items():
+                if not name.endswith((".scales", ".biases")) and w.dtype != mx.uint32:
+                    weights[name] = w.astype(cast)
         if quantize:
             weights, config["quantization"] = csm_layouts.quantize(csm.split_heads(weights), quantize, group_size)
 
@@ -101,34 +116,35 @@ def convert(
             texts, ids = for_transformers(files)
             files, config = files | texts, ids | config
         files |= csm_layouts.to_transformers(config, weights, sound_config, sound)
-    elif weights:
-        if to:
+    elif to == "sesame":
+        if weights:
             config, weights = csm_layouts.to_sesame(config, weights, asdict(csm.CSMConfig()))
-        files |= {"config.json": config, "model.safetensors": (weights, kind)}
-    if sound and to == "sesame":
-        files[codec.DEFAULT_FILE] = csm_layouts.to_kyutai(sound_config, sound), sound_kind
-    elif sound and not to:
-        files["mimi.safetensors"] = sound, sound_kind
-    csm.write_folder(destination, files)
+            files |= {"config.json": config, "model.safetensors": (weights, {"format": "pt"})}
+        if sound:
+            note = {"format": "pt", "config": json.dumps(sound_config)}  # since shapes do not tell the heads
+            files[codec.DEFAULT_FILE] = csm_layouts.to_kyutai(sound_config, sound), note
+    else:
+        files |= csm_layouts.native_files(config, weights, sound_config, sound)
+    csm_layouts.write_folder(destination, files, (csm.TOKENIZER, codec.MIMI_FILES))
     return sorted(files)
 
 
 def main(argv=None):
-    p = csm.parser_for("convert.py", description="Any published CSM or Mimi checkpoint -> a folder that csm.py loads.")
-    p.add_argument("source", help="csm-1b, a folder, .safetensors, .index.json or .pt file, or a Hub repo")
+    p = command.parser_for("convert.py", description="Any published CSM or Mimi -> a folder that csm.py loads.")
+    p.add_argument("source", help="csm-1b, a folder, a .safetensors, .index.json, .pt or .gguf file, or a Hub repo")
     p.add_argument("destination", help="the folder to write")
-    p.add_argument("--mimi", help="where the Mimi comes from, if not from SOURCE")
-    p.add_argument("--tokenizer", help="where the text tokenizer comes from, if not from SOURCE")
+    p.add_argument("--mimi", help="where to take the Mimi from, if not from SOURCE")
+    p.add_argument("--tokenizer", help="where to take the text tokenizer from, if not from SOURCE")
     p.add_argument("--dequantize", action="store_true", help="make a quantized CSM plain")
-    p.add_argument("--quantize", **csm.QUANTIZE)
-    p.add_argument("--group-size", type=int, choices=(32, 64, 128), default=64, help="of --quantize 4, 6, 8")
-    p.add_argument("--dtype", choices=("float32", "bfloat16", "float16"), help="cast the CSM; as stored if not given")
+    p.add_argument("--quantize", **command.QUANTIZE)
+    p.add_argument("--group-size", type=int, choices=(32, 64, 128), default=64, help="for --quantize 4, 6, 8")
+    p.add_argument("--dtype", choices=("float32", "bfloat16", "float16"), help="cast the CSM (default: as stored)")
     p.add_argument("--to", choices=("sesame", "transformers"), help="write another layout than ours")
 
-    def command(args):
+    def program(args):
         print(f"{args.destination}: {', '.join(convert(**vars(args)))}")
 
-    return csm.run(p, command, p.parse_args(argv), "interrupted: nothing was written")
+    return command.run(p, program, p.parse_args(argv), "interrupted: nothing was written")
 
 
 if __name__ == "__main__":

@@ -1,66 +1,56 @@
-"""CSM, Sesame's Conversational Speech Model, on MLX: text and earlier turns of a conversation in, 24 kHz speech out.
+"""CSM, Sesame's Conversational Speech Model, on MLX: text and earlier turns in, 24 kHz speech out.
 
     python csm.py "Hello from Sesame." hello.wav
 
-Sources: Sesame's PyTorch code (github.com/SesameAILabs/csm) and Hugging Face transformers' CsmForConditionalGeneration
-(5.23), to which tests/test_model.py holds this file: same logits, same greedy codes, on the same weights.
+Sources: Sesame's PyTorch code (github.com/SesameAILabs/csm) and Hugging Face transformers'
+CsmForConditionalGeneration (5.23). tests/test_model.py compares this file with transformers: same
+logits, same greedy codes, on the same weights.
 
-The way of a sentence:
-    "[speaker]text" -> token ids -> rows -> backbone (Llama, KV cache) -> last hidden h -> c0, the frame's first code
-    -> depth decoder (a small Llama, 31 steps on [h, c0, c1, ...]) -> c1 .. c31 -> one frame of codes, which goes back
-    into the backbone as the next row, and through Mimi as 80 ms of sound. A frame of zeros ends the speech.
+How a sentence becomes speech:
+    "[speaker]text" -> token ids -> rows -> backbone (Llama, KV cache) -> last hidden state h
+    -> CSM.next_frame: h -> code 0 of the frame -> depth decoder, a small Llama -> codes 1 .. 31
+    -> the frame goes back into the backbone as one row, and through Mimi as 80 ms of sound.
+    A frame of zeros ends the speech. The loop is `frames`, below CSM.
 
-A row is one position of the backbone: K audio codes and one text id, with a mask that says which of them count. A text
-row has the text id alone, an audio row the K codes; its input is the sum of the embeddings that the mask keeps.
+A row is one position of the backbone: K audio codes and one text id. A text row holds a text id
+only, an audio row holds codes only. The input is the sum of the embeddings of what a row holds.
 
-Shapes: B batch, T positions, F frames, K codebooks (32), V audio vocabulary (2051), D hidden size, H heads.
+Shapes: B batch, T positions, F frames, K codebooks (32), V audio vocabulary (2051), D hidden size,
+H heads.
 """
 
 import copy
-import json
 import logging
 import math
 import os
-import re
 import secrets
-import shutil
-import signal
 import sys
 import threading
 import time
-import weakref
-from collections.abc import Callable, Iterator
-from contextlib import closing, contextmanager, nullcontext
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import closing
 from dataclasses import asdict, dataclass, field, fields, replace
-from itertools import count, islice
+from itertools import islice
 from pathlib import Path
 
-import mimi as codec  # before mlx, as mimi.py says
+import mimi  # before mlx, see the top of mimi.py
 
 import mlx.core as mx  # isort: skip
 import mlx.nn as nn
 import numpy as np
-from mlx.utils import tree_flatten
+from mlx.utils import tree_flatten, tree_map
 
-DEFAULT_MODEL = ("senstella/csm-1b-mlx", "ckpt.safetensors")
-DEFAULT_TOKENIZER = "unsloth/Llama-3.2-1B"
-DEFAULT_PROMPTS = "mlx-community/csm-1b"
-DEFAULT_VOICES = ("conversational_a", "conversational_b", *(f"read_speech_{x}" for x in "abcd"))
-NO_TEXT = -1  # in the text column of an audio row, and where it has no code; the mask is told from it
-WEIGHTS = ("model.safetensors", "model.safetensors.index.json", "ckpt.safetensors", "*.index.json", "*.safetensors",
-           "ckpt.pt", "*.pt", "*.pth")  # of a folder, the first that there is  # fmt: skip
-BESIDE = ("*.json", "tokenizer.model", *codec.FILES, "prompts/*")  # what else of a Hub repository is wanted
-TOKENIZER = ("tokenizer.json", "tokenizer.model", "tokenizer_config.json", "special_tokens_map.json")
-PREFILL = 256  # rows per pass over a prompt: bounds the memory of long ones
-CACHE_STEP = 256  # positions by which a KV cache grows
-
+NO_TEXT = -1  # marks an empty cell: a row without a text id, a codebook that a frame lacks
+PREFILL_ROWS = 256  # rows of a prompt that pass the backbone at once; bounds memory
+CACHE_STEP = 256  # positions that a KV cache grows by
 LLAMA3_ROPE = {
-    "factor": 32.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0, "original_max_position_embeddings": 8192
+    "factor": 32.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0,
+    "original_max_position_embeddings": 8192,
 }  # fmt: skip
 
 log = logging.getLogger("csm")
 
-# ---------------------------------------------------------------------------------------------------- configuration
+# ------------------------------------------------------------------------------------ configuration
 
 
 @dataclass(frozen=True)
@@ -76,126 +66,218 @@ class LlamaConfig:
     rope_scaling: dict | None = field(default_factory=LLAMA3_ROPE.copy)  # None: plain RoPE
     max_positions: int = 2048
 
+    def __post_init__(self):
+        if s := self.rope_scaling:
+            numbers = [s.get(name) for name in LLAMA3_ROPE]
+            if not all(type(n) in (int, float) and 0 < n < 1e12 for n in numbers):
+                raise ValueError(f"rope_scaling must have positive {', '.join(LLAMA3_ROPE)}")
+            if s["low_freq_factor"] >= s["high_freq_factor"]:
+                raise ValueError("low_freq_factor must be below high_freq_factor")
+        if self.n_heads % self.n_kv_heads or self.head_dim % 2:
+            raise ValueError("n_kv_heads must divide n_heads, and head_dim must be even")
+
     def rope_periods(self):
-        """(head_dim / 2,) float32: positions per radian of each rotated pair. Llama 3 slows the long waves down."""
+        """(head_dim / 2,) float32: positions per radian. Llama 3 stretches the long periods."""
         periods = self.rope_theta ** (np.arange(0, self.head_dim, 2) / self.head_dim)
         if s := self.rope_scaling:
-            turns = s["original_max_position_embeddings"] / (2 * math.pi * periods)  # over the original context
+            turns = s["original_max_position_embeddings"] / (2 * math.pi * periods)
             low, high = s["low_freq_factor"], s["high_freq_factor"]
-            keep = np.clip((turns - low) / (high - low), 0, 1)  # 1: a short wave, kept; 0: a long one, slowed
+            keep = np.clip((turns - low) / (high - low), 0, 1)  # 1 keeps a period, 0 stretches it
             periods = periods / (keep + (1 - keep) / s["factor"])
         return mx.array(periods.astype(np.float32))
 
 
 @dataclass(frozen=True)
 class CSMConfig:
-    """The sizes of a CSM; the defaults are CSM-1B's. `config.json` of a folder in our layout holds these fields."""
+    """The sizes of a CSM; the defaults are CSM-1B's. Our layout's config.json has these fields."""
 
     backbone: LlamaConfig = LlamaConfig(16, 2048, 32, 8, 64, 8192)
     decoder: LlamaConfig = LlamaConfig(4, 1024, 8, 2, 128, 8192)
     text_vocab_size: int = 128_256
-    audio_vocab_size: int = 2051  # Mimi's 2048 codes and three ids that are never spoken
+    audio_vocab_size: int = 2051  # Mimi's 2048 codes, and three ids that are never drawn
     audio_num_codebooks: int = 32
-    speaker_prefix_space: bool = False  # "[0] text" in place of "[0]text"
-    text_tokenizer: str | None = None  # Hub repository of the tokenizer, where the folder has none
+    speaker_prefix_space: bool = False  # "[0] text" instead of "[0]text"
+    text_tokenizer: str | None = None  # Hub repository to use if the folder has no tokenizer
     use_default_voice_prompt: bool = True
-    voice_match: bool = False  # whether a voice is cloned by continuing its clip, not by answering it
-    sampling: dict | None = None  # the model's own defaults, fields of Sampling
-    quantization: dict | None = None  # MLX's note of how; what counts is told from the tensors' shapes
+    voice_match: bool = False  # clone by continuing the clip instead of adding a turn after it
+    max_part_characters: int = 240  # what programs cut a text into: longer ones are said less well
+    sampling: dict | None = None  # this model's own defaults for the fields of Sampling
+    quantization: dict | None = None  # a note in MLX's form; loading goes by the tensors' shapes
 
     @classmethod
     def from_dict(cls, d):
         d = {f.name: d[f.name] for f in fields(cls) if d.get(f.name) is not None}
         try:
-            Sampling(**d.get("sampling", {}))
-            return cls(**d | {part: LlamaConfig(**d[part]) for part in ("backbone", "decoder") if part in d})
-        except TypeError as e:
-            raise ValueError(f"config.json is not one of ours: {e}") from None
+            for part in {"backbone", "decoder"} & d.keys():
+                mimi.check_fields(LlamaConfig, d[part])
+                d[part] = LlamaConfig(**d[part])
+            mimi.check_fields(cls, d)
+            sampling = d.get("sampling", {})
+            if not all(type(number) in (int, float) for number in sampling.values()):
+                raise ValueError("sampling must have numbers")
+            Sampling(**sampling)
+            return cls(**d)
+        except (TypeError, AttributeError, ValueError) as e:
+            raise ValueError(f"config.json is not in our layout: {e}") from None
 
 
-# ---------------------------------------------------------------------------------------------------- model
+# ----------------------------------------------------------------------------------------- sampling
+
+
+@dataclass(frozen=True)
+class Sampling:
+    """How codes are drawn. The filters act before the temperature, as in mlx-lm."""
+
+    temperature: float = 0.9  # 0: greedy
+    top_k: int = 50  # 0: off
+    top_p: float = 1.0  # 0 or 1: off
+    min_p: float = 0.0  # relative to the likeliest code; 0: off
+    min_tokens_to_keep: int = 1  # codes that min_p never removes
+    sampler: Callable | None = None  # log-probabilities (1, V) -> ids (1,), instead of the above
+    logits_processors: tuple = ()  # codebook 0: (codes so far (F,), logits (1, V)) -> logits
+
+    def __post_init__(self):
+        limits = {"temperature": (0, 1e9), "top_p": (0, 1), "min_p": (0, 1)}
+        limits |= {"top_k": (0, math.inf), "min_tokens_to_keep": (1, math.inf)}
+        for name, (low, high) in limits.items():
+            if not low <= (getattr(self, name) or 0) <= high:
+                raise ValueError(f"{name} must lie in {low:g}..{high:g}, not {getattr(self, name)}")
+
+    @property
+    def greedy(self):
+        return self.temperature < 1e-6  # dividing by less would overflow
+
+    def as_row(self):
+        """The options of `sample`: 1 / temperature, top-k, top-p, log min-p, codes to keep."""
+        if self.greedy:
+            return [1.0, 1, 2.0, -math.inf, 1]
+        top_p = self.top_p if 0 < self.top_p < 1 else 2.0
+        min_p = math.log(self.min_p) if self.min_p else -math.inf
+        top_k = min(self.top_k or 2**20, 2**20)  # 2**20 is all codes, and exact in float32
+        return [1 / self.temperature, top_k, top_p, min_p, min(self.min_tokens_to_keep, 2**20)]
+
+
+def sample(logits, noise, options):
+    """Logits (B, V) -> ids (B,), by Gumbel noise (B, V) and a row of options (B, 5) each.
+
+    Each filter keeps a prefix of the ids in order of probability, so together they keep the
+    shortest of these. The id with the largest sum of tempered log-probability and noise is a
+    sample of what is kept (Gumbel-max).
+    """
+    scale, top_k, top_p, min_p, n_keep = (options[:, i : i + 1] for i in range(5))
+    order, rank = mx.argsort(-logits, axis=-1), mx.arange(logits.shape[-1])
+    logp = mx.take_along_axis(logits, order, axis=-1)
+    logp = logp - mx.logsumexp(logp, axis=-1, keepdims=True)
+    p_likelier = mx.cumsum(mx.exp(logp), axis=-1, inclusive=False)
+    keep = (rank < top_k) & (p_likelier < top_p) & ((logp >= logp[:, :1] + min_p) | (rank < n_keep))
+    score = mx.where(keep, logp * scale, -mx.inf) + mx.take_along_axis(noise, order, axis=-1)
+    best = mx.argmax(score, axis=-1, keepdims=True)
+    return mx.take_along_axis(order, best, axis=-1)[:, 0].astype(mx.int32)
+
+
+@dataclass
+class Draw:
+    """draw(i, logits (B, V)) -> ids (B,) below n_codes, as CSM.next_frame asks for them."""
+
+    noise: mx.array | None  # Gumbel, (B, K, V); None draws the likeliest
+    options: mx.array  # (B, 5), a Sampling.as_row each
+    n_codes: int  # Mimi's: the last ids of the vocabulary are no codes
+
+    def __call__(self, i, logits):
+        logits = logits[:, : self.n_codes].astype(mx.float32)
+        if self.noise is None:
+            return mx.argmax(logits, axis=-1).astype(mx.int32)
+        return sample(logits, self.noise[:, i, : self.n_codes], self.options)
+
+
+def add_functions(draw, sampling, said):
+    """`draw` of one row with the user's own functions; said: its codes of codebook 0 so far."""
+
+    def draw_one(i, logits):
+        for process in sampling.logits_processors if i == 0 else ():
+            logits = process(mx.array(said, mx.int32), logits)
+        if sampling.sampler is None:
+            return draw(i, logits)
+        is_code = mx.arange(logits.shape[-1]) < draw.n_codes
+        logits = mx.where(is_code, logits.astype(mx.float32), -mx.inf)
+        ids = sampling.sampler(logits - mx.logsumexp(logits, axis=-1, keepdims=True))
+        if not 0 <= ids.item() < draw.n_codes:  # an embedding of it would be read out of bounds
+            raise ValueError(f"the sampler gave {ids.item()}, and Mimi has {draw.n_codes} codes")
+        return ids.astype(mx.int32)
+
+    return draw_one
+
+
+def check_seed(seed):
+    if not 0 <= seed < 2**64:
+        raise ValueError(f"seed must lie in 0..2^64 - 1, not {seed}")
+
+
+# -------------------------------------------------------------------------------------------- model
 
 
 class KVCache:
-    """Keys and values of the positions seen so far, one pair of (B, H_kv, capacity, head_dim) arrays a layer.
-
-    The sequences of a batch end together, at `offset`; sequence b begins at position pad[b] of the arrays, from which
-    RoPE counts. What lies before is never attended to.
-    """
+    """Keys and values of the positions so far: (B, H_kv, capacity, head_dim) arrays, by layer."""
 
     def __init__(self, config, dtype=mx.float32, step=CACHE_STEP):
         self.dtype, self.step = dtype, step
         self.keys, self.values = [None] * config.n_layers, [None] * config.n_layers
-        self.offset, self.pad = 0, np.zeros(1, np.int32)
+        self.offset = 0  # positions held
 
     def update(self, layer, k, v):
-        """Put k, v (B, H_kv, T, head_dim) behind what is held; return all held by then. The last layer moves on."""
+        """Append k, v (B, H_kv, T, head_dim); return this layer's keys and values so far.
+
+        The last layer advances `offset`.
+        """
         end = self.offset + k.shape[2]
-        for held, new in ((self.keys, k), (self.values, v)):
-            old = new[:, :, :0] if held[layer] is None else held[layer]
-            if (short := end - old.shape[2]) > 0:
-                room = -(-short // self.step) * self.step
-                held[layer] = mx.pad(old.astype(self.dtype), [(0, 0), (0, 0), (0, room), (0, 0)])
-            held[layer][:, :, self.offset : end] = new
+        for arrays, new in ((self.keys, k), (self.values, v)):
+            old = new[:, :, :0] if arrays[layer] is None else arrays[layer]
+            if (missing := end - old.shape[2]) > 0:
+                room = math.ceil(missing / self.step) * self.step
+                arrays[layer] = mx.pad(old.astype(self.dtype), [(0, 0), (0, 0), (0, room), (0, 0)])
+            arrays[layer][:, :, self.offset : end] = new
         if layer == len(self.keys) - 1:
             self.offset = end
         return self.keys[layer][:, :, :end], self.values[layer][:, :, :end]
 
     def positions(self):
-        """What RoPE counts from: an int, or (B,) where the sequences differ in length."""
-        return mx.array(self.offset - self.pad) if self.pad.any() else self.offset
+        """Where RoPE starts to count for the next row."""
+        return self.offset
 
     def mask(self, T):
-        """What T new positions may attend to, as mx.fast.scaled_dot_product_attention takes it."""
-        if not self.pad.any():
-            return "causal" if T > 1 else None
-        s, t = mx.arange(self.offset + T), self.offset + mx.arange(T)[:, None]
-        return ((s >= mx.array(self.pad)[:, None, None]) & (s <= t))[:, None]  # (B, 1, T, S)
+        """What T new positions may attend to, for mx.fast.scaled_dot_product_attention."""
+        return "causal" if T > 1 else None
 
     def trim(self, n):
         """Forget the last n positions."""
         self.offset -= max(0, min(n, self.offset))
 
-    def filter(self, rows):
-        """A new cache of these sequences alone, a list of indices; one may occur more than once."""
-        other, start, at = copy.copy(self), int(self.pad[rows].min()), mx.array(rows)  # what lies before all goes
-        other.offset, other.pad = self.offset - start, self.pad[rows] - start
-        held = (self.keys, self.values)
-        other.keys, other.values = ([x[at, :, start : self.offset] for x in layers] for layers in held)
+    def copy(self):
+        """An independent cache with the same content."""
+        other = copy.copy(self)
+        other.keys = [k if k is None else k[:, :, : self.offset] for k in self.keys]
+        other.values = [v if v is None else v[:, :, : self.offset] for v in self.values]
         return other
-
-    @staticmethod
-    def join(caches):
-        """A new cache of all their sequences side by side, the shorter moved to end where the longest do."""
-        whole, end = copy.copy(caches[0]), max(c.offset for c in caches)
-        left = [end - c.offset for c in caches]
-        whole.offset, whole.pad = end, np.concatenate([c.pad + n for c, n in zip(caches, left)])
-
-        def joined(arrays):  # of one layer
-            ends = [mx.pad(x[:, :, : end - n], [(0, 0), (0, 0), (n, 0), (0, 0)]) for x, n in zip(arrays, left)]
-            return mx.concatenate(ends)
-
-        whole.keys = [joined(arrays) for arrays in zip(*(c.keys for c in caches))]
-        whole.values = [joined(arrays) for arrays in zip(*(c.values for c in caches))]
-        return whole
 
 
 class Linear(nn.Module):
-    """(..., in) -> (..., out). weight (out, in), plain; or quantized, with `scales` and perhaps `biases` beside it."""
+    """(..., in) -> (..., out). weight (out, in); quantized if `scales` lies beside it."""
 
     def __init__(self, n_in, n_out):
         super().__init__()
-        self.weight = mx.zeros((n_out, n_in))  # not nn.Linear, which draws from the global random generator
+        self.weight = mx.zeros((n_out, n_in))  # nn.Linear would draw from the global generator
 
     def __call__(self, x):
         if "scales" not in self:
             return x @ self.weight.T
-        how = packing(self, x.shape[-1])
-        return mx.quantized_matmul(x, self.weight, self.scales, self.get("biases"), transpose=True, **how)
+        how, biases = packing(self, x.shape[-1]), self.get("biases")
+        rows = x.reshape(-1, x.shape[-1])  # of (B, 1, in), CUDA would read the weights B times
+        y = mx.quantized_matmul(rows, self.weight, self.scales, biases, transpose=True, **how)
+        return y.reshape(*x.shape[:-1], -1)
 
 
 class Embedding(nn.Module):
-    """weight (n, dim), plain or quantized as Linear's."""
+    """ids (...) -> (..., dim). weight (n, dim), plain or quantized as Linear's."""
 
     def __init__(self, n, dim):
         super().__init__()
@@ -210,7 +292,7 @@ class Embedding(nn.Module):
 
 
 def packing(module, n_in):
-    """How a matrix with rows of n_in numbers was quantized, told from its shapes: arguments of mx.quantized_matmul."""
+    """How a quantized weight with n_in inputs is packed, as arguments of mx.quantized_matmul."""
     bits, group_size = 32 * module.weight.shape[-1] // n_in, n_in // module.scales.shape[-1]
     mode = "affine" if "biases" in module else "nvfp4" if group_size == 16 else f"mxfp{bits}"
     return {"group_size": group_size, "bits": bits, "mode": mode}
@@ -219,7 +301,8 @@ def packing(module, n_in):
 class Attention(nn.Module):
     def __init__(self, c, layer):
         super().__init__()
-        self.layer, self.n_heads, self.n_kv_heads, self.head_dim = layer, c.n_heads, c.n_kv_heads, c.head_dim
+        self.layer, self.head_dim = layer, c.head_dim
+        self.n_heads, self.n_kv_heads = c.n_heads, c.n_kv_heads
         self.q_proj = Linear(c.dim, c.n_heads * c.head_dim)
         self.k_proj = Linear(c.dim, c.n_kv_heads * c.head_dim)
         self.v_proj = Linear(c.dim, c.n_kv_heads * c.head_dim)
@@ -227,14 +310,17 @@ class Attention(nn.Module):
 
     def __call__(self, x, rope, mask, cache):
         B, T, _ = x.shape
-        q = self.q_proj(x).reshape(B, T, self.n_heads, self.head_dim).transpose(0, 2, 1, 3)  # (B, H, T, head_dim)
+        q = self.q_proj(x).reshape(B, T, self.n_heads, self.head_dim).transpose(0, 2, 1, 3)
         k = self.k_proj(x).reshape(B, T, self.n_kv_heads, self.head_dim).transpose(0, 2, 1, 3)
         v = self.v_proj(x).reshape(B, T, self.n_kv_heads, self.head_dim).transpose(0, 2, 1, 3)
-        # Interleaved pairs, as Sesame has them (transformers rotates halves, with the rows of q and k permuted).
-        q, k = (mx.fast.rope(y, self.head_dim, traditional=True, base=None, scale=1.0, **rope) for y in (q, k))
+        # q (B, H, T, head_dim). RoPE rotates neighbours, as Sesame's weights expect;
+        # transformers rotates halves, with the rows of q and k permuted.
+        q = mx.fast.rope(q, self.head_dim, traditional=True, base=None, scale=1.0, **rope)
+        k = mx.fast.rope(k, self.head_dim, traditional=True, base=None, scale=1.0, **rope)
         if cache:
             k, v = cache.update(self.layer, k, v)
-        y = mx.fast.scaled_dot_product_attention(q, k, v, scale=self.head_dim**-0.5, mask=mask)
+        scale = self.head_dim**-0.5
+        y = mx.fast.scaled_dot_product_attention(q, k, v, scale=scale, mask=mask)
         return self.o_proj(y.transpose(0, 2, 1, 3).reshape(B, T, -1))
 
 
@@ -258,20 +344,20 @@ class Layer(nn.Module):
         self.post_attention_layernorm = nn.RMSNorm(c.dim, eps=c.norm_eps)
         self.mlp = MLP(c)
 
-    def __call__(self, x, *rest):
-        x = x + self.self_attn(self.input_layernorm(x), *rest)
+    def __call__(self, x, rope, mask, cache):
+        x = x + self.self_attn(self.input_layernorm(x), rope, mask, cache)
         return x + self.mlp(self.post_attention_layernorm(x))
 
 
 class Llama(nn.Module):
-    """The Llama-3 stack without embedding and head: (B, T, D) -> (B, T, D), causal."""
+    """Llama 3 without embedding and head: (B, T, D) -> (B, T, D), causal."""
 
     def __init__(self, c):
         super().__init__()
         self.layers = [Layer(c, i) for i in range(c.n_layers)]
         self.norm = nn.RMSNorm(c.dim, eps=c.norm_eps)
-        self._periods = c.rope_periods()  # underscored: not a parameter
-        mx.eval(self._periods)  # so that other threads may use it
+        self._periods = c.rope_periods()  # the underscore keeps it out of the parameters
+        mx.eval(self._periods)  # so that other threads can use it
 
     def __call__(self, x, cache=None):
         T = x.shape[1]
@@ -283,13 +369,29 @@ class Llama(nn.Module):
 
 
 def row_mask(rows):
-    """Which columns of rows (..., K + 1) count: the last of a text row, the others of an audio row."""
+    """Which cells of rows (..., K + 1) count: the id of a text row, the codes of an audio row."""
     is_text = rows[..., -1:] != NO_TEXT
-    return (is_text == (mx.arange(rows.shape[-1]) == rows.shape[-1] - 1)) & (rows != NO_TEXT)
+    in_text_column = mx.arange(rows.shape[-1]) == rows.shape[-1] - 1
+    return (is_text == in_text_column) & (rows != NO_TEXT)
+
+
+def frame_row(codes, K):
+    """A frame's codes (B, n) as the row (B, 1, K + 1) that goes back into the backbone."""
+    missing = K + 1 - codes.shape[1]  # the text id, and the codebooks that are not spoken
+    return mx.pad(codes, [(0, 0), (0, missing)], constant_values=NO_TEXT)[:, None]
+
+
+def prefill(model, rows, cache):
+    """Pass rows (T, K + 1) through the backbone -> the hidden state (1, D) of the last."""
+    h = None
+    for i in range(0, len(rows), PREFILL_ROWS):
+        h = model(mx.array(rows[None, i : i + PREFILL_ROWS]), cache)[:, -1]
+        mx.eval(h, cache.keys, cache.values)  # bounds memory
+    return h
 
 
 class CSM(nn.Module):
-    """Backbone and depth decoder. Parameters are named as in senstella/csm-1b-mlx, our own layout."""
+    """Backbone and depth decoder. Parameters have the names of senstella/csm-1b-mlx."""
 
     def __init__(self, config: CSMConfig = CSMConfig()):
         super().__init__()
@@ -309,20 +411,20 @@ class CSM(nn.Module):
     def dtype(self):
         return self.backbone.norm.weight.dtype
 
-    def embed(self, rows, mask):
-        """rows (B, T, K + 1) int, mask alike bool -> (B, T, D), the sum of the embeddings kept, added up in float32."""
-        K = self.config.audio_num_codebooks
-        audio = self.audio_embeddings(rows[..., :K] + self._offsets)  # (B, T, K, D)
-        text = self.text_embeddings(rows[..., K:])  # (B, T, 1, D)
-        kept = mx.concatenate([audio, text], axis=-2) * mask[..., None]
-        return kept.astype(mx.float32).sum(axis=-2).astype(self.dtype)
+    def embed(self, rows):
+        """rows (B, T, K + 1) -> (B, T, D): the sum, in float32, of the embeddings that count."""
+        K, ids = self.config.audio_num_codebooks, mx.maximum(rows, 0)  # NO_TEXT is no index
+        audio = self.audio_embeddings(ids[..., :K] + self._offsets)  # (B, T, K, D)
+        text = self.text_embeddings(ids[..., K:])  # (B, T, 1, D)
+        cells = mx.concatenate([audio, text], axis=-2) * row_mask(rows)[..., None]
+        return cells.astype(mx.float32).sum(axis=-2).astype(self.dtype)
 
-    def __call__(self, rows, mask, cache=None):
-        """rows, mask (B, T, K + 1) -> hidden states (B, T, D) of the backbone."""
-        return self.backbone(self.embed(rows, mask), cache)
+    def __call__(self, rows: mx.array, cache: KVCache | None = None) -> mx.array:
+        """rows (B, T, K + 1) -> the backbone's hidden states (B, T, D)."""
+        return self.backbone(self.embed(rows), cache)
 
     def head(self, i, h):
-        """Logits (..., V) of codebook i from h: the backbone's hidden state for i = 0, else the depth decoder's."""
+        """Logits (..., V) of codebook i from h, the backbone's for i = 0, else the decoder's."""
         return self.codebook0_head(h) if i == 0 else self.audio_head[i - 1](h)
 
     def embed_code(self, i, codes):
@@ -330,92 +432,129 @@ class CSM(nn.Module):
         return self.audio_embeddings(codes + self._offsets[i])
 
     def depth_logits(self, h, codes):
-        """Teacher-forced: h (N, D) hidden states, codes (N, K) of their frames -> logits (N, K - 1, V) of codes 1.."""
+        """Teacher-forced: h (N, D), their frames (N, K) -> logits (N, K - 1, V) of codes 1.."""
         K = self.config.audio_num_codebooks
         x = self.embed_code(mx.arange(K - 1), codes[:, :-1])
         y = self.decoder(self.projection(mx.concatenate([h[:, None], x], axis=1)))[:, 1:]
         return mx.stack([self.head(i, y[:, i - 1]) for i in range(1, K)], axis=1)
 
-    def sample_rest(self, h, first, sample, n=None):
-        """The depth decoder: h (B, D), the backbone's last, and codebook 0's codes (B,) -> the others (B, K - 1) int32.
+    def next_frame(self, h: mx.array, draw: Callable, n: int | None = None) -> mx.array:
+        """Hidden state h (B, D) -> the codes (B, K) int32 of the frame that follows.
 
-        sample(i, logits (B, V)) -> ids (B,) is asked for each codebook i in turn. n: stop after the first n codebooks.
+        draw(i, logits (B, V)) -> ids (B,) chooses the code of each codebook i in turn. n: stop
+        after the first n codebooks.
         """
-        K = n or self.config.audio_num_codebooks
-        cache = KVCache(self.config.decoder, self.dtype, step=K)  # a fresh one every frame
-        codes, x = [], mx.stack([h, self.embed_code(0, first)], axis=1)  # (B, 2, D)
-        for i in range(1, K):
+        n = n or self.config.audio_num_codebooks
+        cache = KVCache(self.config.decoder, self.dtype, step=n)  # a fresh one every frame
+        codes = [draw(0, self.head(0, h))]
+        x = mx.stack([h, self.embed_code(0, codes[0])], axis=1)  # (B, 2, D)
+        for i in range(1, n):
             y = self.decoder(self.projection(x), cache)[:, -1]
-            codes.append(sample(i, self.head(i, y)))
-            x = self.embed_code(i, codes[-1])[:, None]
+            codes.append(draw(i, self.head(i, y)))
+            x = self.embed_code(i, codes[i])[:, None]  # (B, 1, D)
         return mx.stack(codes, axis=1).astype(mx.int32)
 
 
-# ---------------------------------------------------------------------------------------------------- sampling
+def frames(
+    model: CSM, rows: np.ndarray, cache: KVCache, max_frames: int, seed: int,
+    sampling: Sampling = Sampling(), n_codes: int | None = None, n_codebooks: int | None = None,
+) -> Iterator[np.ndarray]:  # fmt: skip
+    """Speak a prompt's rows (T, K + 1) -> frames of codes (K,) int32, until one is all zeros.
 
-
-@dataclass(frozen=True)
-class Sampling:
-    """How codes are drawn from logits. The filters act on the untempered probabilities, in mlx-lm's order."""
-
-    temperature: float = 0.9  # 0: greedy
-    top_k: int = 50  # 0: off
-    top_p: float = 1.0  # 0 or 1: off
-    min_p: float = 0.0  # relative to the likeliest; 0: off
-    min_tokens_to_keep: int = 1  # that min_p spares
-    sampler: Callable | None = None  # log-probabilities (B, V) -> ids (B,), in place of all the above
-    logits_processors: tuple = ()  # of codebook 0: (ids so far (F,), logits (1, V)) -> logits
-
-    def __post_init__(self):
-        limits = {"temperature": (0, 1e9), "top_p": (0, 1), "min_p": (0, 1)}
-        limits |= {"top_k": (0, math.inf), "min_tokens_to_keep": (1, math.inf)}
-        for name, (low, high) in limits.items():
-            if not low <= (getattr(self, name) or 0) <= high:
-                raise ValueError(f"{name} must lie in {low:g}..{high:g}, not {getattr(self, name)}")
-
-    @property
-    def greedy(self):
-        return self.temperature < 1e-6  # dividing by less overflows
-
-    def numbers(self):
-        """The options as a row (5,) for `sample`: 1 / temperature, top-k, top-p, log min-p, how many min-p spares."""
-        if self.greedy:
-            return [1.0, 1, 2.0, -math.inf, 1]
-        top_p, min_p = self.top_p if 0 < self.top_p < 1 else 2.0, math.log(self.min_p) if self.min_p else -math.inf
-        top_k, spared = (min(n, 2**20) for n in (self.top_k or 2**20, self.min_tokens_to_keep))  # they become floats
-        return [1 / self.temperature, top_k, top_p, min_p, spared]
-
-
-def sample(logits, noise, options):
-    """Ids (B,) from logits (B, V), -inf where forbidden, by Gumbel noise (B, V); options (B, 5): Sampling.numbers.
-
-    Each filter keeps a prefix of the ids in falling order, so together they keep the shortest. The noise is the id's
-    own, and the id drawn is the one whose tempered log-probability and noise add up to most (Gumbel-max).
+    cache: what goes before the rows. It grows by them and by each frame. n_codes: Mimi's (None:
+    three fewer than the vocabulary). n_codebooks: speak only so many (None: all).
     """
-    scale, top_k, top_p, min_p, spared = (options[:, i : i + 1] for i in range(5))
-    order, rank = mx.argsort(-logits, axis=-1), mx.arange(logits.shape[-1])
-    logp = mx.take_along_axis(logits, order, axis=-1)
-    logp = logp - mx.logsumexp(logp, axis=-1, keepdims=True)
-    likelier = mx.cumsum(mx.exp(logp), axis=-1, inclusive=False)  # as long as these do not fill top_p already
-    keep = (rank < top_k) & (likelier < top_p) & ((logp >= logp[:, :1] + min_p) | (rank < spared))
-    score = mx.where(keep, logp * scale, -mx.inf) + mx.take_along_axis(noise, order, axis=-1)
-    return mx.take_along_axis(order, mx.argmax(score, axis=-1, keepdims=True), axis=-1)[:, 0].astype(mx.int32)
+    K, V = model.config.audio_num_codebooks, model.config.audio_vocab_size
+    n, key, said = n_codebooks or K, mx.random.key(seed), []
+    options = mx.array([sampling.as_row()])
+    h = prefill(model, rows, cache)
+    for _ in range(max_frames):
+        now, key = mx.random.split(key)
+        noise = None if sampling.greedy else mx.random.gumbel((1, n, V), key=now)
+        draw = Draw(noise, options, n_codes or V - 3)
+        if sampling.sampler or sampling.logits_processors:
+            draw = add_functions(draw, sampling, said)
+        codes = fast_next_frame(model, h, draw, n)  # (1, n)
+        mx.async_eval(codes)  # apart from h: what is launched together is ready together
+        h = model(frame_row(codes, K), cache)[:, -1]  # (1, D): the frame goes back in
+        mx.async_eval(h, key)  # queue the backbone's step before looking at the codes
+        frame = np.array(codes)[0]
+        if not frame.any():
+            return
+        said.append(int(frame[0]))
+        yield frame
+    log.warning("the speech was cut off at %d frames", max_frames)
 
 
-def check_seed(seed):
-    if not 0 <= seed < 2**64:
-        raise ValueError(f"seed must lie in 0..2^64 - 1, not {seed}")
+# ----------------------------------- compiling CSM.next_frame: skip this section on a first reading
+
+COMPILED = {}  # functions, by what their traces depend on besides shapes
+COMPILE_LOCK = threading.Lock()  # any call may trace: each thread does for each shape
 
 
-# ---------------------------------------------------------------------------------------------------- prompt
+def on_gpu():
+    return mx.default_device() == mx.gpu
 
 
-@dataclass(eq=False)  # arrays have no one truth value
+def compiles(model):
+    """Whether to compile next_frame: as CSM_COMPILE=0 or 1 says, else where it pays.
+
+    On a GPU it does: MLX fuses thousands of small operations and replays them without Python. On
+    a CPU it saves a tenth of a large model's frame, for ten seconds of the C++ compiler, once.
+    """
+    asked = os.environ.get("CSM_COMPILE", "")
+    widths = model.config.backbone.dim * model.config.decoder.dim
+    return asked == "1" if asked else on_gpu() or widths >= 2e6
+
+
+def fast_next_frame(model, h, draw, n):
+    """model.next_frame(h, draw, n), compiled where that pays and `draw` is plain."""
+    if not isinstance(draw, Draw) or not compiles(model):
+        return model.next_frame(h, draw, n)
+    weights = model.parameters()  # inputs of the function, so that they may change
+    del weights["backbone"], weights["text_embeddings"]
+    arrays = (h,) if draw.noise is None else (h, draw.noise, draw.options)
+    key = repr(model.config), draw.n_codes, n, *(name for name, _ in tree_flatten(weights))
+    with COMPILE_LOCK:
+        try:
+            if key not in COMPILED:
+                COMPILED[key] = compile_next_frame(model, draw.n_codes, n)
+                mx.eval(COMPILED[key](weights, *arrays))  # a CPU's C++ compiler may fail
+            if COMPILED[key]:
+                return COMPILED[key](weights, *arrays)
+        except RuntimeError as e:
+            log.warning("going on without mx.compile, which fails here: %s", e)
+            COMPILED[key] = None
+        except BaseException:  # Ctrl-C leaves half a trace: use a new function from now on
+            COMPILED[key, len(COMPILED)] = COMPILED.pop(key, None)
+            raise
+    return model.next_frame(h, draw, n)
+
+
+def compile_next_frame(model, n_codes, n):
+    """next_frame as a compiled function of weights and arrays; it holds no weights of the model.
+
+    It must never be freed: MLX finds traces by a function's address, which another might get.
+    """
+    skeleton = copy.deepcopy(model)
+    skeleton.update(tree_map(lambda w: mx.zeros(()), skeleton.parameters()))
+
+    def function(weights, h, noise=None, options=None):
+        skeleton.update(weights)
+        return skeleton.next_frame(h, Draw(noise, options, n_codes), n)
+
+    return mx.compile(function)
+
+
+# ------------------------------------------------------------------------------------------- prompt
+
+
+@dataclass(eq=False)  # comparing arrays gives no single truth value
 class Segment:
     """A finished turn of a conversation: who said what, and how it sounded.
 
-    audio: (samples,) at 24 kHz, or the path of an audio file of any rate and channels. codes: (F, K), which generation
-    gives; with codes the audio is not encoded again, and may be None.
+    audio: (samples,) at 24 kHz, or the path of an audio file of any rate and number of channels.
+    codes: (F, K), as generation gives them; with codes, audio is not needed and not encoded.
     """
 
     speaker: int
@@ -425,10 +564,11 @@ class Segment:
 
 
 class Tokenizer:
-    """Text -> ids, from `tokenizer.json` (by `tokenizers`) or `tokenizer.model` (by `sentencepiece`)."""
+    """Text -> ids, by a `tokenizer.json` (tokenizers) or a `tokenizer.model` (sentencepiece)."""
 
-    # Usual names of what stands before and after a text.
-    MARKS = ("<|begin_of_text|> <|end_of_text|>", "<bos> <eos>", "<s> </s>", "<|im_start|> <|im_end|>")
+    MARKS = (  # common names of the tokens before and after a text
+        "<|begin_of_text|> <|end_of_text|>", "<bos> <eos>", "<s> </s>", "<|im_start|> <|im_end|>",
+    )  # fmt: skip
 
     def __init__(self, path):
         self.path = Path(path)
@@ -437,7 +577,7 @@ class Tokenizer:
                 import tokenizers
 
                 t = tokenizers.Tokenizer.from_file(str(path))
-                self.bos, self.eos = self._marks(t)
+                self.bos, self.eos = self._find_marks(t)
                 t.encode_special_tokens = True  # "<|end_of_text|>" in a user's text is text
                 self._encode = lambda text: t.encode(text, add_special_tokens=False).ids
             else:
@@ -449,22 +589,23 @@ class Tokenizer:
         except Exception as e:  # both libraries raise bare Exceptions
             raise ValueError(f"{path} is not a tokenizer: {e}") from None
         if None in (self.bos, self.eos):
-            log.warning("%s has no tokens for the beginning and the end of a text, which CSM was trained with", path)
+            log.warning("%s has no begin and end tokens, which CSM was trained with", path)
 
-    def _marks(self, t):
-        """The ids before and after a text: of the tokenizer's own template, if that has both, or else by their names.
+    def _find_marks(self, t):
+        """The ids before and after a text: by the tokenizer's template if it has both, or by name.
 
-        Llama's own adds the first alone, and CSM was trained with both.
+        Llama's own template adds only the first; CSM was trained with both.
         """
         whole, text = t.encode("a").ids, t.encode("a", add_special_tokens=False).ids
         if len(whole) == len(text) + 2 and whole[1:-1] == text:
             return whole[0], whole[-1]
-        own = codec.read_json(self.path.with_name("tokenizer_config.json"))
-        own = [own.get(name) or "" for name in ("bos_token", "eos_token")]
-        own = [token["content"] if isinstance(token, dict) else token for token in own]
-        pairs = [[t.token_to_id(name) for name in pair] for pair in (own, *(marks.split() for marks in self.MARKS))]
-        # The first that there is whole. Where both are one token, that ends documents.
-        return max(pairs, key=lambda pair: (None not in pair and pair[0] != pair[1], -pair.count(None)))
+        config = mimi.read_json(self.path.with_name("tokenizer_config.json"))
+        names = [config.get(name) or "" for name in ("bos_token", "eos_token")]
+        names = [name["content"] if isinstance(name, dict) else name for name in names]
+        pairs = [names, *(marks.split() for marks in self.MARKS)]
+        pairs = [[t.token_to_id(name) for name in pair] for pair in pairs]
+        # Prefer two different tokens: if both are the same, it only separates documents.
+        return max(pairs, key=lambda p: (None not in p and p[0] != p[1], -p.count(None)))
 
     def encode(self, text):
         """text -> [bos, ..., eos]: CSM's template has both, once each."""
@@ -472,9 +613,9 @@ class Tokenizer:
 
 
 def as_samples(audio):
-    """Any form of Segment.audio -> (samples,) float32, checked."""
+    """Segment.audio in any form -> (samples,) float32. Raises ValueError."""
     if isinstance(audio, (str, os.PathLike)):
-        return codec.read_audio(audio)
+        return mimi.read_audio(audio)
     if isinstance(audio, mx.array) and audio.dtype == mx.bfloat16:  # which NumPy lacks
         audio = audio.astype(mx.float32)
     audio = np.array(audio)
@@ -490,283 +631,144 @@ def as_samples(audio):
     return audio.astype(np.float32)
 
 
-# ---------------------------------------------------------------------------------------------------- the engine
-
-
-@dataclass(eq=False)
-class Utterance:
-    """What a Batch knows of one of its sequences."""
-
-    uid: int
-    rows: np.ndarray  # (T, K + 1), its prompt after what `cache` holds
-    limit: int  # frames at most
-    seed: int
-    sampling: Sampling
-    cache: KVCache | None  # of what goes before
-    keep: bool  # whether its own cache is wanted when it leaves
-    launched: int = 0  # frames
-    seen: int = 0  # frames
-    over: bool = False  # whether it has ended, or was removed
-    said: list = field(default_factory=list)  # codes of codebook 0, for logits processors
-
-
-def prefill(model, rows, cache=None):
-    """Rows (T, K + 1) behind those that `cache`, which is not altered, holds -> last hidden (1, D), KVCache of all."""
-    cache = cache.filter([0]) if cache else KVCache(model.config.backbone, model.dtype)
-    for i in range(0, len(rows), PREFILL):
-        part = mx.array(rows[None, i : i + PREFILL])
-        h = model(mx.maximum(part, 0), row_mask(part), cache)[:, -1]
-        mx.eval(h, cache.keys, cache.values)
-    return h, cache
-
-
-class Batch:
-    """Utterances spoken side by side, a frame of all at a time. They join and leave between frames.
-
-    Each gives the codes that it would give alone. For one thread at a time; several batches may share a Generator.
-    """
-
-    def __init__(self, generator):
-        self.generator, self.model = generator, generator.model
-        self.ids = count()
-        self.waiting, self.live = [], []  # Utterances; the live ones in the order of the arrays' rows
-        self.kept = {}  # uid -> the KVCache of one that was inserted with keep, once it has ended
-        self.cache = None  # KVCache of the live ones
-        self.h = mx.zeros((0, self.model.config.backbone.dim), self.model.dtype)  # (B, D) last hidden
-        self.keys = mx.zeros((0, 2), mx.uint32)  # (B, 2) randomness
-        mx.eval(self.h, self.keys)  # so that another thread may go on with them
-        self.flying = None  # the frame under way: its Utterances and codes (B, K)
-
-    def __len__(self):
-        """How many speak or wait to."""
-        return len({u.uid for u in self._present() if not u.over})
-
-    def insert(self, prompt_rows, max_frames, seed, sampling=Sampling(), cache=None, keep=False):
-        """Let an utterance join before the next frame; returns its uid.
-
-        prompt_rows: (T, K + 1), see Generator.prompt. cache: KVCache of a batch of one, of rows that go before them; it
-        is not altered. keep: `remove` shall return a KVCache of all that was said. ValueError: a prompt too long.
-        """
-        check_seed(seed)
-        if max_frames < 1:
-            raise ValueError(f"max_frames must be 1 or more, not {max_frames}")
-        rows = np.array(prompt_rows, np.int32)
-        n = len(rows) + (cache.offset if cache else 0)
-        room = self.generator.limit - n
-        if not len(rows) or room < 1:
-            raise ValueError(f"the prompt takes {n} positions, and the model has {self.generator.limit}")
-        uid = next(self.ids)
-        self.waiting.append(Utterance(uid, rows, min(max_frames, room), seed, sampling, cache, keep))
-        return uid
-
-    def next(self):
-        """One frame: [(uid, codes (K,) int32)] of all that speak; codes None, behind the last frame: it has ended.
-
-        The frame after it is under way before this one is looked at, so that the device never waits.
-        """
-        while True:
-            landed = self.flying
-            self._leave()
-            self._join()
-            self.flying = self._launch() if self.live else None
-            if landed or not self.flying:
-                return self._look(*landed) if landed else []
-
-    def remove(self, uid):
-        """Let an utterance leave at once. Returns its KVCache if it was inserted with `keep`, else None."""
-        for u in self._present():
-            u.over |= u.uid == uid
-        self._leave()
-        return self.kept.pop(uid, None)
-
-    def _present(self):
-        """The Utterances that wait, that live, and whose frame is under way, which may have left `live` with it."""
-        return [*self.waiting, *self.live, *(self.flying[0] if self.flying else [])]
-
-    def _leave(self):
-        """The arrays without those that are over, or have all their frames under way."""
-        self.waiting = [u for u in self.waiting if not u.over]
-        rows = [i for i, u in enumerate(self.live) if not u.over and u.launched < u.limit]
-        if len(rows) == len(self.live):
-            return
-        for i, u in enumerate(self.live):
-            if u.keep and i not in rows:
-                self.kept[u.uid] = kept = self.cache.filter([i])
-                mx.async_eval(kept.keys, kept.values)  # so that another thread may go on with them
-        at, self.live = mx.array(rows, mx.int32), [self.live[i] for i in rows]
-        self.h, self.keys, self.cache = self.h[at], self.keys[at], self.cache.filter(rows) if rows else None
-
-    def _join(self):
-        """Those that wait into the arrays. A prompt that several have is computed once."""
-        done, starts = {}, []
-        for u in self.waiting:
-            what = u.rows.tobytes(), id(u.cache)
-            done[what] = done.get(what) or prefill(self.model, u.rows, u.cache)
-            starts.append(done[what])
-        if starts:
-            self.h = mx.concatenate([self.h, *(h for h, _ in starts)])
-            self.keys = mx.concatenate([self.keys, *(mx.random.key(u.seed)[None] for u in self.waiting)])
-            self.cache = KVCache.join([self.cache] * bool(self.live) + [cache for _, cache in starts])
-            self.live, self.waiting = self.live + self.waiting, []
-
-    def _launch(self):
-        """The next frame of all under way -> (Utterances, codes (B, K))."""
-        c, live = self.model.config, list(self.live)
-        K, V, B = self.generator.codebooks, c.audio_vocab_size, len(live)
-        if all(u.sampling.greedy for u in live):
-            noise = mx.zeros((B, K, V))
-        else:
-            now, self.keys = mx.vmap(mx.random.split)(self.keys).swapaxes(0, 1)  # (B, 2) each
-            noise = mx.vmap(lambda key: mx.random.gumbel((K, V), key=key))(now)
-        logits = self.model.head(0, self.h).astype(mx.float32)
-        for i, u in enumerate(live):
-            for process in u.sampling.logits_processors:
-                row = process(mx.array(u.said, mx.int32), logits[i : i + 1])
-                logits = mx.concatenate([logits[:i], row, logits[i + 1 :]])
-        logits = logits + self.generator.forbidden
-        own = [(i, u.sampling.sampler) for i, u in enumerate(live) if u.sampling.sampler]
-        options = mx.array([u.sampling.numbers() for u in live])  # (B, 5)
-        first = by_samplers(own, logits, sample(logits, noise[:, 0], options))
-        codes = self.generator.depth(self.h, first, noise[:, 1:], options, own)
-        codes = mx.concatenate([first[:, None], codes], axis=1)
-        for u in live:
-            u.launched += 1
-        if any(u.launched < u.limit for u in live):
-            empty = c.audio_num_codebooks + 1 - K
-            row = mx.pad(mx.clip(codes, 0, V - 1), [(0, 0), (0, empty)], constant_values=NO_TEXT)[:, None]
-            self.h = self.model(mx.maximum(row, 0), row_mask(row), self.cache)[:, -1]
-        mx.async_eval(codes, self.h, self.keys)
-        if any(u.sampling.logits_processors for u in live):  # which are asked with the codes so far
-            for u, code in zip(live, first.tolist()):
-                u.said.append(code)
-        return live, codes
-
-    def _look(self, utterances, codes):
-        """A frame that was launched -> what `next` returns of it."""
-        n_codes, out = self.generator.mimi.config.codebook_size, []
-        for u, ids in zip(utterances, np.array(codes)):
-            if u.over:
-                continue
-            wrong = ids[(ids < 0) | (ids >= n_codes)]
-            if len(wrong):
-                self.remove(u.uid)
-                raise ValueError(f"the sampler gave {wrong[0]}, and Mimi has {n_codes} codes")
-            u.seen += 1
-            u.over = u.seen == u.limit or not ids.any()
-            if ids.any():
-                out.append((u.uid, ids))
-                if u.over:
-                    log.warning("the speech was cut off at %d frames", u.limit)
-            if u.over:
-                out.append((u.uid, None))
-        return out
-
-
-def by_samplers(own, logits, ids):
-    """ids (B,), but those of `own` [(row, sampler)] drawn by their samplers from the log-probabilities."""
-    for i, sampler in own:
-        row = logits[i : i + 1] - mx.logsumexp(logits[i : i + 1], axis=-1, keepdims=True)
-        ids = mx.concatenate([ids[:i], sampler(row).astype(mx.int32), ids[i + 1 :]])
-    return ids
-
-
-# ---------------------------------------------------------------------------------------------------- generation
+# ---------------------------------------------------------------------------------------- generator
 
 
 class Generator:
-    """A loaded model: network, codec, tokenizer and voices. It never changes, so threads may share it.
+    """A loaded model: network, codec, tokenizer and voices. Threads may share it."""
 
-    The arguments that generate, stream, generate_codes and Conversation.say share:
-      text, speaker (0, 1, ...; the voice comes from the context, and a turn of the same speaker shares its voice)
-      context: Segments said before; voice, used when there is no context: a preset's name, the path of a clip with its
-      transcript beside it (me.wav, me.txt), "none"; None: the model's default
-      voice_match: continue the speaker's last clip in `context` in place of answering it (None: as the model's config)
-      max_audio_length_ms (None: 3 s and 200 ms a character, at most 90 s), and the fields of Sampling, by default the
-      model's own; seed: None draws one, and logs it on the logger "csm".
-    All raise ValueError for what is wrong in them, and for a prompt beyond the model's positions.
-    """
-
-    def __init__(self, model, mimi, tokenizer, voices=None, fields=None, codebooks=None):
-        self.model, self.mimi, self.tokenizer = model, mimi, tokenizer
+    def __init__(self, model, codec, tokenizer, voices=None, config_json=None, codebooks=None):
+        self.model, self.mimi, self.tokenizer = model, codec, tokenizer
         self.voices = voices or {}  # name -> folder of its .wav and .txt; None: on the Hub
-        self.fields = fields or {}  # of config.json, for `save`
-        self.sample_rate = mimi.sample_rate
-        self.limit = model.config.backbone.max_positions  # positions that the model has
-        K = model.config.audio_num_codebooks
-        self.codebooks = K if codebooks is None else codebooks  # that are spoken, the first ones
-        if not 2 <= self.codebooks <= K:
-            raise ValueError(f"codebooks must be 2 to {K}, not {codebooks}")
-        if mimi.n_codebooks < self.codebooks:
-            n = mimi.n_codebooks
-            raise ValueError(f"the model writes {self.codebooks} codebooks, its Mimi has {n} (--codebooks: fewer)")
-        n_ids = mx.arange(model.config.audio_vocab_size)
-        self.forbidden = mx.where(n_ids < mimi.config.codebook_size, 0, -mx.inf)  # ids that Mimi lacks
-        mx.eval(self.forbidden)
+        self.config_json = config_json or {}  # all of config.json, for `save`
+        self.sample_rate = codec.sample_rate
+        self.max_positions = model.config.backbone.max_positions
+        K, has = model.config.audio_num_codebooks, codec.n_codebooks
+        self.codebooks = n = K if codebooks is None else codebooks  # how many are spoken
+        if not 2 <= n <= K:
+            raise ValueError(f"codebooks must be 2 to {K}, not {n}")
+        if n > has:
+            raise ValueError(f"the model writes {n} codebooks, its Mimi has {has} (use fewer)")
         self.codec_stream = mx.new_thread_local_stream(mx.default_device())
-        self._compiled, self._lock = None, threading.Lock()  # the depth decoder's loop
-        self.contexts, self.kept = {}, 4  # rows, as bytes -> KVCache of the contexts used last; how many of them
-        self._prompts = {}  # the voices asked for so far, as Segments with codes
+        self.context_caches = {}  # rows as bytes -> KVCache, the last used last
+        self.n_context_caches = 4
+        self._voice_prompts = {}  # name -> Segment with codes
 
-    def batch(self):
-        """A Batch, empty."""
-        return Batch(self)
+    def __repr__(self):
+        c, voices = self.model.config.backbone, ", ".join(sorted(self.voices)) or "none"
+        return f"<csm.Generator: {c.n_layers} layers of {c.dim}, voices: {voices}>"
 
-    def conversation(self, context=(), *, voice=None, voice_match=False):
-        """A Conversation that starts with `context`, or without one with a voice for whoever speaks first.
+    def generate(
+        self, text: str, speaker: int = 0, context: Sequence[Segment] = (), *,
+        voice: str | os.PathLike | None = None, max_audio_length_ms: float | None = None,
+        temperature: float | None = None, top_k: int | None = None, top_p: float | None = None,
+        min_p: float | None = None, min_tokens_to_keep: int | None = None, seed: int | None = None,
+        sampler: Callable | None = None, logits_processors: Sequence[Callable] = (),
+        voice_match: bool | None = None,
+    ) -> mx.array:  # fmt: skip
+        """Speech for `text`: (samples,) float32 at `sample_rate`; empty if the model ends at once.
 
-        voice_match: whether its first turn continues a clip, as `generate` has it.
+        speaker: 0, 1, ...; the voice comes from the clips of the same speaker in the context
+        context: Segments that were said before
+        voice: used without a context: the name of a preset, or a clip with its transcript beside it
+            (me.wav, me.txt), or "none"; None: the model's default
+        max_audio_length_ms: None: 3 s and 200 ms a character, at most 90 s
+        temperature ... logits_processors: see Sampling; None: the model's own default
+        seed: for the same speech again; None draws one, and logs it on the logger "csm"
+        voice_match: continue the speaker's last clip instead of answering it; None: by config.json
+
+        Raises ValueError for a wrong argument, and for a prompt that the model has no room for.
         """
-        context = list(context)
-        return Conversation(self, context, [] if context else self.voice_prompt(voice), voice_match)
+        pieces = self.stream(
+            text, speaker, context, voice=voice, voice_match=voice_match, streaming_interval=2.0,
+            max_audio_length_ms=max_audio_length_ms, seed=seed, temperature=temperature,
+            top_k=top_k, top_p=top_p, min_p=min_p, min_tokens_to_keep=min_tokens_to_keep,
+            sampler=sampler, logits_processors=logits_processors,
+        )  # fmt: skip
+        return concatenate(pieces)
 
-    def stream(self, text, speaker=0, context=(), *, voice=None, voice_match=None, **options) -> Iterator[mx.array]:
-        """What `generate` gives, in pieces of streaming_interval=0.5 seconds: (samples,) float32 each."""
-        return self.conversation(context, voice=voice, voice_match=voice_match).stream(text, speaker, **options)
+    def stream(
+        self, text: str, speaker: int = 0, context: Sequence[Segment] = (), *,
+        streaming_interval: float = 0.5, **options,
+    ) -> Iterator[mx.array]:  # fmt: skip
+        """What `generate` gives, in pieces of `streaming_interval` seconds: (samples,) float32."""
+        frames = self.frames(text, speaker, context, **options)
+        return self.decode_stream(frames, streaming_interval)
 
-    def generate(self, text, speaker=0, context=(), **options) -> mx.array:
-        """Speech for `text`: (samples,) float32 at `sample_rate`; empty if the model ends at once."""
-        return join(self.stream(text, speaker, context, streaming_interval=2.0, **options))
+    def generate_codes(
+        self, text: str, speaker: int = 0, context: Sequence[Segment] = (), **options
+    ) -> mx.array:
+        """The codes of what `generate` gives: (F, K) int32."""
+        return self.join_frames(self.frames(text, speaker, context, **options))
 
-    def generate_codes(self, text, speaker=0, context=(), *, voice=None, voice_match=None, **options) -> mx.array:
-        """The codes of the speech: (F, K) int32."""
-        talk = self.conversation(context, voice=voice, voice_match=voice_match)
-        for _ in talk.frames(text, speaker, **options):
-            pass
-        return talk.turns[-1].codes
+    def conversation(
+        self, context: Sequence[Segment] = (), *, voice: str | os.PathLike | None = None,
+        speaker: int = 0, voice_match: bool | None = None,
+    ) -> "Conversation":  # fmt: skip
+        """A Conversation after `context`. Without context, `speaker` has the voice."""
+        return Conversation(self, context, voice, speaker, voice_match)
 
-    def generate_batch(
-        self, texts, speaker=0, context=(), *, voice=None, voice_match=None, max_audio_length_ms=None, seed=None,
-        **sampling,
-    ) -> list[mx.array]:  # fmt: skip
-        """Speech for each of `texts`, computed together: [(samples,) float32].
+    def save(self, folder):
+        """Write all of the model as a folder in our own layout, atomically. Raises ValueError."""
+        layouts = mimi.layouts("a model to save")
+        weights, sound = (dict(tree_flatten(x.parameters())) for x in (self.model, self.mimi))
+        config = self.config_json | asdict(self.model.config)
+        files = layouts.native_files(config, weights, asdict(self.mimi.config), sound)
+        place = self.tokenizer.path.parent
+        beside = [place / name for name in TOKENIZER if name.endswith(".json")]
+        files |= {path.name: path for path in [*beside, self.tokenizer.path] if path.is_file()}
+        for name, place in self.voices.items():
+            clip = place and [place / f"{name}{suffix}" for suffix in (".wav", ".txt")]
+            files |= {f"prompts/{path.name}": path for path in clip or () if path.is_file()}
+        layouts.write_folder(folder, files, (TOKENIZER, mimi.MIMI_FILES))
 
-        speaker, max_audio_length_ms: one for all, or a list of one for each. context: Segments for all, or a list of a
-        list for each. Text i sounds as `generate` with seed + i makes it.
-        """
-        if isinstance(texts, str):
-            raise ValueError("texts must be a list of texts, not one")
-        texts, context = list(texts), list(context)
-        speakers, lengths = ([x] * len(texts) if np.ndim(x) == 0 else x for x in (speaker, max_audio_length_ms))
-        own = context and not isinstance(context[0], Segment)
-        contexts = [list(c) for c in context] if own else [context] * len(texts)
-        encoded = {i: self.encode(s) for i, s in {id(s): s for c in contexts for s in c}.items()}  # each once
-        contexts = [[encoded[id(s)] for s in c] for c in contexts]
-        if not len(speakers) == len(lengths) == len(contexts) == len(texts):
-            raise ValueError(f"{len(texts)} texts need as many speakers, contexts and lengths, or one for all")
-        seed, sampling = self.options(seed, sampling)
-        batch, codes = self.batch(), {}
-        for i, (text, speaker, context, ms) in enumerate(zip(texts, speakers, contexts, lengths)):
-            before, rows = self.prompt(text, speaker, context, voice, voice_match)
-            frames = self.max_frames(ms, text)
-            codes[batch.insert(rows, frames, (seed + i) % 2**64, sampling, self.prefill(before))] = []
-        while len(batch):
-            for uid, frame in batch.next():
-                codes[uid] += [] if frame is None else [frame]
-        return [self.decode(mx.array(np.array(c, np.int32).reshape(-1, self.codebooks))) for c in codes.values()]
+    def frames(
+        self, text, speaker=0, context=(), *, voice=None, voice_match=None,
+        max_audio_length_ms=None, seed=None, **sampling,
+    ):  # fmt: skip
+        """What `generate` gives, as frames of codes (K,). Checks the arguments before the first."""
+        seed, sampling = self.read_options(seed, sampling)
+        max_frames = self.max_frames(max_audio_length_ms, text)
+        before, rows = self.prompt(text, speaker, context, voice, voice_match)
+
+        def speak():
+            cache = self.context_cache(before).copy()
+            yield from self.speak(rows, cache, max_frames, seed, sampling)
+
+        return speak()
+
+    def speak(self, rows, cache, max_frames, seed, sampling):
+        """csm.frames with this model's codes, codebooks and positions."""
+        max_frames = min(max_frames, self.max_positions - cache.offset - len(rows))
+        n_codes = self.mimi.config.codebook_size
+        return frames(self.model, rows, cache, max_frames, seed, sampling, n_codes, self.codebooks)
+
+    def decode_stream(self, frames, streaming_interval):
+        """Frames (K,) -> pieces of sound (samples,), each as soon as its frames are there."""
+        if not 0 < streaming_interval < math.inf:
+            raise ValueError(f"streaming_interval must be above 0 s, not {streaming_interval}")
+        size = max(1, round(streaming_interval * self.mimi.config.frame_rate))
+
+        def pieces():
+            state = self.mimi.init_state(1)
+            with closing(frames):
+                while some := list(islice(frames, size)):
+                    with mx.stream(self.codec_stream):  # beside the next frames, not behind them
+                        codes = self.join_frames(some).T[None]  # (1, K, f)
+                        audio, state = self.mimi.decode_step(codes, state)
+                        piece = audio[0, 0]
+                        mx.async_eval(piece)  # so that another thread can take it
+                    yield piece
+
+        return pieces()
+
+    def join_frames(self, frames):
+        """Frames (K,) -> codes (F, K) int32."""
+        return mx.array(np.array(list(frames), np.int32).reshape(-1, self.codebooks))
 
     def decode(self, codes) -> mx.array:
         """Codes (F, K) -> (samples,) float32, in bounded memory."""
-        return join([self.mimi.decode(codes.T[None])[0, 0]])
+        return concatenate([self.mimi.decode(codes.T[None])[0, 0]])
 
     def encode(self, segment):
         """The Segment with its codes."""
@@ -775,34 +777,17 @@ class Generator:
         n = min(self.mimi.n_codebooks, self.model.config.audio_num_codebooks)
         return replace(segment, codes=self.audio_rows(segment)[:-1, :n])
 
-    def save(self, folder):
-        """Write the model as a folder in our own layout, which needs nothing else; whole or not at all. ValueError."""
-        sound, place = dict(tree_flatten(self.mimi.parameters())), self.tokenizer.path.parent
-        for part in ("first", "rest") if self.mimi.rest is not None else ("first",):
-            del sound[f"{part}.norms"]
-            vectors = sound[f"{part}.embedding_sum"] = sound.pop(f"{part}.codebooks")
-            sound[f"{part}.cluster_usage"] = mx.ones(vectors.shape[:2])
-        kind = json.dumps(asdict(self.mimi.config))
-        files = {
-            "config.json": self.fields | asdict(self.model.config) | {"model_type": "csm", "layout": "native"},
-            "model.safetensors": (join_heads(dict(tree_flatten(self.model.parameters()))), {"format": "mlx"}),
-            "mimi.safetensors": (sound, {"format": "mlx", "config": kind}),
-        }
-        files |= {f.name: f for f in (place / name for name in TOKENIZER) if f.is_file() and f.suffix == ".json"}
-        files[self.tokenizer.path.name] = self.tokenizer.path
-        clips = [v / f"{name}{x}" for name, v in self.voices.items() if v for x in (".wav", ".txt")]
-        write_folder(folder, files | {f"prompts/{f.name}": f for f in clips if f.is_file()})
-
     def max_frames(self, max_audio_length_ms, text=""):
-        """The frames that a length in ms, or None, allows for a text."""
+        """How many frames a length in ms allows; None: as many as the text can take."""
         frame_ms = 1000 / self.mimi.config.frame_rate
-        ms = min(90_000, 3_000 + 200 * len(text)) if max_audio_length_ms is None else max_audio_length_ms
+        ms = max_audio_length_ms
+        ms = min(90_000, 3_000 + 200 * len(str(text))) if ms is None else ms
         if not frame_ms <= ms < math.inf:
-            raise ValueError(f"max_audio_length_ms must be {frame_ms:g} or more, one frame, not {ms}")
+            raise ValueError(f"max_audio_length_ms must be {frame_ms:g} or more, not {ms}")
         return int(ms / frame_ms)
 
-    def options(self, seed=None, sampling=()):
-        """The seed, drawn if it is None, and the Sampling of these fields or else of the model's own; checked."""
+    def read_options(self, seed=None, sampling=()):
+        """-> the seed, drawn if None, and a Sampling: the model's own, changed by `sampling`."""
         if seed is None:
             seed = secrets.randbits(32)
             log.info("seed %d", seed)
@@ -811,107 +796,77 @@ class Generator:
         given["logits_processors"] = tuple(given.get("logits_processors", ()))
         return int(seed), Sampling(**(self.model.config.sampling or {}) | given)
 
-    def depth(self, h, first, noise, options, own=()):
-        """CSM.sample_rest by `sample`: h (B, D), first (B,), noise (B, K - 1, V), options (B, 5) -> codes (B, K - 1).
+    # Prompts: text and Segments -> rows.
 
-        Compiled, where that pays, it has fewer of its thousands of small operations, and C++ builds them. The weights
-        are inputs, and so may change. own: as of `by_samplers`.
-        """
-        if own or not compiles(self.model):
-            return self._rest(self.model, h, first, noise, options, own)
-        B, m = len(first), self.model
-        size = next(n for i in count() for n in (2**i, 3 * 2**i // 2) if n >= B)  # so that few sizes are compiled
-        arrays = [mx.pad(x, [(0, size - B)] + [(0, 0)] * (x.ndim - 1)) for x in (h, first, noise, options)]
-        weights = {part: m[part].parameters() for part in ("decoder", "projection", "audio_embeddings")}
-        weights["audio_head"] = [head.parameters() for head in m.audio_head]
-        with self._lock:  # for any call may trace: each thread and size does once
-            try:
-                self._compiled = self._compiled or compiled(self)
-                return self._compiled(weights, *arrays)[:B]
-            except BaseException:  # also Ctrl-C: MLX keeps the half of a trace
-                self._compiled = None
-                raise
-
-    def _rest(self, model, h, first, noise, options, own=()):
-        def draw(i, logits):
-            logits = logits.astype(mx.float32) + self.forbidden
-            return by_samplers(own, logits, sample(logits, noise[:, i - 1], options))
-
-        return model.sample_rest(h, first, draw, noise.shape[1] + 1)
-
-    def prefill(self, rows):
-        """The KVCache of a context's rows (T, K + 1), None for none; those of the last few are kept."""
-        if not len(rows):
-            return None
-        key = rows.tobytes()
-        cache = self.contexts.pop(key, None) or prefill(self.model, rows)[1]
-        self.contexts[key] = cache  # the last of them
-        for old in list(self.contexts)[: -self.kept]:
-            self.contexts.pop(old, None)
-        return cache
+    def opening(self, speaker, context=(), voice=None, voice_match=None):
+        """-> the turns that a speaker begins after, and the clip that he continues, or None."""
+        turns = list(context) or self.voice_prompt(voice, speaker)
+        if not (self.model.config.voice_match if voice_match is None else voice_match):
+            return turns, None
+        for i in reversed(range(len(turns))):
+            if isinstance(turns[i], Segment) and turns[i].speaker == speaker:
+                return turns[:i] + turns[i + 1 :], turns[i]
+        if voice_match:
+            raise ValueError(f"voice_match continues a clip of speaker {speaker}: there is none")
+        return turns, None
 
     def prompt(self, text, speaker=0, context=(), voice=None, voice_match=None):
-        """The rows of the context, to be prefilled, and the rows (T, K + 1) after them: what Batch.insert takes."""
-        talk = self.conversation(context, voice=voice, voice_match=voice_match)
-        rows = talk.prompt(text, speaker)
-        return np.concatenate([rows[:0], *talk.blocks]), rows
+        """-> the rows of the context, and the rows (T, K + 1) of the new turn up to its speech."""
+        turns, clip = self.opening(speaker, context, voice, voice_match)
+        before, rows = self.context_rows(turns), self.turn_rows(text, speaker, clip)
+        self.check_length(len(before) + len(rows))
+        return before, rows
 
-    def voice_prompt(self, voice=None):
-        """A voice as a list of one Segment with codes, or [] for none."""
-        if voice == "none" or (voice is None and not (self.voices and self.model.config.use_default_voice_prompt)):
-            return []
-        name = str(voice or ("conversational_a" if "conversational_a" in self.voices else min(self.voices)))
-        try:
-            self._prompts[name] = self._prompts.get(name) or self.encode(self._clip(name))
-            return [self._prompts[name]]
-        except (ValueError, FileNotFoundError) as e:
-            if voice:
-                raise ValueError(str(e)) from None
-            log.warning("speaking without the default voice %s: %s", name, e)
-            return []
+    def context_rows(self, turns):
+        """(T, K + 1) int32 for finished turns, perhaps none."""
+        empty = np.zeros((0, self.model.config.audio_num_codebooks + 1), np.int32)
+        return np.concatenate([empty, *map(self.segment_rows, turns)])
 
-    def _clip(self, name):
-        """A voice's clip and what it says, as a Segment."""
-        if name in self.voices and self.voices[name] is None:
-            wav = codec.download(DEFAULT_PROMPTS, f"prompts/{name}.wav")
-            text = codec.layouts("the Hub's voices").TRANSCRIPTS.get(name)
-            return Segment(0, text or read_text(f"@{codec.download(DEFAULT_PROMPTS, f'prompts/{name}.txt')}"), wav)
-        wav = self.voices[name] / f"{name}.wav" if name in self.voices else Path(name)
-        if not wav.is_file():
-            known = ", ".join(sorted(self.voices)) or "none at all"
-            raise ValueError(f"unknown voice {name!r}; this model has: {known}; or name a clip, with a .txt beside it")
-        return Segment(0, read_text(f"@{wav.with_suffix('.txt')}"), wav)
+    def segment_rows(self, segment):
+        """(T, K + 1) int32 for a finished turn: its text, then its audio."""
+        audio = self.audio_rows(segment)  # first, since it refuses what is no Segment
+        return np.concatenate([self.text_rows(segment.text, segment.speaker), audio])
+
+    def turn_rows(self, text, speaker, clip=None):
+        """(T, K + 1) int32 for a turn to speak, which may continue a clip."""
+        if clip is None:
+            return self.text_rows(text, speaker)
+        both = self.text_rows(f"{clip.text} {text}", speaker)
+        return np.concatenate([both, self.audio_rows(clip)[:-1]])  # without its end
 
     def text_rows(self, text, speaker):
-        """(T, K + 1) int32 for one turn's text."""
+        """(T, K + 1) int32 for a turn's text."""
         if not isinstance(speaker, (int, np.integer)) or speaker < 0:
             raise ValueError(f"speaker must be 0 or more, not {speaker!r}")
         if not isinstance(text, str) or not text.strip():
-            raise ValueError("the text is empty" if isinstance(text, str) else f"text must be a str, not {text!r}")
+            raise ValueError(f"the text is empty, or no text: {text!r}")
         c = self.model.config
-        mark = f"[{speaker}] {text.lstrip()}" if c.speaker_prefix_space else f"[{speaker}]{text}"
+        spaced = f" {text.lstrip()}" if c.speaker_prefix_space else text
         try:
-            ids = self.tokenizer.encode(mark)
-        except (UnicodeError, TypeError):  # lone surrogates, which is what Python makes of a wrong byte
+            ids = self.tokenizer.encode(f"[{speaker}]{spaced}")
+        except (UnicodeError, TypeError):  # lone surrogates, which Python makes of invalid bytes
             raise ValueError("the text is not UTF-8") from None
         if max(ids) >= c.text_vocab_size:
-            raise ValueError(f"the tokenizer gives id {max(ids)}, and the model knows {c.text_vocab_size}: not a pair")
+            n = c.text_vocab_size
+            raise ValueError(f"the tokenizer gives id {max(ids)}, the model knows {n}: not a pair")
         rows = np.zeros((len(ids), c.audio_num_codebooks + 1), np.int32)
         rows[:, -1] = ids
         return rows
 
     def audio_rows(self, segment):
-        """(F + 1, K + 1) int32 for one turn's audio: its frames and the frame of zeros that ends it.
+        """(F + 1, K + 1) int32 for a turn's audio: its frames and the frame of zeros that ends it.
 
-        The text column holds NO_TEXT, and so do those of codebooks that the codes, (F, 1 to K), do not have.
+        NO_TEXT marks the text column, and the codebooks that the codes (F, 1 to K) lack.
         """
         K, V = self.model.config.audio_num_codebooks, self.model.config.audio_vocab_size
         if not isinstance(segment, Segment):
             raise ValueError(f"a context is a list of Segments, not of {segment!r}")
         if segment.codes is None and segment.audio is None:
-            raise ValueError(f"a turn of the context has a text but no audio: {segment.text[:40]!r}")
-        if (codes := segment.codes) is None:
-            codes = self.mimi.encode(mx.array(as_samples(segment.audio))[None, None])[0, :K].T
+            raise ValueError(f"a turn of the context has no audio: {segment.text[:40]!r}")
+        codes = segment.codes
+        if codes is None:
+            audio = mx.array(as_samples(segment.audio))[None, None]
+            codes = self.mimi.encode(audio)[0, :K].T
         codes = np.array(codes)
         if codes.ndim != 2 or not self.codebooks <= codes.shape[1] <= K:
             raise ValueError(f"codes must be (frames, {K}), not {codes.shape}")
@@ -920,323 +875,286 @@ class Generator:
         rows = np.pad(codes.astype(np.int32), [(0, 1), (0, 0)])
         return np.pad(rows, [(0, 0), (0, K + 1 - rows.shape[1])], constant_values=NO_TEXT)
 
-    def segment_rows(self, segment):
-        """(T, K + 1) int32 for a finished turn: its text, then its audio."""
-        audio = self.audio_rows(segment)  # first, since it says what is no Segment
-        return np.concatenate([self.text_rows(segment.text, segment.speaker), audio])
-
-
-class Conversation:
-    """Turns said so far and their KV cache, so that a new turn costs the backbone its own rows alone.
-
-    Past the model's positions it forgets the oldest turns that came after its context, down to half of the positions,
-    and warns on the logger "csm". A turn whose stream is abandoned, or fails, is not part of the conversation.
-    """
-
-    def __init__(self, generator, context=(), voice=(), voice_match=False):
-        self.generator = generator
-        self.turns = list(context)  # Segments
-        self.blocks = [generator.segment_rows(s) for s in self.turns]  # the rows of each turn
-        self.n_kept = len(self.blocks)  # the context, or the voice prompt, is never forgotten
-        self.voice, self.voice_match = list(voice), voice_match  # Segments to put first; both of who speaks first
-        self.opening = None  # what the first turn continues: its text, and its frames as rows
-        self.cache = None  # of the rows that went through the backbone
-        self.prefilled = 0  # rows that went through it as prompt, in all
-        self.busy = False
-
-    def say(self, text, speaker=0, **options) -> mx.array:
-        """Say the next turn: (samples,) float32. Options: see Generator."""
-        return join(self.stream(text, speaker, streaming_interval=2.0, **options))
-
-    def stream(self, text, speaker=0, *, streaming_interval=0.5, **options) -> Iterator[mx.array]:
-        """Say the next turn in pieces of `streaming_interval` seconds: (samples,) float32 each."""
-        mimi = self.generator.mimi
-        if not 0 < streaming_interval < math.inf:
-            raise ValueError(f"streaming_interval must be above 0 seconds, not {streaming_interval}")
-        size = max(1, round(streaming_interval * mimi.config.frame_rate))
-        frames = self.frames(text, speaker, **options)
-
-        def pieces():
-            state, interrupt = mimi.init_state(1), None
-            with closing(frames):
-                while not interrupt:
-                    waiting = []
-                    try:
-                        waiting.extend(islice(frames, size))
-                    except KeyboardInterrupt as e:  # what is finished is handed out before it goes on
-                        interrupt = e
-                    if not waiting:
-                        break
-                    with mx.stream(self.generator.codec_stream):  # beside the next frame, not behind it
-                        audio, state = mimi.decode_step(mx.array(np.stack(waiting, axis=-1)[None]), state)
-                        piece = audio[0, 0]
-                        mx.async_eval(piece)
-                    yield piece
-            if interrupt:
-                raise interrupt
-
-        return pieces()
-
-    def hear(self, segment):
-        """Add a turn that somebody else spoke."""
-        self._check_free()
-        rows = self.generator.segment_rows(segment)
-        self._check_length(len(rows), self.blocks[: self.n_kept])
-        self.blocks.append(rows)
-        self.turns.append(segment)
-
-    def prompt(self, text, speaker=0):
-        """The rows (T, K + 1) of the next turn before its speech; `blocks` go before them. ValueError: too many."""
-        rows, bound = self._prompt(text, speaker)
-        vars(self).update(bound)  # only now, since a prompt that is refused binds nobody to the voice
-        return rows
-
-    def _prompt(self, text, speaker):
-        """These rows, and what the conversation's fields become with them."""
-        g, opening = self.generator, self.opening
-        voice = [replace(s, speaker=speaker) for s in self.voice]
-        turns, blocks = voice + self.turns, [*map(g.segment_rows, voice), *self.blocks]
-        n_kept = self.n_kept + len(voice)
-        if g.model.config.voice_match if self.voice_match is None else self.voice_match:
-            mine = [i for i, s in enumerate(turns[:n_kept]) if s.speaker == speaker]
-            if mine:
-                clip, block = turns.pop(mine[-1]), blocks.pop(mine[-1])
-                opening, n_kept = (clip.text, block[block[:, -1] == NO_TEXT][:-1]), n_kept - 1
-            elif self.voice_match:
-                raise ValueError(f"voice_match continues a clip of speaker {speaker}, and the context has none")
-        rows = g.text_rows(text, speaker)
-        if opening:
-            said, frames = opening
-            rows = np.concatenate([g.text_rows(f"{said} {text}", speaker), frames])
-        self._check_length(len(rows), blocks[:n_kept])
-        bound = {"turns": turns, "blocks": blocks, "n_kept": n_kept, "opening": opening}
-        return rows, bound | {"voice": [], "voice_match": False}
-
-    def frames(self, text, speaker=0, *, max_audio_length_ms=None, seed=None, **sampling):
-        """Say the next turn as frames of codes, (K,) int32 each. Arguments are checked at once, not at the first."""
-        seed, sampling = self.generator.options(seed, sampling)
-        max_frames = self.generator.max_frames(max_audio_length_ms, str(text))
-        self._prompt(text, speaker)  # for its errors alone; bound is who speaks, not who asked to
-        return self._frames(Segment(speaker, text), max_frames, seed, sampling)
-
-    def _check_free(self):
-        if self.busy:
-            raise ValueError("a turn is still being said: finish its stream, or close it")
-
-    def _check_length(self, n_rows, kept):
-        n, limit = sum(map(len, kept)) + n_rows, self.generator.limit
+    def check_length(self, n):
+        """Raise ValueError if a prompt of n rows leaves no room for speech."""
+        limit, seconds = self.max_positions, self.max_positions / self.mimi.config.frame_rate
         if n >= limit:
-            hint = "shorten context or text (a long text: python -m csm_tools.narrate)"
-            raise ValueError(f"the prompt takes {n} positions, and the model has {limit}: {hint}")
+            raise ValueError(
+                f"the prompt takes {n} positions, and the model has {limit}: {seconds:.0f} s of "
+                "sound; shorten context or text (a long text: python -m csm_tools.narrate)"
+            )
 
-    def _frames(self, turn, max_frames, seed, sampling):
-        self._check_free()
-        rows, bound = self._prompt(turn.text, turn.speaker)
-        held = {name: getattr(self, name) for name in bound}
-        vars(self).update(bound)
-        self._make_room(len(rows), max_frames)
-        prompt, said, self.busy = np.concatenate([*self.blocks, rows]), [], True
+    def context_cache(self, rows):
+        """A KVCache of a context's rows (T, K + 1), shared: copy it before it grows."""
+        cache = self.context_caches.pop(rows.tobytes(), None)
+        if cache is None:
+            cache = KVCache(self.model.config.backbone, self.model.dtype)
+            prefill(self.model, rows, cache)
+        self.context_caches[rows.tobytes()] = cache  # the last one now
+        for old in list(self.context_caches)[: -self.n_context_caches]:
+            self.context_caches.pop(old, None)
+        return cache
+
+    def voice_prompt(self, voice=None, speaker=0):
+        """A voice as a context: a list of one Segment with codes, or [] for none."""
+        default = bool(self.voices) and self.model.config.use_default_voice_prompt
+        if voice == "none" or (voice is None and not default):
+            return []
+        presets = sorted(self.voices, key=lambda name: (name != "conversational_a", name))
+        name = str(voice or presets[0])
         try:
-            context = np.concatenate([rows[:0], *self.blocks[: self.n_kept]])
-            cache = self.cache or self.generator.prefill(context)
-            start = cache.offset if cache else 0
-            self.prefilled += len(prompt) - start
-            batch = self.generator.batch()
-            uid = batch.insert(prompt[start:], max_frames, seed, sampling, cache, keep=True)
-            while len(batch):
-                for _, codes in batch.next():
-                    if codes is not None:
-                        said.append(codes)
-                        yield codes
-            turn.codes = mx.array(np.stack(said)) if said else mx.zeros((0, self.generator.codebooks), mx.int32)
-            mx.eval(turn.codes)
-            block = np.concatenate([rows, self.generator.audio_rows(turn)])
-            cache = batch.remove(uid)
-        except BaseException:  # abandoned, or failed
-            vars(self).update(held)
-            raise
-        finally:
-            self.busy = False
-        cache.trim(cache.offset - len(prompt) - len(said) - 1)  # the frame of zeros stays, what followed goes
-        self.cache = cache
-        self.opening = None
-        self.blocks.append(block)
-        self.turns.append(turn)
+            if name not in self._voice_prompts:
+                self._voice_prompts[name] = self.encode(self._read_voice(name))
+        except (ValueError, FileNotFoundError) as e:
+            if voice:
+                raise ValueError(str(e)) from None
+            log.warning("speaking without the default voice %s: %s", name, e)
+            return []
+        return [replace(self._voice_prompts[name], speaker=speaker)]
 
-    def _make_room(self, n_rows, max_frames):
-        """Forget old turns where the prompt leaves no room for the speech, or a quarter of the positions."""
-        limit, n = self.generator.limit, 0
-        if sum(map(len, self.blocks)) + n_rows + min(max_frames, limit // 4) <= limit:
-            return
-        # Down to half of them at once, so that the next turns find their cache again.
-        while len(self.blocks) > self.n_kept and sum(map(len, self.blocks)) + n_rows > limit // 2:
-            del self.blocks[self.n_kept], self.turns[self.n_kept]
-            n += 1
-        if n:
-            log.warning("%d old turns forgotten: the model has %d positions", n, limit)
-            self.cache = None
+    def _read_voice(self, name):
+        """A voice's clip and transcript, as a Segment."""
+        if name in self.voices and self.voices[name] is None:
+            wav, text = mimi.layouts("the Hub's voices").download_voice(name)
+            return Segment(0, text, wav)
+        wav = self.voices[name] / f"{name}.wav" if name in self.voices else Path(name)
+        if not wav.is_file():
+            known = ", ".join(sorted(self.voices)) or "none at all"
+            hint = f"this model has: {known}; or name a clip, with a .txt beside it"
+            raise ValueError(f"unknown voice {name!r}; {hint}")
+        return Segment(0, read_text(f"@{wav.with_suffix('.txt')}"), wav)
 
 
-def on_gpu():
-    return mx.default_device() == mx.gpu
-
-
-def compiles(model):
-    """Whether to compile the depth decoder's loop: CSM_COMPILE=0 or 1, or else where it pays.
-
-    On a CPU it takes 10 s once, by the C++ compiler, and saves a tenth of a large model's frame. Without a compiler MLX
-    leaves functions as they are.
-    """
-    asked = os.environ.get("CSM_COMPILE", "")
-    return asked == "1" if asked else on_gpu() or model.config.backbone.dim * model.config.decoder.dim >= 2e6
-
-
-COMPILED = []  # MLX knows a function by its address, and another's may be the same once it is freed: none ever is
-
-
-def compiled(generator):
-    """The depth decoder's loop of a Generator, compiled: a function of its weights and `depth`'s arrays."""
-    generator = weakref.ref(generator)
-
-    def traced(weights, *arrays):
-        # A copy, of the same arrays: it holds tracers afterwards, the shared model never.
-        model = copy.deepcopy(generator().model)
-        model.update(weights)
-        return generator()._rest(model, *arrays)
-
-    COMPILED.append(mx.compile(traced))
-    return COMPILED[-1]
-
-
-def join(pieces):
+def concatenate(pieces):
     whole = mx.concatenate([mx.zeros((0,)), *pieces])
     mx.eval(whole)
     return whole
 
 
-# ---------------------------------------------------------------------------------------------------- loading, saving
+class Conversation:
+    """Turns said so far and their KV cache: a new turn costs the backbone only its own rows.
+
+    The cache always holds a prefix of the turns' rows. A turn that is abandoned, or fails, leaves
+    the conversation as it was. When the positions run out, the oldest turns after the context are
+    forgotten, down to half of the positions, with a warning on the logger "csm".
+    """
+
+    def __init__(self, generator, context=(), voice=None, speaker=0, voice_match=None):
+        self.generator, self.speaking, self.cache = generator, False, None
+        # Segments, and the clip that the speaker's first turn continues, or None
+        self.turns, self.clip = generator.opening(speaker, context, voice, voice_match)
+        self.blocks = [generator.segment_rows(turn) for turn in self.turns]  # rows (T, K + 1) each
+        self.n_context = len(self.blocks)  # these turns are never forgotten
+
+    def say(self, text: str, speaker: int = 0, **options) -> mx.array:
+        """Speak the next turn: (samples,) float32. Options: as Generator.generate's."""
+        return concatenate(self.stream(text, speaker, streaming_interval=2.0, **options))
+
+    def stream(
+        self, text: str, speaker: int = 0, *, streaming_interval: float = 0.5, **options
+    ) -> Iterator[mx.array]:
+        """Speak the next turn in pieces of `streaming_interval` seconds: (samples,) float32."""
+        return self.generator.decode_stream(
+            self.frames(text, speaker, **options), streaming_interval
+        )
+
+    def hear(self, segment: Segment):
+        """Add a turn that somebody else spoke."""
+        self._check_free()
+        rows = self.generator.segment_rows(segment)
+        self.generator.check_length(self._length(self.n_context) + len(rows))
+        self.blocks.append(rows)
+        self.turns.append(segment)
+
+    def frames(self, text, speaker=0, *, max_audio_length_ms=None, seed=None, **sampling):
+        """Speak the next turn as frames of codes (K,). Checks the arguments before the first."""
+        g = self.generator
+        seed, sampling = g.read_options(seed, sampling)
+        max_frames = g.max_frames(max_audio_length_ms, text)
+        clip = self.clip if self.clip and self.clip.speaker == speaker else None
+        rows = g.turn_rows(text, speaker, clip)
+        g.check_length(self._length(self.n_context) + len(rows))
+
+        def speak():
+            self._check_free()
+            self._make_room(len(rows), max_frames)
+            start, said, self.speaking = self._length(), [], True
+            try:
+                if self.cache is None:
+                    context = [g.context_rows([]), *self.blocks[: self.n_context]]
+                    self.cache = g.context_cache(np.concatenate(context)).copy()
+                new = np.concatenate([*self.blocks, rows])[self.cache.offset :]
+                for codes in g.speak(new, self.cache, max_frames, seed, sampling):
+                    said.append(codes)
+                    yield codes
+                turn = Segment(speaker, text, codes=g.join_frames(said))
+                block = np.concatenate([rows, g.audio_rows(turn)])
+            except BaseException:  # also when the stream is closed: undo the turn
+                if self.cache:
+                    self.cache.trim(self.cache.offset - start)
+                raise
+            finally:
+                self.speaking = False
+            self.turns.append(turn)
+            self.blocks.append(block)
+            self.clip = None if clip else self.clip
+
+        return speak()
+
+    def _length(self, n=None):
+        """Rows of the first n turns, or of all."""
+        return sum(map(len, self.blocks[:n]))
+
+    def _check_free(self):
+        if self.speaking:
+            raise ValueError("a turn is still being said: finish its stream, or close it")
+
+    def _make_room(self, n_rows, max_frames):
+        """Forget old turns if prompt and speech, or a quarter of the positions, would not fit."""
+        limit, before = self.generator.max_positions, len(self.turns)
+        if self._length() + n_rows + min(max_frames, limit // 4) <= limit:
+            return
+        # Forget down to half at once, so that the next turns find their cache again.
+        while len(self.blocks) > self.n_context and self._length() + n_rows > limit // 2:
+            del self.blocks[self.n_context], self.turns[self.n_context]
+        if forgotten := before - len(self.turns):
+            log.warning("%d old turns forgotten: the model has %d positions", forgotten, limit)
+            self.cache = None
 
 
-def split_heads(weights):
-    """Our layout's one `audio_head` (K - 1, D, V) as the model's matrices, `audio_head.i.weight` (V, D)."""
-    if "audio_head" not in weights or weights["audio_head"].ndim != 3:
-        return weights
-    heads = {f"audio_head.{i}.weight": mx.contiguous(w.T) for i, w in enumerate(weights["audio_head"])}
-    return {k: w for k, w in weights.items() if k != "audio_head"} | heads
+# ------------------------------------------------------------------------------------------ loading
+
+TOKENIZER = (
+    "tokenizer.json", "tokenizer.model", "tokenizer_config.json", "special_tokens_map.json",
+)  # fmt: skip
+WEIGHTS = (  # patterns, tried in this order: the first match is loaded
+    "model.safetensors", "model.safetensors.index.json", "ckpt.safetensors", "*.index.json",
+    "*.safetensors", "ckpt.pt", "*.pt", "*.pth", "*backbone*.gguf", "*.gguf",
+)  # fmt: skip
 
 
-def join_heads(weights):
-    """The other way: `audio_head.i.weight` as one `audio_head`; quantized ones stay as they are."""
-    names = sorted((k for k in weights if k.startswith("audio_head.")), key=lambda k: int(k.split(".")[1]))
-    if not names or any(not k.endswith(".weight") for k in names):
-        return weights
-    others = {k: w for k, w in weights.items() if k not in names}
-    return others | {"audio_head": mx.stack([weights[k].T for k in names])}
+def load(
+    model: str | Path = "csm-1b", *, dtype=None, quantize: int | str | None = None,
+    group_size: int = 64, adapter=None, codebooks: int | None = None,
+) -> Generator:  # fmt: skip
+    """Load a model from a local folder or weights file, or from the Hugging Face Hub.
 
+    model: "csm-1b", "tiny" (the small bundled model), a folder, a weights file or a Hub repository,
+    in our layout or any other that csm_layouts.py reads. What a folder lacks (Mimi, the tokenizer)
+    is downloaded from the defaults.
+    dtype: "float32", "bfloat16" or "float16"; None: bfloat16 on a GPU, float32 on a CPU.
+    quantize: 4, 6 or 8 bits, in groups of group_size; or "mxfp4", "nvfp4" or "mxfp8".
+    adapter: a folder or Hub repository that finetune, PEFT or csm-mlx wrote; or a list of these and
+    of (folder, factor).
+    codebooks: use only the first so many; fewer are faster and sound worse.
 
-def dequantize_weights(config, weights, names=None):
-    """{name: array} with the quantized matrices, or those of them in `names`, plain again."""
-    weights, plain = dict(weights), dict(CSM(config).named_modules())
-    for name, m in blank(config, weights).named_modules():
-        if "scales" in m and (names is None or name in names):
-            parts = [weights.pop(f"{name}.{part}", None) for part in ("weight", "scales", "biases")]
-            weights[f"{name}.weight"] = mx.dequantize(*parts, **packing(m, plain[name].weight.shape[1]))
-    return weights
+    Raises ValueError.
+    """
+    path = find_model(model)
+    folder = path if path.is_dir() else path.parent
+    fields, weights, inside = read_checkpoint(path)
+    config, weights = CSMConfig.from_dict(fields), split_heads(weights)
+    if adapter:
+        config, weights = adapters().adapted(config, weights, adapter)
+    if quantize:
+        layouts = mimi.layouts("quantize")
+        weights, note = layouts.quantize(weights, quantize, group_size)
+        config = replace(config, quantization=note)
+    dtype = as_dtype(dtype)
+    for name, w in weights.items():
+        if mx.issubdtype(w.dtype, mx.floating):
+            weights[name] = w.astype(dtype)
+    network = blank_model(config, weights)
+    mimi.load_weights(network, weights)
+    del weights  # the network holds them now
 
-
-def blank(config, weights):
-    """A CSM of zeros to take `weights`: with quantized matrices where they are."""
-    model = CSM(config)
-    for name, m in model.named_modules():
-        if f"{name}.scales" in weights:
-            for part in ("weight", "scales", "biases"):
-                if (w := weights.get(f"{name}.{part}")) is not None:
-                    m[part] = mx.zeros((len(m.weight), *w.shape[1:]), w.dtype)
-    return model
-
-
-def locate(model):
-    """What `load` was given -> the path of a local folder or file, downloaded if need be. Raises ValueError."""
+    if beside := mimi.first_match(folder, *mimi.MIMI_FILES):
+        codec = mimi.load(beside)
+    elif inside:
+        codec = mimi.from_weights(inside[1], inside[0])
+    else:
+        codec = mimi.load()
+    tokenizer = Tokenizer(find_tokenizer(path, config.text_tokenizer))
+    voices = {}
     if model == "csm-1b":
-        return codec.download(*DEFAULT_MODEL)
-    if model == "tiny":  # beside csm.py, or, installed, in the package
+        voices = dict.fromkeys(mimi.layouts(model).DEFAULT_VOICES)
+    voices |= {clip.stem: clip.parent for clip in (folder / "prompts").glob("*.wav")}
+    return Generator(network, codec, tokenizer, voices, fields, codebooks)
+
+
+def find_model(model):
+    """The local path of what `load` was given; downloads it if necessary. Raises ValueError."""
+    if model == "tiny":  # beside csm.py; an installation has it in csm_tools
         here = Path(__file__).resolve().parent
-        places = [place for place in (here / "tiny", here / "csm_tools/tiny") if (place / "config.json").is_file()]
-        return places[0] if places else here / "tiny"
-    # A repository may hold its weights in several layouts: the MLX or Sesame ones first, in one file.
-    kinds = ("model*.safetensors*", "ckpt.safetensors"), ("*.pt",), ("*.safetensors*",)
-    known = "csm-1b, tiny, a folder, a .safetensors file or a Hugging Face repository"
-    return codec.local(model, *kinds, beside=BESIDE, known=known)
+        installed = here / "csm_tools/tiny"
+        return installed if (installed / "config.json").is_file() else here / "tiny"
+    if Path(model).exists() and model != "csm-1b":
+        return Path(model)
+    return mimi.layouts(model).download_csm(model, mimi.MIMI_FILES)
+
+
+def read_checkpoint(path):
+    """A folder or weights file in any layout -> config, weights and the Mimi inside, in our layout.
+
+    The weights are {name: array}, read lazily. The Mimi is (config, weights), or None.
+    """
+    file = weights_file(path)
+    if file is None:
+        raise ValueError(f"{path} has no weights of a CSM: no .safetensors, .pt, .gguf or index")
+    config = mimi.read_json(file.with_name("config.json"))
+    if file.suffix == ".gguf":
+        weights, fields = gguf().read_gguf(file)
+        config = fields | config | {"layout": None}
+    else:
+        weights = mimi.read_weights(file)[0]
+    if config.get("layout") == "native":
+        return config, weights, None
+    try:
+        return mimi.layouts(path).csm_to_native(config, weights, asdict(CSMConfig()))
+    except (TypeError, AttributeError, LookupError, ArithmeticError) as e:
+        raise ValueError(
+            f"{file.with_name('config.json')} has a field of a wrong type: {e}"
+        ) from None
 
 
 def weights_file(path):
-    """The file of a folder that holds a CSM's weights, or an index of such; None: there is none. A file is itself."""
-    files = [f for pattern in WEIGHTS for f in sorted(path.glob(pattern))] if path.is_dir() else [path]
-    return next((f for f in files if not any(map(f.match, codec.FILES))), None)
+    """The weights file, or index of shards, of the CSM in a folder, or None. A file is itself."""
+    files = [path]
+    if path.is_dir():
+        files = [file for pattern in WEIGHTS for file in sorted(path.glob(pattern))]
+    for file in files:
+        if not any(file.match(pattern) for pattern in mimi.MIMI_FILES):
+            return file
+    return None
 
 
-def read(path):
-    """A folder or weights file in any layout -> (config, weights, (Mimi's config, weights) or None) in ours, lazily."""
+def find_tokenizer(path, repo):
+    """The tokenizer beside the weights, in a .gguf, or of a Hub repository (None: the default)."""
     file = weights_file(path)
-    if file is None:
-        raise ValueError(f"{path} has no weights of a CSM: no .safetensors, no index of shards, no .pt")
-    config, weights = codec.read_json(file.with_name("config.json")), codec.read_weights(file)[0]
-    if config.get("layout") == "native":
-        return config, weights, None
-    return codec.layouts(path).csm_to_native(config, weights, asdict(CSMConfig()))
+    found = mimi.first_match(file.parent, *TOKENIZER[:2])
+    if not found and file.suffix == ".gguf":
+        found = gguf().extract_tokenizer(file)
+    return found or mimi.layouts("a missing tokenizer").download_tokenizer(repo, TOKENIZER)
 
 
-def adapted(config, weights, folder, factor=1.0):
-    """{name: array} with `factor` times what the adapter in a folder or Hub repository changes. Raises ValueError.
-
-    Quantized matrices that are changed become plain.
-    """
-    files = "adapters.safetensors", "adapter.safetensors", "adapter_model.safetensors"  # csm-mlx's, ours; PEFT's
-    place, layouts = codec.local(folder, files, beside=("adapter_config.json",)), codec.layouts(folder)
-    kind, file = codec.read_json(place / "adapter_config.json"), codec.find(place, *files)
-    if not kind or not file:
-        raise ValueError(f"{folder} has no adapter_config.json and {files[0]} or {files[2]}")
-    try:
-        changes = layouts.adapter_to_native(asdict(config), kind, codec.read_safetensors(file)[0])
-        names = {name.rpartition(".")[0] for name in changes}
-        return layouts.apply_adapter(dequantize_weights(config, weights, names), changes, factor)
-    except ValueError as e:
-        raise ValueError(f"the adapter {folder}: {e}") from None
+def split_heads(weights):
+    """Turn our layout's `audio_head` (K - 1, D, V) into the model's `audio_head.i.weight`."""
+    weights = dict(weights)
+    if "audio_head" in weights and weights["audio_head"].ndim == 3:
+        for i, w in enumerate(weights.pop("audio_head")):
+            weights[f"audio_head.{i}.weight"] = mx.contiguous(w.T)
+    return weights
 
 
-def load(model="csm-1b", *, dtype=None, quantize=None, group_size=64, adapter=None, codebooks=None):
-    """A Generator.
-
-    model: "csm-1b", "tiny", a folder, a weights file or a Hugging Face repository, in our layout or any that
-    csm_layouts.py knows. dtype: of the computation, "float32", "bfloat16" or "float16"; None: bfloat16 on a GPU,
-    float32 on the CPU, where the other types are slow. quantize: 4, 6 or 8 bits, mxfp4, nvfp4 or mxfp8. adapter: a
-    folder or repository that finetune, PEFT or csm-mlx wrote, or a list of them and of (folder, factor). codebooks:
-    speak the first so many, None for all; fewer are quicker and sound worse. What a folder lacks (Mimi, tokenizer) is
-    taken from the default downloads. Raises ValueError.
-    """
-    path = locate(model)
-    folder = path if path.is_dir() else path.parent
-    fields, weights, mimi = read(path)
-    config, weights = CSMConfig.from_dict(fields), split_heads(weights)
-    for one in adapter if isinstance(adapter, list) else [adapter] if adapter else []:
-        weights = adapted(config, weights, *(one if isinstance(one, tuple) else (one,)))
-    if quantize:
-        weights, kind = codec.layouts("what is quantized here").quantize(weights, quantize, group_size)
-        config = replace(config, quantization=kind)
-    dtype = as_dtype(dtype)
-    weights = {k: w.astype(dtype) if mx.issubdtype(w.dtype, mx.floating) else w for k, w in weights.items()}
-    network = blank(config, weights)
-    codec.fill(network, weights)
-    del weights
-    beside = codec.find(folder, *codec.FILES)
-    mimi = codec.load(beside) if beside else codec.from_weights(mimi[1], mimi[0]) if mimi else codec.load()
-    elsewhere, names = config.text_tokenizer or DEFAULT_TOKENIZER, TOKENIZER[:2]
-    tokenizer = codec.find(folder, *names) or codec.find(codec.download(elsewhere, *TOKENIZER), *names)
-    if tokenizer is None:
-        raise ValueError(f"{elsewhere} has no {' or '.join(names)}")
-    voices = dict.fromkeys(DEFAULT_VOICES) if model == "csm-1b" else {}
-    voices |= {f.stem: f.parent for f in (folder / "prompts").glob("*.wav")}
-    return Generator(network, mimi, Tokenizer(tokenizer), voices, fields, codebooks)
+def blank_model(config, weights):
+    """A CSM of zeros, quantized where `weights` are, ready to be filled with them."""
+    model = CSM(config)
+    for name, module in model.named_modules():
+        if f"{name}.scales" in weights:
+            for part in ("weight", "scales", "biases"):
+                if (w := weights.get(f"{name}.{part}")) is not None:
+                    module[part] = mx.zeros((len(module.weight), *w.shape[1:]), w.dtype)
+    return model
 
 
 def as_dtype(dtype):
@@ -1248,43 +1166,29 @@ def as_dtype(dtype):
     return getattr(mx, name)
 
 
-def write_folder(folder, files):
-    """files: {name: a path to copy, a dict for JSON, a text, or (weights, metadata)}. All are written, or none."""
-    folder = Path(os.path.realpath(folder))
-    staging = folder.with_name(f".{folder.name}.{os.getpid()}.part")
+def adapters():
+    """The module csm_tools.adapters, which only adapters need."""
     try:
-        for name, content in files.items():
-            path = staging / name
-            path.parent.mkdir(parents=True, exist_ok=True)
-            if isinstance(content, Path):
-                shutil.copyfile(content, path)
-            elif isinstance(content, tuple):
-                mx.save_safetensors(str(path), *content)
-            else:
-                text = content if isinstance(content, str) else json.dumps(content, indent=2) + "\n"
-                path.write_text(text, encoding="utf-8")
-        if not folder.exists():
-            staging.rename(folder)
-            return
-        for name in files:  # all are whole by now, and on the same disk
-            (folder / name).parent.mkdir(parents=True, exist_ok=True)
-            (staging / name).replace(folder / name)
-        for kind in (TOKENIZER, codec.FILES):  # of another model, which `load` might take in their place
-            there = {f for pattern in kind for f in folder.glob(pattern)}
-            if ours := there & {folder / name for name in files}:
-                for f in there - ours:
-                    f.unlink()
-    except (OSError, RuntimeError) as e:  # RuntimeError: MLX, of a full disk
-        raise ValueError(f"cannot write {folder}: {getattr(e, 'strerror', None) or e}") from None
-    finally:
-        shutil.rmtree(staging, ignore_errors=True)
+        from csm_tools import adapters
+    except ImportError:
+        raise ValueError("an adapter needs csm_tools and csm_layouts.py beside csm.py") from None
+    return adapters
 
 
-# ---------------------------------------------------------------------------------------------------- command
+def gguf():
+    """The module csm_tools.gguf, which only GGUF files need."""
+    try:
+        from csm_tools import gguf
+    except ImportError:
+        raise ValueError("a GGUF file needs csm_tools and csm_layouts.py beside csm.py") from None
+    return gguf
+
+
+# ------------------------------------------------------------------------------------------ command
 
 
 def read_text(argument):
-    """TEXT of the command: itself, "-" for standard input, "@file" for a file."""
+    """A TEXT argument: "-" is standard input, "@file" a file, anything else the text itself."""
     if argument != "-" and not argument.startswith("@"):
         return argument
     try:
@@ -1294,213 +1198,48 @@ def read_text(argument):
         raise ValueError(f"cannot read {argument.removeprefix('@')}: {e}") from None
 
 
-def read_dialogue(path):
-    """Lines "0: Hello." -> [(speaker, text)]."""
-    turns = []
-    for n, line in enumerate(read_text(f"@{path}").splitlines(), 1):
-        if m := re.match(r"\s*\[?(\d+)\]?\s*:\s*(\S.*)", line):
-            turns.append((int(m[1]), m[2].strip()))
-        elif line.strip():
-            raise ValueError(f"{path}, line {n}: expected `speaker: text`, such as `0: Hello.`")
-    if not turns:
-        raise ValueError(f"{path} holds no turns")
-    return turns
-
-
-def read_context(path):
-    """JSON, a list of {"speaker", "text", "audio": path beside the JSON} -> Segments."""
-    context = []
-    try:
-        for t in json.loads(read_text(f"@{path}")):
-            speaker, audio = t["speaker"] if "speaker" in t else t["speaker_id"], t.get("audio") or t["audio_path"]
-            context.append(Segment(int(speaker), t["text"], as_samples(Path(path).parent / audio)))
-        return context
-    except (KeyError, TypeError, AttributeError, ArithmeticError, RecursionError, json.JSONDecodeError) as e:
-        expected = '[{"speaker": 0, "text": "...", "audio": "file.wav"}, ...]'
-        raise ValueError(f"{path}: expected {expected} ({type(e).__name__}: {e})") from None
-
-
-QUANTIZE = {  # the option of that name
-    "type": lambda x: int(x) if x.isdigit() else x,
-    "choices": (4, 6, 8, "mxfp4", "nvfp4", "mxfp8"),
-    "help": "bits of the weights, or another of MLX's ways",
-}
-
-
-def adapter(argument):
-    """DIR or DIR=FACTOR -> (folder, factor)."""
-    folder, _, factor = argument.rpartition("=")
-    return (folder, float(factor)) if folder and not Path(argument).exists() else (argument, 1.0)
-
-
-def add_model_options(p):
-    """What `load_for` reads."""
-    p.add_argument("--model", help="csm-1b, tiny, a folder, a weights file or a Hugging Face repo (default: csm-1b)")
-    p.add_argument("--quantize", **QUANTIZE)
-    p.add_argument("--dtype", choices=("float32", "bfloat16", "float16"), help="default: what suits the device")
-    how = {"metavar": "DIR[=FACTOR]", "action": "append", "type": adapter}
-    p.add_argument("--adapter", **how, help="of finetune, PEFT or csm-mlx; repeatable")
-    p.add_argument("--codebooks", type=int, metavar="N", help="speak the first N only: quicker, and sounds worse")
-
-
-def add_options(p):
-    """The options of the command that other programs have as well."""
-    add_model_options(p)
-    p.add_argument("--speaker", type=int, default=0, help="speaker id of the text (default 0)")
-    p.add_argument("--voice", help="preset, clip.wav with clip.txt beside it, or none (default: the model's own)")
-    p.add_argument("--ref-audio", metavar="F", help="a clip of the voice to speak with")
-    p.add_argument("--ref-text", metavar="T", help="what that clip says")
-    p.add_argument("--temperature", type=float, help="0 is greedy (default 0.9)")
-    p.add_argument("--top-k", type=int, help="0 is off (default 50)")
-    p.add_argument("--top-p", type=float, help="1 is off (default)")
-    p.add_argument("--min-p", type=float, help="0 is off (default)")
-    p.add_argument("--seed", type=int, help="for the same speech again (default: drawn, and printed)")
-    p.add_argument("--max-audio-length-ms", type=float, metavar="MS", help="a turn's (default: what its text can take)")
-    p.add_argument("--watermark", action="store_true", help="mark the sound as generated (csm_tools.watermark)")
-
-
-def read_options(args):
-    """What add_options took -> the context, and the arguments of `generate`, checked before a model is loaded."""
-    if (args.ref_audio is None) != (args.ref_text is None):
-        raise ValueError("--ref-audio and --ref-text go together: a clip needs its transcript")
-    context = [] if args.ref_audio is None else [Segment(args.speaker, args.ref_text, as_samples(args.ref_audio))]
-    options = {k: getattr(args, k) for k in ("temperature", "top_k", "top_p", "min_p")}
-    Sampling(**{k: v for k, v in options.items() if v is not None})
-    check_seed(args.seed or 0)
-    return context, options | {"max_audio_length_ms": args.max_audio_length_ms}
-
-
-def load_for(args):
-    """The Generator that the options name; without --model CSM-1B, or, where it cannot be had, the one in the box."""
-    how = {name: getattr(args, name) for name in ("dtype", "quantize", "adapter", "codebooks")}
-    try:
-        return load(args.model or "csm-1b", **how)
-    except codec.DownloadError as e:
-        if args.model:
-            raise
-        print(f"speaking with the small model in the box, tiny, since: {e}", file=sys.stderr)
-        return load("tiny", **how)
-
-
-def watermark():
-    """A Watermark, by the program of that name, which this file does not depend on. ValueError: it cannot be had."""
-    import importlib
-
-    try:
-        return importlib.import_module("csm_tools.watermark").load()
-    except ImportError as e:
-        raise ValueError(f"--watermark takes the folder csm_tools beside csm.py ({e})") from None
-
-
-def command(args):
-    from tqdm import tqdm
-
-    if (args.dialogue is None) == (args.text is None):
-        raise ValueError("give TEXT and OUT, or --dialogue and OUT, and not both")
-    turns = read_dialogue(args.dialogue) if args.dialogue else [(args.speaker, read_text(args.text))]
-    context, options = read_options(args)
-    context += read_context(args.context) if args.context else []
-    seed = secrets.randbits(32) if args.seed is None else args.seed
-    live = args.stream or args.play or args.out == "-"
-    options["streaming_interval"] = args.streaming_interval if live else 2.0
-
-    bar = tqdm(unit="s", bar_format="{n:.1f} s of speech, {elapsed}", disable=None, leave=False, delay=0.1)
-    n_samples, first, stopped, speaker = 0, 0.0, False, player() if args.play else nullcontext(lambda audio: None)
-    with codec.audio_writer(args.out) as write, speaker as play, bar:  # which check OUT
-        generator = load_for(args)
-        rate, start = generator.sample_rate, time.perf_counter()
-        talk = generator.conversation(context, voice=args.voice, voice_match=args.voice_match)
-        pieces = (
-            audio
-            for i, (speaker, text) in enumerate(turns)
-            for audio in talk.stream(text, speaker, seed=(seed + i) % 2**64, **options)
-        )
-        try:
-            for audio in map(np.array, watermark().embed_stream(pieces, rate) if args.watermark else pieces):
-                first = first or time.perf_counter() - start
-                n_samples += len(audio)
-                write(audio)
-                play(audio)
-                bar.update(len(audio) / rate)
-        except KeyboardInterrupt:
-            if args.out == "-" or not n_samples:
-                raise
-            stopped = True
-    seconds, taken = n_samples / rate, time.perf_counter() - start
-    if stopped:
-        print(f"interrupted: the {seconds:.1f} s finished so far are in {args.out}", file=sys.stderr)
-    elif not n_samples:
-        print("the model ended the speech at once: there is no audio (try another seed)", file=sys.stderr)
-    print(
-        f"{seconds:.2f} s of audio in {taken:.2f} s, real-time factor {taken / seconds if seconds else math.inf:.2f}, "
-        f"first audio after {first:.2f} s, peak memory {peak_memory() / 1e9:.2f} GB, seed {seed}",
-        file=sys.stderr,
-    )
-    return 130 if stopped else 0
-
-
-@contextmanager
-def player():
-    """A function that plays pieces of audio, 24 kHz, as they come."""
-    try:
-        import sounddevice
-
-        speaker = sounddevice.OutputStream(samplerate=24_000, channels=1, dtype="float32")
-    except Exception as e:  # no package, no PortAudio, no device
-        raise ValueError(f"--play needs `pip install sounddevice` and a sound card: {e or type(e).__name__}") from None
-    with speaker:
-        yield lambda audio: speaker.write(audio[:, None])
-
-
-def peak_memory():
-    """Bytes: the larger of MLX's own peak, which a GPU's is, and the process's."""
-    import resource
-
-    unit = 1 if sys.platform == "darwin" else 1024
-    return max(mx.get_peak_memory(), resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit)
-
-
-def parser_for(name, **kind):
-    """An ArgumentParser that calls itself as it was called, and says a mistake in one line."""
-    import argparse
-
-    called = Path(sys.argv[0]).name.removesuffix(".exe")
-    p = argparse.ArgumentParser(prog=called if called == "csm" or called.startswith("csm-") else name, **kind)
-    p.error = lambda message: p.exit(2, f"{p.prog}: error: {message}\n")
-    return p
-
-
-def run(p, function, args, interrupted="interrupted: no file was written"):
-    """function(args) as the program of the parser `p`: what is wrong ends in one line and exit status 2."""
-    if threading.current_thread() is threading.main_thread():
-        signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # as an exception, so that nothing half-made stays
-    try:
-        return function(args)
-    except BrokenPipeError:  # the player at the other end of OUT - has gone
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return 1
-    except (ValueError, OSError) as e:
-        p.exit(2, f"{p.prog}: error: {' '.join(str(e).split())}\n")
-    except KeyboardInterrupt:
-        p.exit(130, f"{interrupted}\n")
+def speak(args):
+    with mimi.audio_file(args.out) as write:  # OUT is checked before the model is loaded
+        text, generator = read_text(args.text), load(args.model)
+        seed = secrets.randbits(32) if args.seed is None else args.seed
+        start, options = time.perf_counter(), {"voice": args.voice, "temperature": args.temperature}
+        audio = generator.generate(text, args.speaker, seed=seed, **options)
+        write(audio)
+    seconds, taken = audio.size / generator.sample_rate, time.perf_counter() - start
+    print(f"{seconds:.2f} s of audio in {taken:.2f} s, seed {seed}", file=sys.stderr)
 
 
 def main(argv=None):
+    """The command of csm.py alone; with csm_tools beside it, csm_tools/speak.py has all options."""
     import argparse
 
-    p = parser_for("csm.py", description="Text to speech with CSM, Sesame's speech model, on MLX.")
-    p.add_argument("text", nargs="?", metavar="TEXT", help="what to say; - reads standard input, @file a file")
-    p.add_argument("out", metavar="OUT", help="a .wav, .flac, .mp3, .ogg or .opus file; - is standard output, as WAV")
-    add_options(p)
-    p.add_argument("--context", metavar="JSON", help='earlier turns: [{"speaker", "text", "audio"}, ...]')
-    how = {"action": argparse.BooleanOptionalAction}
-    p.add_argument("--voice-match", **how, help="continue the speaker's last clip (default: as the model's config)")
-    p.add_argument("--dialogue", metavar="F", help='speak a script: lines "0: Hello."')
-    p.add_argument("--stream", action="store_true", help="write every --streaming-interval seconds")
-    p.add_argument("--streaming-interval", type=float, default=0.5, metavar="S")
-    p.add_argument("--play", action="store_true", help="play while generating")
-    return run(p, command, p.parse_intermixed_args(argv))
+    options = "[--model M] [--voice V] [--speaker N] [--temperature T] [--seed S]"
+    p = argparse.ArgumentParser(prog="csm.py", usage=f"csm.py TEXT OUT {options}")
+    p.error = lambda message: p.exit(2, f"csm.py: error: {message}\n")  # without the usage
+    p.add_argument("text", metavar="TEXT", help="what to say; - is standard input, @file a file")
+    p.add_argument("out", metavar="OUT", help="a .wav, .flac, .mp3, .ogg or .opus file")
+    p.add_argument("--model", default="csm-1b", help="csm-1b, tiny, a folder, a file or a Hub repo")
+    p.add_argument("--voice", help="a preset, clip.wav with clip.txt beside it, or none")
+    p.add_argument("--speaker", type=int, default=0, help="speaker id of the text (default 0)")
+    p.add_argument("--temperature", type=float, help="0 is greedy (default 0.9)")
+    p.add_argument("--seed", type=int, help="for the same speech again (default: a random one)")
+    if not (sys.argv[1:] if argv is None else argv):
+        p.exit(2, p.format_usage())
+    args, others = p.parse_known_args(argv)
+    if others:
+        where = "csm_tools/speak.py, which is not beside csm.py"
+        p.error(f"{others[0]} is not an option of csm.py alone: more options are in {where}")
+    try:
+        speak(args)
+    except (ValueError, OSError) as e:
+        p.error(" ".join(str(e).split()))
+    except KeyboardInterrupt:
+        p.exit(130, "interrupted: no file was written\n")
+    return 0
 
 
 if __name__ == "__main__":
+    if Path(__file__).resolve().with_name("csm_tools").joinpath("speak.py").is_file():
+        sys.modules["csm"] = sys.modules["__main__"]  # csm_tools imports this module, not a copy
+        from csm_tools.speak import main
     sys.exit(main())

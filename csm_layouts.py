@@ -1,27 +1,32 @@
-"""Every published layout of a CSM or Mimi checkpoint <-> ours: tables and functions on names, arrays and configs.
+"""Convert every published layout of a CSM or Mimi checkpoint to ours and back; read .pt files; save models.
 
-Layouts, told apart by their key names:
+Layouts, recognized by their key names:
   sesame        sesame/csm-1b, MisoTTS, Marvis' .pt files: torchtune names (attn, mlp.w1, sa_norm.scale)
   mlx           senstella/csm-1b-mlx, the MLX community: the same tensors under MLX names. Our native layout
   transformers  CsmForConditionalGeneration: half-split RoPE, the tied audio embedding stored once, Mimi inside
-  Mimi          kyutai's (interleaved RoPE, q|k|v fused), transformers' (half-split RoPE), and ours, as mimi.py computes
+  Mimi          kyutai's (interleaved RoPE, q|k|v fused), transformers' (half-split RoPE), and ours, for mimi.py
 
-RoPE turns pairs of rows of q and k: rows (2i, 2i + 1) of a head if interleaved, (i, i + head_dim / 2) if half-split, so
-one becomes the other by reordering rows. Sizes come from the tensors' shapes, which a config may lack or contradict;
-what shapes cannot tell (heads, RoPE) from the config where it agrees with them, else from the flavor that fits.
+RoPE rotates pairs of rows of q and k: rows (2i, 2i + 1) of a head if interleaved, (i, i + head_dim / 2) if half-split.
+Reordering rows converts one to the other. Sizes come from the tensors' shapes, since a config may lack or contradict
+them. What shapes do not show (heads, RoPE) comes from the config if it agrees with them, else from a known flavor.
 
-All is lazy, and nothing is checked that the model checks: a tensor that is not known here keeps its name and shape, and
-the model, which knows its own, refuses it. `weights` is {name: mx.array} everywhere. `csm_1b` is csm.CSMConfig's
-defaults as a dict, the sizes of CSM-1B: what a config leaves out is taken from there.
+Arrays are lazy. The model checks names and shapes, so this file does not: it passes on a tensor that it does not know,
+and the model refuses it. `weights` is {name: mx.array} everywhere. `csm_1b` is csm.CSMConfig's defaults as a dict, the
+sizes of CSM-1B; they replace what a config leaves out.
 """
 
+import json
 import logging
 import math
 import mmap
+import os
 import pickle
 import re
+import shutil
 import zipfile
 from collections import OrderedDict
+from contextlib import suppress
+from pathlib import Path
 from typing import NamedTuple
 
 import mlx.core as mx
@@ -31,7 +36,7 @@ log = logging.getLogger("csm")
 # ---- tables -----------------------------------------------------------------------------------------------------
 # fmt: off
 
-# Pieces of names in that layout -> what they are in ours, from the first row to the last. Rows undo in falling order.
+# Pieces of names in that layout -> ours, replaced row by row. To convert back, apply the rows from last to first.
 SESAME = (
     (".attn.output_proj.", ".attn.o_proj."), (".attn.", ".self_attn."),
     (".w1.", ".gate_proj."), (".w2.", ".down_proj."), (".w3.", ".up_proj."),
@@ -43,7 +48,7 @@ TRANSFORMERS = (
     ("depth_decoder.model.inputs_embeds_projector.", "projection."), ("depth_decoder.model.", "decoder."),
     ("backbone_model.", "backbone."), ("embed_text_tokens.", "text_embeddings."), ("lm_head.", "codebook0_head."),
 )
-MIMI_TRANSFORMERS = (  # after the rows of mimi_table
+MIMI_TRANSFORMERS = (  # mimi_table puts more rows before these
     (".embed_sum", ".embedding_sum"), (".codebook.initialized", ".codebook._initialized"),
     (".codebook.", "._codebook."), ("_quantizer.layers.", "_quantizer.vq.layers."),
     ("semantic_residual_vector_quantizer.", "rvq_first."), ("acoustic_residual_vector_quantizer.", "rvq_rest."),
@@ -55,28 +60,29 @@ MIMI_TRANSFORMERS = (  # after the rows of mimi_table
     (".convtr.", ".convtr.convtr."), (".conv.", ".conv.conv."),
     ("encoder.layers.", "encoder.model."), ("decoder.layers.", "decoder.model."),
 )
-KYUTAI = (  # regular expressions on kyutai's names of Mimi's tensors -> ours
+KYUTAI = (  # regular expressions: kyutai's names of Mimi's tensors -> ours
     (r"^(en|de)coder\.model\.", r"\1coder."), (r"\.conv\.conv\.(conv\.)?|\.convtr\.convtr\.(convtr\.)?", "."),
     (r"_transformer\.transformer\.", "_transformer."), (r"\.self_attn\.in_proj_weight$", ".in_proj"),
     (r"\.self_attn\.out_proj\.weight$", ".out_proj"), (r"\.(linear[12]|input_proj|output_proj)\.weight$", r".\1"),
     (r"\.layer_scale_([12])\.scale$", r".scale\1"), (r"^quantizer\.rvq_(first|rest)\.", r"\1."),
 )
-TIED = ("backbone_model.embed_tokens.embed_audio_tokens.", "depth_decoder.model.embed_tokens.")  # one may be there
-SPELLINGS = (  # moshi's newer names -> those of the published checkpoint
+# The audio embedding: a file has one of these, or both, which are then equal.
+TIED = ("backbone_model.embed_tokens.embed_audio_tokens.", "depth_decoder.model.embed_tokens.")
+SPELLINGS = (  # newer names of moshi -> names of the published checkpoint
     (".in_projs.0.weight", ".in_proj_weight"), (".in_proj.weight", ".in_proj_weight"), (".out_projs.0.", ".out_proj."),
 )
-PREFIXES = r"((model|module|_orig_mod)\.)*"  # before every name: mlx-audio, PyTorch's DataParallel, torch.compile
-# buffers that some files carry and every loader computes anew
+PREFIXES = r"((model|module|_orig_mod)\.)*"  # before every name, by mlx-audio, PyTorch's DataParallel, torch.compile
+# Buffers that some files contain; loaders compute them.
 BUFFERS = r"(.*\.)?((original_)?inv_freq|audio_tokens_offsets|\w+_causal_mask|pos_embeddings\.(theta|cache))"
 
 SIZES = ("n_layers", "dim", "n_heads", "n_kv_heads", "head_dim", "ffn_dim")
-FLAVORS = {  # the SIZES of a backbone or a depth decoder. llama-1B and llama-100M, which are CSM-1B's: see `flavors`
+FLAVORS = {  # the SIZES of a backbone or depth decoder; function `flavors` adds CSM-1B's, llama-1B and llama-100M
     "llama-8B": (32, 4096, 32, 8, 128, 14336), "llama-300M": (8, 1536, 24, 6, 64, 6912),  # MisoTTS
     "llama-250M": (6, 1536, 12, 3, 128, 8192), "llama-60M": (4, 1024, 8, 2, 128, 4096),  # Marvis
 }
-KINDS = {  # a backbone or text vocabulary that tells a model -> what its own code does and its config may not say
+KINDS = {  # a backbone, or size of the text vocabulary, that identifies a model -> settings that its config may lack
     FLAVORS["llama-8B"]: {"speaker_prefix_space": True},  # MisoTTS
-    49_152: {"voice_match": True, "text_tokenizer": "HuggingFaceTB/SmolLM2-135M"},  # Marvis, by SmolLM2's vocabulary
+    49_152: {"voice_match": True, "text_tokenizer": "HuggingFaceTB/SmolLM2-135M"},  # Marvis has SmolLM2's vocabulary
 }
 PART_FIELDS = (  # native field, transformers' field
     ("n_layers", "num_hidden_layers"), ("dim", "hidden_size"), ("n_heads", "num_attention_heads"),
@@ -84,8 +90,11 @@ PART_FIELDS = (  # native field, transformers' field
     ("norm_eps", "rms_norm_eps"), ("max_positions", "max_position_embeddings"),
 )
 PART_FIXED = {"hidden_act": "silu", "attention_bias": False, "mlp_bias": False}
-CARRIED = r"sampling|speaker_prefix_space|text_tokenizer|use_default_voice_prompt|voice_match|quantization|\w+_token_id"
-MIMI_FIELDS = (  # native field, transformers' field; the first row are those that shapes do not tell
+CARRIED = (
+    r"max_part_characters|sampling|speaker_prefix_space|text_tokenizer|use_default_voice_prompt|voice_match"
+    r"|quantization|\w+_token_id"
+)
+MIMI_FIELDS = (  # native field, transformers' field; shapes do not show the first five
     ("n_heads", "num_attention_heads"), ("context", "sliding_window"), ("norm_eps", "norm_eps"),
     ("dilation_base", "dilation_growth_rate"), ("sample_rate", "sampling_rate"),
     *((field, field) for field in ("kernel_size", "residual_kernel_size", "last_kernel_size", "compress")),
@@ -106,8 +115,8 @@ CHAT_TEMPLATE = """\
         {%- endif -%}
     {%- endfor -%}
 {%- endfor -%}
-"""  # a turn is its text between the tokenizer's marks, then its audio and the frame that ends it
-TRANSCRIPTS = {  # what the clips say that Sesame published beside CSM-1B, as its own run_csm.py has it
+"""  # a turn is its text between the tokenizer's marks, then its audio and an end frame
+TRANSCRIPTS = {  # of the clips that Sesame published beside CSM-1B, from its run_csm.py
     "conversational_a": "like revising for an exam I'd have to try and like keep up the momentum because I'd start "
     "really early I'd be like okay I'm gonna start revising now and then like you're revising for ages and then I just "
     "like start losing steam I didn't do that for the exam we had recently to be fair that was a more of a last minute "
@@ -130,11 +139,17 @@ def refuse_other(config, fixed):
             raise ValueError(f"{field} = {config[field]!r} is not supported, only {value!r}")
 
 
-def read_rope(config, llama3):
-    """transformers 4's rope_theta and rope_scaling, or 5's rope_parameters -> our two fields, as far as they are there.
+def refuse_impossible(config, sizes):
+    for field in sizes:
+        if field in config and not (type(config[field]) is int and 0 < config[field] < 2**31):
+            raise ValueError(f"config.json says {field} = {config[field]!r:.40}")
 
-    Of Llama 3's scaling only the ratios of the original length to the factors count. transformers and Sesame write
-    other lengths: here it is always that of `llama3`, CSM-1B's.
+
+def read_rope(config, llama3):
+    """transformers 4's rope_theta and rope_scaling, or 5's rope_parameters -> our two fields, or those it has.
+
+    Llama 3's scaling depends only on the ratios of the original length to the factors. transformers and Sesame write
+    different lengths; scale the factors so that the length is always that of `llama3`, CSM-1B's.
     """
     rope = config | (config.get("rope_parameters") or config.get("rope_scaling") or {})
     fields = {"rope_theta": float(rope["rope_theta"])} if rope.get("rope_theta") else {}
@@ -150,17 +165,19 @@ def read_rope(config, llama3):
 
 
 def read_part(config, part, csm_1b):
-    """What a config says of the backbone or the decoder, in our fields, as far as it does."""
+    """The fields of the backbone or the decoder that a config has, under our names."""
     if isinstance(config.get(part), dict):
+        refuse_impossible(config[part], SIZES)
         return {field: value for field, value in csm_1b[part].items() if field not in SIZES} | config[part]
     config = config if part == "backbone" else config.get("depth_decoder_config") or {}
     refuse_other(config, PART_FIXED)
     fields = {ours: config[theirs] for ours, theirs in PART_FIELDS if config.get(theirs) is not None}
+    refuse_impossible(fields, SIZES)
     return fields | read_rope(config, csm_1b[part]["rope_scaling"])
 
 
 def flavors(csm_1b):
-    """{name: all fields of a backbone or a decoder}"""
+    """{name: all fields of a backbone or decoder}"""
     other = {name: csm_1b["backbone"] | dict(zip(SIZES, sizes)) for name, sizes in FLAVORS.items()}
     return {"llama-1B": csm_1b["backbone"], "llama-100M": csm_1b["decoder"], **other}
 
@@ -172,9 +189,9 @@ def n_rows(weights, name):
 
 
 def measure(weights, part):
-    """The sizes of a backbone or a decoder from the shapes of its tensors, quantized or not.
+    """The sizes of a backbone or decoder, from the shapes of its tensors, quantized or not.
 
-    n_layers, dim, ffn_dim; and q and k, the rows of these matrices, which are heads times head_dim.
+    n_layers, dim, ffn_dim; and the number of rows of q and k, which is heads * head_dim.
     """
 
     def rows(name):
@@ -186,7 +203,7 @@ def measure(weights, part):
 
 
 def heads(fields, found):
-    """The heads that `fields` of a config mean, if they make the rows of q and k that were found; else None."""
+    """The heads in `fields` of a config, or None if they do not fit the rows of q and k that were found."""
     head_dim = fields.get("head_dim") or ("n_heads" in fields and found["q"] // fields["n_heads"])
     if not head_dim or found["q"] % head_dim or found["k"] % head_dim:
         return None
@@ -195,7 +212,7 @@ def heads(fields, found):
 
 
 def part_config(config, weights, part, csm_1b):
-    """The native fields of the backbone or the decoder; and the flavor that filled what was not told, or None."""
+    """The native fields of the backbone or decoder, and the flavor that supplied missing ones, or None."""
     found, known = measure(weights, part), flavors(csm_1b)
     sizes = {field: n for field, n in found.items() if field not in "qk"}
     given, named = read_part(config, part, csm_1b), config.get(f"{part}_flavor")
@@ -216,11 +233,11 @@ def part_config(config, weights, part, csm_1b):
 
 
 def csm_config(config, weights, csm_1b):
-    """Any published config, or none, and the native weights that it came with -> the native config."""
+    """The config of any layout, or {}, and the weights under native names -> the native config."""
     parts = {part: part_config(config, weights, part, csm_1b) for part in ("backbone", "decoder")}
     if filled := [name for _, name in parts.values() if name]:
         level = logging.WARNING if config else logging.INFO
-        log.log(level, "sizes are told by the tensors; heads and RoPE are those of %s", " and ".join(filled))
+        log.log(level, "sizes come from the tensors; heads and RoPE are those of %s", " and ".join(filled))
     native = {"model_type": "csm", "layout": "native", **{part: fields for part, (fields, _) in parts.items()}}
     rows = [n_rows(weights, f"{x}.weight") for x in ("text_embeddings", "codebook0_head", "audio_embeddings")]
     native |= {"text_vocab_size": rows[0], "audio_vocab_size": rows[1], "audio_num_codebooks": rows[2] // rows[1]}
@@ -230,7 +247,7 @@ def csm_config(config, weights, csm_1b):
 
 
 def sesame_config(config, csm_1b):
-    """The native config -> the five fields; where no flavor has these sizes, our own fields instead."""
+    """The native config -> Sesame's five fields, or our own fields if no flavor has these sizes."""
     rest = {field: value for field, value in config.items() if field not in ("layout", "model_type")}
     parts = {part: rest.pop(part) for part in ("backbone", "decoder")}
     names = {}
@@ -242,16 +259,16 @@ def sesame_config(config, csm_1b):
 
 def write_part(part):
     scaling = part["rope_scaling"] and {**part["rope_scaling"], "rope_type": "llama3"}
-    # transformers wants an original length below the maximum
+    # transformers requires an original length below the maximum
     while scaling and scaling["original_max_position_embeddings"] >= part["max_positions"]:
         scaling |= {f: scaling[f] / 2 for f in ("low_freq_factor", "high_freq_factor")}
         scaling["original_max_position_embeddings"] //= 2
-    rope = {"rope_theta": part["rope_theta"], "rope_scaling": scaling}  # transformers 4's fields, which 5 reads as well
+    rope = {"rope_theta": part["rope_theta"], "rope_scaling": scaling}  # transformers 4's fields; 5 reads them, too
     return PART_FIXED | rope | {theirs: part[ours] for ours, theirs in PART_FIELDS}
 
 
 def transformers_config(config, mimi, dtype):
-    """The native configs of a CSM and its Mimi, with all fields -> the config of CsmForConditionalGeneration."""
+    """The native configs of a CSM and its Mimi, with all fields -> that of CsmForConditionalGeneration."""
     sizes = {"vocab_size": config["audio_vocab_size"], "num_codebooks": config["audio_num_codebooks"]}
     depth = write_part(config["decoder"]) | sizes
     depth |= {"model_type": "csm_depth_decoder_model", "backbone_hidden_size": config["backbone"]["dim"]}
@@ -283,35 +300,35 @@ def rename(weights, table, undo=False):
 
 
 def bare(weights):
-    """Without what some files put before every name, and without buffers."""
+    """Remove the prefixes that some files put before every name, and buffers."""
     weights = {re.sub(f"^{PREFIXES}", "", name): w for name, w in weights.items()}
     return {name: w for name, w in weights.items() if not re.fullmatch(BUFFERS, name)}
 
 
 def reorder(w, heads, split):
-    """Rows of q or k (H * head_dim, D): interleaved -> half-split if `split`, else back."""
+    """Rows of q or k (H * head_dim, D): from interleaved to half-split if `split`, else back."""
     return w.reshape(heads, *((-1, 2) if split else (2, -1)), w.shape[-1]).swapaxes(1, 2).reshape(w.shape)
 
 
-def turned(name, config):
-    """The number of heads in a native q_proj or k_proj, whose rows RoPE turns; None for other names."""
+def rope_heads(name, config):
+    """The number of heads in a native q_proj or k_proj, whose rows RoPE rotates; None for other names."""
     if m := re.match(r"(backbone|decoder)\.layers\.\d+\.self_attn\.([qk])_proj\.", name):
         return config[m[1]]["n_heads" if m[2] == "q" else "n_kv_heads"]
 
 
 def reorder_csm(weights, config, split):
     for name, w in weights.items():
-        heads = turned(name, config)
-        if heads and w.ndim == 2 and w.shape[0] % (2 * heads) == 0:  # else it is left for the model to refuse
+        heads = rope_heads(name, config)
+        if heads and w.ndim == 2 and w.shape[0] % (2 * heads) == 0:  # else the model refuses it
             weights[name] = reorder(w, heads, split)
     return weights
 
 
 def csm_to_native(config, weights, csm_1b):
-    """A CSM in any layout -> (config, weights, mimi) in ours; mimi is the (config, weights) of the one inside, or None.
+    """A CSM in any layout -> config, weights, and the Mimi inside, (config, weights) or None; all in ours.
 
-    config: what config.json holds, {} if there is none. Raises ValueError where the sizes cannot be told, or a field
-    of the config asks for what the model does not do.
+    config: config.json as a dict, {} if there is none. Raises ValueError if the sizes are ambiguous, or if the config
+    requires something that the model does not support.
     """
     weights = bare(weights)
     inside = {name: w for name, w in weights.items() if name.startswith("codec_model.")}
@@ -333,15 +350,15 @@ def csm_to_native(config, weights, csm_1b):
 
 
 def to_sesame(config, weights, csm_1b):
-    """A CSM of ours, its config with all fields and its audio_head in one -> (config, weights) in Sesame's layout."""
+    """A CSM in our layout, its config with all fields -> config, weights in Sesame's layout."""
     return sesame_config(config, csm_1b), rename(weights, SESAME, undo=True)
 
 
 def to_transformers(config, weights, mimi_config, mimi_weights):
-    """A CSM of ours and its Mimi, their configs with all fields -> what transformers loads, AutoProcessor included.
+    """A CSM in our layout and its Mimi, their configs with all fields -> the files of transformers' layout.
 
-    {file name: dict for JSON, text, or (weights, metadata)}; the tokenizer's own files go beside them. config and
-    weights None: the Mimi alone.
+    {file name: dict for JSON, text, or (weights, metadata)}, as write_folder takes them, AutoProcessor's included; the
+    tokenizer's files go beside them. config and weights None: the Mimi alone.
     """
     codec, form = mimi_to_transformers(mimi_config, mimi_weights), {"format": "pt"}
     if config is None:
@@ -362,13 +379,13 @@ def to_transformers(config, weights, mimi_config, mimi_weights):
 
 
 def to_transformers_tokenizer(tokenizer, settings, bos, eos):
-    """tokenizer.json and tokenizer_config.json as CsmProcessor wants them, and their ids for config.json.
+    """tokenizer.json and tokenizer_config.json -> both as CsmProcessor needs them, and their ids for config.json.
 
-    bos, eos: the ids of what stands before and after a text, or None. Frames of audio need two tokens of their own: the
-    stock Llama tokenizer's first reserved ones, as in sesame/csm-1b. Where there are none, so it stays.
+    bos, eos: the ids before and after a text, or None. CsmProcessor has two tokens for audio. As in sesame/csm-1b they
+    replace the first reserved tokens of the Llama tokenizer; a tokenizer without reserved tokens gets none.
     """
     tokens = {token["content"]: token for token in tokenizer.get("added_tokens", ())}
-    ids = {"bos_token_id": bos, "eos_token_id": None}  # that of CsmConfig ends the audio
+    ids = {"bos_token_id": bos, "eos_token_id": None}  # in CsmConfig it means the end of the audio
     for i, (field, name) in enumerate((("audio_token", "<|AUDIO|>"), ("audio_eos_token", "<|audio_eos|>"))):
         if token := tokens.get(name) or tokens.get(f"<|reserved_special_token_{i}|>"):
             token["content"], ids[f"{field}_id"] = name, token["id"]
@@ -376,7 +393,7 @@ def to_transformers_tokenizer(tokenizer, settings, bos, eos):
     names = {token["id"]: token["content"] for token in tokens.values()}
     marks = {"bos_token": names.get(bos), "eos_token": names.get(eos)}
     settings = {"tokenizer_class": "PreTrainedTokenizerFast"} | settings | {k: v for k, v in marks.items() if v}
-    settings.pop("added_tokens_decoder", None)  # which says the same as added_tokens, under the old names
+    settings.pop("added_tokens_decoder", None)  # repeats added_tokens, under the old names
     if not {bos, eos} <= names.keys():
         return tokenizer, settings, ids
     text, other = ({"Sequence": {"id": x, "type_id": 0}} for x in "AB")
@@ -387,7 +404,7 @@ def to_transformers_tokenizer(tokenizer, settings, bos, eos):
 
 
 def mimi_table(layers):
-    """`layers` are the numbers of the decoder's transposed convolutions."""
+    """MIMI_TRANSFORMERS for a decoder whose transposed convolutions have these numbers."""
     stems = [f"decoder.layers.{i}." for i in layers]
     return *((f"{stem}conv.", f"{stem}convtr.") for stem in stems), *MIMI_TRANSFORMERS
 
@@ -397,10 +414,10 @@ def numbers(weights, pattern):
 
 
 def mimi_to_native(config, weights):
-    """A Mimi in transformers' layout or kyutai's, perhaps inside a CSM -> (config, weights) in ours, lazily.
+    """A Mimi in transformers' layout or kyutai's, perhaps inside a CSM -> config, weights in ours.
 
-    config: what is known of it: transformers' MimiConfig, the config.json of a whole CSM, or our own fields. Sizes come
-    from the shapes. Raises ValueError where these are not a Mimi's tensors, or the config asks for what it does not do.
+    config: transformers' MimiConfig, the config.json of a whole CSM, our own fields, or {}; sizes come from the shapes.
+    Raises ValueError if these are not the tensors of a Mimi, or if the config requires something unsupported.
     """
     config = config.get("codec_config") or config
     weights = {name.removeprefix("codec_model."): w for name, w in rename(bare(weights), SPELLINGS).items()}
@@ -413,16 +430,18 @@ def mimi_to_native(config, weights):
 
 
 def from_transformers_mimi(config, weights):
-    """transformers' layout -> (of the config, what shapes do not tell; weights in kyutai's)."""
-    layers = numbers(weights, r"decoder\.layers\.(\d+)\.conv\.")[1:-1]  # before and behind them are plain ones
+    """transformers' layout -> the config's fields that shapes do not show, and the weights in kyutai's layout."""
+    layers = numbers(weights, r"decoder\.layers\.(\d+)\.conv\.")[1:-1]  # the first and the last are not transposed
     rope = config | (config.get("rope_parameters") or {})
     refuse_other(rope, MIMI_FIXED | {"rope_scaling": None, "rope_type": "default"})
     native = {ours: config[theirs] for ours, theirs in MIMI_FIELDS[:5] if config.get(theirs) is not None}
     native |= {"rope_theta": rope["rope_theta"]} if "rope_theta" in rope else {}
-    weights, heads = rename(weights, mimi_table(layers)), native.setdefault("n_heads", 8)  # transformers' own default
+    refuse_impossible(native, ("n_heads",))
+    weights, heads = rename(weights, mimi_table(layers)), native.setdefault("n_heads", 8)  # transformers' default
     for stem in [name.removesuffix("q_proj.weight") for name in weights if name.endswith(".q_proj.weight")]:
         parts = [weights.get(f"{stem}{x}_proj.weight") for x in "qkv"]
-        if all(w is not None and w.ndim == 2 and w.shape == (w.shape[1], w.shape[1]) for w in parts):  # else: refused
+        # The model refuses parts that are missing or of another shape.
+        if all(w is not None and w.ndim == 2 and w.shape == (w.shape[1], w.shape[1]) for w in parts):
             for x in "qkv":
                 del weights[f"{stem}{x}_proj.weight"]
             q, k = (reorder(w, heads, split=False) for w in parts[:2])
@@ -431,9 +450,9 @@ def from_transformers_mimi(config, weights):
 
 
 def mimi_sizes(weights):
-    """The sizes of a Mimi from kyutai's tensors, as fields of its config. Raises ValueError: they are none."""
+    """The sizes of a Mimi, from the shapes of kyutai's layout, as fields of its config. Raises ValueError."""
 
-    def shapes(pattern):  # of the tensors that match, in the order of their first numbers
+    def shapes(pattern):  # of the tensors that match, ordered by the number in their names
         found = ((re.fullmatch(pattern, k), w.shape) for k, w in weights.items())
         return [shape for _, shape in sorted((int(m[1]), shape) for m, shape in found if m)]
 
@@ -456,14 +475,14 @@ def mimi_sizes(weights):
 
 
 def strides(config):
-    """Ours: name of a convolution that is not of stride 1 -> its stride, or minus that if it is a transposed one."""
+    """{our name of a strided convolution: its stride, negative if it is transposed}"""
     step = 2 + config["n_residual_layers"]
     down = {f"encoder.{step * (i + 1)}": r for i, r in enumerate(reversed(config["ratios"]))}
     return down | {f"decoder.{2 + step * i}": -r for i, r in enumerate(config["ratios"])} | {"downsample": 2}
 
 
 def from_kyutai(config, weights):
-    """kyutai's names and shapes -> ours: matrices as mimi.py multiplies by them, codebooks in one array."""
+    """kyutai's names and shapes -> ours: matrices as mimi.py multiplies them, all codebooks in one array."""
     stride, books, out = strides(config), {}, {}
     for name, w in weights.items():
         key = name
@@ -482,7 +501,7 @@ def from_kyutai(config, weights):
         elif w.ndim == 3 and s < 0:  # (C, O, kernel) -> (taps, u * O, C), the newest input's tap last
             C, O, _ = w.shape
             w = w.transpose(2, 1, 0).reshape(-1, -s * O, C)[::-1]
-        elif w.ndim == 3 and kind.endswith("proj"):  # whose kernel is 1
+        elif w.ndim == 3 and kind.endswith("proj"):  # a convolution of kernel 1
             w = w[..., 0]
         elif w.ndim == 3:  # (O, C, kernel) -> (taps, O, s * C)
             O, C, _ = w.shape
@@ -490,13 +509,13 @@ def from_kyutai(config, weights):
         out[key] = w
     for key, each in books.items():
         if sorted(each) != list(range(len(each))) or len({w.shape for w in each.values()}) > 1:
-            raise ValueError(f"the checkpoint does not fit the model: {key} is there for codebooks {sorted(each)}")
+            raise ValueError(f"the checkpoint does not fit the model: {key} exists for codebooks {sorted(each)}")
         out[key] = mx.stack([each[i] for i in range(len(each))])
     return out
 
 
 def to_kyutai(config, weights):
-    """The other way. config: with all fields."""
+    """The inverse. config: with all fields."""
     stride, out = strides(config), {}
 
     def kernel(w, s):  # (taps, O, s * C) -> (O, C, kernel)
@@ -536,7 +555,7 @@ def to_kyutai(config, weights):
 
 
 def mimi_to_transformers(config, weights):
-    """Ours -> transformers' names, shapes and RoPE."""
+    """Our layout -> transformers' names, shapes and RoPE."""
     weights, heads = to_kyutai(config, weights), config["n_heads"]
     for fused in [name for name in weights if name.endswith(".in_proj_weight")]:
         q, k, v = mx.split(weights.pop(fused), 3)
@@ -546,161 +565,15 @@ def mimi_to_transformers(config, weights):
     return rename(weights, mimi_table(layers), undo=True)
 
 
-# ---- adapters ---------------------------------------------------------------------------------------------------
-
-# A LoRA adds (a @ b).T to a matrix (out, in); a DoRA (Liu et al. 2402.09353) then gives its rows the lengths m. In our
-# form: {name.lora_a (in, r), name.lora_b (r, out), name.lora_m (out,)}, and name.weight of what was trained as it is.
-PEFT_PARTS = {  # what stands behind a module's name, of these shapes -> ours
-    "lora_A.weight": "lora_a", "lora_B.weight": "lora_b",  # (r, in), (out, r)
-    "lora_embedding_A": "lora_b", "lora_embedding_B": "lora_a",  # (r, out), (in, r), an embedding being (out, in)
-    "lora_magnitude_vector": "lora_m", "weight": "weight",
-}  # fmt: skip
-
-
-def adapter_to_native(config, adapter, tensors):
-    """An adapter of ours, PEFT's or csm-mlx's -> {name: array} in our form, its scale within.
-
-    config: the model's, native. adapter: the adapter_config.json that lies beside `tensors`. Raises ValueError.
-    """
-    if "r" in adapter:
-        return peft_to_native(config, adapter, tensors)
-    theirs = adapter.get("lora_parameters")  # csm-mlx's, which is mlx-lm's
-    settings = theirs or adapter
-    if "scale" in settings or adapter.get("fine_tune_type") == "full":
-        scale = settings.get("scale", 1.0)
-    elif {"rank", "alpha"} <= settings.keys():
-        scale = settings["alpha"] / settings["rank"]
-    else:
-        raise ValueError("its adapter_config.json is neither ours nor PEFT's nor csm-mlx's")
-    native = {}
-    for name, w in tensors.items():
-        stem, _, part = name.rpartition(".")
-        if stem.endswith((".linear", ".embedding")):
-            continue  # the matrix beneath, which did not change
-        w = w * scale if part == "lora_b" else w
-        if theirs and "embeddings" in stem and part in ("lora_a", "lora_b"):  # there it is a @ b that is added
-            w, part = w.T, "lora_a" if part == "lora_b" else "lora_b"
-        native |= each_head(f"{stem}.lora_m" if part == "m" else f"{stem}.{part}" if stem else name, w)
-    return native
-
-
-def each_head(name, w):
-    """What was trained of our layout's audio_head (K - 1, D, V) as the model has it, audio_head.i.weight (V, D)."""
-    return {f"audio_head.{i}.weight": head.T for i, head in enumerate(w)} if name == "audio_head" else {name: w}
-
-
-def peft_to_native(config, adapter, tensors):
-    """adapter_to_native for PEFT's, which are of transformers' CSM: other names, and half-split rows of q and k."""
-    native = {}
-
-    def setting(module, pattern, default):
-        """A rank or alpha: of the first pattern that fits the module's name, or the same for all."""
-        own = adapter.get(pattern) or {}
-        return next((n for key, n in own.items() if re.fullmatch(rf"(.*\.)?({key})", module)), adapter[default])
-
-    for key, w in tensors.items():
-        m = re.fullmatch(r"base_model\.model\.(.+?)\.(base_layer\.weight|lora_.+|weight)", key)
-        module, ending = m.groups() if m else ("", "")
-        if ending == "base_layer.weight" or module.startswith("codec_model."):
-            continue  # the matrix beneath; and Mimi, which no gradient reaches: neither has changed
-        if ending not in PEFT_PARTS:
-            raise ValueError(f"{key} is of no kind that is known here")
-        part = PEFT_PARTS[ending]
-        if ending in ("lora_B.weight", "lora_embedding_B"):
-            r, alpha = setting(module, "rank_pattern", "r"), setting(module, "alpha_pattern", "lora_alpha")
-            w = w * (alpha / (math.sqrt(r) if adapter.get("use_rslora") else r))
-        if module.endswith("codebooks_head") and part != "weight":
-            native |= peft_heads(config, w, first=ending == "lora_A.weight")
-            continue
-        ((name, w),) = rename({f"{module}.{part}": w}, (TIED, *TRANSFORMERS)).items()
-        heads = turned(name, config)
-        if heads and part != "lora_a":  # rows (out, ...)
-            w = reorder(w.reshape(len(w), -1), heads, split=False).reshape(w.shape)
-        native |= each_head(name, w.T if ending in ("lora_A.weight", "lora_B.weight") else w)
-    return native
-
-
-def peft_heads(config, w, first):
-    """lora_A (`first`) or lora_B of PEFT's target_parameters for all heads at once -> each head's lora_a or lora_b.
-
-    A has the heads' one above the other, (K - 1) r rows; B (out, r (K - 1)), the heads' columns in turn. Which side is
-    in and which out is told by the sizes, since versions of PEFT differ in it.
-    """
-    n = config["audio_num_codebooks"] - 1
-    heads = w.reshape(n, -1, w.shape[1]) if first else w.reshape(len(w), -1, n).transpose(2, 0, 1)
-    part = "lora_a" if w.shape[int(first)] == config["decoder"]["dim"] else "lora_b"
-    return {f"audio_head.{i}.{part}": x.T if (part == "lora_a") == first else x for i, x in enumerate(heads)}
-
-
-def apply_adapter(weights, changes, scale=1.0):
-    """{name: array} of the model, each head a matrix, with `scale` times the changes that adapter_to_native gives.
-
-    The matrices that change must be plain: of a quantized model, dequantize those that `changes` names, and they stay
-    plain. Raises ValueError for what does not fit the model.
-    """
-    weights, wrong = dict(weights), []
-    for name in dict.fromkeys(key.rpartition(".")[0] for key in changes):
-        a, b, m, new = (changes.get(f"{name}.{part}") for part in ("lora_a", "lora_b", "lora_m", "weight"))
-        w = weights.get(f"{name}.weight", mx.zeros(0))
-        if a is not None and b is not None and (b.shape[1], a.shape[0]) == w.shape:
-            new = w + (a.astype(mx.float32) @ b.astype(mx.float32)).T
-            new = new if m is None else new * (m / mx.linalg.norm(new, axis=1))[:, None]
-        if new is None or new.shape != w.shape:
-            wrong.append(name)
-            continue
-        weights[f"{name}.weight"] = (new if scale == 1 else w + scale * (new - w)).astype(w.dtype)
-    if wrong:
-        raise ValueError(f"it is for another model, or a quantized one: {', '.join(wrong[:4])} does not fit")
-    return weights
-
-
-def adapter_to_peft(config, adapter, tensors):
-    """An adapter of ours -> (adapter_config.json, tensors) of PEFT's adapter_model.safetensors for transformers' CSM.
-
-    config: the model's, native. A LoRA of audio_head becomes one of target_parameters (PEFT 0.18 and later).
-    """
-    theirs, modules, saved, heads = {}, set(), set(), {}
-    for key, w in tensors.items():
-        stem, _, part = key.rpartition(".")
-        if stem.startswith("audio_head."):
-            heads[int(stem.split(".")[1]), part] = w
-            continue
-        w = w.T if part in ("lora_a", "lora_b") else w
-        if part != "lora_a" and (n := turned(key, config)):
-            w = reorder(w.reshape(len(w), -1), n, split=True).reshape(w.shape)
-        ((name, w),) = rename({f"{stem}.": w}, TRANSFORMERS, undo=True).items()
-        (saved if part == "weight" else modules).add(name[:-1])
-        endings = {ours: ending for ending, ours in PEFT_PARTS.items() if "embedding" not in ending}
-        theirs[f"base_model.model.{name}{endings[part]}"] = w
-    if heads:
-        n = config["audio_num_codebooks"] - 1
-        if heads.keys() != {(i, part) for i in range(n) for part in ("lora_a", "lora_b")}:
-            raise ValueError("PEFT has no form for an audio_head that was trained in part, or by DoRA")
-        stem = "base_model.model.depth_decoder.codebooks_head"
-        theirs[f"{stem}.lora_A.weight"] = mx.concatenate([heads[i, "lora_b"] for i in range(n)])
-        both = mx.stack([heads[i, "lora_a"] for i in range(n)], axis=2)  # (D, r, K - 1)
-        theirs[f"{stem}.lora_B.weight"] = both.reshape(len(both), -1)
-    tied = "backbone_model.embed_tokens.embed_audio_tokens", "depth_decoder.model.embed_tokens"
-    if tied[1] in saved:  # stored for both
-        saved.add(tied[0])
-        theirs[f"base_model.model.{tied[0]}.weight"] = theirs[f"base_model.model.{tied[1]}.weight"]
-    return {
-        "peft_type": "LORA", "base_model_name_or_path": adapter.get("model"), "inference_mode": True, "bias": "none",
-        "r": adapter["rank"], "lora_alpha": adapter["alpha"], "lora_dropout": 0.0, "target_modules": sorted(modules),
-        "target_parameters": ["depth_decoder.codebooks_head.weight"] if heads else None,
-        "modules_to_save": sorted(saved) or None, "use_dora": any(key.endswith("lora_m") for key in tensors),
-    }, {name: mx.contiguous(w) for name, w in theirs.items()}  # fmt: skip
-
-
 # ---- quantization -----------------------------------------------------------------------------------------------
 
-MODES = {"mxfp4": (32, 4), "nvfp4": (16, 4), "mxfp8": (32, 8)}  # beside MLX's affine one: group size, bits
+MODES = {"mxfp4": (32, 4), "nvfp4": (16, 4), "mxfp8": (32, 8)}  # MLX's modes besides "affine": group size, bits
 
 
 def quantize(weights, how=4, group_size=64):
-    """{name: array} of the model, each head a matrix -> the same with every matrix quantized, and the config's note.
+    """{name: array} of a model, each head a matrix -> every matrix quantized, and the note for the config.
 
-    how: 4, 6 or 8 bits, in groups of group_size, or one of MODES, which has its own. Raises ValueError.
+    how: 4, 6 or 8 bits, in groups of group_size, or one of MODES, which have their own. Raises ValueError.
     """
     if how not in (4, 6, 8, *MODES) or group_size not in (32, 64, 128):
         raise ValueError(f"quantize takes 4, 6, 8 or {', '.join(MODES)}, in groups of 32, 64 or 128, not {how}")
@@ -722,6 +595,7 @@ def quantize(weights, how=4, group_size=64):
 # ---- PyTorch's checkpoints --------------------------------------------------------------------------------------
 
 STATES = ("model_state", "model_state_dict", "model", "state_dict")  # where trainers keep the weights in a checkpoint
+MAX_PICKLE = 16 << 20  # bytes. CSM-1B's pickle has 40 kB; a byte can make an object of a hundred
 STORAGES = {  # torch.XStorage -> what is in it. MLX has float64 on the CPU alone: it becomes float32 on the way
     "Float": mx.float32, "Double": mx.float64, "Half": mx.float16, "BFloat16": mx.bfloat16, "Bool": mx.bool_,
     "Long": mx.int64, "Int": mx.int32, "Short": mx.int16, "Char": mx.int8, "Byte": mx.uint8,
@@ -746,18 +620,23 @@ class Stored(NamedTuple):
 
 
 def rebuild(storage, offset, shape, strides, *_):
-    """torch._utils._rebuild_tensor_v2 -> Stored. storage: its bytes and their type."""
+    """torch._utils._rebuild_tensor_v2 -> Stored, within its storage. storage: the bytes of it and their type."""
     data, dtype = storage
-    if min((*strides, *shape, offset), default=0) < 0:
-        raise ValueError("a tensor of negative strides")
+    sizes = (offset, *shape, *strides)
+    whole = isinstance(data, memoryview) and isinstance(dtype, mx.Dtype) and len(shape) == len(strides) <= 8
+    if not whole or not all(type(n) is int and 0 <= n < 2**31 for n in sizes) or math.prod(shape) >= 2**31:
+        raise ValueError("a tensor of no possible shape")
     end = offset + 1 + sum((n - 1) * step for n, step in zip(shape, strides)) if math.prod(shape) else offset
     if end * dtype.size > len(data):
         raise ValueError("a tensor is larger than what holds it")
     return Stored(data[offset * dtype.size : end * dtype.size], dtype, tuple(shape), tuple(strides))
 
 
-class Unpickler(pickle.Unpickler):
-    """Builds what a state dict is made of, tensors and plain containers, and calls nothing else that a pickle names."""
+class Unpickler(pickle._Unpickler):  # the one written in C can be made to fill the memory
+    """Builds what a state dict is made of, tensors and plain containers, and calls nothing else that a pickle names.
+
+    Keys of a dict are strings and numbers: computing the hash of deeply nested tuples overflows the stack.
+    """
 
     storages: dict  # name -> memoryview
 
@@ -767,8 +646,8 @@ class Unpickler(pickle.Unpickler):
         allowed = {
             "torch._utils._rebuild_tensor_v2": rebuild,
             "torch._utils._rebuild_parameter": lambda tensor, *_: tensor,
-            "torch.Size": tuple,
-            "collections.OrderedDict": OrderedDict,
+            "torch.Size": lambda shape: shape,
+            "collections.OrderedDict": lambda: OrderedDict(),
         }
         if f"{module}.{name}" not in allowed:
             raise ValueError(f"it holds a {module}.{name}, and nothing but tensors and plain containers is read")
@@ -777,6 +656,27 @@ class Unpickler(pickle.Unpickler):
     def persistent_load(self, pid):
         _, dtype, key, _, n = pid
         return self.storages[key][: n * dtype.size], dtype
+
+    def load_setitems(self, items=None):
+        items = self.pop_mark() if items is None else items
+        if not all(isinstance(key, (str, int, float)) for key in items[::2]):
+            raise ValueError("a dict of it has a key that is no string and no number")
+        self.stack[-1].update(zip(items[::2], items[1::2]))
+
+    def load_setitem(self):
+        value, key = self.stack.pop(), self.stack.pop()
+        self.load_setitems([key, value])
+
+    def load_build(self):
+        self.stack.pop()  # attributes, such as _metadata of a state dict
+
+    def refuse(self):
+        raise ValueError("its pickle is not as torch.save writes them")
+
+    dispatch = pickle._Unpickler.dispatch | {
+        pickle.SETITEMS[0]: load_setitems, pickle.SETITEM[0]: load_setitem, pickle.BUILD[0]: load_build,
+        pickle.DICT[0]: refuse, pickle.EMPTY_SET[0]: refuse, pickle.ADDITEMS[0]: refuse, pickle.FROZENSET[0]: refuse,
+    }  # fmt: skip
 
 
 def read_pt(path):
@@ -798,23 +698,196 @@ def read_pt(path):
                 root = pickled.removesuffix("data.pkl")
                 storages = {}
                 for name, m in members.items():
-                    if name.startswith(f"{root}data/"):
-                        if m.compress_type != zipfile.ZIP_STORED:
-                            raise ValueError("compressed, which torch.save never does")
-                        local = file_bytes[m.header_offset : m.header_offset + 30]  # its last: lengths of what follows
-                        start = m.header_offset + 30 + sum(local[26:30].cast("H"))
-                        storages[name.removeprefix(f"{root}data/")] = file_bytes[start : start + m.file_size]
+                    if name != pickled and not name.startswith(f"{root}data/"):
+                        continue
+                    if m.compress_type != zipfile.ZIP_STORED:
+                        raise ValueError("compressed, which torch.save never does")
+                    local = file_bytes[m.header_offset : m.header_offset + 30]  # its last: lengths of what follows
+                    start = m.header_offset + 30 + sum(local[26:30].cast("H"))
+                    storages[name.removeprefix(f"{root}data/")] = file_bytes[start : start + m.file_size]
+                if members[pickled].file_size > MAX_PICKLE:
+                    raise ValueError(f"its {pickled} has more than {MAX_PICKLE >> 20} MB")
                 unpickler = Unpickler(archive.open(pickled))
                 unpickler.storages = storages
                 state = unpickler.load()
         state = next((state[name] for name in STATES if isinstance(state.get(name), dict)), state)
         for name, tensor in state.items():
             if not (isinstance(name, str) and isinstance(tensor, Stored)):
-                raise ValueError(f"its {name!r} is not a tensor, and it has none of {', '.join(STATES)}")
+                raise ValueError(f"its {name!r:.80} is not a tensor, and it has none of {', '.join(STATES)}")
+        if sum(math.prod(w.shape) * w.dtype.size for w in state.values()) > 4 * len(file_bytes) + 2**26:
+            raise ValueError("its tensors are far larger than the file")
+        return {name.removeprefix("module."): tensor.read() for name, tensor in state.items()}
     except FileNotFoundError:
         raise ValueError(f"no such file: {path}") from None
     except ValueError as error:
         raise ValueError(f"cannot read {path}: {error}") from None
     except Exception as error:  # of many kinds: a damaged zip, a damaged pickle
         raise ValueError(f"{path} is truncated or not a PyTorch checkpoint ({type(error).__name__})") from None
-    return {name.removeprefix("module."): tensor.read() for name, tensor in state.items()}
+
+
+# ---- saving -----------------------------------------------------------------------------------------------------
+
+
+def join_heads(weights):
+    """The model's heads, `audio_head.i.weight` (V, D), as our layout's one `audio_head` (K - 1, D, V).
+
+    Quantized heads stay as they are.
+    """
+    names = [name for name in weights if name.startswith("audio_head.")]
+    if not names or any(not name.endswith(".weight") for name in names):
+        return weights
+    names.sort(key=lambda name: int(name.split(".")[1]))
+    others = {name: w for name, w in weights.items() if name not in names}
+    return others | {"audio_head": mx.stack([weights[name].T for name in names])}
+
+
+def native_files(config, weights, mimi_config, mimi_weights):
+    """A CSM and its Mimi, in our layout or as csm.py and mimi.py compute -> the files for write_folder.
+
+    config and weights None: the Mimi alone; mimi_weights None: the CSM alone.
+    """
+    files = {}
+    if weights is not None:
+        config = config | {"model_type": "csm", "layout": "native"}
+        files |= {"config.json": config, "model.safetensors": (join_heads(weights), {"format": "mlx"})}
+    if mimi_weights is not None:
+        weights = {name: w for name, w in mimi_weights.items() if not name.endswith(".norms")}
+        for part in ("first", "rest"):
+            if (vectors := weights.pop(f"{part}.codebooks", None)) is not None:
+                weights[f"{part}.embedding_sum"] = vectors
+                weights[f"{part}.cluster_usage"] = mx.ones(vectors.shape[:2])
+        # The config is stored in the file, since shapes do not tell the number of heads.
+        files["mimi.safetensors"] = weights, {"format": "mlx", "config": json.dumps(mimi_config)}
+    return files
+
+
+def write_folder(folder, files, alternatives=()):
+    """Write {name: a path to copy, a dict for JSON, a text, or (weights, metadata)}, all or none.
+
+    alternatives: tuples of file patterns. Where one of `files` matches, the folder's other files that match the same
+    tuple belong to another model, and are deleted. Raises ValueError.
+    """
+    folder = Path(os.path.realpath(folder))
+    staging = folder.with_name(f".{folder.name}.{os.getpid()}.part")
+    try:
+        for name, content in files.items():
+            write_file(staging / name, content)
+        if not folder.exists():
+            staging.rename(folder)
+            return
+        for name in files:  # moves on one disk, which hardly fail
+            (folder / name).parent.mkdir(parents=True, exist_ok=True)
+            (staging / name).replace(folder / name)
+        written = {folder / name for name in files}
+        for patterns in alternatives:
+            found = {file for pattern in patterns for file in folder.glob(pattern)}
+            if found & written:
+                for file in found - written:
+                    file.unlink()
+    except (OSError, RuntimeError) as e:  # RuntimeError: MLX, if the disk is full
+        raise ValueError(f"cannot write {folder}: {getattr(e, 'strerror', None) or e}") from None
+    finally:
+        shutil.rmtree(staging, ignore_errors=True)
+
+
+def write_file(path, content):
+    """Write one of the kinds of content that `write_folder` takes."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    if isinstance(content, Path):
+        shutil.copyfile(content, path)
+    elif isinstance(content, tuple):
+        mx.save_safetensors(str(path), *content)
+    else:
+        text = content if isinstance(content, str) else json.dumps(content, indent=2) + "\n"
+        path.write_text(text, encoding="utf-8")
+
+
+# ---- the Hugging Face Hub ----------------------------------------------------------------------------------------
+
+
+DEFAULT_MODEL = ("senstella/csm-1b-mlx", "ckpt.safetensors")
+DEFAULT_TOKENIZER = "unsloth/Llama-3.2-1B"
+DEFAULT_PROMPTS = "mlx-community/csm-1b"
+DEFAULT_VOICES = ("conversational_a", "conversational_b", *(f"read_speech_{x}" for x in "abcd"))
+
+
+class DownloadError(ValueError):
+    """A file or repository of the Hugging Face Hub cannot be downloaded."""
+
+
+def fetch(source, *groups, beside=("*.json",), known="no such file or folder"):
+    """A Hugging Face repository -> the folder that it is downloaded to.
+
+    groups: tuples of file patterns, tried in turn until one matches; files that match `beside` are
+    downloaded, too. known: sources that the error message suggests. Raises ValueError.
+    """
+    if not re.fullmatch(r"[\w.-]+/[\w.-]+", str(source)):
+        raise ValueError(f"no such model: {source} ({known})")
+    for patterns in groups:
+        folder = download(str(source), *patterns, *beside)
+        if any(any(folder.glob(pattern)) for pattern in patterns):
+            break
+    return folder
+
+
+def download(repo, *patterns):
+    """One file of a Hugging Face repository -> its path; several patterns -> the matches' folder.
+
+    Raises FileNotFoundError if the repository has no such file, DownloadError for other failures.
+    """
+    from huggingface_hub import constants, errors, hf_hub_download, snapshot_download
+
+    def get(**options):
+        if len(patterns) == 1:
+            return Path(hf_hub_download(repo, *patterns, **options))
+        return Path(snapshot_download(repo, allow_patterns=list(patterns), **options))
+
+    try:
+        cached = None
+        with suppress(errors.LocalEntryNotFoundError):
+            cached = get(local_files_only=True)
+            if len(patterns) == 1:
+                return cached
+        if not constants.HF_HUB_OFFLINE and not (cached and any(cached.glob(patterns[0]))):
+            log.warning("fetching %s from %s", patterns[0], repo)
+        return get()
+    except errors.LocalEntryNotFoundError:
+        reason = "no network, or HF_HUB_OFFLINE is set, and it is not in the cache"
+    except errors.EntryNotFoundError:
+        raise FileNotFoundError(f"{repo} has no {patterns[0]}") from None
+    except errors.GatedRepoError:
+        reason = "it is gated: accept its licence on huggingface.co and run `hf auth login`"
+    except errors.RepositoryNotFoundError:
+        reason = "no such folder, file or Hugging Face repository"
+    except Exception as e:  # many kinds: connection, proxy, disk
+        reason = str(e).partition("\n")[0] or type(e).__name__
+    reason += " (--model tiny needs no download)"
+    raise DownloadError(f"cannot download {patterns[0]} from {repo}: {reason}")
+
+
+def download_csm(model, mimi_files):
+    """The model csm-1b, or a Hugging Face repository -> its local path."""
+    if model == "csm-1b":
+        return download(*DEFAULT_MODEL)
+    # A repository may have its weights in several layouts: prefer MLX's or Sesame's, in one file.
+    groups = ("model*.safetensors*", "ckpt.safetensors"), ("*.pt",), ("*.safetensors*",)
+    beside = ("*.json", "tokenizer.model", *mimi_files, "prompts/*")
+    known = "csm-1b, tiny, a folder, a .safetensors file or a Hugging Face repository"
+    return fetch(model, *groups, beside=beside, known=known)
+
+
+def download_tokenizer(repo, names):
+    """The tokenizer of a Hugging Face repository, None for the default: the first of the names that it has."""
+    repo = repo or DEFAULT_TOKENIZER
+    folder = download(repo, *names)
+    for name in names[:2]:
+        if (folder / name).is_file():
+            return folder / name
+    raise ValueError(f"{repo} has no {' or '.join(names[:2])}")
+
+
+def download_voice(name):
+    """A voice of CSM-1B -> the path of its clip, and what the clip says."""
+    clip = download(DEFAULT_PROMPTS, f"prompts/{name}.wav")
+    text = TRANSCRIPTS.get(name) or download(DEFAULT_PROMPTS, f"prompts/{name}.txt").read_text(encoding="utf-8-sig")
+    return clip, text.strip()

@@ -1,17 +1,17 @@
-"""Mimi, the neural audio codec of Moshi and CSM, on MLX: 24 kHz mono speech <-> 12.5 frames/s of integer codes.
+"""Mimi, the neural audio codec of Moshi and CSM, on MLX: 24 kHz speech <-> 12.5 Hz frames of codes.
 
-Sources: Defossez et al., "Moshi" (arXiv:2410.00037); kyutai's PyTorch code (`moshi` 0.2.13) and Hugging Face
-transformers' MimiModel (5.23), to both of which `test_mimi.py` holds this file.
+Sources: Defossez et al., "Moshi" (arXiv:2410.00037); kyutai's PyTorch code (`moshi` 0.2.13); and
+Hugging Face transformers' MimiModel (5.23). tests/test_mimi.py compares this file with both.
 
-    encode: waveform -> SEANet encoder (25 Hz) -> causal transformer -> stride-2 conv (12.5 Hz) -> split RVQ codes
-    decode: codes -> sum of code vectors -> x2 upsampling (25 Hz) -> causal transformer -> SEANet decoder -> waveform
+    encode: audio -> SEANet encoder (25 Hz) -> transformer -> stride-2 conv (12.5 Hz) -> RVQ codes
+    decode: codes -> code vectors -> x2 upsampling (25 Hz) -> transformer -> SEANet decoder -> audio
 
-Every layer is causal and takes and returns its own past, so a stream is the same program as a whole clip: `encode` and
-`decode` are `encode_step` and `decode_step` over a long clip, chunk by chunk. State is a value: a step never alters
-the state that it was given.
+Every layer is causal and takes and returns its past, what it remembers of earlier input. Streams
+and whole clips therefore share one code path: `encode` and `decode` call `encode_step` and
+`decode_step` chunk by chunk. State is a value: a step never modifies the state that it is given.
 
-Shapes: B batch, S samples, T positions at a layer's own rate, F frames, K codebooks, C/D channels, H heads.
-Inside, activations are (B, T, C); at the door, audio is (B, 1, S) and codes are (B, K, F).
+Shapes: B batch, S samples, T positions at a layer's own rate, F frames, K codebooks, C, D channels,
+H heads. Inside, activations are (B, T, C); public methods take audio (B, 1, S), codes (B, K, F).
 """
 
 import io
@@ -19,23 +19,27 @@ import json
 import logging
 import math
 import os
-import re
 import shutil
-import struct
 import subprocess
 import sys
-from contextlib import contextmanager, nullcontext, suppress
-from dataclasses import dataclass, replace
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import NamedTuple
 
+# Read by MLX before its first operation on a GPU, where a frame is thousands of small ones.
+os.environ.setdefault("MLX_MAX_OPS_PER_BUFFER", "1000")  # launch them in fewer parts
+if sys.platform == "darwin":
+    os.environ.setdefault("MLX_MAX_MB_PER_BUFFER", "400")  # one gather would fill a part
+os.environ.setdefault("MLX_CUDA_USE_CUDNN_SDPA", "0")  # it makes a plan for each prompt length
+
 with suppress(ImportError):
-    import mlx_cpu  # noqa: F401  before mlx, whose functions it makes fast on a Linux CPU; elsewhere it does nothing
+    import mlx_cpu  # noqa: F401  before mlx: makes some of MLX's functions fast on a Linux CPU
 
 import mlx.core as mx
 import mlx.nn as nn
 import numpy as np
-from mlx.utils import tree_flatten, tree_map
+from mlx.utils import tree_flatten
 
 DEFAULT_REPO = "kyutai/moshiko-pytorch-bf16"
 DEFAULT_FILE = "tokenizer-e351c8d8-checkpoint125.safetensors"
@@ -43,54 +47,51 @@ DEFAULT_FILE = "tokenizer-e351c8d8-checkpoint125.safetensors"
 log = logging.getLogger("csm")
 
 
-class DownloadError(ValueError):
-    """What is on the Hugging Face Hub, or should be, cannot be had."""
-
-
 @dataclass(frozen=True)
 class MimiConfig:
     sample_rate: int = 24_000
-    n_filters: int = 64  # channels at the waveform's rate, doubled at each downsampling
-    ratios: tuple = (8, 6, 5, 4)  # the decoder's upsampling, in order; the encoder's is the reverse
+    n_filters: int = 64  # channels at the sample rate, doubled at each downsampling
+    ratios: tuple = (8, 6, 5, 4)  # of the decoder's upsampling; the encoder's are in reverse
     kernel_size: int = 7
     residual_kernel_size: int = 3
     last_kernel_size: int = 3
     dilation_base: int = 2
-    compress: int = 2  # a residual branch is this much narrower
+    compress: int = 2  # channels of a layer per channel of its residual branch
     n_residual_layers: int = 1
     dim: int = 512
     n_layers: int = 8
     n_heads: int = 8
     ffn_dim: int = 2048
-    context: int = 250  # positions that attention sees, itself included: 10 s at 25 Hz
+    context: int = 250  # positions each one attends to, itself included: 10 s at 25 Hz
     rope_theta: float = 10_000.0
     norm_eps: float = 1e-5
     codebook_size: int = 2048
     codebook_dim: int = 256
     n_codebooks: int = 32
-    n_semantic: int = 1  # codebooks of the first quantizer; the rest quantize the same input beside it
+    n_semantic: int = 1  # codebooks of the first quantizer; a second one quantizes the same input
 
     @property
     def frame_size(self):
-        return 2 * math.prod(self.ratios)  # samples a frame: 1920
+        return 2 * math.prod(self.ratios)  # samples per frame: 1920
 
     @property
     def frame_rate(self):
         return self.sample_rate / self.frame_size  # Hz: 12.5
 
 
-# ---------------------------------------------------------------------------------------------------- convolutions
+# ------------------------------------------------------------------------------------ convolutions
 
 
 class Conv(nn.Module):
-    """Causal 1-D convolution as matrix products: plain, strided and transposed are one thing.
+    """Causal 1-D convolution by matrix products: plain, strided and transposed in one class.
 
-    With `stride` s, s input rows are read as one row of s * C channels. With `upsample` u (a transposed convolution of
-    stride u), a row of u * O channels is written as u rows. In between, every case is a stride-1 convolution of few
-    taps, weight (taps, C_out, C_in). `pad` is what stands before the first input: "zeros" or "first", its first row.
+    With `stride` s, s input rows are read as one row of s * C channels. With `upsample` u (stride
+    of a transposed convolution), one row of u * O channels is written as u rows. What remains is a
+    stride-1 convolution of few taps, weight (taps, C_out, C_in). The past before the first input
+    is zeros or, with pad="first", copies of the first row.
     """
 
-    def __init__(self, c_in, c_out, kernel, stride=1, upsample=1, dilation=1, bias=True, pad="zeros"):
+    def __init__(self, c_in, c_out, kernel, stride=1, upsample=1, dilation=1, bias=True, pad=None):
         super().__init__()
         assert kernel % (stride * upsample) == 0
         self.stride, self.upsample, self.dilation, self.pad = stride, upsample, dilation, pad
@@ -102,28 +103,26 @@ class Conv(nn.Module):
         B, T, _ = x.shape
         taps, c_out, c_in = self.weight.shape
         n_past = (taps - 1) * self.dilation
-        bias = mx.zeros((1,)) if self.bias is None else self.bias
         if past is None and n_past:
-            past = mx.zeros((B, n_past, c_in)) if self.pad == "zeros" else mx.repeat(x[:, :1], n_past * self.stride, 1)
-            past = past.reshape(B, n_past, c_in)
+            past = x[:, :1] if self.pad == "first" else mx.zeros((B, 1, x.shape[2]))
+            past = mx.repeat(past, n_past * self.stride, axis=1).reshape(B, n_past, c_in)
         x = x.reshape(B, T // self.stride, c_in)  # (B, T / s, s * C)
         T = x.shape[1]
         if n_past:
             x = mx.concatenate([past, x], axis=1)
             past = x[:, T:]
-        windows = [x[:, i * self.dilation :][:, :T] for i in range(taps)]
-        if c_in < taps:  # a waveform: one product in place of one a tap
-            windows, weight = [mx.concatenate(windows, axis=-1)], self.weight.swapaxes(0, 1).reshape(1, c_out, -1)
-        else:
-            weight = self.weight
-        y = bias
+        windows, weight = [x[:, i * self.dilation :][:, :T] for i in range(taps)], self.weight
+        if c_in < taps:  # a waveform: one product for all taps instead of one per tap
+            windows = [mx.concatenate(windows, axis=-1)]
+            weight = weight.swapaxes(0, 1).reshape(1, c_out, -1)
+        y = mx.zeros((1,)) if self.bias is None else self.bias
         for window, w in zip(windows, weight):
             y = mx.addmm(y, window, w.T)
         return y.reshape(B, T * self.upsample, c_out // self.upsample), past
 
 
 class Upsample(nn.Module):
-    """Depthwise transposed convolution, stride 2, kernel 4, no bias: 12.5 Hz -> 25 Hz. weight (taps, 2, D)."""
+    """Depthwise transposed convolution, 12.5 to 25 Hz: stride 2, kernel 4. weight (taps, 2, D)."""
 
     def __init__(self, dim):
         super().__init__()
@@ -138,7 +137,7 @@ class Upsample(nn.Module):
 
 
 def gelu(x):
-    """x Phi(x), exactly. (nn.gelu and its like are compiled: on a Linux CPU they need g++ and a writable /tmp.)"""
+    """Exact: x Phi(x). nn.gelu is compiled, and so needs g++ and a writable /tmp on a Linux CPU."""
     return x * (0.5 + 0.5 * mx.erf(x * math.sqrt(0.5)))
 
 
@@ -147,23 +146,22 @@ class ELU(nn.Module):
         return mx.maximum(x, mx.exp(mx.minimum(x, 0)) - 1), None
 
 
-def run(layers, x, past, *shared):
-    """x through layers that each take (x, past, *shared) and return (x, past). Returns (x, list of pasts)."""
-    past = past or [None] * len(layers)
-    after = []
-    for layer, p in zip(layers, past):
-        x, p = layer(x, p, *shared)
-        after.append(p)
-    return x, after
+def run_layers(layers, x, pasts, *shared):
+    """Call layers (x, past, *shared) -> (x, past) in turn. Returns x and the list of new pasts."""
+    new_pasts = []
+    for layer, past in zip(layers, pasts or [None] * len(layers)):
+        x, past = layer(x, past, *shared)
+        new_pasts.append(past)
+    return x, new_pasts
 
 
 class ResBlock(nn.Module):
-    def __init__(self, dim, hidden, kernel, dilation):
+    def __init__(self, dim, mid, kernel, dilation):
         super().__init__()
-        self.block = [ELU(), Conv(dim, hidden, kernel, dilation=dilation), ELU(), Conv(hidden, dim, 1)]
+        self.block = [ELU(), Conv(dim, mid, kernel, dilation=dilation), ELU(), Conv(mid, dim, 1)]
 
     def __call__(self, x, past):
-        y, past = run(self.block, x, past)
+        y, past = run_layers(self.block, x, past)
         return x + y, past
 
 
@@ -173,7 +171,7 @@ def seanet_block(c, dim):
 
 
 def seanet_encoder(c):
-    """Layers from waveform (B, S, 1) to (B, S / 960, D), numbered as in kyutai's checkpoint."""
+    """Layers from a waveform (B, S, 1) to (B, S / 960, D), numbered as in kyutai's checkpoint."""
     dim = c.n_filters
     layers = [Conv(1, dim, c.kernel_size)]
     for ratio in reversed(c.ratios):
@@ -183,25 +181,27 @@ def seanet_encoder(c):
 
 
 def seanet_decoder(c):
-    """Layers from (B, T, D) at 25 Hz to waveform (B, T * 960, 1)."""
+    """Layers from (B, T, D) at 25 Hz to a waveform (B, T * 960, 1)."""
     dim = c.n_filters * 2 ** len(c.ratios)
     layers = [Conv(c.dim, dim, c.kernel_size)]
     for ratio in c.ratios:
-        layers += [ELU(), Conv(dim, dim // 2, 2 * ratio, upsample=ratio), *seanet_block(c, dim // 2)]
+        layers += [ELU(), Conv(dim, dim // 2, 2 * ratio, upsample=ratio)]
         dim //= 2
+        layers += seanet_block(c, dim)
     return [*layers, ELU(), Conv(dim, 1, c.last_kernel_size)]
 
 
-# ---------------------------------------------------------------------------------------------------- transformer
+# ------------------------------------------------------------------------------------ transformer
 
 
 class TransformerLayer(nn.Module):
-    """Pre-norm layer with layer scale. past: the keys and values held, (k, v)."""
+    """Pre-norm layer with layer scale. past: the keys and values of earlier positions, (k, v)."""
 
     def __init__(self, c):
         super().__init__()
         self.n_heads, self.context, self.theta = c.n_heads, c.context, c.rope_theta
-        self.norm1, self.norm2 = nn.LayerNorm(c.dim, eps=c.norm_eps), nn.LayerNorm(c.dim, eps=c.norm_eps)
+        self.norm1 = nn.LayerNorm(c.dim, eps=c.norm_eps)
+        self.norm2 = nn.LayerNorm(c.dim, eps=c.norm_eps)
         self.in_proj, self.out_proj = mx.zeros((3 * c.dim, c.dim)), mx.zeros((c.dim, c.dim))
         self.linear1, self.linear2 = mx.zeros((c.ffn_dim, c.dim)), mx.zeros((c.dim, c.ffn_dim))
         self.scale1, self.scale2 = mx.zeros((c.dim,)), mx.zeros((c.dim,))
@@ -211,17 +211,19 @@ class TransformerLayer(nn.Module):
         d = D // self.n_heads
         qkv = (self.norm1(x) @ self.in_proj.T).reshape(B, T, 3, self.n_heads, d)
         q, k, v = qkv.transpose(2, 0, 3, 1, 4)  # each (B, H, T, d)
-        q, k = (mx.fast.rope(y, d, traditional=True, base=self.theta, scale=1.0, offset=offset) for y in (q, k))
-        past = past or [mx.zeros((B, self.n_heads, self.context - 1, d))] * 2  # of one length, whatever a stream's age
-        k, v = (mx.concatenate([held, new], axis=2) for held, new in zip(past, (k, v)))
+        rope = {"traditional": True, "base": self.theta, "scale": 1.0, "offset": offset}
+        q, k = mx.fast.rope(q, d, **rope), mx.fast.rope(k, d, **rope)
+        if past is None:  # full length from the start, so that streams of any age can share a batch
+            past = [mx.zeros((B, self.n_heads, self.context - 1, d))] * 2
+        k, v = mx.concatenate([past[0], k], axis=2), mx.concatenate([past[1], v], axis=2)
         y = mx.fast.scaled_dot_product_attention(q, k, v, scale=d**-0.5, mask=mask)  # (B, H, T, d)
         x = x + self.scale1 * (y.transpose(0, 2, 1, 3).reshape(B, T, D) @ self.out_proj.T)
-        past = [x[:, :, T:] for x in (k, v)]
-        return x + self.scale2 * (gelu(self.norm2(x) @ self.linear1.T) @ self.linear2.T), past
+        x = x + self.scale2 * (gelu(self.norm2(x) @ self.linear1.T) @ self.linear2.T)
+        return x, [k[:, :, T:], v[:, :, T:]]
 
 
 class Transformer(nn.Module):
-    """(B, T, D) -> (B, T, D), causal over the last `context` positions. past: (each layer's, positions seen (B,))."""
+    """(B, T, D) -> (B, T, D), causal. past: the layers' pasts, and each stream's length (B,)."""
 
     def __init__(self, c):
         super().__init__()
@@ -231,28 +233,31 @@ class Transformer(nn.Module):
         B, T, _ = x.shape
         layers, seen = past or (None, mx.zeros((B,), mx.int32))
         position = seen[:, None, None, None] + mx.arange(T)[:, None]  # (B, 1, T, 1)
-        age = self.context - 1 + mx.arange(T)[:, None] - mx.arange(self.context - 1 + T)  # (T, S): how old each key is
+        key = mx.arange(1 - self.context, T)  # counted from the first new position
+        age = mx.arange(T)[:, None] - key  # (T, context - 1 + T)
         mask = (age >= 0) & (age < self.context) & (age <= position)  # (B, 1, T, S)
-        x, layers = run(self.layers, x, layers, seen, mask)
+        x, layers = run_layers(self.layers, x, layers, seen, mask)
         return x, (layers, seen + T)
 
 
-# ---------------------------------------------------------------------------------------------------- quantizer
+# ------------------------------------------------------------------------------------ quantizer
 
 
 class RVQ(nn.Module):
-    """Residual vector quantizer: each codebook quantizes what the ones before it left over."""
+    """Residual vector quantizer: each codebook quantizes the error that the ones before it left."""
 
     def __init__(self, c, n):
         super().__init__()
-        self.input_proj, self.output_proj = mx.zeros((c.codebook_dim, c.dim)), mx.zeros((c.dim, c.codebook_dim))
+        self.input_proj = mx.zeros((c.codebook_dim, c.dim))
+        self.output_proj = mx.zeros((c.dim, c.codebook_dim))
         self.codebooks = mx.zeros((n, c.codebook_size, c.codebook_dim))
         self.norms = mx.zeros((n, c.codebook_size))  # |v|^2 of each code vector
 
     def encode(self, x):  # (B, F, D) -> (B, n, F)
         residual = x @ self.input_proj.T
         codes = []
-        for vectors, norms in zip(self.codebooks, self.norms):  # nearest: |r - v|^2 less the constant |r|^2
+        for vectors, norms in zip(self.codebooks, self.norms):
+            # The nearest vector minimizes |r - v|^2, or, without the constant |r|^2, |v|^2 - 2 r.v.
             codes.append(mx.argmin(mx.addmm(norms, residual, vectors.T, alpha=-2), axis=-1))
             residual = residual - vectors[codes[-1]]
         return mx.stack(codes, axis=1)
@@ -263,38 +268,25 @@ class RVQ(nn.Module):
         return self.codebooks.reshape(n * size, dim)[index].sum(axis=1) @ self.output_proj.T
 
 
-# ---------------------------------------------------------------------------------------------------- the codec
+# ------------------------------------------------------------------------------------ the codec
 
 
 class State(NamedTuple):
-    """What a stream has to remember, encoding and decoding apart. Made by `Mimi.init_state`; None: nothing yet."""
+    """What streams remember: the pasts of all layers. See `Mimi.init_state`."""
 
     rest: mx.array  # (B, s) samples that do not fill a frame yet
-    encoder: list | None = None
+    encoder: list | None = None  # None before the first frame
     decoder: list | None = None
 
 
-def join_states(states):
-    """States of streams that decode, of any ages, as the state of all of them side by side."""
-    begun = next((s.decoder for s in states if s.decoder), None)  # before its first frame a stream's past is zeros
-    decoders = [s.decoder or tree_map(lambda x: x if x is None else mx.zeros_like(x[:1]), begun) for s in states]
-    joined = begun and tree_map(lambda *x: None if x[0] is None else mx.concatenate(x), *decoders)
-    return State(mx.concatenate([s.rest for s in states]), None, joined)
-
-
-def split_state(state):
-    """The other way: the state of each stream of the batch by itself."""
-    rows = [lambda x, i=i: None if x is None else x[i : i + 1] for i in range(len(state.rest))]
-    return [State(*(tree_map(row, part) for part in state)) for row in rows]
-
-
 class Mimi(nn.Module):
-    """The codec. Holds weights only: safe to share among streams and threads."""
+    """The codec. It holds weights only, so streams and threads may share it."""
 
     def __init__(self, config: MimiConfig = MimiConfig()):
         super().__init__()
         self.config = c = config
-        self.sample_rate, self.frame_size, self.n_codebooks = c.sample_rate, c.frame_size, c.n_codebooks
+        self.sample_rate, self.frame_size = c.sample_rate, c.frame_size
+        self.n_codebooks = c.n_codebooks
         self.encoder = seanet_encoder(c)
         self.encoder_transformer = Transformer(c)
         self.downsample = Conv(c.dim, c.dim, 4, stride=2, bias=False, pad="first")
@@ -304,36 +296,35 @@ class Mimi(nn.Module):
         self.decoder_transformer = Transformer(c)
         self.decoder = seanet_decoder(c)
 
-    def init_state(self, batch=1):
-        """The state of `batch` streams that start now, side by side."""
-        return State(mx.array(np.zeros((batch, 0), np.float32)))  # not lazy: any thread may take it on
+    def init_state(self, batch: int = 1) -> State:
+        """The state of a batch of streams before their first frame."""
+        return State(mx.array(np.zeros((batch, 0), np.float32)))  # not lazy: any thread may use it
 
-    def encode_step(self, audio, state):
-        """audio (B, 1, any number of samples), state -> codes (B, K, f) int32 of the frames now full, new state."""
+    def encode_step(self, audio: mx.array, state: State) -> tuple[mx.array, State]:
+        """audio (B, 1, any length) -> codes (B, K, f) int32 of the frames now full, new state."""
         audio = mx.array(audio)
         if audio.ndim != 3 or audio.shape[1] != 1 or len(audio) != len(state.rest):
             raise ValueError(f"audio must be ({len(state.rest)}, 1, samples), not {audio.shape}")
         x = mx.concatenate([state.rest, audio[:, 0].astype(mx.float32)], axis=1)
         n_frames = x.shape[1] // self.frame_size
-        x, rest = x[:, : n_frames * self.frame_size], x[:, n_frames * self.frame_size :]
+        x, rest = mx.split(x, [n_frames * self.frame_size], axis=1)
         if n_frames == 0:
             mx.async_eval(rest)
             return mx.zeros((len(audio), self.n_codebooks, 0), mx.int32), state._replace(rest=rest)
         layers = [*self.encoder, self.encoder_transformer, self.downsample]
-        x, past = run(layers, x[..., None], state.encoder)  # (B, F, D)
+        x, pasts = run_layers(layers, x[..., None], state.encoder)  # (B, F, D)
         codes = self.first.encode(x)
         if self.rest is not None:
             codes = mx.concatenate([codes, self.rest.encode(x)], axis=1)
-        codes, state = codes.astype(mx.int32), state._replace(rest=rest, encoder=past)
-        mx.async_eval(codes, state)  # under way, so that another thread may go on with them
+        codes, state = codes.astype(mx.int32), state._replace(rest=rest, encoder=pasts)
+        mx.async_eval(codes, state)  # launched here, so that another thread may continue the stream
         return codes, state
 
-    def decode_step(self, codes, state):
-        """codes (B, K, f), state -> audio (B, 1, f * 1920) float32, new state. K may be less than the codec has."""
-        codes = mx.array(codes)
-        B = len(state.rest)
-        if codes.ndim != 3 or codes.shape[0] != B or not 1 <= codes.shape[1] <= self.n_codebooks:
-            raise ValueError(f"codes must be ({B}, 1 to {self.n_codebooks}, frames), not {codes.shape}")
+    def decode_step(self, codes: mx.array, state: State) -> tuple[mx.array, State]:
+        """codes (B, 1 to K, f) -> audio (B, 1, f * 1920) float32, new state."""
+        codes, B = mx.array(codes), len(state.rest)
+        if codes.ndim != 3 or len(codes) != B or not 1 <= codes.shape[1] <= self.n_codebooks:
+            raise ValueError(f"codes must be ({B}, 1 to {self.n_codebooks}, f), not {codes.shape}")
         if codes.shape[2] == 0:
             return mx.zeros((B, 1, 0)), state
         n = self.config.n_semantic
@@ -341,232 +332,230 @@ class Mimi(nn.Module):
         if codes.shape[1] > n:
             x = x + self.rest.decode(codes[:, n:])
         layers = [self.upsample, self.decoder_transformer, *self.decoder]
-        x, past = run(layers, x, state.decoder)  # (B, S, 1)
-        audio, state = x.transpose(0, 2, 1), state._replace(decoder=past)
+        x, pasts = run_layers(layers, x, state.decoder)  # (B, S, 1)
+        audio, state = x.transpose(0, 2, 1), state._replace(decoder=pasts)
         mx.async_eval(audio, state)
         return audio, state
 
-    def encode(self, audio):
-        """audio (B, 1, S) -> codes (B, K, ceil(S / 1920)) int32. The last frame is filled up with zeros, as moshi does.
-
-        Raises ValueError for another shape.
-        """
+    def encode(self, audio: mx.array) -> mx.array:
+        """audio (B, 1, S) -> codes (B, K, ceil(S / 1920)) int32; zeros fill up the last frame."""
         audio = mx.array(audio)
         if audio.ndim != 3 or audio.shape[1] != 1:
             raise ValueError(f"audio must be (batch, 1, samples), not {audio.shape}")
         if not mx.isfinite(audio).all().item():
             raise ValueError("the audio contains NaN or infinite samples")
         audio = mx.pad(audio, [(0, 0), (0, 0), (0, -audio.shape[2] % self.frame_size)])
-        return self._whole(self.encode_step, audio, self.frame_size)
+        return self._in_chunks(self.encode_step, audio, self.frame_size)
 
-    def decode(self, codes):
-        """codes (B, K, F) -> audio (B, 1, F * 1920) float32. Raises ValueError for a code outside the codebook."""
-        codes = mx.array(codes)
+    def decode(self, codes: mx.array) -> mx.array:
+        """codes (B, 1 to K, F) -> audio (B, 1, F * 1920) float32."""
+        codes, size = mx.array(codes), self.config.codebook_size
         if codes.ndim != 3:
             raise ValueError(f"codes must be (batch, codebooks, frames), not {codes.shape}")
-        if codes.size and not 0 <= codes.min().item() <= codes.max().item() < self.config.codebook_size:
-            raise ValueError(f"codes must lie in 0..{self.config.codebook_size - 1}")
-        return self._whole(self.decode_step, codes, 1)
+        if codes.size and not 0 <= codes.min().item() <= codes.max().item() < size:
+            raise ValueError(f"codes must lie in 0..{size - 1}")
+        return self._in_chunks(self.decode_step, codes, 1)
 
-    def _whole(self, step, x, width):
-        """x (B, channels, width a frame) through `step` in chunks."""
-        chunk = width * (25 if mx.default_device() == mx.cpu else 125)  # frames: two seconds fit a CPU's cache
-        state, out = self.init_state(x.shape[0]), []
-        for i in range(0, max(x.shape[2], 1), chunk):
-            y, state = step(x[:, :, i : i + chunk], state)
-            mx.eval(y, state)  # else the graph of a long clip keeps every activation alive
-            out.append(y)
-        return mx.concatenate(out, axis=2)
+    def _in_chunks(self, step, x, width):
+        """Run x (B, channels, frames * width) through `step`, chunk by chunk."""
+        n_frames = 25 if mx.default_device() == mx.cpu else 125  # two seconds fit a CPU's cache
+        state, outputs = self.init_state(x.shape[0]), []
+        for i in range(0, max(x.shape[2], 1), n_frames * width):
+            y, state = step(x[:, :, i : i + n_frames * width], state)
+            mx.eval(y, state)  # otherwise the graph keeps the activations of all chunks alive
+            outputs.append(y)
+        return mx.concatenate(outputs, axis=2)
 
 
-# ---------------------------------------------------------------------------------------------------- loading
+# ------------------------------------------------------------------------------------ loading
+
+# Files that hold a Mimi alone, in our layout or kyutai's; and files that may contain one: a Mimi in
+# transformers' layout, or a whole CSM with a Mimi inside.
+MIMI_FILES = ("mimi.safetensors", "tokenizer-*.safetensors")
+CONTAINER_FILES = ("model.safetensors", "*.index.json", "*.safetensors")
+
+
+def load(path_or_repo: str | Path | None = None, n_codebooks: int | None = None) -> Mimi:
+    """A Mimi from a folder, a weights file or a Hugging Face repository, in any published layout.
+
+    None: kyutai's own weights. n_codebooks: use only the first so many. Raises ValueError.
+    """
+    return from_weights(*read_mimi(path_or_repo), n_codebooks)
+
+
+def read_mimi(path_or_repo=None):
+    """A Mimi, or the one inside a CSM -> weights {name: array} in our layout, config."""
+    if path_or_repo is None:
+        path = layouts("the default Mimi").download(DEFAULT_REPO, DEFAULT_FILE)
+    else:
+        path = find_or_download(path_or_repo, MIMI_FILES, CONTAINER_FILES)
+    file = first_match(path, *MIMI_FILES, *CONTAINER_FILES) if path.is_dir() else path
+    if file is None:
+        raise ValueError(f"no Mimi in {path}")
+    weights, metadata = read_weights(file)
+    if "config" in metadata:
+        config = as_object(metadata["config"], file)
+    else:
+        config = read_json(file.with_name("config.json"))
+    if "first.input_proj" not in weights:
+        config, weights = layouts(file).mimi_to_native(config, weights)
+    return weights, config
+
+
+def check_fields(kind, values):
+    """Raise ValueError if JSON gives a field of a dataclass a wrong type, or a number beyond reason.
+
+    MLX ends the process where a size exceeds 32 bits.
+    """
+    for f in fields(kind):
+        value = values.get(f.name, f.default)
+        if f.type is int:
+            largest = 1024 if f.name.startswith("n_") or f.name.endswith("codebooks") else 2**20
+            fine = type(value) is int and 0 < value <= largest
+        elif f.type is float:
+            fine = type(value) in (int, float) and 0 < value < 1e12
+        elif f.type is tuple:
+            fine = isinstance(value, (list, tuple)) and 0 < len(value) <= 8
+            fine = fine and all(type(n) is int and 0 < n <= 1024 for n in value)
+        else:
+            fine = isinstance(value, f.type)
+        if f.name in values and not fine:
+            raise ValueError(f"{f.name} cannot be {value!r:.40}")
 
 
 def from_weights(weights, config=None, n_codebooks=None):
-    """A Mimi from the tensors {name: array} of our layout, computing in float32.
-
-    config: dict of MimiConfig's fields, those that are left out at their defaults. n_codebooks: use only the first so
-    many. Raises ValueError that names the tensors which are missing, unexpected or of a wrong shape.
-    """
-    c = MimiConfig(**{f: config[f] for f in MimiConfig.__dataclass_fields__ if f in (config or {})})
-    if c.n_heads < 1 or c.dim % c.n_heads:
+    """A Mimi, in float32, from weights of our layout. config: fields of MimiConfig."""
+    known = MimiConfig.__dataclass_fields__
+    config = {name: value for name, value in (config or {}).items() if name in known}
+    check_fields(MimiConfig, config)
+    c = MimiConfig(**config)
+    if c.dim % c.n_heads:
         raise ValueError(f"{c.n_heads} heads do not divide {c.dim} channels")
-    K = c.n_codebooks if n_codebooks is None else n_codebooks
-    if not c.n_semantic <= K <= c.n_codebooks:
-        raise ValueError(f"this Mimi works with {c.n_semantic} to {c.n_codebooks} codebooks, not {K}")
+    n, K = c.n_semantic, c.n_codebooks if n_codebooks is None else n_codebooks
+    if not n <= K <= c.n_codebooks:
+        raise ValueError(f"this Mimi works with {n} to {c.n_codebooks} codebooks, not {K}")
     model = Mimi(replace(c, ratios=tuple(c.ratios), n_codebooks=K))
     weights = {name: mx.contiguous(w.astype(mx.float32)) for name, w in weights.items()}
-    for part, n in (("first", c.n_semantic), ("rest", K - c.n_semantic)):
-        # A code vector is stored as the sum of what was assigned to it in training, and how much that was.
-        sums, usage = (weights.pop(f"{part}.{name}", None) for name in ("embedding_sum", "cluster_usage"))
-        if sums is not None and usage is not None and n:
-            vectors = sums[:n] / mx.maximum(usage[:n], 1e-5)[..., None]
-            weights |= {f"{part}.codebooks": vectors, f"{part}.norms": (vectors**2).sum(-1)}
     if model.rest is None:
         weights = {name: w for name, w in weights.items() if not name.startswith("rest.")}
-    fill(model, weights)
+    for part, size in (("first", n), ("rest", K - n)):
+        # Training leaves the sum of the inputs nearest to each code vector, and their number.
+        sums = weights.pop(f"{part}.embedding_sum", None)
+        counts = weights.pop(f"{part}.cluster_usage", None)
+        if sums is not None and counts is not None:
+            vectors = sums[:size] / mx.maximum(counts[:size], 1e-5)[..., None]
+            weights |= {f"{part}.codebooks": vectors, f"{part}.norms": (vectors**2).sum(-1)}
+    load_weights(model, weights)
     return model
 
 
-def check(model, weights):
-    """Raise a ValueError that names what `weights` {name: array} has missing, unexpected or misshapen for `model`."""
+def check_weights(model, weights):
+    """Raise a ValueError that names the weights that are missing, unexpected or misshapen."""
     expected = dict(tree_flatten(model.parameters()))
-    problems = [f"missing {k}" for k in expected if k not in weights]
-    problems += [f"unexpected {k}" for k in weights if k not in expected]
-    shapes = {k: (weights[k].shape, w.shape) for k, w in expected.items() if k in weights}
-    problems += [f"{k} is {ours}, not {wanted}" for k, (ours, wanted) in shapes.items() if ours != wanted]
+    problems = [f"missing {name}" for name in expected if name not in weights]
+    problems += [f"unexpected {name}" for name in weights if name not in expected]
+    for name in expected:
+        if name in weights and weights[name].shape != expected[name].shape:
+            problems.append(f"{name} is {weights[name].shape}, not {expected[name].shape}")
     if problems:
         more = f" and {len(problems) - 4} more" if len(problems) > 4 else ""
         raise ValueError(f"the checkpoint does not fit the model: {'; '.join(problems[:4])}{more}")
 
 
-def fill(model, weights):
-    """Give `model` exactly `weights` {name: array}. Raises ValueError as `check` does."""
-    check(model, weights)
-    for w in weights.values():  # one at a time: each is read, cast and done with before the next
+def load_weights(model, weights):
+    """Check the weights and give them to the model."""
+    check_weights(model, weights)
+    for w in weights.values():  # one at a time, so that few are in memory before and after a cast
         mx.eval(w)
     model.load_weights(list(weights.items()), strict=False)
 
 
-def read_safetensors(path):
-    """{name: array} (read from disk when first used) and the metadata of a .safetensors file. ValueError: damaged."""
-    if not Path(path).is_file():
+def read_weights(path):
+    """A .safetensors or .pt file, or an index of shards -> {name: array}, read lazily; metadata."""
+    path = Path(path)
+    if not path.is_file():
         raise ValueError(f"no such file: {path}")
+    if path.suffix in (".pt", ".pth", ".ckpt"):
+        return layouts(path).read_pt(path), {}
+    if path.suffix == ".json":
+        return read_shards(path), {}
     try:
         return mx.load(str(path), format="safetensors", return_metadata=True)
     except RuntimeError:
         raise ValueError(f"{path} is truncated or not a safetensors file") from None
 
 
+def read_shards(path):
+    """An index of shards -> {name: array}, each from the shard that the index names."""
+    shards, weights = read_json(path).get("weight_map"), {}
+    if not (
+        shards and isinstance(shards, dict) and all(isinstance(x, str) for x in shards.values())
+    ):
+        raise ValueError(f"{path} has no weight_map from names to files")
+    for shard in sorted(set(shards.values())):
+        if Path(shard).name != shard or not shard.endswith(".safetensors"):
+            raise ValueError(
+                f"{path} names {shard!r:.80}, which is no .safetensors file in its folder"
+            )
+        tensors = read_weights(path.parent / shard)[0]
+        weights |= {name: w for name, w in tensors.items() if shards.get(name, shard) == shard}
+    return weights
+
+
 def read_json(path):
-    """The fields of a JSON file, {} if there is none. Raises ValueError that names it."""
+    """The object in a JSON file, {} if there is no file. Raises ValueError."""
     try:
-        return dict(json.loads(Path(path).read_text(encoding="utf-8"))) if Path(path).is_file() else {}
-    except (ValueError, TypeError, OSError):
-        raise ValueError(f"{path} is not a JSON file of fields") from None
+        return as_object(
+            Path(path).read_text(encoding="utf-8") if Path(path).is_file() else "{}", path
+        )
+    except (UnicodeDecodeError, OSError):
+        raise ValueError(f"{path} is not a JSON file with an object") from None
 
 
-def download(repo, *patterns):
-    """A Hugging Face repository's file -> its local path; or, of several patterns, the folder with what matches.
-
-    Says on the logger "csm" what it fetches. Raises FileNotFoundError where the repository has no such file, and
-    DownloadError, which says what to do, where it cannot be had.
-    """
-    from huggingface_hub import constants, errors, hf_hub_download, snapshot_download
-
-    known = {
-        errors.GatedRepoError: "it is gated: accept its licence on huggingface.co and run `hf auth login`",
-        errors.RepositoryNotFoundError: "no such folder, file or Hugging Face repository",
-        errors.LocalEntryNotFoundError: "no network, or HF_HUB_OFFLINE is set, and it was not downloaded before",
-    }
-
-    def fetch(**how):
-        if len(patterns) == 1:
-            return Path(hf_hub_download(repo, *patterns, **how))
-        return Path(snapshot_download(repo, allow_patterns=list(patterns), **how))
-
+def as_object(text, path):
+    """The object {...} in a JSON text, which is from the file `path`. Raises ValueError."""
     try:
-        held = None
-        with suppress(errors.LocalEntryNotFoundError):
-            held = fetch(local_files_only=True)
-            if len(patterns) == 1:
-                return held
-        if not constants.HF_HUB_OFFLINE and not (held and find(held, patterns[0])):
-            log.warning("fetching %s from %s", patterns[0], repo)
-        return fetch()
-    except Exception as e:  # of many kinds: connection, proxy, disk
-        if isinstance(e, errors.EntryNotFoundError) and not isinstance(e, errors.LocalEntryNotFoundError):
-            raise FileNotFoundError(f"{repo} has no {patterns[0]}") from None
-        reason = next((text for kind, text in known.items() if isinstance(e, kind)), str(e) or type(e).__name__)
-        reason = f"{reason.splitlines()[0]} (without: --model tiny)"
-        raise DownloadError(f"cannot download {patterns[0]} from {repo}: {reason}") from None
-
-
-FILES = ("mimi.safetensors", "tokenizer-*.safetensors")  # a Mimi by itself: ours, kyutai's
-INSIDE = ("model.safetensors", "*.index.json", "*.safetensors")  # in transformers' layout, or a CSM's with one inside
-
-
-def locate(path_or_repo=None):
-    """A Mimi's local file; downloaded if need be. Raises ValueError."""
-    path = download(DEFAULT_REPO, DEFAULT_FILE) if path_or_repo is None else local(path_or_repo, FILES, INSIDE)
-    file = find(path, *FILES, *INSIDE) if path.is_dir() else path
-    if file is None:
-        raise ValueError(f"no Mimi in {path}")
-    return file
-
-
-def local(source, *kinds, beside=("*.json",), known="no such file or folder"):
-    """The path of a file or folder as it is; or a Hugging Face repository, downloaded: a folder. Raises ValueError.
-
-    kinds: patterns of the files wanted; the first kind that there is will do. beside: of what else to bring.
-    """
-    if Path(source).exists():
-        return Path(source)
-    if not re.fullmatch(r"[\w.-]+/[\w.-]+", str(source)):
-        raise ValueError(f"no such model: {source} ({known})")
-    for patterns in kinds:
-        folder = download(str(source), *patterns, *beside)
-        if find(folder, *patterns):
-            break
-    return folder
-
-
-def find(folder, *patterns):
-    """The first file in `folder` that fits a pattern, of the first pattern that any fits; or None."""
-    return next((f for pattern in patterns for f in sorted(Path(folder).glob(pattern))), None)
-
-
-def read_weights(path):
-    """A weights file (.safetensors, PyTorch's .pt), or the index of its shards -> ({name: array}, metadata), lazily."""
-    path = Path(path)
-    if path.suffix in (".pt", ".pth", ".ckpt"):
-        return layouts(path).read_pt(path), {}
-    if path.suffix == ".json":
-        shards = sorted({path.parent / shard for shard in read_json(path).get("weight_map", {}).values()})
-        return {name: w for shard in shards for name, w in read_safetensors(shard)[0].items()}, {}
-    return read_safetensors(path)
+        value = json.loads(text)
+    except (ValueError, RecursionError):
+        value = None
+    if not isinstance(value, dict):
+        raise ValueError(f"{path} is not a JSON file with an object")
+    return value
 
 
 def layouts(path):
-    """csm_layouts, which reads what is not in our own layout. Raises ValueError where it is not beside this file."""
+    """The module csm_layouts, which reads all other layouts. Raises ValueError if it is missing."""
     try:
         import csm_layouts
     except ModuleNotFoundError:
-        raise ValueError(f"{path} is not in our own layout: reading it takes csm_layouts.py") from None
+        raise ValueError(f"{path} needs csm_layouts.py, which is not beside mimi.py") from None
     return csm_layouts
 
 
-def load(path_or_repo=None, n_codebooks=None):
-    """A Mimi from a folder, a weights file or a Hugging Face repository, in our layout, kyutai's or transformers'.
-
-    None: kyutai's own weights (kyutai/moshiko-pytorch-bf16). n_codebooks: use the first so many, None for all there
-    are. Raises ValueError.
-    """
-    return from_weights(*read_mimi(locate(path_or_repo)), n_codebooks)
+def find_or_download(source, *groups, **options):
+    """A local file or folder as it is, or a Hugging Face repository as csm_layouts.fetch has it."""
+    if Path(source).exists():
+        return Path(source)
+    return layouts(source).fetch(source, *groups, **options)
 
 
-def read_mimi(path):
-    """A Mimi's file, or a CSM's that has one inside -> ({name: array} of our layout, its config), lazily."""
-    weights, metadata = read_weights(path)
-    config = json.loads(metadata["config"]) if "config" in metadata else read_json(path.with_name("config.json"))
-    if "first.input_proj" not in weights:
-        config, weights = layouts(path).mimi_to_native(config, weights)
-    return weights, config
+def first_match(folder, *patterns):
+    """The first file in `folder` that matches the first pattern with any match, or None."""
+    return next((f for p in patterns for f in sorted(Path(folder).glob(p))), None)
 
 
-# ---------------------------------------------------------------------------------------------------- audio files
+# ------------------------------------------------------------------------------------ audio files
 
-
-FORMATS = {  # what a file's suffix says: libsndfile's format and subtype
+FORMATS = {  # suffix -> libsndfile's format and subtype
     ".wav": ("WAV", "PCM_16"), ".flac": ("FLAC", "PCM_16"), ".mp3": ("MP3", "MPEG_LAYER_III"),
     ".ogg": ("OGG", "VORBIS"), ".opus": ("OGG", "OPUS"),
 }  # fmt: skip
 
 
-def read_audio(path, sample_rate=24_000):
-    """An audio file of any kind, rate and number of channels -> (samples,) float32 mono. Raises ValueError.
+def read_audio(path: str | Path, sample_rate: int = 24_000) -> np.ndarray:
+    """An audio file of any kind, rate and number of channels -> (samples,) float32, mono.
 
-    What libsndfile does not know (m4a, aac, webm, video) is read by `ffmpeg`, where that is installed.
+    Formats that libsndfile lacks (m4a, aac, webm, video) are read by `ffmpeg`. Raises ValueError.
     """
     import soundfile
     import soxr
@@ -584,30 +573,55 @@ def read_audio(path, sample_rate=24_000):
     if rate != sample_rate:
         audio = soxr.resample(audio, rate, sample_rate).astype(np.float32)
     if not len(audio):
-        raise ValueError(f"{path} holds no sound")
+        raise ValueError(f"{path} contains no sound")
     return audio
 
 
 def read_by_ffmpeg(path, sample_rate):
     if not shutil.which("ffmpeg"):
-        raise ValueError(f"{path} is not an audio file that can be read here (m4a, aac, webm and video need ffmpeg)")
-    command = ["ffmpeg", "-v", "error", "-i", f"file:{path}", "-map", "0:a:0"]
-    command += ["-f", "f32le", "-ac", "1", "-ar", str(sample_rate), "-"]
+        raise ValueError(f"{path} is not an audio file, or needs ffmpeg (m4a, aac, webm, video)")
+    command = ["ffmpeg", "-v", "error", "-i", f"file:{path}", "-map", "0:a:0", "-f", "f32le"]
+    command += ["-ac", "1", "-ar", str(sample_rate), "-"]
     done = subprocess.run(command, capture_output=True, stdin=subprocess.DEVNULL)
     if done.returncode:
-        raise ValueError(f"{path} is not an audio file that can be read")
+        raise ValueError(f"{path} is not an audio file that ffmpeg can read")
     return np.frombuffer(done.stdout, "<f4")
 
 
-def to_pcm16(audio):
-    """(samples,) float, 1 is full scale -> (samples,) int16, clipped."""
-    return (np.clip(np.array(audio, dtype=np.float32), -1, 1) * 32767).round().astype("<i2")
+def write_audio(path: str | Path, audio, sample_rate: int = 24_000) -> None:
+    """Write (samples,) float atomically, in the format of the suffix. Raises ValueError."""
+    with audio_file(path, sample_rate) as write:
+        write(audio)
+
+
+@contextmanager
+def audio_file(path, sample_rate=24_000):
+    """A function that writes pieces of audio; atomically, in the format of the suffix."""
+    import soundfile
+
+    suffix, encoded = Path(path).suffix.lower(), io.BytesIO()  # libsndfile would hide a full disk
+    if suffix not in FORMATS or (Path(path).exists() and not Path(path).is_file()):
+        raise ValueError(f"cannot write {path}: the suffix must be one of {' '.join(FORMATS)}")
+    container, subtype = FORMATS[suffix]
+    try:
+        sound = soundfile.SoundFile(encoded, "w", sample_rate, 1, subtype, format=container)
+    except soundfile.LibsndfileError as e:  # Opus allows five sample rates, MP3 nine
+        raise ValueError(f"cannot write {path} at {sample_rate} Hz: {e.error_string}") from None
+
+    def write(audio):
+        for part in np.array_split(to_pcm16(audio), len(audio) // 2**16 + 1):
+            sound.write(part)  # a long one would overflow libvorbis's stack
+
+    with replacing(path) as file:
+        with sound:
+            yield write
+        file.write(encoded.getbuffer())
 
 
 @contextmanager
 def replacing(path):
-    """An open binary file beside `path`, which takes its place if all goes well. Raises ValueError."""
-    path = Path(os.path.realpath(path))  # a link stays one
+    """A binary file that replaces the one at `path` once all is written. Raises ValueError."""
+    path = Path(os.path.realpath(path))  # follow a link instead of replacing it
     part = path.with_name(f".{path.name}.{os.getpid()}.part")
     try:
         with open(part, "wb") as file:
@@ -619,87 +633,37 @@ def replacing(path):
         part.unlink(missing_ok=True)
 
 
-def wav_head(sample_rate, n_bytes=None):
-    """The 44 bytes before 16-bit mono samples; None: their number is not known yet, the largest there is."""
-    sizes = (2**32 - 1, 2**32 - 1) if n_bytes is None or n_bytes + 36 >= 2**32 else (n_bytes + 36, n_bytes)
-    form = (b"WAVE", b"fmt ", 16, 1, 1, sample_rate, 2 * sample_rate, 2, 16)  # PCM, mono
-    return struct.pack("<4sI4s4sIHHIIHH4sI", b"RIFF", sizes[0], *form, b"data", sizes[1])
+def to_pcm16(audio):
+    """(samples,) float, full scale 1 -> (samples,) int16, clipped."""
+    return (np.clip(np.array(audio, dtype=np.float32), -1, 1) * 32767).round().astype("<i2")
 
 
-@contextmanager
-def audio_writer(path, sample_rate=24_000):
-    """A function that takes pieces of audio, (samples,) float, for a file in the format that its suffix names.
-
-    The file is put in place when all is well. "-" (standard output), a pipe and a device get a WAV as it comes. Raises
-    ValueError for another suffix, and where the file cannot be written.
-    """
-    live = path == "-" or (Path(path).exists() and not Path(path).is_file())
-    suffix = ".wav" if live else Path(path).suffix.lower()
-    if suffix not in FORMATS or Path(path).is_dir():
-        raise ValueError(f"cannot write {path}: the suffix must be one of {' '.join(FORMATS)}")
-    file = nullcontext(sys.stdout.buffer) if path == "-" else open(path, "wb") if live else replacing(path)
-    with file as out:
-        if suffix == ".wav":
-            head = [wav_head(sample_rate)]  # before the first piece, since until then something may go wrong
-
-            def write(audio):
-                out.write((head.pop() if head else b"") + to_pcm16(audio).tobytes())
-                out.flush()
-
-            yield write
-            write([])
-            if not live:
-                n = out.tell() - 44
-                out.seek(0)
-                out.write(wav_head(sample_rate, n))
-        else:
-            import soundfile
-
-            held = io.BytesIO()  # libsndfile swallows the errors of a file that it writes to
-            kind, subtype = FORMATS[suffix]
-            try:
-                sound = soundfile.SoundFile(held, "w", sample_rate, 1, subtype, format=kind)
-            except soundfile.LibsndfileError as e:  # of the rate: Opus has five, MP3 nine
-                raise ValueError(f"cannot write {path} at {sample_rate} Hz: {e.error_string}") from None
-            with sound:
-                # in parts, since a long one overflows the stack of libvorbis
-                yield lambda audio: [sound.write(x) for x in np.array_split(to_pcm16(audio), len(audio) // 2**16 + 1)]
-            out.write(held.getbuffer())
-
-
-def write_audio(path, audio, sample_rate=24_000):
-    """(samples,) float -> a file in the format of its suffix: .wav .flac .mp3 .ogg .opus; whole or not at all.
-
-    Raises ValueError.
-    """
-    with audio_writer(path, sample_rate) as write:
-        write(audio)
+# ------------------------------------------------------------------------------------ command
 
 
 def main(argv=None):
     import argparse
 
-    parser = argparse.ArgumentParser(prog="mimi.py", description="Pass speech through the Mimi codec and back.")
-    parser.add_argument("input", help="audio file, any rate and channels")
-    parser.add_argument("output", help="WAV file, 24 kHz mono")
-    parser.add_argument("--model", help="folder, file or Hugging Face repo (default: kyutai's weights)")
-    parser.add_argument("--codes", metavar="F.npz", help="also save the codes (K, F) as `codes`")
-    parser.add_argument("--n-codebooks", type=int, metavar="K", help="use only the first K codebooks")
-    parser.error = lambda message: parser.exit(2, f"mimi.py: error: {message}\n")  # one line, without the usage
-    args = parser.parse_args(argv)
+    p = argparse.ArgumentParser(prog="mimi.py", description="Speech through the codec and back.")
+    p.add_argument("input", help="an audio file of any format, rate and number of channels")
+    p.add_argument("output", help="a .wav, .flac, .mp3, .ogg or .opus file, 24 kHz mono")
+    p.add_argument("--model", help="a folder, file or Hub repository (default: kyutai's weights)")
+    p.add_argument("--codes", metavar="F.npz", help="also save the codes (K, F) as `codes`")
+    p.add_argument("--n-codebooks", type=int, metavar="K", help="use only the first K codebooks")
+    p.error = lambda message: p.exit(2, f"{p.prog}: error: {message}\n")  # without the usage
+    args = p.parse_args(argv)
     try:
-        audio = mx.array(read_audio(args.input))
-        codec = load(args.model, args.n_codebooks)
-        with audio_writer(args.output, codec.sample_rate) as write:  # which checks OUT
-            codes = codec.encode(audio[None, None])
-            write(codec.decode(codes)[0, 0, : audio.size])
+        audio, model = read_audio(args.input), load(args.model, args.n_codebooks)
+        with audio_file(args.output, model.sample_rate) as write:
+            codes = model.encode(mx.array(audio)[None, None])
+            write(model.decode(codes)[0, 0, : audio.size])
             if args.codes:
                 with replacing(args.codes) as file:
-                    np.savez(file, codes=np.array(codes[0]), sample_rate=codec.sample_rate)
+                    np.savez(file, codes=np.array(codes[0]), sample_rate=model.sample_rate)
     except (ValueError, OSError) as e:
-        parser.exit(2, f"mimi.py: error: {' '.join(str(e).split())}\n")
+        p.error(" ".join(str(e).split()))
     except KeyboardInterrupt:
-        parser.exit(130, "interrupted: nothing was written\n")
+        p.exit(130, "interrupted: nothing was written\n")
     print(f"{codes.shape[2]} frames of {codes.shape[1]} codes", file=sys.stderr)
 
 

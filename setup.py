@@ -1,20 +1,12 @@
-"""What pyproject.toml cannot say: what of the top folder goes where it bothers no other package's names."""
-
-import shutil
-from pathlib import Path
+"""What pyproject.toml cannot say: the wheel holds the model tiny, but not the scripts that trained it."""
 
 from setuptools import setup
 from setuptools.command.build_py import build_py
 
 
 class Build(build_py):
-    def run(self):
-        super().run()
-        place = Path(self.build_lib)
-        shutil.copy("convert.py", place / "csm_tools/convert.py")  # the command csm-convert
-        trained = shutil.ignore_patterns("*.py", "*.md", "*.txt", "golden.json", "__pycache__")
-        shutil.copytree("tiny", place / "csm_tools/tiny", ignore=trained, dirs_exist_ok=True)
-        shutil.copytree("tiny/prompts", place / "csm_tools/tiny/prompts", dirs_exist_ok=True)
+    def find_package_modules(self, package, package_dir):
+        return [] if package == "csm_tools.tiny" else super().find_package_modules(package, package_dir)
 
 
 setup(cmdclass={"build_py": Build})

@@ -62,21 +62,21 @@ def sound(frames, seed=0):
 
 def test_the_cache_changes_nothing(generator):
     rows = np.concatenate([generator.segment_rows(csm.Segment(0, "hello", sound(5))), generator.text_rows("yes", 1)])
-    rows, mask = mx.array(np.maximum(rows, 0))[None], csm.row_mask(mx.array(rows))[None]
-    whole = generator.model(rows, mask)
+    rows = mx.array(rows)[None]
+    whole = generator.model(rows)
     cache = csm.KVCache(CONFIG.backbone)
-    steps = [generator.model(rows[:, i : i + 3], mask[:, i : i + 3], cache) for i in range(0, rows.shape[1], 3)]
+    steps = [generator.model(rows[:, i : i + 3], cache) for i in range(0, rows.shape[1], 3)]
     assert mx.abs(mx.concatenate(steps, axis=1) - whole).max() < 1e-4
 
 
 def test_the_depth_decoder_is_the_teacher_forced_one(generator):
-    h, first = mx.random.normal((3, 48), key=mx.random.key(3)), mx.array([4, 5, 6])
-    codes = generator.model.sample_rest(h, first, lambda i, logits: mx.argmax(logits, axis=-1))
-    logits = generator.model.depth_logits(h, mx.concatenate([first[:, None], codes], axis=1))
+    h = mx.random.normal((3, 48), key=mx.random.key(3))
+    codes = generator.model.next_frame(h, lambda i, logits: mx.argmax(logits, axis=-1))
+    logits = mx.concatenate([generator.model.head(0, h)[:, None], generator.model.depth_logits(h, codes)], axis=1)
     assert mx.array_equal(mx.argmax(logits, axis=-1), codes)
 
 
-def test_streamed_in_a_batch_and_in_a_conversation_it_is_the_same(generator):
+def test_streamed_and_in_a_conversation_it_is_the_same(generator):
     context = [csm.Segment(0, "hello", sound(8)), csm.Segment(1, "good day", sound(6, 1))]
     options = {"seed": 5, **SHORT}
     whole = generator.generate("how are you?", 0, context, **options)
@@ -84,8 +84,10 @@ def test_streamed_in_a_batch_and_in_a_conversation_it_is_the_same(generator):
     assert len(np.unique(codes)) > 5 and whole.shape == (len(codes) * CODEC.frame_size,) and whole.dtype == mx.float32
     pieces = list(generator.stream("how are you?", 0, context, streaming_interval=3 / CODEC.frame_rate, **options))
     assert len(pieces) > 3 and mx.abs(mx.concatenate(pieces) - whole).max() < 1e-4
-    batch = generator.generate_batch(["well", "how are you?", "I see, thank you."], [1, 0, 0], context, seed=4, **SHORT)
-    assert mx.abs(batch[1] - whole).max() < 1e-4
+    before, rows = generator.prompt("how are you?", 0, context)
+    cache = csm.KVCache(CONFIG.backbone)
+    frames = csm.frames(generator.model, np.concatenate([before, rows]), cache, 20, 5)
+    assert np.array_equal(np.stack(list(frames)), codes)
     talk = generator.conversation(context)
     talk.say("how are you?", 0, **options)
     assert mx.array_equal(talk.turns[-1].codes, codes)

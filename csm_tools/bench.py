@@ -26,8 +26,10 @@ from functools import partial
 from pathlib import Path
 
 import csm  # before mlx
+import csm_batch
 import csm_layouts
 import mimi
+from csm_tools import command
 
 import mlx.core as mx  # isort: skip
 import numpy as np
@@ -77,35 +79,45 @@ class Ours:
         model = randomize(csm.CSM(config), dtype)
         if quantize:
             weights, _ = csm_layouts.quantize(dict(tree_flatten(model.parameters())), quantize)
-            model = csm.blank(config, weights)
-            mimi.fill(model, weights)
+            model = csm.blank_model(config, weights)
+            mimi.load_weights(model, weights)
         self.generator = csm.Generator(model, randomize(mimi.Mimi(codec)), None)
 
     def frames(self, batch, n_rows, n):
-        running, K = self.generator.batch(), self.generator.model.config.audio_num_codebooks
+        K = self.generator.model.config.audio_num_codebooks
+        rows = np.zeros((n_rows, K + 1), np.int32)
+        if batch == 1:
+            for _ in self.speak(rows, n):
+                pass
+            return
+        running = csm_batch.Batch(self.generator)
         for i in range(batch):
-            rows = np.zeros((n_rows, K + 1), np.int32)
             rows[:, K] = i  # no two prompts alike
             running.insert(rows, n, i, self.sampling)
         while len(running):
             running.next()
 
     def first_audio(self):
-        running, K = self.generator.batch(), self.generator.model.config.audio_num_codebooks
-        running.insert(np.zeros((PROMPT, K + 1), np.int32), 10, 0, self.sampling)
-        _, codes = running.next()[0]
+        K = self.generator.model.config.audio_num_codebooks
+        codes = next(self.speak(np.zeros((PROMPT, K + 1), np.int32), 10))
         np.array(self.generator.decode(mx.array(codes[None])))
+
+    def speak(self, rows, n):
+        """The frames after a prompt."""
+        model = self.generator.model
+        cache = csm.KVCache(model.config.backbone, model.dtype)
+        return self.generator.speak(rows, cache, n, 0, self.sampling)
 
     def graph(self):
         """Seconds to build a frame's graph, nothing computed."""
         model, c = self.generator.model, self.generator.model.config
-        cache, options = csm.KVCache(c.backbone, model.dtype), mx.array([self.sampling.numbers()])
+        cache, options = csm.KVCache(c.backbone, model.dtype), mx.array([self.sampling.as_row()])
         rows = mx.zeros((1, 1, c.audio_num_codebooks + 1), mx.int32)
         begun = time.perf_counter()
         noise = mx.random.gumbel((1, c.audio_num_codebooks, c.audio_vocab_size), key=mx.random.key(0))
-        h = model(rows, csm.row_mask(rows), cache)[:, -1]
-        first = csm.sample(model.head(0, h).astype(mx.float32), noise[:, 0], options)
-        self.generator.depth(h, first, noise[:, 1:], options)
+        h = model(rows, cache)[:, -1]
+        draw = csm.Draw(noise, options, self.generator.mimi.config.codebook_size)
+        csm.fast_next_frame(model, h, draw, c.audio_num_codebooks)
         return time.perf_counter() - begun
 
     def encode(self, audio):
@@ -178,7 +190,7 @@ class MLXPeer:
     """What csm-mlx and mlx-audio share: `generate_frame` on rows and masks, and a sampler."""
 
     def sampler(self, logits):
-        options = mx.array([csm.Sampling(top_k=50).numbers()] * len(logits))
+        options = mx.array([csm.Sampling(top_k=50).as_row()] * len(logits))
         return csm.sample(logits, mx.random.gumbel(logits.shape, key=mx.random.key(0)), options)
 
     def rows(self, batch, n):
@@ -315,9 +327,10 @@ def measures(args, config):
 def checkpoint(source, work):
     """`source` in the layouts that the systems read, under the folder `work`. Returns its sizes."""
     csm.load(source, dtype="float32").save(work / "ours")
-    config, weights, _ = csm.read(work / "ours")
+    config, weights, _ = csm.read_checkpoint(work / "ours")
     codec_weights, codec_config = mimi.read_mimi(work / "ours/mimi.safetensors")
-    csm.write_folder(work / "transformers", csm_layouts.to_transformers(config, weights, codec_config, codec_weights))
+    files = csm_layouts.to_transformers(config, weights, codec_config, codec_weights)
+    csm_layouts.write_folder(work / "transformers", files)
     codec = mimi.load(work / "ours").config
     return csm.CSMConfig.from_dict(mimi.read_json(work / "ours/config.json")), codec
 
@@ -374,7 +387,7 @@ def markdown(table, names):
     return "\n".join(lines)
 
 
-def chart(table, names, path):
+def chart(table, names, path, title):
     """Seconds a frame as bars."""
     import matplotlib
 
@@ -387,7 +400,8 @@ def chart(table, names, path):
         heights = [r.get(name) if isinstance(r.get(name), float) else 0 for r in rows.values()]
         axes.bar(np.arange(len(rows)) + 0.8 * i / len(names), heights, 0.8 / len(names), label=name)
     axes.set_xticks(np.arange(len(rows)) + 0.4 - 0.4 / len(names), rows)
-    axes.set_ylabel("seconds (0.08 s of sound each)")
+    axes.set_ylabel("seconds a frame (0.08 s of sound each)")
+    axes.set_title(title)
     axes.legend()
     figure.savefig(path, dpi=120)
 
@@ -400,7 +414,7 @@ def version(name):
 
 
 def main(argv=None):
-    p = csm.parser_for("bench", description="Speed of ours and of installed peers, side by side.")
+    p = command.parser_for("bench", description="Speed of ours and of installed peers, side by side.")
     p.add_argument("--tiny", action="store_true", help="small random models: a minute")
     p.add_argument("--checkpoint", help="a folder in any layout, in place of random weights")
     p.add_argument("--only", nargs="+", choices=SYSTEMS, default=list(SYSTEMS), help="systems")
@@ -413,10 +427,10 @@ def main(argv=None):
     p.add_argument("--rounds", type=int, default=3)
     p.add_argument("--json", type=Path)
     p.add_argument("--png", type=Path)
-    return csm.run(p, command, p.parse_args(argv), "interrupted: nothing was written")
+    return command.run(p, program, p.parse_args(argv), "interrupted: nothing was written")
 
 
-def command(args):
+def program(args):
     for file in filter(None, (args.json, args.png)):  # before an hour of measuring
         if not file.absolute().parent.is_dir():
             raise ValueError(f"cannot write {file}: no such folder")
@@ -429,14 +443,17 @@ def command(args):
         table = run(args, config, codec, folder)
     packages = {n: version(n) for n in ("mlx", "torch", "transformers", "csm-mlx", "mlx-audio")}
     about = {"machine": platform.platform(), "device": str(mx.default_device()), "dtype": str(csm.as_dtype(args.dtype)),
-             "quantize": args.quantize, "packages": packages, "peak_memory": csm.peak_memory()}  # fmt: skip
+             "quantize": args.quantize, "packages": packages, "peak_memory": command.peak_memory()}  # fmt: skip
     names = [*next(iter(table.values())), *(["floor"] if "ours" in args.only else [])]
     print(markdown(table, names))
     print(f"\n{about['device']}, {about['dtype']}, peak memory of all together {about['peak_memory'] / 1e9:.1f} GB")
     if args.json:
         args.json.write_text(json.dumps({"about": about, "seconds": table}, indent=2) + "\n")
     if args.png:
-        chart(table, names, args.png)
+        sizes = args.checkpoint or ("a small model" if args.tiny else "CSM-1B's sizes")
+        dtype, device = about["dtype"].removeprefix("mlx.core."), mx.default_device().type.name.upper()
+        title = f"Time of a frame, and of only reading its weights (floor)\n{sizes}, {dtype}, {device}"
+        chart(table, names, args.png, title)
 
 
 if __name__ == "__main__":

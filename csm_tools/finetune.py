@@ -1,6 +1,6 @@
 """Fine-tune CSM: LoRA, DoRA or all weights, on examples or on preferences, on one machine or several.
 
-    python -m csm_tools.finetune dataset clips/ data.json        # folders of 001_speaker0_hello.wav + .txt -> JSON
+    python -m csm_tools.finetune dataset clips/ data.json        # clips + .txt, metadata.csv, JSON lines ... -> JSON
     python -m csm_tools.finetune train --data-path data.json --output-dir run --lora-rank 8
     python csm.py "In the new voice." out.wav --adapter run
     python -m csm_tools.finetune fuse run my-csm                 # a folder with the adapter in its weights
@@ -8,9 +8,11 @@
     python -m csm_tools.finetune dpo --data-path pairs/pairs.json --output-dir run --lora-rank 8         # or kto
     mlx.launch -n 2 -m csm_tools.finetune train ...              # several processes or machines, one result
 
-The data is csm-mlx's: a list of conversations, each a list of {"text", "audio_path", "speaker"}. A conversation is one
-sequence; of every frame of its speech, the frame of zeros at the end included, codebook 0 is learned, and codebooks 1..
-of a random fraction of the frames alone (--depth-fraction), which is what makes it affordable: Sesame's amortization.
+The data are conversations, each a list of turns {"text", "audio_path", "speaker"}, in any form that
+tuning_data.read_items takes. A conversation is one sequence, without a voice before it, and what is trained speaks
+without one. Of every frame of its speech, the frame of zeros at the end included, codebook 0 is learned, and codebooks
+1.. of a random fraction of the frames alone (--depth-fraction), which is what makes it affordable: Sesame's
+amortization.
 With all frames the gradient of `train` is that of transformers' CsmForConditionalGeneration.
 
 One loop has three losses. L is a conversation's cross-entropy: of each codebook the mean over its frames, and the mean
@@ -28,19 +30,21 @@ choice come from the seed and the number of the step, and a checkpoint is one fi
 Shapes: B conversations, T positions, N frames, K codebooks, D hidden size.
 """
 
+import argparse
 import hashlib
 import json
 import math
 import os
-import shutil
 import sys
 import time
 from dataclasses import asdict
 from pathlib import Path
 
 import csm  # before mlx
+import csm_batch
+import csm_layouts
 import mimi
-from csm_tools import tuning_data
+from csm_tools import adapters, command, tuning_data
 from csm_tools.tuning_data import choose, collate
 
 import mlx.core as mx  # isort: skip
@@ -55,6 +59,9 @@ TARGETS = {
     "mlp": ("gate_proj", "up_proj", "down_proj"),
     "head": ("codebook0_head", "audio_head"),
 }
+RESULT = ("adapters.safetensors", "adapter_config.json", "model.safetensors", "config.json")  # of Run.write
+SAMPLE_TEXTS = ["How are you today?", "The boat came home before the rain."]  # said before and after training
+HEARS = 0.9  # codec_likeness; tiny's own voices have 0.93 to 0.98, those that it does not hear 0.72 to 0.88
 OPTIMIZERS = {"adamw": optim.AdamW, "adam": optim.Adam, "sgd": optim.SGD}
 
 # ---------------------------------------------------------------------------------------------------- losses
@@ -66,7 +73,7 @@ def frame_losses(model, rows, first, some):
     rows (B, T, K + 1); first, some: indices into the B * T rows, each predicted from the row before it.
     """
     K = model.config.audio_num_codebooks
-    h = model(mx.maximum(rows, 0), csm.row_mask(rows))
+    h = model(rows)
     h, codes = h.reshape(-1, h.shape[-1]), rows.reshape(-1, K + 1)[:, :K]
     logits = model.head(0, h[first - 1]), model.depth_logits(h[some - 1], codes[some])
     zero, rest = (nn.losses.cross_entropy(x.astype(mx.float32), y)
@@ -177,6 +184,7 @@ class Run:
 
     def __init__(self, generator, examples, test, args):
         self.model, self.examples, self.test, self.args = generator.model, examples, test, args
+        self.config, self.beside = model_files(generator)
         self.group = mx.distributed.init()
         if not args.reference_free:
             self.remember()
@@ -195,6 +203,8 @@ class Run:
         self.optimizer = OPTIMIZERS[args.optimizer](learning_rate=args.learning_rate, **decay)
         self.optimizer.init(self.model.trainable_parameters())
         self.n, self.best = 0, None  # updates made; the best loss on the test data, and when
+        self.kept = []  # the steps whose folders --keep keeps
+        self.data = data_mark(examples + test)
         self.batch = args.batch_size * args.gradient_accumulation_steps * self.group.size()
         self.per_epoch = math.ceil(len(examples) / self.batch)
         self.total = args.epochs * self.per_epoch
@@ -210,7 +220,7 @@ class Run:
         for t in talks:
             mark.update(t.rows.tobytes() + t.learned.tobytes())
         file = self.args.output_dir / "reference.safetensors"
-        kept, metadata = mimi.read_safetensors(file) if rank == 0 and file.exists() else ({}, {})
+        kept, metadata = mimi.read_weights(file) if rank == 0 and file.exists() else ({}, {})
         fits = metadata.get("mark") == mark.hexdigest()
         ends = np.cumsum([len(t.learned) for t in talks])
         found = np.array(kept["losses"]) if fits else np.zeros((ends[-1], 2), np.float32)
@@ -245,12 +255,11 @@ class Run:
             if t.reference is not None:
                 reference[i] = t.reference[:, 0].sum(), t.reference[np.isin(t.learned, c), 1].sum()
         reference, weights, wanted = mx.array(reference * weights), mx.array(weights), mx.array(wanted)
-        for j, lora in enumerate(self.loras):
-            lora._key = None if key is None else mx.random.key(hash((*key, j)) % 2**63)
         losses, total = mx.zeros((len(talks), 2)), None
         mine = range(self.group.rank(), len(wanted), size)
         for i in range(0, len(mine), self.args.batch_size):
             part = mine[i : i + self.args.batch_size]
+            self.set_dropout(key, part[0])
             at = [e * n + j for e in part for j in range(n)]
             inputs = *collate([talks[t] for t in at], [chosen[t] for t in at]), weights[mx.array(at)], scale
             inputs += reference[mx.array(at)], wanted[mx.array(list(part))], kl
@@ -261,7 +270,14 @@ class Run:
                 total = tree_map(mx.add, total, gradient) if total else gradient
             losses[mx.array(at)] = some
             mx.eval(losses, total)
+        self.set_dropout(None)
         return mx.distributed.all_sum(losses, group=self.group), reference, total
+
+    def set_dropout(self, key, example=0):
+        """A key for each LoRA, drawn from `key` and the first example that passes, so that each part has its own."""
+        for j, lora in enumerate(self.loras):
+            seed = None if key is None else np.random.SeedSequence([*key, example, j]).generate_state(1, np.uint64)
+            lora._key = None if seed is None else mx.random.key(int(seed[0]))
 
     def measure(self, examples, fraction, *seed, key=None):
         """A batch -> what is logged of it, and the gradient of this process if there is a `key`."""
@@ -299,6 +315,7 @@ class Run:
 
     def step(self):
         """One update: returns what is logged, and the frames learned."""
+        rate = self.rate()
         epoch, i = divmod(self.n, self.per_epoch)
         order = np.random.default_rng([self.args.seed, epoch]).permutation(len(self.examples))
         # Every process knows the whole batch, so each can weigh its own part as a part of the mean over all.
@@ -310,11 +327,11 @@ class Run:
         total = nn.average_gradients(total, self.group)
         if self.args.max_norm:
             total, _ = optim.clip_grad_norm(total, self.args.max_norm)
-        self.optimizer.learning_rate = self.rate()
+        self.optimizer.learning_rate = rate
         self.optimizer.update(self.model, total)
         mx.eval(self.model.trainable_parameters(), self.optimizer.state)
         self.n += 1
-        return row, sum(len(t.learned) for e in batch for t in e.talks)
+        return row | {"rate": rate}, sum(len(t.learned) for e in batch for t in e.talks)
 
     def evaluate(self):
         """What is logged of the test data, all frames of it."""
@@ -323,46 +340,95 @@ class Run:
     def save(self):
         """OUTPUT/checkpoint.safetensors: trained weights, optimizer and where the run is; put in place whole."""
         arrays = dict(tree_flatten({"model": self.model.trainable_parameters(), "optimizer": self.optimizer.state}))
-        where = json.dumps({"step": self.n, "best": self.best, "settings": settings(self.args, self.group)})
-        save(self.args.output_dir / "checkpoint.safetensors", arrays, {"run": where})
+        old = []
         if self.args.keep:
             self.write(self.args.output_dir / f"step-{self.n}")
-            kept = sorted(self.args.output_dir.glob("step-*"), key=lambda p: int(p.name.split("-")[1]))
-            for folder in kept[: -self.args.keep]:
-                shutil.rmtree(folder)
+            self.kept = [n for n in self.kept if n != self.n] + [self.n]
+            old, self.kept = self.kept[: -self.args.keep], self.kept[-self.args.keep :]
+        where = {"step": self.n, "best": self.best, "kept": self.kept, "settings": self.settings()}
+        save(self.args.output_dir / "checkpoint.safetensors", arrays, {"run": json.dumps(where)})
+        for n in old:
+            self.remove(self.args.output_dir / f"step-{n}")
+
+    def settings(self):
+        """What must be the same for a run to go on."""
+        return settings(self.args, self.group) | {"data": self.data}
+
+    def remove(self, folder):
+        """Delete what `write` put into a folder, and the folder if that was all."""
+        for name in (*RESULT, *self.beside):
+            (folder / name).unlink(missing_ok=True)
+        if folder.is_dir() and not any(folder.iterdir()):
+            folder.rmdir()
 
     def resume(self):
         """Go on from OUTPUT's checkpoint, if there is one."""
         file = self.args.output_dir / "checkpoint.safetensors"
         if not file.exists():
             return
-        arrays, metadata = mimi.read_safetensors(file)
+        arrays, metadata = mimi.read_weights(file)
         where = json.loads(metadata["run"])
         then = where["settings"]
-        if other := [k for k, now in settings(self.args, self.group).items() if now != then.get(k)]:
+        if other := [k for k, now in self.settings().items() if now != then.get(k)]:
             raise ValueError(f"{file} is of another {', '.join(other)}: give the same, or another --output-dir")
         held = tree_unflatten(list(arrays.items()))
         self.model.update(held["model"])
         self.optimizer.state = held["optimizer"]
-        self.n, self.best = where["step"], where["best"]
+        self.n, self.best, self.kept = where["step"], where["best"], where.get("kept", [])
         mx.eval(self.model.trainable_parameters(), self.optimizer.state)
 
     def write(self, folder):
-        """The result: adapters.safetensors and adapter_config.json, or model.safetensors."""
+        """The result: adapters.safetensors and adapter_config.json; or all that a model's folder has."""
         folder.mkdir(parents=True, exist_ok=True)
-        weights = dict(tree_flatten(self.model.trainable_parameters() if self.loras else self.model.parameters()))
-        if not self.loras:
-            save(folder / "model.safetensors", csm.join_heads(weights))
-            return
-        config = {name: getattr(self.args, f"lora_{name}") for name in ("rank", "alpha", "dropout")}
-        config |= {"model": str(self.args.model), "target_modules": self.args.target_modules, "dora": self.args.dora}
-        with mimi.replacing(folder / "adapter_config.json") as file:
-            file.write(json.dumps(config, indent=2).encode())
-        save(folder / "adapters.safetensors", weights)
+        trained = self.model.trainable_parameters() if self.loras else self.model.parameters()
+        weights = dict(tree_flatten(trained))
+        if self.loras:
+            config = {name: getattr(self.args, f"lora_{name}") for name in ("rank", "alpha", "dropout")}
+            config |= {"target_modules": self.args.target_modules, "dora": self.args.dora}
+            config |= {"model": base_from(self.args.model, folder), "use_default_voice_prompt": False}
+            name, file = "adapter_config.json", "adapters.safetensors"
+        else:
+            for name, content in self.beside.items():
+                if isinstance(content, tuple):
+                    save(folder / name, *content)
+                    continue
+                with mimi.replacing(folder / name) as out:
+                    out.write(content.read_bytes())
+            weights, config = csm_layouts.join_heads(weights), self.config
+            name, file = "config.json", "model.safetensors"
+        save(folder / file, weights)
+        with mimi.replacing(folder / name) as out:
+            out.write(json.dumps(config, indent=2).encode())
+
+
+def model_files(generator):
+    """The config and the other files of a model's folder, but for the weights and the voices, for Run.write."""
+    config = generator.config_json | asdict(generator.model.config)
+    config |= {"model_type": "csm", "layout": "native", "use_default_voice_prompt": False}
+    sound = dict(tree_flatten(generator.mimi.parameters()))
+    files = csm_layouts.native_files(None, None, asdict(generator.mimi.config), sound)
+    place = generator.tokenizer.path
+    beside = [place, *(place.with_name(name) for name in csm.TOKENIZER if name.endswith(".json"))]
+    return config, files | {path.name: path for path in beside if path.is_file()}
+
+
+def base_from(model, folder):
+    """What `folder` calls its base: a name as it is, a path as it is seen from the folder."""
+    if model in ("csm-1b", "tiny") or not Path(model).exists():
+        return str(model)
+    return os.path.relpath(model, folder)
+
+
+def data_mark(examples):
+    """A hash of all that is learned from."""
+    mark = hashlib.sha256()
+    for talk in (t for e in examples for t in e.talks):
+        mark.update(talk.rows.tobytes() + talk.learned.tobytes())
+    return mark.hexdigest()[:16]
 
 
 def settings(args, group):
-    """What must be the same for a run to go on."""
+    """Of the options, what must be the same for a run to go on."""
     other = (
         "output_dir",
         "ckpt_freq",
@@ -387,27 +453,36 @@ def save(path, arrays, metadata=None):
 
 def train(args):
     check(args)
-    generator = csm.load(args.model, dtype=args.dtype, quantize=args.quantize)
-    examples = tuning_data.encode(generator, tuning_data.read_data(args.data_path, args.command), args)
+    check_output(args)
+    command, speakers = args.command, {}
+    data = tuning_data.read_data(args.data_path, command, args.skip_bad, speakers)
+    test = []
     if args.val_data_path:
-        test = tuning_data.encode(generator, tuning_data.read_data(args.val_data_path, args.command), args)
+        test = tuning_data.read_data(args.val_data_path, command, args.skip_bad, speakers)
+    rows, texts = read_log(args.output_dir / "log.jsonl"), sample_texts(args)
+    generator = csm.load(args.model, dtype=args.dtype, quantize=args.quantize)
+    examples = tuning_data.encode(generator, data, args)
+    if args.val_data_path:
+        test = tuning_data.encode(generator, test, args)
     else:
         order = np.random.default_rng([args.seed, 1]).permutation(len(examples))
         n_test = max(1, round(args.validation * len(examples))) if args.validation else 0
         if n_test >= len(examples):
             raise ValueError(f"{len(examples)} conversations cannot be split in training and validation")
         test, examples = ([examples[i] for i in part] for part in (order[:n_test], order[n_test:]))
-    if args.command == "kto":
+    if command == "kto":
         tuning_data.mismatch(generator, examples + test, args)
-    texts = csm.read_text(f"@{args.sample_texts}").splitlines() if args.sample_texts else []
     run = Run(generator, examples, test, args)
     run.resume()
     first = run.group.rank() == 0
-    n_trained = sum(w.size for _, w in tree_flatten(run.model.trainable_parameters()))
     if first:
+        say_speakers(speakers, args.output_dir)
+        warn_of_codec(generator, [s.audio for e in examples for t in e.talks for s in t.segments if s.audio])
+        n_trained = sum(w.size for _, w in tree_flatten(run.model.trainable_parameters()))
         print(f"{len(examples)} examples, {run.total} steps, {n_trained / 1e6:.2f} million weights", file=sys.stderr)
-    log_file = args.output_dir / "log.jsonl"
-    rows = map(json.loads, log_file.read_text().splitlines() if log_file.exists() else [])
+    samples, speaker = args.output_dir / "samples", examples[0].talks[0].segments[-1].speaker
+    if first and run.n == 0:
+        speak(generator, texts, samples / "step-0", args.seed, speaker)
     rows = [row for row in rows if row["step"] <= run.n]  # what followed the checkpoint is made again
     begun, since = time.perf_counter(), 0
     with tqdm(total=run.total, initial=run.n, unit="step", disable=None if first else True) as bar:
@@ -417,7 +492,7 @@ def train(args):
             if not math.isfinite(row["loss"]):
                 raise ValueError(f"the loss is {row['loss']} at step {run.n}: try a lower --learning-rate")
             last, speed = run.n == run.total, since / (time.perf_counter() - begun)
-            row = {"step": run.n} | row | {"rate": run.rate(), "frames_per_second": round(speed, 2)}
+            row = {"step": run.n} | row | {"frames_per_second": round(speed, 2)}
             if last or run.n % run.per_epoch == 0:
                 if test:
                     row |= run.evaluate()
@@ -425,28 +500,111 @@ def train(args):
                         run.best = [row["test_loss"], run.n]
                         if first:
                             run.write(args.output_dir / "best")
-                if first and texts:
-                    speak(generator, texts, args.output_dir / "samples" / f"step-{run.n}", args.seed)
+                if first and (last or args.sample_texts):
+                    speak(generator, texts, samples / f"step-{run.n}", args.seed, speaker)
             rows.append(row)
             bar.update(1)
             bar.set_postfix_str(f"loss {row['loss']:.3f}, {speed:.1f} frames/s")
             if first and (last or run.n % args.ckpt_freq == 0):
                 run.save()
             if first and (last or run.n % args.log_freq == 0 or run.n % args.ckpt_freq == 0):
-                with mimi.replacing(log_file) as file:
+                with mimi.replacing(args.output_dir / "log.jsonl") as file:
                     file.write("".join(json.dumps(r) + "\n" for r in rows).encode())
     if first:
         run.write(args.output_dir)
         chart(rows, args.output_dir / "loss.png")
-        print(f"loss {rows[-1]['loss']:.4f} after {run.n} steps; {args.output_dir} holds the result", file=sys.stderr)
+        said = f"; {samples} has what it says before and after" if texts else ""
+        print(
+            f"loss {rows[-1]['loss']:.4f} after {run.n} steps; {args.output_dir} holds the result{said}",
+            file=sys.stderr,
+        )
 
 
-def speak(generator, texts, folder, seed):
-    """What the model says by now: FOLDER/0.wav, 1.wav ..., of the texts that are not empty."""
+def check_output(args):
+    """Raise ValueError if the run would overwrite the model that it trains, or what is not its own."""
+    out, base = args.output_dir, Path(args.model)
+    if base.exists() and same_place(base if base.is_dir() else base.parent, out):
+        raise ValueError(f"--output-dir {out} is the folder of the model itself: give another")
+    kept = [name for name in RESULT if (out / name).exists()]
+    if kept and not (out / "checkpoint.safetensors").exists():
+        raise ValueError(f"{out} holds a {kept[0]} that is of no run with a checkpoint: give another --output-dir")
+
+
+def same_place(a, b):
+    return os.path.realpath(a) == os.path.realpath(b)
+
+
+def read_log(file):
+    """The rows of a run's log so far. Raises ValueError for what is no such log."""
+    try:
+        rows = [json.loads(line) for line in file.read_text().splitlines()] if file.exists() else []
+        if all(isinstance(row["step"], int) and "loss" in row for row in rows):
+            return rows
+    except (ValueError, TypeError, KeyError, OSError):
+        pass
+    raise ValueError(f"{file} is not the log of a run: give another --output-dir")
+
+
+def sample_texts(args):
+    """The texts to say before and after training, or after each epoch."""
+    if args.sample_texts is None:
+        return SAMPLE_TEXTS
+    if args.sample_texts == "none":
+        return []
+    return [line for line in command.read_text(f"@{args.sample_texts}").splitlines() if line.strip()]
+
+
+def say_speakers(speakers, folder):
+    """Say which numbers the names of speakers have got, and write it to FOLDER/speakers.json."""
+    if speakers:
+        command.say_speakers(speakers)
+        with mimi.replacing(folder / "speakers.json") as file:
+            file.write(json.dumps(speakers, indent=2, ensure_ascii=False).encode())
+
+
+def warn_of_codec(generator, clips):
+    """Measure the codec's way there and back on some of the clips, and warn if it does not hear their words."""
+    if not clips:
+        return
+    some = clips[:: max(1, len(clips) // 8)][:8]
+    likeness = float(np.median([codec_likeness(generator, mimi.read_audio(clip)[:240_000]) for clip in some]))
+    if likeness < HEARS:
+        print(
+            f"warning: the model's codec loses much of these voices (spectra there and back, {len(some)} clips: "
+            f"correlation {likeness:.2f}; {HEARS:g} or more is well): what it does not hear, training cannot teach, "
+            "and the model may unlearn to speak; rather give a clip as --voice or --ref-audio",
+            file=sys.stderr,
+        )
+
+
+def codec_likeness(generator, samples):
+    """The correlation of a sound's spectrogram with that of what the codec gives back, which may be late."""
+    codes = generator.mimi.encode(mx.array(samples)[None, None])
+    back = np.array(generator.mimi.decode(codes)[0, 0])[: len(samples)]
+    before, after = log_spectrum(samples), log_spectrum(back)
+    lags = [(before[: len(before) - n], after[n:]) for n in range(min(11, len(before)))]  # up to 200 ms
+    found = [np.corrcoef(x.ravel(), y.ravel())[0, 1] if x.std() and y.std() else 0.0 for x, y in lags]
+    return float(max(found, default=0.0))
+
+
+def log_spectrum(samples):
+    """(samples,) -> (windows of 20 ms, bands): dB in some 24 bands of 80 to 7600 Hz, no less than 40 below the most."""
+    size, low, high = 1024, 80, 7600
+    windows = np.lib.stride_tricks.sliding_window_view(np.pad(samples, (0, size)), size)[::480]
+    power = np.abs(np.fft.rfft(windows * np.hanning(size))) ** 2
+    mels = np.linspace(*(2595 * np.log10(1 + f / 700) for f in (low, high)), 25)
+    edges = np.unique((700 * (10 ** (mels / 2595) - 1) / 24_000 * size).round().astype(int))
+    level = 10 * np.log10(np.add.reduceat(power[:, : edges[-1]], edges[:-1], axis=1) + 1e-4)
+    return np.maximum(level, level.max() - 40)
+
+
+def speak(generator, texts, folder, seed, speaker):
+    """What the model says by now, without a voice: FOLDER/0.wav, 1.wav ..., of each text."""
+    if not texts:
+        return
     folder.mkdir(parents=True, exist_ok=True)
-    generator.contexts.clear()  # of the weights before
-    texts = [t for t in texts if t.strip()]
-    for i, audio in enumerate(generator.generate_batch(texts, seed=seed)):
+    generator.context_caches.clear()  # of the weights before
+    for i, audio in enumerate(csm_batch.generate(generator, texts, speaker, voice="none", seed=seed)):
         mimi.write_audio(folder / f"{i}.wav", audio)
 
 
@@ -471,29 +629,47 @@ def fuse(args):
     """A model folder with what was trained in its weights, in the base's type; whole, or not there at all."""
     if not args.run.is_dir():
         raise ValueError(f"no such folder: {args.run}")
-    config = mimi.read_json(args.run / "adapter_config.json")
-    base = args.model or config.get("model") or config.get("base_model_name_or_path") or "csm-1b"
-    dtype = csm.read(csm.locate(base))[1]["backbone.norm.weight"].dtype
-    generator = csm.load(base, dtype=dtype, adapter=args.run if config else None)
-    if not config:
-        trained = mimi.read_safetensors(args.run / "model.safetensors")[0]
-        mimi.fill(generator.model, csm.split_heads({k: w.astype(dtype) for k, w in trained.items()}))
+    adapter = (args.run / "adapter_config.json").is_file()
+    base = args.model or trained_from(args.run)
+    for place, what in ((args.run, "the run"), (Path(base), "the base")):
+        if place.exists() and same_place(place if place.is_dir() else place.parent, args.destination):
+            raise ValueError(f"{args.destination} is the folder of {what} itself: give another")
+    dtype = csm.read_checkpoint(csm.find_model(base))[1]["backbone.norm.weight"].dtype
+    if adapter:
+        generator = csm.load(base, dtype=dtype, adapter=args.run)
+    elif (args.run / "config.json").is_file():
+        generator = csm.load(args.run, dtype=dtype)
+    else:
+        generator = csm.load(base, dtype=dtype)
+        trained = mimi.read_weights(args.run / "model.safetensors")[0]
+        mimi.load_weights(generator.model, csm.split_heads({k: w.astype(dtype) for k, w in trained.items()}))
     generator.save(args.destination)
     print(f"{args.destination}: {base} with {args.run}")
 
 
+def trained_from(run):
+    """The base that a run's folder names, of an adapter or of all weights."""
+    if base := adapters.base_model(run):
+        return base
+    checkpoint = run / "checkpoint.safetensors"
+    if checkpoint.is_file():
+        return json.loads(mimi.read_weights(checkpoint)[1]["run"])["settings"]["model"]
+    return run if (run / "config.json").is_file() else "csm-1b"
+
+
 def export(args):
     """An adapter of ours as PEFT's, for transformers' CSM."""
-    import csm_layouts
-
     adapter = mimi.read_json(args.run / "adapter_config.json")
     if not adapter:
-        raise ValueError(f"{args.run} has no adapter_config.json: what trained all weights is fused, and converted")
-    config = csm.CSMConfig.from_dict(csm.read(csm.locate(args.model or adapter["model"]))[0])
-    tensors = mimi.read_safetensors(args.run / "adapters.safetensors")[0]
-    theirs, tensors = csm_layouts.adapter_to_peft(asdict(config), adapter, tensors)
+        raise ValueError(f"{args.run} has no adapter_config.json: what trained all weights is converted by convert.py")
+    if same_place(args.run, args.destination):
+        raise ValueError(f"{args.destination} is the folder of the run itself: give another")
+    base = args.model or adapters.base_model(args.run)
+    config = csm.CSMConfig.from_dict(csm.read_checkpoint(csm.find_model(base))[0])
+    tensors = mimi.read_weights(args.run / "adapters.safetensors")[0]
+    theirs, tensors = adapters.adapter_to_peft(asdict(config), adapter | {"model": str(base)}, tensors)
     files = {"adapter_config.json": theirs, "adapter_model.safetensors": (tensors, {"format": "pt"})}
-    csm.write_folder(args.destination, files)
+    csm_layouts.write_folder(args.destination, files)
     print(f"{args.destination}: {args.run} for PEFT")
 
 
@@ -501,11 +677,15 @@ def export(args):
 
 
 def main(argv=None):
-    p = csm.parser_for("finetune", description="Fine-tune CSM: LoRA, DoRA or all of it.")
+    p = command.parser_for("finetune", description="Fine-tune CSM: LoRA, DoRA or all of it.")
     commands = p.add_subparsers(dest="command", required=True)
-    add_training(commands.add_parser("train", help="train on conversations"), "train")
-    add_training(commands.add_parser("dpo", help="train on pairs of a chosen and a rejected speech"), "dpo")
-    add_training(commands.add_parser("kto", help="train on speech that is wanted or not"), "kto")
+    kinds = {
+        "train": "train on conversations",
+        "dpo": "train on pairs of a chosen and a rejected speech",
+        "kto": "train on speech that is wanted or not",
+    }
+    for name, what in kinds.items():
+        add_training(commands.add_parser(name, help=what, formatter_class=ShowDefaults), name)
     g = commands.add_parser(
         "pairs", help="make preference data: say each text several times, keep the best and the worst"
     )
@@ -518,7 +698,7 @@ def main(argv=None):
     )
     g.add_argument("--judge", metavar="COMMAND", help='such as "judge {audio} {text}": prints a number, more is better '
                    "(default: length against the text, silence, repetition, no end)")  # fmt: skip
-    csm.add_options(g)
+    command.add_options(g)
     g.set_defaults(seed=0)
     g.set_defaults(function=tuning_data.pairs)
     f = commands.add_parser("fuse", help="write a model folder with what was trained")
@@ -530,90 +710,100 @@ def main(argv=None):
         parser.add_argument("run", type=Path, metavar="RUN")
         parser.add_argument("destination", type=Path, metavar="DEST")
         parser.add_argument("--model", help="what was trained, if it is elsewhere now")
-    d = commands.add_parser("dataset", aliases=["convert"], help="folders of clips -> JSON")
-    d.add_argument("folder", type=Path)
-    d.add_argument("out", type=Path)
+    d = commands.add_parser("dataset", aliases=["convert"], help="data of any form -> JSON")
+    d.add_argument("folder", type=Path, metavar="DATA", help="as of train --data-path")
+    d.add_argument("out", type=Path, metavar="OUT.json")
+    d.add_argument("--skip-bad", action="store_true", help="leave bad items out, in place of stopping")
     d.set_defaults(function=dataset)
     for parser in commands.choices.values():
         parser.error = p.error
     args = p.parse_args(argv)
-    return csm.run(p, args.function, args, "interrupted: the same command goes on from what is finished")
+    return command.run(p, args.function, args, "interrupted: the same command goes on from what is finished")
 
 
 def dataset(args):
-    """Folders of clips as the JSON that lists them."""
-    talks = tuning_data.read_folder(args.folder)
+    """Data of any form as the JSON that lists it."""
+    speakers, talks = {}, []
+    for example in tuning_data.read_data(args.folder, "train", args.skip_bad, speakers):
+        turns = [{"text": s.text, "audio_path": str(s.audio.resolve()), "speaker": s.speaker} for s in example.talks[0]]
+        talks.append(turns)
     with mimi.replacing(args.out) as file:
         file.write(json.dumps(talks, indent=2, ensure_ascii=False).encode())
+    command.say_speakers(speakers)
     print(f"{args.out}: {len(talks)} conversations")
 
 
+class ShowDefaults(argparse.HelpFormatter):
+    """Adds each option's default to its help."""
+
+    def _get_help_string(self, action):
+        said = action.help or ""
+        if "default" in said or action.default in (None, False, "", argparse.SUPPRESS) or action.default == []:
+            return said
+        return f"{said} (default: %(default)s)"
+
+
 def add_training(t, command):
-    t.add_argument(
-        "--data-path",
-        type=Path,
-        required=True,
-        help="JSON" + ", or a folder of folders of clips" * (command == "train"),
-    )
+    forms = ": JSON list or lines, metadata.csv, a folder of clips, a Hub data set" if command == "train" else ": JSON"
+    t.add_argument("--data-path", type=Path, required=True, help=f"what to learn from{forms}")
     t.add_argument("--val-data-path", type=Path, help="the same, for a test after each epoch")
-    t.add_argument("--output-dir", type=Path, required=True)
+    t.add_argument("--output-dir", type=Path, required=True, help="folder of the run; the same command goes on from it")
     t.add_argument("--model", "--pretrained-path", default="csm-1b", help="as csm.py has it")
-    t.add_argument("--dtype", choices=("float32", "bfloat16", "float16"), help="default: what suits the device")
+    types = ("float32", "bfloat16", "float16")
+    t.add_argument("--dtype", choices=types, help="default: float32, or with LoRA what suits the device")
     t.add_argument("--quantize", type=int, choices=(4, 6, 8), help="bits of the frozen weights under LoRA")
-    t.add_argument("--epochs", type=int, default=10)
+    t.add_argument("--epochs", type=int, default=10, help="times through the data")
     t.add_argument("--batch-size", type=int, default=4, help="examples at once, in each process")
-    t.add_argument("--gradient-accumulation-steps", type=int, default=1)
-    t.add_argument(
-        "--learning-rate",
-        "--lr",
-        type=float,
-        help="default: 5e-4 with LoRA, 1e-5 without; a tenth of it for dpo and kto",
-    )
-    t.add_argument("--warmup-steps", type=int, default=0)
+    t.add_argument("--gradient-accumulation-steps", type=int, default=1, help="batches to a step")
+    usual = "default: 5e-4 with LoRA, 1e-5 without; a tenth of it for dpo and kto"
+    t.add_argument("--learning-rate", "--lr", type=float, help=usual)
+    t.add_argument("--warmup-steps", type=int, default=0, help="in which the learning rate rises")
     t.add_argument("--cosine", action="store_true", help="let the learning rate fall to 0 as half a cosine")
-    t.add_argument("--optimizer", choices=OPTIMIZERS, default="adamw")
-    t.add_argument("--weight-decay", "--wd", type=float, default=1e-4)
+    t.add_argument("--optimizer", choices=OPTIMIZERS, default="adamw", help="how a gradient becomes a step")
+    t.add_argument("--weight-decay", "--wd", type=float, default=1e-4, help="of adamw and sgd")
     t.add_argument("--max-norm", type=float, default=1.0, help="of the gradient; 0: not clipped")
-    t.add_argument("--lora-rank", type=int, default=0, help="0 (default): train all weights")
-    t.add_argument("--lora-alpha", type=float, default=16.0)
-    t.add_argument("--lora-dropout", type=float, default=0.0)
+    t.add_argument("--lora-rank", type=int, default=0, help="0: train all weights")
+    t.add_argument("--lora-alpha", type=float, default=16.0, help="the change is scaled by alpha / rank")
+    t.add_argument("--lora-dropout", type=float, default=0.0, help="fraction of inputs that LoRA misses in training")
     t.add_argument("--dora", action="store_true", help="with LoRA: learn how long the rows of the weights are, too")
-    t.add_argument("--target-modules", nargs="+", default=["attn", "mlp"], help="attn, mlp, projection, head or names")
+    modules = "attn, mlp, projection, head or names (default: attn mlp)"
+    t.add_argument("--target-modules", nargs="+", default=["attn", "mlp"], help=modules)
     t.add_argument("--train-embeddings", action="store_true", help="with LoRA: the embeddings too, as they are")
-    t.add_argument("--freeze-backbone", action="store_true")
-    t.add_argument("--freeze-decoder", action="store_true")
+    t.add_argument("--freeze-backbone", action="store_true", help="train the depth decoder alone")
+    t.add_argument("--freeze-decoder", action="store_true", help="train the backbone alone")
     t.add_argument("--depth-fraction", type=float, default=1 / 16, help="of the frames whose codebooks 1.. are learned")
-    t.add_argument("--first-codebook-weight-multiplier", type=float, default=1.0)
-    t.add_argument("--mask-speaker-ids", type=lambda s: [int(x) for x in s.split(",")], default=[], metavar="IDS")
+    t.add_argument("--first-codebook-weight-multiplier", type=float, default=1.0, help="weight of codebook 0's loss")
+    ids = {"type": lambda s: [int(x) for x in s.split(",")], "default": [], "metavar": "IDS"}
+    t.add_argument("--mask-speaker-ids", **ids, help="speakers who are heard but not learned: 0,2")
     t.add_argument("--max-audio-length-ms", type=float, default=90_000, help="longer clips are bad ones")
-    t.add_argument("--skip-bad", action="store_true", help="leave bad conversations out, in place of stopping")
+    t.add_argument("--skip-bad", action="store_true", help="leave bad items out, in place of stopping")
     t.add_argument("--validation", type=float, default=0.0, help="fraction kept for a test after each epoch")
     t.add_argument("--gradient-ckpt", action="store_true", help="less memory, more time")
     t.add_argument("--ckpt-freq", type=int, default=100, help="steps between checkpoints")
-    t.add_argument("--log-freq", type=int, default=10)
-    t.add_argument(
-        "--keep",
-        type=int,
-        default=0,
-        metavar="N",
-        help="the last N checkpoints as folders: adapters to speak with, or weights to fuse",
+    t.add_argument("--log-freq", type=int, default=10, help="steps between writings of log.jsonl")
+    keep = "the last N checkpoints as folders: adapters to speak with, or models"
+    t.add_argument("--keep", type=int, default=0, metavar="N", help=keep)
+    texts = (
+        "say each line of F before training and after each epoch (default: two sentences, before and after; or none)"
     )
-    t.add_argument("--sample-texts", metavar="F", help="say each line of F after each epoch, into the run's folder")
-    t.add_argument("--seed", type=int, default=0)
+    t.add_argument("--sample-texts", metavar="F", help=texts)
+    t.add_argument("--seed", type=int, default=0, help="of the data's order and all that is random")
     if command != "train":
         t.add_argument("--beta", type=float, default=0.1, help="more holds the model closer to itself")
-        t.add_argument("--sft-weight", type=float, default=0.0, help="of the L of what is chosen, beside (default 0)")
+        t.add_argument("--sft-weight", type=float, default=0.0, help="of the L of what is chosen, beside")
     t.set_defaults(reference_free=command == "train", function=train)
     if command == "dpo":
         t.add_argument("--reference-free", action="store_true", help="as if all speech were as likely at first")
     if command == "kto":
-        t.add_argument("--desirable-weight", type=float, default=1.0)
-        t.add_argument("--undesirable-weight", type=float, default=1.0)
+        t.add_argument("--desirable-weight", type=float, default=1.0, help="of what is wanted")
+        t.add_argument("--undesirable-weight", type=float, default=1.0, help="of what is not")
 
 
 def check(args):
     usual = (5e-4 if args.lora_rank else 1e-5) * (1 if args.command == "train" else 0.1)
-    args.learning_rate = args.learning_rate or usual
+    args.learning_rate = usual if args.learning_rate is None else args.learning_rate
+    if not args.lora_rank or args.train_embeddings:
+        args.dtype = args.dtype or "float32"  # bfloat16 would round most updates of a weight to nothing
     for name, good in (
         ("depth-fraction", 0 < args.depth_fraction <= 1), ("validation", 0 <= args.validation < 1),
         ("batch-size", args.batch_size > 0), ("gradient-accumulation-steps", args.gradient_accumulation_steps > 0),

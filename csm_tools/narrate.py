@@ -2,6 +2,7 @@
 
     python -m csm_tools.narrate book.txt book.mp3 --batch 16
     python -m csm_tools.narrate chapters/*.txt --out-dir spoken
+    python -m csm_tools.narrate book.epub --out-dir spoken --captions
     mlx.launch -n 2 -m csm_tools.narrate book.txt book.mp3       # several processes or machines, the same file
 
 Interrupted, by Ctrl-C or worse, the same command goes on where it stopped: what is finished waits in OUT.part, and
@@ -14,118 +15,52 @@ codes of those that have ended; process 0 makes sound of them and writes.
 import fcntl
 import hashlib
 import json
-import re
 import secrets
 import sys
 import time
 from collections import deque
 from contextlib import contextmanager
-from dataclasses import replace
 from pathlib import Path
 
 import csm  # before mlx
+import csm_batch
 import mimi
+from csm_tools import command, epub
+from csm_tools.audio import audio_writer
+from csm_tools.text import parts_of
 
 import mlx.core as mx  # isort: skip
 import numpy as np
 from tqdm import tqdm
 
-PAUSES = {"paragraph": 0.7, "sentence": 0.25, "part": 0.05}  # seconds after each
-LONGEST = 240  # characters that are said at once; longer sentences are cut at commas, or between words
-SHORTEST = 20  # bytes; shorter ones join the next, since a word alone is said less well
-# No sentence ends after these, nor after an initial,
-ABBREVIATIONS = """
-mr mrs ms dr messrs mme mlle prof rev fr st sr jr esq gen col maj capt cmdr adm lt sgt hon pres gov sen rep univ mt ft
-ave blvd rd vs cf al ca approx dept est inc ltd co corp bros ed eds viz e.g i.e
-""".split()
-NUMBERED = "no nos art fig sec vol ch p pp".split()  # nor after these before a number,
-DATES = (
-    "jan feb mar apr jun jul aug sep sept oct nov dec mon tue wed thu fri sat sun".split()
-)  # or these with a capital
-END = re.compile(r"""(?:(?<![.!?…])[.!?…]+['"’”)\]]*(?:\[\d+\])*(?=\s)|[。！？]+[」』”]?)\s*""")
-
-
-def sentences(text):
-    """Text -> [(a sentence or a part of one, the seconds of silence after it)]. A blank line ends a paragraph."""
-    out = []
-    for paragraph in re.split(r"\n\s*\n", text):
-        paragraph, start, said = " ".join(paragraph.split()), 0, []
-        for end in [*END.finditer(paragraph), None]:
-            if end and not ends_here(paragraph[start : end.start()], end[0], paragraph[end.end() :]):
-                continue
-            part = paragraph[start : end.end() if end else None]
-            start = end.end() if end else None
-            if said and len(said[-1].strip().encode()) < SHORTEST:
-                said[-1] += part
-            else:
-                said.append(part)
-        said = [part.strip() for part in said if re.search(r"[^\W_]", part)]
-        for i, sentence in enumerate(said):
-            *first, last = cut(sentence)
-            pause = PAUSES["paragraph" if i == len(said) - 1 else "sentence"]
-            out += [(part, PAUSES["part"]) for part in first] + [(last, pause)]
-    return [(part, pause) for part, pause in out if re.search(r"[^\W_]", part)]
-
-
-def ends_here(before, mark, after):
-    """Whether the sentence ends with `mark`, which may also be an abbreviation's or belong to what is quoted."""
-    if not after or mark[0] in "。！？":
-        return True
-    following, cased = after.lstrip("'\"‘“([¿¡—–- ")[:1], before != before.lower()
-    if following.islower() and cased:  # "Stop!" he cried. He waited ... and left.
-        return False
-    word = re.search(r"[\w.]*$", before)[0]
-    if mark.strip() != ".":
-        return True
-    if re.fullmatch(r"([^\W\d]\.)+[^\W\d]", word):  # J.R.R. Tolkien; at 5 p.m. Then
-        return word.islower() and following.isupper()
-    if (len(word) == 1 and word.isalpha() and word != "I") or before.strip() in [str(i) for i in range(100)]:
-        return False
-    low = word.lower()
-    if low in NUMBERED or (low in DATES and word[0].isupper()):
-        return not following.isdigit()
-    return low not in ABBREVIATIONS
-
-
-def cut(sentence):
-    """A sentence in parts of at most LONGEST characters."""
-    parts = []
-    while len(sentence) > LONGEST:
-        head = sentence[:LONGEST]
-        for mark in (r"[.!?…]\s+", r"(?:[;:,]\s+|[，、—–]\s*)", r"\s+", r".$"):
-            if at := [m.end() for m in re.finditer(mark, head) if m.end() > LONGEST // 3]:
-                break
-        parts.append(sentence[: at[-1]].strip())
-        sentence = sentence[at[-1] :].strip()
-    return [*parts, sentence]
+BETWEEN_CHAPTERS = "\n\n[pause:2]\n\n"
 
 
 def narrate(
     generator, text, speaker=0, context=(), *, voice=None, batch=8, start=0, seed=None, max_audio_length_ms=None,
-    **sampling,
+    verbatim=False, **sampling,
 ):  # fmt: skip
     """Speak `text`: yields (sentences finished, of how many, (samples,) float32) for each, its pause included.
 
     context, voice, sampling: as of Generator.generate; without a voice the first sentence sets that of the others.
-    start: the sentence to begin with. Of several processes the first alone yields. ValueError comes at once.
+    verbatim: the text as it is, not as text.spoken has it. start: the sentence to begin with. Of several processes the
+    first alone yields. ValueError comes at once.
     """
     if batch < 1:
         raise ValueError(f"batch must be 1 or more, not {batch}")
-    parts = sentences(text)
-    if not parts:
-        raise ValueError("the text has no words")
-    seed, sampling = generator.options(seed, sampling)
+    parts = parts_for(generator, text, verbatim)
+    seed, sampling = generator.read_options(seed, sampling)
     rows = [generator.text_rows(part, speaker) for part, _ in parts]
     frames = [min(generator.max_frames(ms, part) for ms in (None, max_audio_length_ms)) for part, _ in parts]
     context = [generator.encode(s) for s in context]
-    context = context or [replace(s, speaker=speaker) for s in generator.voice_prompt(voice)]
+    context = context or generator.voice_prompt(voice, speaker)
     n = sum(len(generator.segment_rows(s)) for s in context) + max(map(len, rows))
-    if n >= generator.limit:
-        raise ValueError(f"the voice and a sentence take {n} positions, and the model has {generator.limit}")
+    if n >= generator.max_positions:
+        raise ValueError(f"the voice and a sentence take {n} positions, and the model has {generator.max_positions}")
     group = mx.distributed.init()
 
     def said(context, todo):
-        cache = generator.prefill(generator.prompt(parts[0][0], speaker, context, "none")[0])
+        cache = generator.context_cache(generator.prompt(parts[0][0], speaker, context, "none")[0])
 
         def job(i, again):
             own = generator.prompt(parts[i][0], speaker, context, "none")[1]  # which may continue the voice's clip
@@ -154,13 +89,17 @@ def narrate(
     return pieces(context, start)
 
 
+def parts_for(generator, text, verbatim):
+    return parts_of(text, verbatim, generator.model.config.max_part_characters)
+
+
 def spoken(generator, todo, job, size, group):
     """Yields (i, codes (F, K)) of each i in `todo`, by all processes of the group, as they end; all yield the same.
 
     job(i, again): what Batch.insert takes; `again` counts how often it has ended at once, three times at most. size:
     how many a process says at once.
     """
-    todo, mine, batch, running = deque(todo), deque(), generator.batch(), {}
+    todo, mine, batch, running = deque(todo), deque(), csm_batch.Batch(generator), {}
     n, K = len(todo), generator.codebooks
     wanted = [2 * size] * group.size()  # by each process: what it says next waits with it
     while n:
@@ -230,8 +169,11 @@ def resumed(out, mark, seed):
                 part.unlink(missing_ok=True)
 
 
-def write(generator, text, out, mark, seed, watermark, arguments):
-    """Narrate into `out` by way of OUT.part, from where a run with the same mark stopped -> seconds of sound, seed."""
+def write(generator, text, out, mark, seed, args, options):
+    """Narrate into `out` by way of OUT.part, from where a run with the same mark stopped -> seconds of sound, seed.
+
+    args: of the command; options: of `narrate`. With --captions OUT.part.srt goes along with OUT.part.
+    """
     group = mx.distributed.init()
 
     def shared(start, seed):
@@ -241,10 +183,11 @@ def write(generator, text, out, mark, seed, watermark, arguments):
         return {"start": start, "seed": high * 2**32 + low}
 
     if group.rank() > 0:
-        for _ in narrate(generator, text, **shared(0, 0), **arguments):
+        for _ in narrate(generator, text, **shared(0, 0), **options):
             pass
         return 0, seed
-    part, state, rate = Path(f"{out}.part"), Path(f"{out}.part.json"), generator.sample_rate
+    part, state, captions = (Path(f"{out}.part{x}") for x in ("", ".json", ".srt"))
+    parts, rate = parts_for(generator, text, args.verbatim), generator.sample_rate
 
     def blocks():
         samples = np.memmap(part, np.int16, "r")
@@ -252,47 +195,82 @@ def write(generator, text, out, mark, seed, watermark, arguments):
             yield samples[i : i + 2**20] / np.float32(32767)
 
     # What the watermark lacks is said before an hour of work.
-    sound = csm.watermark().embed_stream(blocks(), rate) if watermark else blocks()
+    sound = command.watermark().embed_stream(blocks(), rate) if args.watermark else blocks()
     with resumed(out, mark, seed) as (file, done):
-        pieces = narrate(generator, text, **shared(done["sentences"], done["seed"]), **arguments)
+        pieces = narrate(generator, text, **shared(done["sentences"], done["seed"]), **options)
+        if args.captions:
+            with open(captions, "ab") as srt:
+                srt.truncate(done.get("captions", 0))
         with tqdm(unit=" sentences", initial=done["sentences"], disable=None) as bar:
             for n, total, audio in pieces:
+                start, (said, pause) = file.tell() / 2 / rate, parts[n - 1]
                 file.write(mimi.to_pcm16(audio).tobytes())
                 file.flush()
                 done |= {"sentences": n, "bytes": file.tell()}
+                if args.captions:
+                    with open(captions, "ab") as srt:
+                        srt.write(caption(n, start, start + len(audio) / rate - pause, said).encode())
+                        done["captions"] = srt.tell()
                 with mimi.replacing(state) as f:
                     f.write(json.dumps(done).encode())
                 bar.total = total
                 bar.update(1)
-        with mimi.audio_writer(out, rate) as add:
+        with audio_writer(out, rate) as add:
             for block in sound:
                 add(np.array(block))
+        if args.captions:
+            captions.replace(out.with_suffix(".srt"))
         part.unlink()
         state.unlink()
     return done["bytes"] / 2 / rate, done["seed"]
 
 
-def command(args):
+def read_chapters(path):
+    """[text]: those of an EPUB's chapters, or the whole file's."""
+    if path.lower().endswith(".epub"):
+        return epub.chapters(path) or [""]
+    return [command.read_text("-" if path == "-" else f"@{path}")]
+
+
+def caption(n, start, end, text):
+    """An entry of an .srt file."""
+    start, end = (
+        f"{ms // 3_600_000:02}:{ms // 60_000 % 60:02}:{ms // 1000 % 60:02},{ms % 1000:03}"
+        for ms in (round(seconds * 1000) for seconds in (start, end))
+    )
+    return f"{n}\n{start} --> {end}\n{text}\n\n"
+
+
+def program(args):
     begun, seconds, seed, group = time.perf_counter(), 0, args.seed, mx.distributed.init()
-    if args.out_dir:
-        jobs = [(path, args.out_dir / f"{Path(path).stem}.{args.format.lstrip('.')}") for path in args.paths]
-    elif len(args.paths) == 2:
-        jobs = [(args.paths[0], Path(args.paths[1]))]
-    else:
+    if not args.out_dir and len(args.paths) != 2:
         raise ValueError("give TEXT and OUT, or several TEXTs and --out-dir")
-    texts = [csm.read_text("-" if path == "-" else f"@{path}") for path, _ in jobs]
+    jobs, texts = [], []  # (path, OUT), and what is said there
+    for path in args.paths if args.out_dir else args.paths[:1]:
+        chapters = read_chapters(path)
+        if not args.out_dir:
+            chapters, outs = [BETWEEN_CHAPTERS.join(chapters)], [Path(args.paths[1])]
+        else:
+            suffix = args.format.lstrip(".")
+            numbers = [f"-{i:02}" for i in range(1, len(chapters) + 1)] if len(chapters) > 1 else [""]
+            outs = [args.out_dir / f"{Path(path).stem}{number}.{suffix}" for number in numbers]
+        jobs += [(path, out) for out in outs]
+        texts += chapters
     for (path, out), text in zip(jobs, texts):
-        if not sentences(text):
-            raise ValueError(f"the text has no words: {path}")
+        try:
+            parts_of(text, args.verbatim)
+        except ValueError as e:
+            raise ValueError(f"{path}: {e}") from None
         if out.suffix.lower() not in mimi.FORMATS or (out.exists() and not out.is_file()):
             raise ValueError(f"OUT must be a file that ends in {' '.join(mimi.FORMATS)}, not {out}")
         if not args.out_dir and not out.absolute().parent.is_dir():
             raise ValueError(f"cannot write {out}: there is no such folder")
     if len({out for _, out in jobs}) < len(jobs):
         raise ValueError("two texts have the same name, and would be one file")
-    context, options = csm.read_options(args)
-    generator = csm.load_for(args)
+    context, options = command.read_options(args)
+    generator = command.load_for(args)
     options |= {"speaker": args.speaker, "context": context, "voice": args.voice, "batch": args.batch}
+    options["verbatim"] = args.verbatim
     mark = {k: v for k, v in vars(args).items() if k not in ("paths", "out_dir", "format", "batch", "seed")}
     adapters = [folder for folder, _ in args.adapter or ()]
     used = [f for p in (args.model, *adapters) if p for f in (Path(p), *sorted(Path(p).glob("*.safetensors")))]
@@ -305,30 +283,35 @@ def command(args):
         if mx.distributed.all_sum(mx.array(int(there)), group=group).item():  # as process 0 sees it
             print(f"{out} is there already, and stays", file=sys.stderr)
             continue
-        own = hashlib.sha256(mark + text.encode()).hexdigest()
-        more, seed = write(generator, text, out, own, args.seed, args.watermark, options)
+        own = hashlib.sha256(mark + json.dumps(parts_for(generator, text, args.verbatim)).encode()).hexdigest()
+        more, seed = write(generator, text, out, own, args.seed, args, options)
         seconds += more
     taken = time.perf_counter() - begun
     if seconds:
         print(
             f"{seconds:.2f} s of audio in {taken:.2f} s, real-time factor {taken / seconds:.2f}, "
-            f"peak memory {csm.peak_memory() / 1e9:.2f} GB, seed {seed}",
+            f"peak memory {command.peak_memory() / 1e9:.2f} GB, seed {seed}",
             file=sys.stderr,
         )
 
 
 def main(argv=None):
-    p = csm.parser_for("narrate", description="A book to one sound file, resumable; or many texts, one each.")
-    p.add_argument("paths", nargs="+", metavar="TEXT OUT", help="a text file (- is standard input) and a sound file")
-    p.add_argument("--out-dir", type=Path, metavar="D", help="every path is a text: write D/NAME.wav of each")
+    p = command.parser_for("narrate", description="A book to one sound file, resumable; or many texts, one each.")
+    p.add_argument(
+        "paths", nargs="+", metavar="TEXT OUT", help="a text, .md or .epub (-: standard input); a sound file"
+    )
+    p.add_argument(
+        "--out-dir", type=Path, metavar="D", help="every path is a text: write D/NAME.wav of each, or of each chapter"
+    )
     p.add_argument("--format", default="wav", help="of the files in D: wav (default), flac, mp3, ogg, opus")
     p.add_argument("--batch", type=int, default=8, metavar="N", help="sentences at once (default 8)")
-    csm.add_options(p)
+    p.add_argument("--captions", action="store_true", help="write OUT.srt too: what is said, with its times")
+    command.add_options(p)
     args = p.parse_intermixed_args(argv)
     group = mx.distributed.init()
     if group.size() > 1:
         p.prog += f", process {group.rank()} of {group.size()}"
-    return csm.run(p, command, args, "interrupted: the same command goes on from here")
+    return command.run(p, program, args, "interrupted: the same command goes on from here")
 
 
 if __name__ == "__main__":

@@ -1,8 +1,9 @@
 """Many texts said at once on one model: the half of csm_tools.serve that knows nothing of HTTP.
 
-One thread owns the model and runs a csm.Batch: a Speech joins before the next frame, and leaves when it has ended or
-nobody listens any more. Mimi decodes the frames of all in one pass, each stream with a state of its own. Everything
-else belongs to the event loop's thread.
+One thread owns the model and runs a csm_batch.Batch: a Speech joins before the next frame, and leaves when it has ended
+or nobody listens any more. What it is said after is encoded in pieces between the frames of others. Mimi decodes the
+frames of all in one pass, each stream with a state of its own. `submit`, `health` and `run` are called in the event
+loop's thread, all else in the model's, while the loop's touches none of that.
 """
 
 import asyncio
@@ -13,13 +14,16 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
 
 import csm
+import csm_batch
 import mimi as codec
 
 import mlx.core as mx  # isort: skip
 import numpy as np
+from mlx.utils import tree_map
 
 AHEAD = 30  # seconds of sound that a listener may leave untaken before the next part of its text waits for it
 KEPT = 16  # voices and contexts whose KV caches are kept
+PIECE = 25  # frames (2 s) of a clip that are encoded at once
 
 log = logging.getLogger("csm.serve")
 
@@ -34,7 +38,7 @@ class Speech:
 
     parts: list  # [(text, seconds of silence after it)]
     speaker: int
-    voice: str | None  # as of Generator.generate, but with a context too: it then goes before that
+    voice: csm.Segment | str | None  # a clip, or as of Generator.generate; of no account where there is a context
     context: list  # csm.Segments
     seed: int  # of the first part; the others' are the next ones, as narrate has them
     sampling: csm.Sampling
@@ -42,9 +46,14 @@ class Speech:
     part: int = 0  # the one that is said now, or next
     tries: int = 0  # of it that gave nothing
     codes: list = field(default_factory=list)  # of it so far, (K,) each
+    limit: int = 0  # frames that it may take
+    cut_off: list = field(default_factory=list)  # the parts that took as many, counted from 1
     made: int = 0  # samples
     taken: int = 0  # of them; the listener's to write
     gone: bool = False  # nobody listens; the listener's to write
+
+    def begun(self):
+        return self.part > 0 or self.tries > 0
 
 
 class Engine:
@@ -52,42 +61,57 @@ class Engine:
 
     def __init__(self, generator, max_batch, max_waiting):
         self.generator, self.max_batch, self.max_waiting = generator, max_batch, max_waiting
-        generator.kept = KEPT
+        generator.n_context_caches = KEPT
+        if csm.on_gpu():  # whoever joins changes the sizes of arrays: those that were freed would pile up
+            mx.set_cache_limit(2 << 30)
         self.thread = ThreadPoolExecutor(1, "model")
         self.changed = asyncio.Event()  # there may be something to do
         self.waiting = []  # Speeches; those between two parts stand in front
-        self.batch, self.live = generator.batch(), {}  # uid -> Speech
+        self.preparing = {}  # Speech -> its `prepare`
+        self.shared = set()  # what one of them computes and others may need too
+        self.batch, self.live = csm_batch.Batch(generator), {}  # uid -> Speech
         self.decoded, self.state = [], None  # uids, and Mimi's state of their streams
         self.steps = deque([(0, 0.0)], maxlen=125)  # (frames, seconds) of each
 
     def warm_up(self):
         """One frame, with what is slow only once."""
-        self.thread.submit(lambda: next(self.generator.conversation().frames("Hello.", seed=0), None)).result()
+        self.thread.submit(lambda: next(self.generator.frames("Hello.", seed=0), None)).result()
 
     def submit(self, speech):
         """Let a Speech wait for its turn. Raises Busy."""
-        if len(self.waiting) >= self.max_waiting + self.max_batch - len(self.live):
+        if self.count_waiting() >= self.max_waiting + self.max_batch - self.count_live():
             raise Busy("the server is busy")
         self.waiting.append(speech)
         self.changed.set()
+
+    def count_live(self):
+        return len(self.live) + len(self.preparing)
+
+    def count_waiting(self):
+        """Those that would speak if they could."""
+        return sum(not self.held(speech) for speech in self.waiting)
+
+    def held(self, speech):
+        """Whether the listener has enough to hear for now."""
+        return speech.made - speech.taken > AHEAD * self.generator.sample_rate
 
     def health(self):
         """real_time_factor: seconds a second of each stream's sound, below 1 where none has to wait for it."""
         frames, seconds = map(sum, zip(*self.steps))
         factor = seconds / len(self.steps) * self.generator.mimi.config.frame_rate
         speed = {"frames_per_second": round(frames / (seconds or 1), 1), "real_time_factor": round(factor, 3)}
-        return {"status": "ok", "live": len(self.live), "waiting": len(self.waiting)} | speed
+        return {"status": "ok", "live": self.count_live(), "waiting": self.count_waiting()} | speed
 
     async def run(self):
         """Until it is cancelled."""
-        loop, ahead = asyncio.get_running_loop(), AHEAD * self.generator.sample_rate
+        loop = asyncio.get_running_loop()
         try:
             while True:
                 self.changed.clear()
                 self.waiting = [speech for speech in self.waiting if not speech.gone]
-                ready = [speech for speech in self.waiting if speech.made - speech.taken <= ahead]
-                joining = ready[: self.max_batch - len(self.live)]
-                if not joining and not self.live:
+                ready = [speech for speech in self.waiting if not self.held(speech)]
+                joining = ready[: self.max_batch - self.count_live()]
+                if not joining and not self.count_live():
                     await self.changed.wait()
                     continue
                 self.waiting = [speech for speech in self.waiting if speech not in joining]
@@ -100,11 +124,8 @@ class Engine:
     def step(self, joining):
         """Let them join, and say a frame of each that is live -> [(Speech, what its `pieces` get)]."""
         start, out = time.perf_counter(), []
-        for speech in joining:
-            try:
-                self.live[self.begin(speech)] = speech
-            except Exception as e:
-                out.append((speech, failed(e)))
+        self.preparing |= {speech: self.prepare(speech) for speech in joining}
+        self.advance(out)
         try:
             for uid in [uid for uid, speech in self.live.items() if speech.gone]:
                 self.batch.remove(uid)
@@ -121,34 +142,127 @@ class Engine:
             out += [(speech, piece) for speech in ended for piece in self.after(speech)]
         except Exception as e:  # and with it all that was being said
             out += [(speech, failed(e)) for speech in self.live.values()]
-            self.batch, self.live, self.decoded = self.generator.batch(), {}, []
+            self.batch, self.live, self.decoded = csm_batch.Batch(self.generator), {}, []
         for speech, piece in out:
             speech.made += len(piece) if isinstance(piece, np.ndarray) else 0
         return out
 
-    def begin(self, speech):
-        """Put the next part of a Speech into the batch -> its uid. Raises ValueError."""
+    # Preparing: in pieces, one between two frames, so that those who listen hear no gap.
+
+    def advance(self, out):
+        """Go on with those in `preparing`, until one of them has done a piece of work."""
+        for speech, job in list(self.preparing.items()):
+            del self.preparing[speech]
+            if speech.gone:
+                job.close()
+                continue
+            try:
+                worked = next(job)
+            except StopIteration as end:
+                self.live[end.value] = speech
+            except Exception as e:
+                out.append((speech, failed(e)))
+            else:
+                self.preparing[speech] = job  # the last one now
+                if worked:
+                    return
+
+    def prepare(self, speech):
+        """Put the next part of a Speech into the batch -> its uid. Raises ValueError.
+
+        Yields whether it has worked since, or waits for what another one computes.
+        """
         generator, (text, _) = self.generator, speech.parts[speech.part]
-        if speech.part == speech.tries == 0:
-            voice = generator.voice_prompt(speech.voice) if speech.voice or not speech.context else []
-            first = speech.context[0].speaker if speech.context else speech.speaker
-            turns = [replace(turn, speaker=first) for turn in voice] + speech.context
-            speech.context = [generator.encode(turn) for turn in turns]
+        if not speech.begun():
+            yield from self.set_context(speech)
         before, rows = generator.prompt(text, speech.speaker, speech.context, "none")
         seed = (speech.seed + speech.part + speech.tries * 2**32) % 2**64
-        frames, cache = generator.max_frames(None, text), generator.prefill(before)
-        return self.batch.insert(rows, frames, seed, speech.sampling, cache)
+        cache = yield from self.context_cache(before)
+        room = generator.max_positions - len(before) - len(rows)
+        speech.limit = min(generator.max_frames(None, text), room)
+        return self.batch.insert(rows, speech.limit, seed, speech.sampling, cache)
+
+    def set_context(self, speech):
+        """Find and encode what a Speech is said after, if there is room for that and for all parts."""
+        turns = speech.context
+        if not turns and isinstance(speech.voice, csm.Segment):
+            turns = [speech.voice]
+        elif not turns:
+            turns = self.generator.voice_prompt(speech.voice, speech.speaker)
+        self.check_room(speech, turns)
+        for turn in turns:
+            yield from self.encode(turn)
+        voiced = turns and turns[0] is speech.voice
+        speech.context = [replace(speech.voice, speaker=speech.speaker)] if voiced else turns
+
+    def check_room(self, speech, turns):
+        """Raise ValueError if the turns leave no room for a part, each of which is said after them."""
+        g, rows = self.generator, [len(self.generator.text_rows(text, speech.speaker)) for text, _ in speech.parts]
+        n = sum(len(g.text_rows(turn.text, turn.speaker)) + n_frames(turn, g.mimi.frame_size) + 1 for turn in turns)
+        if not turns and len(rows) > 1:  # the first is the context of the others
+            n = rows[0] + g.max_frames(None, speech.parts[0][0]) // 2
+        longest = int(np.argmax(rows))
+        if n + rows[longest] >= g.max_positions:
+            seconds, has = ((x / g.mimi.config.frame_rate) for x in (n, g.max_positions))
+            raise ValueError(
+                f"too long: what is said before takes as much room as {seconds:.0f} s of sound, the text "
+                f"{in_short(speech.parts[longest][0])!r} {rows[longest] / g.mimi.config.frame_rate:.0f} s, "
+                f"and the model has {has:.0f} s"
+            )
+
+    def encode(self, turn):
+        """Set the codes of a Segment, which several Speeches may share."""
+        yield from self.alone(id(turn))
+        if turn.codes is not None:
+            return
+        g, key = self.generator, id(turn)
+        self.shared.add(key)
+        try:
+            audio = csm.as_samples(turn.audio)
+            audio = mx.array(np.pad(audio, (0, -len(audio) % g.mimi.frame_size)))[None, None]
+            state, codes, size = g.mimi.init_state(1), [], PIECE * g.mimi.frame_size
+            for i in range(0, audio.shape[2], size):
+                more, state = g.mimi.encode_step(audio[:, :, i : i + size], state)
+                codes.append(np.array(more[0].T))
+                yield True
+            n = min(g.mimi.n_codebooks, g.model.config.audio_num_codebooks)
+            turn.codes, turn.audio = np.concatenate(codes)[:, :n], None
+        finally:
+            self.shared.discard(key)
+
+    def context_cache(self, rows):
+        """Generator.context_cache."""
+        g, key = self.generator, rows.tobytes()
+        yield from self.alone(key)
+        if key not in g.context_caches:
+            self.shared.add(key)
+            try:
+                cache = csm.KVCache(g.model.config.backbone, g.model.dtype)
+                for i in range(0, len(rows), csm.PREFILL_ROWS):
+                    csm.prefill(g.model, rows[i : i + csm.PREFILL_ROWS], cache)
+                    yield True
+                g.context_caches[key] = cache
+            finally:
+                self.shared.discard(key)
+        return g.context_cache(rows)
+
+    def alone(self, key):
+        """Wait while another one computes what `key` names."""
+        while key in self.shared:
+            yield False
+
+    # Frames to sound, and what follows a part.
 
     def decode(self, frames):
         """{uid: codes (K,)} -> (B, 1920) int16, each stream going on from its own state."""
         if not frames:
             return []
         mimi = self.generator.mimi
-        if list(frames) != self.decoded:
-            states = dict(zip(self.decoded, codec.split_state(self.state))) if self.decoded else {}
-            self.state = codec.join_states([states.get(uid) or mimi.init_state(1) for uid in frames])
-            self.decoded = list(frames)
         with mx.stream(self.generator.codec_stream):  # beside the next frame, not behind it
+            if list(frames) != self.decoded:
+                states = dict(zip(self.decoded, split_state(self.state))) if self.decoded else {}
+                self.state = join_states([states.get(uid) or mimi.init_state(1) for uid in frames])
+                self.decoded = list(frames)
             audio, self.state = mimi.decode_step(np.stack(list(frames.values()))[:, :, None], self.state)
         return codec.to_pcm16(audio[:, 0])
 
@@ -159,13 +273,33 @@ class Engine:
             speech.tries += 1
             self.waiting.insert(0, speech)
             return []
+        if len(speech.codes) == speech.limit:
+            speech.cut_off.append(speech.part + 1)
         if speech.codes and not speech.context:  # this part's voice is that of the others
-            speech.context = [csm.Segment(speech.speaker, text, codes=np.stack(speech.codes))]
+            self.keep_voice(speech, csm.Segment(speech.speaker, text, codes=np.stack(speech.codes)))
         speech.part, speech.tries, speech.codes = speech.part + 1, 0, []
         if speech.part < len(speech.parts):
             self.waiting.insert(0, speech)
             return [np.zeros(int(pause * self.generator.sample_rate), np.int16)]
         return [None if speech.made else RuntimeError("the model ended the speech at once: try another seed")]
+
+    def keep_voice(self, speech, turn):
+        """Say the parts that follow after this one, if it leaves room for them."""
+        try:
+            self.check_room(speech, [turn])
+        except ValueError:
+            log.warning("the first part is too long to be the voice of the others")
+        else:
+            speech.context = [turn]
+
+
+def n_frames(turn, frame_size):
+    """Of a Segment, encoded or not."""
+    return -(-len(turn.audio) // frame_size) if turn.codes is None else len(turn.codes)
+
+
+def in_short(text):
+    return text if len(text) <= 40 else f"{text[:39]}…"
 
 
 def failed(e):
@@ -174,3 +308,24 @@ def failed(e):
         return e
     log.error("generation failed", exc_info=e)
     return RuntimeError("generation failed")
+
+
+def join_states(states):
+    """Mimi's states of decoding streams, of any ages, as one state of a batch."""
+    waiting = mx.concatenate([state.rest for state in states])
+    begun = next((state.decoder for state in states if state.decoder), None)
+    if begun is None:
+        return codec.State(waiting)
+    empty = tree_map(lambda x: x if x is None else mx.zeros_like(x[:1]), begun)  # the past before the first frame
+    pasts = [state.decoder or empty for state in states]
+    decoder = tree_map(lambda *x: x[0] if x[0] is None else mx.concatenate(x), *pasts)
+    return codec.State(waiting, None, decoder)
+
+
+def split_state(state):
+    """The inverse: the state of a batch as a list of the states of its streams."""
+
+    def only(i, part):
+        return tree_map(lambda x: x if x is None else x[i : i + 1], part)
+
+    return [codec.State(*(only(i, part) for part in state)) for i in range(len(state.rest))]

@@ -1,6 +1,6 @@
-"""A picture of what the model does with a sentence: rows, codes, doubt, attention and sound of one run.
+"""A picture of what the model does with a sentence: rows, codes, entropy, attention and sound of one run.
 
-    python -m csm_tools.show "hello world" hello.png --model tiny
+    python -m csm_tools.show "How are you today?" hello.png --model tiny
 
 All is seen from outside. The speech is generated as ever; then its rows pass through the model once more, with the
 codes that were drawn given ("teacher-forced"), which makes again the logits that each code was drawn from.
@@ -15,6 +15,7 @@ from unittest.mock import patch
 
 import csm  # before mlx
 import mimi
+from csm_tools import command
 
 import mlx.core as mx  # isort: skip
 import numpy as np
@@ -40,12 +41,14 @@ class Run:
 
 def observe(generator, text, speaker=0, context=(), *, voice=None, seed=None, **options):
     """Say `text` with the arguments of Generator.generate -> Run."""
-    seed, _ = generator.options(seed)
+    seed, _ = generator.read_options(seed)
     context = [generator.encode(segment) for segment in context]
     prompt = np.concatenate(generator.prompt(text, speaker, context, voice))
     codes = generator.generate_codes(text, speaker, context, voice=voice, seed=seed, **options)
     T = len(prompt)
-    ended = len(codes) < min(generator.max_frames(options.get("max_audio_length_ms"), text), generator.limit - T)
+    ended = len(codes) < min(
+        generator.max_frames(options.get("max_audio_length_ms"), text), generator.max_positions - T
+    )
     rows = np.concatenate([prompt, generator.audio_rows(csm.Segment(speaker, text, codes=codes))[: len(codes) + ended]])
     h, attention = read(generator.model, rows[:-1], T - 1)  # the last row was not asked what follows it
     bits = [entropy(generator, h[i : i + 64], rows[T:][i : i + 64, :-1]) for i in range(0, len(h), 64)]  # bounds memory
@@ -65,7 +68,7 @@ def read(model, rows, first):
         return plain(q, k, v, scale=scale, **rest)
 
     with patch.object(mx.fast, "scaled_dot_product_attention", noting):  # by which alone the backbone attends
-        h = model(mx.maximum(ids, 0), csm.row_mask(ids))
+        h = model(ids)
     return h[0, first:], np.stack(seen)
 
 
@@ -134,8 +137,8 @@ def draw(run, generator, layer=None):
         axes[1].text((f + 0.5) / c.frame_rate, k, code, color=ink, ha="center", va="center", fontsize=8)
     ending = "the column of zeros is the end (dashed)" if run.ended else "cut off: no column of zeros came"
     panel(1, f"codes: a column is a frame, a colour the number of a code; {ending}", "codebook", image, "code")
-    image, most = axes[2].imshow(run.entropy.T, cmap="magma", **area), f"{np.log2(c.codebook_size):g} bits no idea"
-    panel(2, f"doubt: of what each code was drawn from; 0 is sure, {most}", "codebook", image, "entropy (bits)")
+    image, most = axes[2].imshow(run.entropy.T, cmap="magma", **area), f"{np.log2(c.codebook_size):g} bits are no idea"
+    panel(2, f"entropy of what each code was drawn from: 0 is certain, {most}", "codebook", image, "bits")
     area = {"extent": (0, end, S - 1.5, -0.5), "aspect": "auto", "norm": PowerNorm(0.5, 0), "cmap": "cividis"}
     image, parts = axes[3].imshow(run.attention[layer].T, **area), [*zip(starts, [*starts[1:], S - 1])]
     labels = {(a + b - 1) / 2: "text" if text[a] else "clip" if a < T else "speech" for a, b in parts if b - a > S / 30}
@@ -154,26 +157,28 @@ def draw(run, generator, layer=None):
     return fig
 
 
-def command(args):
+def program(args):
     kind = args.out.rpartition(".")[2].lower()
     if kind not in ("png", "svg", "pdf"):
         raise ValueError(f"cannot write {args.out}: the suffix must be .png, .svg or .pdf")
-    text, (context, options) = csm.read_text(args.text), csm.read_options(args)
-    context += csm.read_context(args.context) if args.context else []
+    command.need("show", "matplotlib")
+    text, (context, options) = command.read_text(command.check_text(args.text)), command.read_options(args)
+    context += command.read_context(args)[0]
     with mimi.replacing(args.out) as file:
-        generator = csm.load_for(args)
+        generator = command.load_for(args)
         run = observe(generator, text, args.speaker, context, voice=args.voice, seed=args.seed, **options)
+        command.warn(args, context, [args.speaker])
         draw(run, generator).savefig(file, format=kind)
     print(run.title, file=sys.stderr)
 
 
 def main(argv=None):
-    p = csm.parser_for("show", description=__doc__.partition("\n")[0])
+    p = command.parser_for("show", description=__doc__.partition("\n")[0])
     p.add_argument("text", metavar="TEXT", help="what to say; - reads standard input, @file a file")
     p.add_argument("out", metavar="OUT", help="a .png, .svg or .pdf file")
-    csm.add_options(p)
+    command.add_options(p)
     p.add_argument("--context", metavar="JSON", help='earlier turns: [{"speaker", "text", "audio"}, ...]')
-    return csm.run(p, command, p.parse_args(argv), "interrupted: no picture was written")
+    return command.run(p, program, p.parse_args(argv), "interrupted: no picture was written")
 
 
 if __name__ == "__main__":

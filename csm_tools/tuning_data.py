@@ -1,11 +1,13 @@
 """What finetune.py learns from: conversations and preferences as files, as rows of a model, and made by a model.
 
-The files are csm-mlx's: a conversation is a list of {"text", "audio_path", "speaker"}; `train` takes a list of
-conversations, `dpo` one of {"chosen", "rejected"}, `kto` one of {"segments", "preference": 1 or -1}. `pairs` makes such
-data: each text said several times, the best and the worst of them by a judge.
+A conversation is a list of turns {"text", "audio_path", "speaker"}. `train` takes conversations or single turns in the
+forms of `read_items`; `dpo` takes a list of {"chosen", "rejected"}, `kto` one of {"segments", "preference": 1 or -1}.
+`pairs` makes such data: each text said several times, the best and the worst of them by a judge.
 """
 
+import csv
 import hashlib
+import io
 import itertools
 import json
 import math
@@ -18,7 +20,10 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 import csm  # before mlx
+import csm_batch
 import mimi
+from csm_tools import command
+from csm_tools.audio import check_clip, trim_silence
 
 import mlx.core as mx  # isort: skip
 import numpy as np
@@ -28,22 +33,12 @@ AUDIO = (".wav", ".mp3", ".flac", ".ogg", ".m4a", ".aac", ".opus", ".aiff")
 
 # ---------------------------------------------------------------------------------------------------- files
 
-
-def read_folder(folder):
-    """FOLDER/conversation/001_speaker0_hello.wav with .txt beside it -> conversations as the JSON has them."""
-    talks, clips = {}, [p for p in Path(folder).resolve().glob("*/*") if p.suffix.lower() in AUDIO]
-    clips.sort(key=lambda p: [int(x) if x.isdigit() else x for x in re.split(r"(\d+)", str(p).lower())])  # 2 before 10
-    for clip in clips:
-        speaker, text = re.search(r"speaker_?(\d+)", clip.stem), clip.with_suffix(".txt")
-        if not speaker or not text.is_file():
-            raise ValueError(f"{clip}: no {'.txt beside it' if speaker else 'speaker0, speaker1 ... in its name'}")
-        words = text.read_text(encoding="utf-8").strip()
-        talks.setdefault(clip.parent, []).append({"text": words, "audio_path": str(clip), "speaker": int(speaker[1])})
-    if not talks:
-        raise ValueError(f"{folder} has no folders of clips")
-    return list(talks.values())
-
-
+KEYS = {  # ours -> what data sets call it, in small letters; the first that is there counts
+    "text": ("text", "normalized_text", "transcription", "transcript", "sentence"),
+    "audio": ("audio_path", "audio", "audio_filepath", "audio_file", "file_name", "path"),
+    "speaker": ("speaker", "speaker_id", "speaker_name"),
+    "codes": ("codes_path",),
+}
 EXPECTED = {
     "train": '[[{"text": "...", "audio_path": "a.wav", "speaker": 0}, ...], ...]',
     "dpo": '[{"chosen": [{"text", "audio_path", "speaker"}, ...], "rejected": [...]}, ...]',
@@ -61,49 +56,256 @@ class Example:
     other: "Talk | None" = None  # of kto: its texts with the speech of another
 
 
-def read_data(path, command="train"):
-    """A JSON file or a folder -> [Example], their Talks still conversations [Segment], audio and codes as paths.
+def read_data(path, command="train", skip_bad=False, speakers=None):
+    """A file or a folder -> [Example], their Talks still conversations [Segment], audio and codes as paths.
 
-    kto takes the data of dpo too. A segment may have "codes_path", an .npy of (F, K), in place of "audio_path" or
-    beside it. Raises ValueError.
+    speakers: {name: number}; names that it lacks are added. kto takes the data of dpo, too. A turn may have
+    "codes_path", an .npy of (F, K), in place of "audio_path" or beside it. Raises ValueError.
     """
     path = Path(path).expanduser()
     if not path.exists():
         raise ValueError(f"no such file or folder: {path}")
-
-    def segments(talk):
-        out = []
-        for t in talk:
-            files = [path.parent / Path(t[k]).expanduser() if k in t else None for k in ("audio_path", "codes_path")]
-            if not any(files):
-                raise KeyError("audio_path")
-            out.append(csm.Segment(int(t["speaker"] if "speaker" in t else t["speaker_id"]), t["text"], *files))
-        if not out:
-            raise TypeError("a conversation without turns")
-        return out
-
-    out = []
-    try:
-        for item in read_folder(path) if path.is_dir() else json.loads(path.read_text(encoding="utf-8")):
-            if command == "train":
-                out.append(Example([segments(item)]))
-            elif command == "kto" and "segments" in item:
-                if item["preference"] not in (1, -1):
-                    raise TypeError(f"preference {item['preference']}")
-                out.append(Example([segments(item["segments"])], wanted=item["preference"]))
-            else:
-                good, bad = item["chosen"], item["rejected"]
-                given = len([*itertools.takewhile(lambda pair: pair[0] == pair[1], zip(good, bad))])
-                if given == min(len(good), len(bad)):
-                    raise TypeError(f"chosen and rejected are the same: {good}")
-                good, bad = segments(good), segments(bad)
-                pair = [Example([good, bad], 1, given)], [Example([good], 1, given), Example([bad], -1, given)]
-                out += pair[command == "kto"]
-    except (KeyError, TypeError, AttributeError, UnicodeDecodeError, json.JSONDecodeError) as e:
-        raise ValueError(f"{path}: expected {EXPECTED[command]} ({type(e).__name__}: {e})") from None
-    if not out:
+    items, faults, found = read_items(path), [], []
+    speakers = {} if speakers is None else speakers
+    number_speakers([turn for _, item in items for turn in turns_of(item)], speakers)
+    for place, item in items:
+        try:
+            if isinstance(item, ValueError):
+                raise item
+            found += examples_of(item, command, path.parent, speakers)
+        except (KeyError, TypeError, AttributeError) as e:
+            faults.append(f"{place}: expected {EXPECTED[command]} ({type(e).__name__}: {e})")
+        except ValueError as e:
+            faults.append(f"{place}, {e}")
+    report(faults, len(items), skip_bad)
+    if not found:
         raise ValueError(f"{path} holds no conversations")
+    return found
+
+
+def report(faults, n, skip_bad):
+    """Print what is wrong with items of the data, a line each, and raise ValueError, or go on without these."""
+    if len(faults) == 1 and not skip_bad:
+        raise ValueError(f"{faults[0]} (--skip-bad leaves out what is bad)")
+    for fault in faults:
+        print(f"skipped: {fault}" if skip_bad else fault, file=sys.stderr)
+    if faults and not skip_bad:
+        raise ValueError(f"{len(faults)} of {n} items are bad, as listed above (--skip-bad leaves them out)")
+
+
+def examples_of(item, command, folder, speakers):
+    """An item of the data -> its Examples. Raises an error for one of another form."""
+    if command == "train":
+        return [Example([segments_of(item, folder, speakers)])]
+    if command == "kto" and "segments" in item:
+        if item["preference"] not in (1, -1):
+            raise TypeError(f"preference {item['preference']}")
+        return [Example([segments_of(item["segments"], folder, speakers)], wanted=item["preference"])]
+    good, bad = item["chosen"], item["rejected"]
+    given = len([*itertools.takewhile(lambda pair: pair[0] == pair[1], zip(good, bad))])
+    if given == min(len(good), len(bad)):
+        raise TypeError(f"chosen and rejected are the same: {good}")
+    good, bad = (segments_of(turns, folder, speakers) for turns in (good, bad))
+    if command == "dpo":
+        return [Example([good, bad], 1, given)]
+    return [Example([good], 1, given), Example([bad], -1, given)]
+
+
+def segments_of(talk, folder, speakers):
+    """A conversation, or one turn, as the files have it -> [Segment]. Raises ValueError that names the turn."""
+    talk = [talk] if isinstance(talk, dict) else talk
+    if not talk:
+        raise TypeError("a conversation without turns")
+    out = []
+    for i, turn in enumerate(talk, 1):
+        turn = with_our_keys(turn)
+        text, speaker = turn["text"], turn.get("speaker", 0)
+        files = [file_of(turn[key], folder) if key in turn else None for key in ("audio", "codes")]
+        if not any(files):
+            raise KeyError("audio_path")
+        if not isinstance(text, str) or not text.strip():
+            raise ValueError(f"turn {i}: its text is empty")
+        for file in files:
+            if file and not file.is_file():
+                raise ValueError(f"turn {i}: no such file: {file}")
+        try:
+            number = speakers[speaker] if speaker in speakers else command.as_speaker(speaker)
+        except (ValueError, TypeError) as e:
+            raise ValueError(f"turn {i}: {e}") from None
+        out.append(csm.Segment(number, text.strip().removeprefix("\ufeff"), *files))
     return out
+
+
+def with_our_keys(turn):
+    """A turn's {key: value}, the keys in any case and of any of KEYS, with ours; what is None is left out."""
+    low = {str(key).lower().strip(): value for key, value in turn.items() if value is not None}
+    out = {}
+    for ours, names in KEYS.items():
+        if name := next((name for name in names if name in low), None):
+            out[ours] = low[name]
+    return out
+
+
+def file_of(name, folder):
+    """A path of the data: relative to the file that names it, with the slashes of any system."""
+    path = folder / Path(str(name)).expanduser()
+    return path if path.is_file() else folder / Path(str(name).replace("\\", "/")).expanduser()
+
+
+def turns_of(item):
+    """All turns in an item of the data, as far as it has a known form."""
+    if isinstance(item, list):
+        return [turn for turn in item if isinstance(turn, dict)]
+    if not isinstance(item, dict):
+        return []
+    parts = [item[key] for key in ("segments", "chosen", "rejected") if isinstance(item.get(key), list)]
+    return [turn for part in parts for turn in turns_of(part)] or [item]
+
+
+def number_speakers(turns, speakers):
+    """Add to {name: number} the names of speakers among the turns, in order of appearance."""
+    said = [with_our_keys(turn).get("speaker") for turn in turns]
+    speakers |= command.number_speakers([s for s in said if isinstance(s, (str, int))], speakers)
+
+
+def read_items(path):
+    """The data in any form -> [(place, item)]: a conversation, a turn or a preference as the JSON has it, or its fault.
+
+    A file: a JSON list, JSON lines, or a table (.csv, .tsv, LJSpeech's metadata.csv); a folder: of a Hub data set (by
+    the package datasets), with a metadata.csv or metadata.jsonl, with a folder of clips for each conversation, or of
+    clips and their texts. Raises ValueError.
+    """
+    if not path.is_dir():
+        return read_table(path) if path.suffix.lower() in (".csv", ".tsv") else read_lines(path)
+    if any(path.rglob("*.parquet")) or any(path.rglob("*.arrow")):
+        return read_hub_data(path)
+    for name in ("metadata.csv", "metadata.jsonl"):
+        if (path / name).is_file():
+            return [(place, from_folder(turn, path)) for place, turn in read_items(path / name)]
+    return read_folder(path)
+
+
+def from_folder(turn, folder):
+    """A turn of a table in `folder` with an absolute path."""
+    for key in KEYS["audio"]:
+        if isinstance(turn, dict) and key in turn:
+            turn = turn | {key: str(file_of(turn[key], folder.resolve()))}
+    return turn
+
+
+def read_lines(path):
+    """A JSON list, or a JSON value a line."""
+    text = read_utf8(path)
+    try:
+        items = json.loads(text)
+        if not isinstance(items, list) and "\n" in text.strip():
+            raise ValueError(f"{path}: a JSON list is expected, or a JSON value a line")
+        return [(f"{path}, item {i}", item) for i, item in enumerate(items if isinstance(items, list) else [items], 1)]
+    except json.JSONDecodeError as e:
+        error = e
+    items = []
+    for n, line in enumerate(text.splitlines(), 1):
+        try:
+            items += [(f"{path}, line {n}", json.loads(line))] if line.strip() else []
+        except json.JSONDecodeError as e:
+            if not items:  # not even the first line: no JSON lines
+                raise ValueError(f"{path} is neither a JSON list ({error}) nor JSON lines") from None
+            items.append((f"{path}, line {n}", ValueError(f"{e}")))
+    return items
+
+
+def read_table(path):
+    """LJSpeech's `id|text|normalized text`, clips in wavs/ beside it; or columns with names, by ",", "|" or tab."""
+    text = read_utf8(path)
+    first = text.partition("\n")[0]
+    delimiter = next((c for c in "|\t," if c in first), ",")
+    quoting = csv.QUOTE_MINIMAL if delimiter == "," else csv.QUOTE_NONE
+    rows = [*csv.reader(io.StringIO(text), delimiter=delimiter, quoting=quoting)]
+    names = [name.lower().strip() for name in rows[0]] if rows else []
+    known = {name for group in KEYS.values() for name in group}
+    if known & set(names):
+        return [(f"{path}, row {n}", dict(zip(names, row))) for n, row in enumerate(rows[1:], 2) if row]
+    if delimiter != "|":
+        raise ValueError(f"{path}: expected id|text|normalized text, or a first line such as audio_path,text,speaker")
+    items = []
+    for n, row in enumerate(rows, 1):
+        if len(row) < 2:
+            items += [(f"{path}, row {n}", ValueError("expected id|text|normalized text"))] if row else []
+            continue
+        stem = row[0].strip().replace("\\", "/")
+        places = [path.parent / folder / f"{stem}{end}" for folder in ("wavs", "") for end in ("", *AUDIO)]
+        clip = next((place for place in places if place.is_file()), places[1])
+        spoken = row[2] if len(row) > 2 and row[2].strip() else row[1]
+        items.append((f"{path}, row {n}", {"text": spoken, "audio_path": str(clip.resolve())}))
+    return items
+
+
+def read_folder(folder):
+    """A folder of clips, each with its text beside it -> [(place, conversation)].
+
+    FOLDER/conversation/001_speaker0_hello.wav: a folder is a conversation. FOLDER/hello.wav: a conversation each, of
+    speaker 0, or as the name has it (speaker1_hello.wav).
+    """
+    folder = folder.resolve()
+    talks, clips = {}, [p for depth in ("*/*", "*") for p in folder.glob(depth) if p.suffix.lower() in AUDIO]
+    clips.sort(key=lambda p: [int(x) if x.isdigit() else x for x in re.split(r"(\d+)", str(p).lower())])  # 2 before 10
+    for clip in clips:
+        place = clip if clip.parent == folder else clip.parent
+        speaker = re.search(r"speaker_?(\d+)", clip.stem, re.IGNORECASE)
+        text = next((clip.with_suffix(end) for end in (".txt", ".TXT") if clip.with_suffix(end).is_file()), None)
+        talk = talks.setdefault(place, [])
+        if not text:
+            talks[place] = ValueError(f"{clip.name} has no .txt beside it")
+        elif not speaker and place != clip:
+            talks[place] = ValueError(f"{clip.name} has no speaker0, speaker1 ... in its name")
+        elif isinstance(talk, list):
+            number = int(speaker[1]) if speaker else 0
+            talk.append({"text": read_utf8(text).strip(), "audio_path": str(clip), "speaker": number})
+    if not talks:
+        raise ValueError(f"{folder} has no clips, and no folders of clips")
+    return [*talks.items()]
+
+
+def read_hub_data(folder):
+    """A Hub data set's folder of .parquet or .arrow with a column of audio -> [(place, turn)].
+
+    Its sounds are written once into FOLDER/clips as files of their own, which training then reads.
+    """
+    command.need("datasets", "datasets")
+    import datasets
+
+    if (folder / "dataset_info.json").is_file() or (folder / "dataset_dict.json").is_file():
+        data = datasets.load_from_disk(str(folder))
+    else:
+        files = [str(file) for file in sorted(folder.rglob("*.parquet"))]
+        data = datasets.load_dataset("parquet", data_files=files, split="train")
+    if isinstance(data, dict):  # of splits
+        data = data["train"] if "train" in data else next(iter(data.values()))
+    column = next((name for name, kind in data.features.items() if isinstance(kind, datasets.Audio)), "audio")
+    if column not in data.features:
+        raise ValueError(f"{folder} has no column of audio: {', '.join(data.features)}")
+    items, clips = [], folder / "clips"
+    clips.mkdir(exist_ok=True)
+    if isinstance(data.features[column], datasets.Audio):
+        data = data.cast_column(column, datasets.Audio(decode=False))  # to bytes as they are
+    for i, row in enumerate(data):
+        sound = row.pop(column)
+        name = Path(sound.get("path") or "clip.wav").name
+        content = sound.get("bytes") or Path(sound["path"]).read_bytes()
+        clip = clips / f"{i:06}_{name}"
+        if not clip.is_file() or clip.stat().st_size != len(content):
+            with mimi.replacing(clip) as file:
+                file.write(content)
+        items.append((f"{folder}, row {i}", row | {"audio_path": str(clip.resolve())}))
+    return items
+
+
+def read_utf8(path):
+    """The text of a file, without the mark that Windows puts before it. Raises ValueError."""
+    try:
+        return path.read_bytes().decode("utf-8-sig")
+    except (OSError, UnicodeDecodeError) as e:
+        raise ValueError(f"cannot read {path}: {e}") from None
 
 
 # ---------------------------------------------------------------------------------------------------- rows
@@ -128,48 +330,69 @@ class Talk:
 
 
 def encode(generator, examples, args):
-    """What read_data gave, with Talks. Codes are kept in OUTPUT/codes by what a file holds. Bad files: --skip-bad."""
+    """What read_data gave, with Talks. Codes are kept in OUTPUT/codes by what a file holds. Bad clips: --skip-bad."""
     (args.output_dir / "codes").mkdir(parents=True, exist_ok=True)
-    out = []
-    for example in examples:
+    out, faults, notes, seconds = [], [], [], 0.0
+    for example in tqdm(examples, desc="codes", unit="item", disable=None, leave=False, delay=2):
         try:
             talks = []
             for segments in example.talks:
-                segments = [with_codes(generator, s, args) for s in segments]
+                coded = [with_codes(generator, s, args) for s in segments]
+                notes += [note for _, found in coded for note in found]
+                segments = [segment for segment, _ in coded]
                 talks.append(Talk(generator, segments, args.mask_speaker_ids, example.given))
-                if (n := len(talks[-1].rows)) > generator.limit:
-                    name = segments[0].audio or segments[0].text
-                    raise ValueError(f"{name} ...: {n} positions, and the model has {generator.limit}")
+                seconds += sum(len(s.codes) for s in segments) / generator.mimi.config.frame_rate
+                if (n := len(talks[-1].rows)) > generator.max_positions:
+                    name, rate = segments[0].audio or segments[0].text, generator.mimi.config.frame_rate
+                    limit = f"{generator.max_positions / rate:.0f} s of sound and text"
+                    raise ValueError(f"{name} ...: takes as much as {n / rate:.0f} s, and the model holds {limit}")
             if all(len(talk.learned) for talk in talks):
                 out.append(replace(example, talks=talks))
         except ValueError as e:
-            if not args.skip_bad:
-                raise ValueError(f"{e} (--skip-bad leaves such conversations out)") from None
-            print(f"skipped: {e}", file=sys.stderr)
+            faults.append(str(e))
+    report(faults, len(examples), args.skip_bad)
+    for note in notes[:5]:
+        print(note, file=sys.stderr)
+    if len(notes) > 5:
+        print(f"... and {len(notes) - 5} more such notes on clips", file=sys.stderr)
     if not out:
         raise ValueError("nothing is left to learn from")
     return out
 
 
 def with_codes(generator, segment, args):
-    """The Segment with its codes (F, K), from `codes` if that is the path of an .npy, else from its audio."""
+    """The Segment with its codes (F, K), from `codes` if that is the path of an .npy, else from its audio; notes.
+
+    Silence at the ends of a clip is cut off first.
+    """
     kept = file = segment.codes or segment.audio
     if not file.is_file():
         raise ValueError(f"no such file: {file}")
+    notes = []
     if not segment.codes:
         codec = np.array(generator.mimi.first.codebooks[:, :8]).tobytes()  # another model's codes are others
-        kept = args.output_dir / "codes" / f"{hashlib.sha256(codec + file.read_bytes()).hexdigest()[:32]}.npy"
+        mark = hashlib.sha256(b"trimmed" + codec + segment.text.encode() + file.read_bytes())
+        kept = args.output_dir / "codes" / f"{mark.hexdigest()[:32]}.npy"
         if not kept.exists():
+            samples = mimi.read_audio(file, generator.sample_rate)
+            trimmed = trim_silence(samples)
+            if len(trimmed) < len(samples):
+                cut = (len(samples) - len(trimmed)) / generator.sample_rate
+                notes.append(f"{file}: {cut:.1f} s of silence at its ends left out")
+            try:
+                notes += [f"{file}: {warning}" for warning in check_clip(trimmed, segment.text, shortest=0.0)]
+            except ValueError as e:
+                raise ValueError(f"{file}: {e}") from None
             with mimi.replacing(kept) as f:
-                np.save(f, generator.encode(segment).codes)
+                np.save(f, generator.encode(replace(segment, audio=trimmed)).codes)
     try:
         codes = np.load(kept)
-    except (OSError, EOFError) as e:
+    except (OSError, EOFError, ValueError) as e:
         raise ValueError(f"{kept} is not an .npy of codes: {e}") from None
-    n_frames = generator.max_frames(args.max_audio_length_ms)
+    n_frames, rate = generator.max_frames(args.max_audio_length_ms), generator.mimi.config.frame_rate
     if not 0 < len(codes) <= n_frames and not segment.codes:  # an empty or endless sampling is one to reject
-        raise ValueError(f"{file}: {len(codes) * 80} ms, and at most {n_frames * 80} are wanted")
-    return replace(segment, codes=codes)
+        raise ValueError(f"{file}: {len(codes) / rate:.1f} s, and at most {n_frames / rate:.1f} s are wanted")
+    return replace(segment, codes=codes), notes
 
 
 def mismatch(generator, examples, args):
@@ -183,7 +406,7 @@ def mismatch(generator, examples, args):
         own = e.talks[0].segments
         segments = own[: e.given] + [replace(s, codes=codes) for s, codes in zip(own[e.given :], speech)]
         e.other = Talk(generator, segments, args.mask_speaker_ids, e.given)
-        e.other.rows = e.other.rows[: generator.limit]
+        e.other.rows = e.other.rows[: generator.max_positions]
         e.other.learned = e.other.learned[e.other.learned < len(e.other.rows)]
 
 
@@ -210,7 +433,7 @@ def pairs(args):
 
     A text that is done is a line of OUT/scores.jsonl; what was interrupted goes on behind the last one.
     """
-    texts = [t.strip() for t in csm.read_text(f"@{args.texts}").splitlines() if t.strip()]
+    texts = [t.strip() for t in command.read_text(f"@{args.texts}").splitlines() if t.strip()]
     if not texts:
         raise ValueError(f"{args.texts} holds no texts")
     if args.samples < 2 or args.batch < 1:
@@ -219,12 +442,12 @@ def pairs(args):
         raise ValueError("a model must not learn the mark: no --watermark")
     if args.codebooks:
         raise ValueError("dpo and kto learn all codebooks: no --codebooks")
-    context, options = csm.read_options(args)
+    context, options = command.read_options(args)
     args.out.mkdir(parents=True, exist_ok=True)
     done = scores_so_far(args, texts)
-    generator = csm.load_for(args)
+    generator = command.load_for(args)
     context = [generator.encode(s) for s in context]
-    context = context or [replace(s, speaker=args.speaker) for s in generator.voice_prompt(args.voice)]
+    context = context or generator.voice_prompt(args.voice, args.speaker)
     with open(args.out / "scores.jsonl", "a") as log:
         bar = tqdm(total=len(texts), initial=len(done), unit="text", disable=None)
         for i, said in samplings(generator, texts, len(done), args, context, options):
@@ -287,16 +510,16 @@ def samplings(generator, texts, start, args, context, options):
     Sampling j of text i is drawn with seed + i * samples + j, whatever the batch.
     """
     K, longest = generator.model.config.audio_num_codebooks, options.pop("max_audio_length_ms")
-    seed, sampling = generator.options(args.seed, options)
-    before = [generator.segment_rows(s) for s in context]
-    cache = generator.prefill(np.concatenate([np.zeros((0, K + 1), np.int32), *before]))
+    seed, sampling = generator.read_options(args.seed, options)
+    before = generator.context_rows(context)
+    cache = generator.context_cache(before)
     waiting = deque(itertools.product(range(start, len(texts)), range(args.samples)))
-    batch, running, said = generator.batch(), {}, {}
+    batch, running, said = csm_batch.Batch(generator), {}, {}
     while waiting or running:
         while waiting and len(running) < args.batch:
             i, j = waiting.popleft()
             rows = generator.text_rows(texts[i], args.speaker)
-            n = min(generator.max_frames(longest, texts[i]), generator.limit - sum(map(len, before)) - len(rows))
+            n = min(generator.max_frames(longest, texts[i]), generator.max_positions - len(before) - len(rows))
             uid = batch.insert(rows, n, (seed + i * args.samples + j) % 2**64, sampling, cache)
             running[uid] = i, j, n, []
         for uid, codes in batch.next():

@@ -20,7 +20,10 @@ from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
+import csm_layouts
 import mimi as codec
+from csm_tools import command
+from csm_tools.audio import audio_writer
 
 import mlx.core as mx  # isort: skip
 import numpy as np
@@ -240,12 +243,11 @@ class Watermark:
 
 def load(path_or_repo=REPO):
     """The networks, from a folder or a Hub repository with SilentCipher's 44.1 kHz model. Raises ValueError."""
-    import csm_layouts
 
     folder = Path(path_or_repo)
     try:
         if not folder.is_dir():
-            folder = codec.download(str(path_or_repo), *(f"{FOLDER}/{name}" for name in FILES))
+            folder = csm_layouts.download(str(path_or_repo), *(f"{FOLDER}/{name}" for name in FILES))
         folder = next(f for f in (folder / FOLDER, folder) if f.is_dir())
         mark = Watermark(*(csm_layouts.read_pt(folder / name) for name in FILES))
         if mark.symbols.shape != (5, BAND) or mark.bins.shape != (BAND,):
@@ -258,7 +260,7 @@ def load(path_or_repo=REPO):
 # ---------------------------------------------------------------------------------------------------- command
 
 
-def command(args):
+def program(args):
     import soundfile
 
     if (args.action == "embed") != (args.output is not None):
@@ -277,23 +279,21 @@ def command(args):
     except soundfile.LibsndfileError:  # no such file, or one for ffmpeg: read_audio says
         rate = 24_000
     audio = codec.read_audio(args.input, rate)
-    with codec.audio_writer(args.output, rate) as write:
+    with audio_writer(args.output, rate) as write:
         for piece in mark.embed_stream([audio], rate, args.message, args.sdr, WHOLE):
             write(piece)
     return 0
 
 
 def main(argv=None):
-    import csm  # late: csm.py loads this file, and then may be called __main__
-
-    p = csm.parser_for("watermark", description="Mark speech inaudibly, or find a mark (exit status 1: none).")
+    p = command.parser_for("watermark", description="Mark speech inaudibly, or find a mark (exit status 1: none).")
     p.add_argument("action", choices=("embed", "detect"))
     p.add_argument("input", metavar="IN", help="an audio file")
     p.add_argument("output", metavar="OUT", nargs="?", help="embed: a .wav, .flac, .mp3, .ogg or .opus file, mono")
     p.add_argument("--weights", default=REPO, metavar="W", help=f"a folder or a Hub repository (default {REPO})")
     p.add_argument("--sdr", type=float, default=36.0, help="decibels from the sound down to the mark (default 36)")
     p.add_argument("--message", type=int, nargs=5, default=SESAME, metavar="N", help="five bytes (default: CSM's own)")
-    return csm.run(p, command, p.parse_args(argv))
+    return command.run(p, program, p.parse_args(argv))
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""MLX, fast on a Linux CPU: `import mlx_cpu` before mlx. On other systems and on a GPU nothing changes.
+"""MLX, fast on a Linux CPU: `import mlx_cpu`. On other systems and on a GPU nothing changes.
 
 What is slow in MLX 0.32 there, on two cores of an AMD EPYC (Zen 5, 80 GB/s), float32:
 
@@ -19,16 +19,21 @@ What is slow in MLX 0.32 there, on two cores of an AMD EPYC (Zen 5, 80 GB/s), fl
   Beside processes that keep the cores busy OpenBLAS's threads, which wait for each other, take 10 to 100 times as long.
 - exp, sigmoid and erf take 9.5, 9.5 and 17 ns an element; here 0.12. Attention of a prompt of 1024 rows (32 heads of
   64, 8 of keys) takes 450 ms, of which most is exp; here 55.
+- Products with quantized matrices run on one core, without the wide instructions.
 
-So this module does two things.
+So this module does three things.
 
-1. It puts a BLAS beneath MLX, unless CSM_FAST_BLAS=0. MLX calls plain `cblas_sgemm`, and one that is in the process
-   already takes the place of the wheel's. Ours is mlx_cpu.c, compiled once into ~/.cache/csm: it does the products with
-   few rows itself and gives slices of the others to a library, on OMP_NUM_THREADS or all cores. Without a C compiler
-   the library is put there alone, if it has the plain names (MKL, a system's OpenBLAS; scipy-openblas32 has not).
-2. It puts quick functions of the same name, signature, result and gradients in the place of mx.exp, mx.sigmoid, mx.erf
-   (by mlx_cpu.c: with a compiler only) and mx.fast.scaled_dot_product_attention, unless CSM_PLAIN=1. They are for large
-   float32 arrays; for all else, on a GPU, and while a `shapeless` function is compiled, they call MLX's own.
+1. mlx_cpu.c computes MLX's products, unless CSM_FAST_BLAS=0: those with few rows itself, slices of the others by a BLAS
+   library, on OMP_NUM_THREADS or all cores. It is compiled once, in half a second, into ~/.cache/csm. Without a C
+   compiler the BLAS library alone takes the place of MLX's, if mlx_cpu is imported before MLX and the library has the
+   plain names (MKL, a system's OpenBLAS; scipy-openblas32 has not).
+2. primitives.cpp computes exp, sigmoid, erf and products with quantized matrices (affine, 8 and 4 bits), unless
+   CSM_PLAIN=1. MLX's operations stay and call it, so that graphs, gradients, mx.compile and mx.vmap are MLX's. A C++
+   compiler needs some seconds for it, so that happens once and in the background, unless MLX_CPU_BACKGROUND=0; until
+   then MLX computes as it always did. `python -c 'import mlx_cpu; mlx_cpu.wait()'` waits for it, for an image.
+3. mx.fast.scaled_dot_product_attention is done in blocks, unless CSM_PLAIN=1, where float32 arrays are large. And
+   mx.compile no longer fuses operations: for that MLX has g++ compile scalar loops, which are slower than ours and need
+   a /tmp in which files can be written and executed.
 """
 
 import ctypes
@@ -36,27 +41,61 @@ import glob
 import hashlib
 import importlib.util
 import logging
-import math
 import os
 import shutil
-import struct
+import stat
 import subprocess
 import sys
 import tempfile
 import threading
+import time
 from contextlib import contextmanager, suppress
 from functools import wraps
 from pathlib import Path
 
 log = logging.getLogger("mlx_cpu")
+HERE = Path(__file__).parent
 
 
-# ---------------------------------------------------------------------------------------------------- products
+# ---------------------------------------------------------------------------------------------------- this machine
+
+
+def cpu_info():
+    """The kind and the instructions of the first processor; its clock, which varies, is left out."""
+    text = ""
+    with suppress(OSError):
+        text = Path("/proc/cpuinfo").read_text().partition("\n\n")[0]
+    kept = ("vendor_id", "model name", "flags", "Features", "CPU implementer", "CPU part")
+    return "\n".join(line for line in text.splitlines() if line.split("\t")[0].strip() in kept)
+
+
+def cpu_quota(root="/"):
+    """How many CPUs the control groups of this process allow it; infinity without a limit."""
+    quota, root = float("inf"), Path(root)
+    with suppress(OSError, StopIteration):
+        lines = (root / "proc/self/cgroup").read_text().splitlines()
+        group = Path(next(line[3:] for line in lines if line.startswith("0::")))
+        for folder in (group, *group.parents):
+            with suppress(OSError, ValueError):  # "max" is no number
+                limit, period = (root / "sys/fs/cgroup" / str(folder).strip("/") / "cpu.max").read_text().split()
+                quota = min(quota, int(limit) / int(period))
+    with suppress(OSError, ValueError):  # version 1 of control groups, where -1 means no limit
+        limit, period = (int((root / f"sys/fs/cgroup/cpu/cpu.cfs_{x}_us").read_text()) for x in ("quota", "period"))
+        quota = min(quota, limit / period) if limit > 0 else quota
+    return quota
+
+
+def n_threads():
+    """OMP_NUM_THREADS, or the number of cores that this process may use."""
+    cores = len(os.sched_getaffinity(0))
+    with suppress(KeyError, ValueError):
+        return min(max(1, int(os.environ["OMP_NUM_THREADS"])), max(64, cores))
+    return max(1, round(min(cores, cpu_quota())))
 
 
 @contextmanager
 def environment(**variables):
-    """These variables for a while, for what reads them when it is loaded."""
+    """Set environment variables while a library is loaded that reads them then."""
     before = {k: os.environ.get(k) for k in variables}
     os.environ.update(variables)
     try:
@@ -66,119 +105,298 @@ def environment(**variables):
             os.environ.pop(k) if value is None else os.environ.update({k: value})
 
 
-def cpu_info():
-    """What the first processor says of itself: its name and the instructions that it has."""
-    with suppress(OSError):
-        return Path("/proc/cpuinfo").read_text().partition("\n\n")[0]
-    return ""
+# ---------------------------------------------------------------------------------------------------- compiling
+
+UNUSED = 30 * 86400  # remove a compiled library that nobody has loaded for so many seconds
+RETRY = 86400  # try again so many seconds after a failure
 
 
-def n_threads():
-    """OMP_NUM_THREADS, or as many as there are cores for this process."""
-    with suppress(KeyError, ValueError):
-        return max(1, int(os.environ["OMP_NUM_THREADS"]))
-    return len(os.sched_getaffinity(0))
+def folders():
+    """Where compiled libraries are kept, in order of preference: the user's cache, then a private folder in /tmp."""
+    cache = os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")
+    at_home = [Path(cache, "csm")] if os.path.isabs(cache) else []  # without a home "~" stays as it is
+    return [*at_home, Path(tempfile.gettempdir(), f"csm-{os.getuid()}")]
 
 
-def libraries(info):
+def check_owner(path):
+    """Raise an OSError if anybody but this user and root may have written the file or folder."""
+    info = path.lstat()
+    if info.st_uid not in (0, os.getuid()) or info.st_mode & stat.S_IWOTH or stat.S_ISLNK(info.st_mode):
+        raise PermissionError(f"{path} may be another user's")
+
+
+def first_line(error):
+    """What a failed compiler or system call says, in one line."""
+    lines = (getattr(error, "stderr", None) or str(error)).strip().splitlines() or [type(error).__name__]
+    return next((line for line in lines if "error" in line), lines[0])
+
+
+class Source:
+    """A file of this folder that is compiled to a shared library, once for each machine, compiler and version of it."""
+
+    def __init__(self, file, compilers, flags, depends_on=()):
+        compiler = next(filter(None, map(shutil.which, compilers)), None)
+        self.path, self.flags = HERE / file, flags
+        self.compiler = compiler and os.path.realpath(compiler)
+        self.failure = None if compiler else "there is no compiler"
+        if compiler:
+            key = [self.path.read_text(), self.compiler, str(os.stat(compiler).st_mtime), *flags, *depends_on]
+            self.name = f"{self.path.stem}-{hashlib.sha256(chr(10).join(key).encode()).hexdigest()[:16]}.so"
+
+    def load(self, folder):
+        path = folder / self.name
+        check_owner(folder)
+        check_owner(path)
+        library = ctypes.CDLL(str(path))
+        with suppress(OSError):
+            os.utime(path)  # see UNUSED
+        return library
+
+    def find(self):
+        """The library as it was compiled before, or None."""
+        for folder in folders() if self.compiler else ():
+            with suppress(OSError):
+                return self.load(folder)
+        return None
+
+    def compile(self, check=None):
+        """The library, compiled into the first folder that it can be loaded from; or None, and self.failure says why.
+
+        check(path) raises a ValueError if the new library is no good.
+        """
+        for folder in folders() if self.compiler else ():
+            try:
+                folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+                check_owner(folder)
+                with tempfile.TemporaryDirectory(dir=folder) as work:
+                    made, env = Path(work, self.name), os.environ | {"TMPDIR": work}
+                    command = [self.compiler, self.path, *self.flags, "-o", made]
+                    subprocess.run(command, env=env, check=True, capture_output=True, text=True, timeout=3600)
+                    if check:
+                        check(made)
+                    os.replace(made, folder / self.name)  # atomically: other processes may do the same
+                library = self.load(folder)
+                for old in folder.glob(f"{self.path.stem}-*"):
+                    with suppress(OSError):
+                        if time.time() - old.stat().st_mtime > UNUSED:
+                            old.unlink()
+                return library
+            except OSError as e:  # another folder may do
+                self.failure = first_line(e)
+            except (ValueError, subprocess.SubprocessError) as e:
+                self.failure = first_line(e)
+                break
+        return None
+
+
+# ---------------------------------------------------------------------------------------------------- products
+
+
+def blas_libraries():
     """Paths or names of BLAS libraries, the best for this CPU first."""
     spec = importlib.util.find_spec("scipy_openblas32")  # whose names begin with scipy_
     openblas = glob.glob(f"{spec.submodule_search_locations[0]}/lib/*openblas.so") if spec else []
     roots = [sys.prefix, *(f"{p}/../../.." for p in sys.path if p.endswith("site-packages"))]
     mkl = [f for root in roots for f in sorted(glob.glob(f"{root}/lib/libmkl_rt.so*"))]
-    first, second = (mkl, openblas) if "GenuineIntel" in info else (openblas, mkl)
+    first, second = (mkl, openblas) if "GenuineIntel" in INFO else (openblas, mkl)
     return [*first, *second, "libopenblas.so.0", "libmkl_rt.so"]
 
 
-def compiled(info):
-    """mlx_cpu.c as a shared library, from the cache or compiled now. None: no compiler, or it would not."""
-    source = Path(__file__).with_name("mlx_cpu.c")
-    cc = shutil.which("cc") or shutil.which("gcc") or shutil.which("clang")
-    if not cc or not source.is_file():
-        return None
-    flags = ["-O3", "-pthread", "-shared", "-fPIC", *(["-march=native"] if os.uname().machine == "x86_64" else [])]
-    key = "\n".join([source.read_text(), *flags, os.path.realpath(cc), str(os.stat(cc).st_mtime), info])
-    name = f"mlx_cpu-{hashlib.sha256(key.encode()).hexdigest()[:16]}.so"
-    cache = Path(os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")) / "csm"
+def load_blas(alone):
+    """The fastest BLAS library there is, as its name and its `cblas_sgemm`.
 
-    def build(folder):
-        with tempfile.TemporaryDirectory(dir=folder) as work, environment(TMPDIR=work):
-            subprocess.run([cc, *flags, "-o", f"{work}/{name}", source], check=True, capture_output=True, timeout=60)
-            os.replace(f"{work}/{name}", folder / name)  # whole, however many processes do the same
-        return ctypes.CDLL(str(folder / name))
-
-    failures = OSError, subprocess.SubprocessError
-    with suppress(OSError):
-        return ctypes.CDLL(str(cache / name))
-    with suppress(*failures):
-        cache.mkdir(parents=True, exist_ok=True)
-        return build(cache)
-    with suppress(*failures), tempfile.TemporaryDirectory() as private:  # what is loaded may lose its file
-        return build(Path(private))
-    return None
-
-
-def load_blas():
-    """Put the fastest `cblas_sgemm` there is in the place of MLX's. Returns the paths of what now does the products."""
-    info = cpu_info()
-    avx512 = all(f" avx512{kind}" in info for kind in ("f", "cd", "bw", "dq", "vl"))
-    ours = compiled(info)
-    # Slices of a product come from our threads, so the library has none. OpenBLAS takes no AMD for one with AVX-512 by
-    # itself; whatever type of core is set for others, this copy of it is ours alone.
-    variables = ({"OPENBLAS_NUM_THREADS": "1"} if ours else {}) | ({"OPENBLAS_CORETYPE": "SkylakeX"} if avx512 else {})
+    alone: it is to take MLX's place by itself, so it has threads, and its names are put before MLX's.
+    """
+    # Slices come from threads of ours, so otherwise the library has none. OpenBLAS does not know that an AMD CPU can
+    # have AVX-512. Whatever is set for other copies of it, this one serves nobody else.
+    avx512 = all(f" avx512{kind}" in INFO for kind in ("f", "cd", "bw", "dq", "vl"))
+    variables = ({} if alone else {"OPENBLAS_NUM_THREADS": "1"}) | ({"OPENBLAS_CORETYPE": "SkylakeX"} if avx512 else {})
     with environment(**variables):
-        for path in libraries(info):
-            with suppress(OSError, AttributeError):
-                library = ctypes.CDLL(path, mode=ctypes.RTLD_LOCAL if ours else ctypes.RTLD_GLOBAL)
-                if ours is None:
-                    library.cblas_sgemm  # noqa: B018  an AttributeError where it has no plain names
-                    return (path,)
-                sgemm = getattr(library, "scipy_cblas_sgemm" if "scipy" in path else "cblas_sgemm")
-                ctypes.c_void_p.in_dll(ours, "rest").value = ctypes.cast(sgemm, ctypes.c_void_p).value
-                ctypes.c_int.in_dll(ours, "threads").value = n_threads()
-                ctypes.CDLL(ours._name, mode=ctypes.RTLD_GLOBAL)  # only now are its names for all to see
-                if "mkl" in path:
-                    library.MKL_Set_Num_Threads(1)  # MKL's first call, which puts its own names there, behind ours
-                return ours._name, path
-    return ()
+        for name in blas_libraries():
+            with suppress(OSError, AttributeError):  # it is not there, or has no plain names
+                library = ctypes.CDLL(name, mode=ctypes.RTLD_GLOBAL if alone else ctypes.RTLD_LOCAL)
+                sgemm = library.cblas_sgemm if alone or "scipy" not in name else library.scipy_cblas_sgemm
+                if not alone and "mkl" in name:
+                    library.MKL_Set_Num_Threads(1)
+                return name, sgemm
+    return None, None
 
 
-def is_first(path):
-    """Whether the `cblas_sgemm` that the process finds is that of the library `path`."""
-    found, own = (ctypes.cast(ctypes.CDLL(p).cblas_sgemm, ctypes.c_void_p).value for p in (None, path))
-    return found == own
+def pointer(function):
+    return ctypes.cast(function, ctypes.c_void_p)
 
 
-FIRST = "mlx.core" not in sys.modules  # else nothing can be put beneath it, nor in its place in functions made already
-WANTED = FIRST and sys.platform == "linux" and os.environ.get("CSM_FAST_BLAS", "1") != "0"
-BLAS = load_blas() if WANTED else ()
-OURS = len(BLAS) == 2 and is_first(BLAS[0])  # whether what MLX finds is mlx_cpu.c
-with suppress(AttributeError, OSError, TypeError):  # glibc alone: keep what is freed, since new pages are slow
-    for setting, size in ((-3, 2**25), (-1, 2**28)):  # M_MMAP_THRESHOLD, the most it takes, and M_TRIM_THRESHOLD
-        ctypes.CDLL(None).mallopt(setting, size)
+LATE = "mlx.core" in sys.modules
+LINUX = sys.platform == "linux"
+WANTED = LINUX and os.environ.get("CSM_FAST_BLAS", "1") != "0"
+PLAIN = not LINUX or os.environ.get("CSM_PLAIN", "0") == "1"
+INFO = cpu_info() if LINUX else ""
+SHARED = ["-O3", "-shared", "-fPIC", "-fvisibility=hidden", "-Wl,-Bsymbolic", "-pthread"]
+SHARED += ["-march=native"] if LINUX and os.uname().machine == "x86_64" else []
+BLAS = ()  # what computes MLX's products: mlx_cpu.c and a BLAS library, or that library alone
+products = sgemm = None
+
+if WANTED:
+    source = Source("mlx_cpu.c", ("cc", "gcc", "clang"), SHARED, [INFO])
+    products = source.find() or source.compile()
+    if products or not LATE:
+        name, sgemm = load_blas(alone=not products)
+        BLAS = (name,) if name else ()
 
 import mlx.core as mx
 
-if WANTED and not BLAS and mx.default_device() == mx.cpu:
-    log.warning("MLX will be slow on this CPU: install a C compiler and scipy-openblas32, or mkl")
+MLX = Path(mx.__file__).parent  # the package's folder, with its library and headers
+ON_CPU = mx.default_device() == mx.cpu
+if products:
+    if not sgemm:  # MLX's own, on one core, for slices
+        name = str(MLX / "lib/libmlx.so")
+        with suppress(OSError, AttributeError):
+            sgemm = ctypes.CDLL(name).cblas_sgemm
+    if sgemm and products.mlx_cpu_start(pointer(sgemm), n_threads()):
+        BLAS = products._name, name
+    else:
+        products, BLAS = None, ()
+        source.failure = "this build of MLX has no libmlx.so that calls cblas_sgemm"
+if WANTED and ON_CPU:
+    if not products and LATE:
+        log.warning("MLX stays slow on this CPU (%s): import mlx_cpu, or csm, before mlx", source.failure)
+    elif not products and not BLAS:
+        log.warning("MLX stays slow on this CPU (%s): install a C compiler, or mkl", source.failure)
+    elif "libmlx" in BLAS[-1]:
+        log.warning("MLX stays slow with many rows on this CPU: install scipy-openblas32 or mkl")
+
+with suppress(AttributeError, OSError, TypeError):  # glibc alone: keep freed memory, since new pages are slow
+    for setting, size in ((-3, 2**25), (-1, 2**28)):  # M_MMAP_THRESHOLD, the most it takes, and M_TRIM_THRESHOLD
+        ctypes.CDLL(None).mallopt(setting, size)
+
+
+# ---------------------------------------------------------------------------------------------------- primitives
+
+installed = False  # whether MLX's operations call primitives.cpp
+background = None  # the thread that waits for the compiler, while it is at work
+
+
+def primitives():
+    """primitives.cpp as a Source: it is compiled with MLX's headers, for one version of MLX."""
+    library = MLX / "lib/libmlx.so"
+    flags = [*SHARED, "-std=c++20", f"-I{MLX}/include", f"-L{library.parent}", "-lmlx"]
+    return Source(
+        "primitives.cpp", ("c++", "g++", "clang++"), flags, [INFO, mx.__version__, str(library.stat().st_size)]
+    )
+
+
+def install(library):
+    """Make MLX's operations call this library from now on."""
+    global installed
+    installed = bool(library.mlx_cpu_install(pointer(products.mlx_cpu_run), pointer(sgemm), n_threads()))
+    return installed
+
+
+def check(path):
+    """Raise a ValueError if MLX with the primitives of this library computes other results than without."""
+
+    def results():
+        x = mx.linspace(-9, 9, 5000)
+        yield from (function(x, stream=mx.cpu) for function in (mx.exp, mx.sigmoid, mx.erf))
+        w = mx.random.normal((70, 256), key=mx.random.key(0))
+        for bits in (4, 8):
+            for rows in (1, 7, 50):
+                packed = mx.quantize(w, 64, bits, stream=mx.cpu)
+                yield mx.quantized_matmul(w[:rows] * 0.1, *packed, group_size=64, bits=bits, stream=mx.cpu)
+
+    expected = list(results())
+    mx.eval(expected)
+    if not install(ctypes.CDLL(str(path))):
+        raise ValueError("MLX's tables of functions cannot be written")
+    for ours, own in zip(results(), expected):
+        if not mx.allclose(ours, own, rtol=1e-4, atol=1e-3):
+            raise ValueError("the results are not MLX's")
+
+
+def compile_primitives():
+    """Compile primitives.cpp, or wait for another process that does. Returns "", or in a line what failed."""
+    import fcntl
+
+    source, failure = primitives(), "no folder can be written"
+    for folder in folders():
+        with suppress(OSError):
+            folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+            with open(folder / "lock", "w") as lock:
+                fcntl.flock(lock, fcntl.LOCK_EX)
+                if source.find():
+                    return ""
+                record = folder / f"{source.name}.failed"
+                record.write_text("it crashed")  # if the check kills this process, this stays
+                failure = "" if source.compile(check) else source.failure
+                record.write_text(failure) if failure else record.unlink()
+                break
+    return failure
+
+
+def recorded_failure(source):
+    """Why compiling failed, if it did so lately."""
+    for folder in folders():
+        with suppress(OSError):
+            record = folder / f"{source.name}.failed"
+            if time.time() - record.stat().st_mtime < RETRY:
+                return record.read_text()
+    return ""
+
+
+def compile_in_background(source):
+    """Start a process that compiles when nothing else wants the CPU, and a thread that installs what it made."""
+    code = f"import os, sys; sys.path[:] = {sys.path!r}; os.nice(10); import mlx_cpu; mlx_cpu.compile_primitives()"
+    process = subprocess.Popen(
+        [sys.executable, "-c", code],
+        env=os.environ | {"MLX_CPU_BACKGROUND": "0"}, start_new_session=True,
+        stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
+    )  # fmt: skip
+
+    def finish():
+        process.wait()
+        library = source.find()
+        if library:
+            install(library)
+
+    thread = threading.Thread(target=finish, daemon=True)
+    thread.start()
+    return thread
+
+
+def wait():
+    """Wait for primitives.cpp if it is being compiled. Returns whether MLX's operations call it now."""
+    if background:
+        background.join()
+    return installed
+
+
+if products and ON_CPU and not PLAIN:
+    source = primitives()
+    library = source.find()
+    if library:
+        install(library)
+    else:
+        source.failure = source.failure or recorded_failure(source)
+        if source.failure:
+            log.warning(
+                "quantized models, exp, sigmoid and erf stay slow on this CPU (%s): install g++ 10 or newer",
+                source.failure,
+            )
+        elif os.environ.get("MLX_CPU_BACKGROUND", "1") != "0" and sys.executable:
+            with suppress(OSError):
+                background = compile_in_background(source)
+
 
 # ---------------------------------------------------------------------------------------------------- functions
 
-LARGE = 2**10  # elements from which on the functions here are quicker
-MARKS = {  # (1, 1), NaN, as in mlx_cpu.c
-    name: mx.array([struct.unpack("f", struct.pack("I", 0x7FCA5E00 + i))])
-    for i, name in enumerate(("exp", "sigmoid", "erf"))
-}
+LARGE = 2**10  # scores from which on blocks are quicker
 FLOOR = mx.finfo(mx.float32).min  # the score of what is masked: as in MLX, no infinity, so that a row of them is no NaN
 BLOCK = 2**17  # scores of attention at a time
-tracing = threading.local()  # .shapeless: a function that is to serve all shapes is being compiled
+tracing = threading.local()  # .shapeless: a function that is to serve all shapes is being traced
 
-
-def quick(size, *arrays):
-    """Whether work on so many elements, which come from these arrays, is for the functions here."""
-    if size < LARGE or getattr(tracing, "shapeless", False) or mx.default_device() != mx.cpu:
-        return False
-    return all(isinstance(x, mx.array) and x.dtype == mx.float32 for x in arrays)
+if ON_CPU and not PLAIN and "MLX_DISABLE_COMPILE" not in os.environ:
+    with suppress(OSError, AttributeError):  # set_compile_mode(no_fuse), which has no name in Python
+        ctypes.CDLL(str(MLX / "lib/libmlx.so"))._ZN3mlx4core16set_compile_modeENS0_11CompileModeE(2)
 
 
 def in_place(module, name):
@@ -187,56 +405,11 @@ def in_place(module, name):
     def replace(make):
         plain = getattr(module, name)
         function = wraps(plain)(make(plain))
-        if FIRST and sys.platform == "linux" and os.environ.get("CSM_PLAIN", "0") != "1":
+        if not PLAIN:
             setattr(module, name, function)
         return function
 
     return replace
-
-
-def elementwise(slope):
-    """mx.NAME by mlx_cpu.c for large arrays, in the place of MLX's own; slope(x, y) is its derivative."""
-    name = slope.__name__
-
-    @mx.custom_function
-    def function(x):
-        return (x.reshape(-1, 1) @ MARKS[name]).reshape(x.shape)
-
-    @function.vjp
-    def vjp(x, cotangent, y):
-        return cotangent * slope(x, y)
-
-    @function.jvp
-    def jvp(x, tangent):
-        return tangent * slope(x, function(x))
-
-    @function.vmap
-    def vmap(x, axis):  # else a gradient of it is the product's
-        return function(x), axis
-
-    def make(plain):
-        def either(a, /, *, stream=None):
-            ours = OURS and stream is None and isinstance(a, mx.array) and quick(a.size, a)
-            return function(a) if ours else plain(a, stream=stream)
-
-        return either
-
-    return in_place(mx, name)(make)
-
-
-@elementwise
-def exp(x, y):
-    return y
-
-
-@elementwise
-def sigmoid(x, y):
-    return y * (1 - y)
-
-
-@elementwise
-def erf(x, y):
-    return exp(-x * x) * (2 / math.sqrt(math.pi))
 
 
 def attend(q, k, v, scale, mask):
@@ -267,36 +440,72 @@ def attend(q, k, v, scale, mask):
             x = x.reshape(B, -1, H // n, end - t, seen)
             if bias is not None:
                 x = x + (bias if causal else bias[:, part if bias.shape[1] > 1 else slice(None), :, t:end])
-            x = exp(x - mx.stop_gradient(x.max(axis=-1, keepdims=True)))
+            x = mx.exp(x - mx.stop_gradient(x.max(axis=-1, keepdims=True)))
             y = x.reshape(B, -1, H // n * (end - t), seen) @ v[:, part, :seen]
             groups.append(y.reshape(B, -1, H // n, end - t, e) / x.sum(axis=-1, keepdims=True))
         blocks.append(mx.concatenate(groups, axis=1))
     return mx.concatenate(blocks, axis=3).reshape(B, H, T, e)
 
 
+def in_blocks(q, k, v, mask):
+    """Whether attention of these is for `attend`: large, on a CPU, of one shape, and of arguments that MLX takes."""
+    arrays = q, k, v
+    if getattr(tracing, "shapeless", False) or mx.default_device() != mx.cpu:
+        return False
+    if not all(isinstance(x, mx.array) and x.dtype == mx.float32 and x.ndim == 4 for x in arrays):
+        return False
+    (B, H, T, d), (_, n, S, _) = q.shape, k.shape
+    if k.shape != (B, n, S, d) or v.shape[:3] != (B, n, S) or n == 0 or H % n or B * H * T * S < LARGE:
+        return False
+    if isinstance(mask, mx.array):
+        sizes = (1,) * (4 - mask.ndim) + mask.shape
+        return mask.dtype == mx.bool_ and len(sizes) == 4 and all(m in (1, s) for m, s in zip(sizes, (B, H, T, S)))
+    return mask is None or (mask == "causal" and S >= T)
+
+
 @in_place(mx.fast, "scaled_dot_product_attention")
 def scaled_dot_product_attention(plain):
     def either(q, k, v, *, scale, mask=None, **others):
-        (B, H, T, _), S = q.shape, k.shape[2]
-        ours = mask is None or (mask.dtype == mx.bool_ if isinstance(mask, mx.array) else S >= T)
-        if ours and not others and quick(B * H * T * S, q, k, v):
+        if not others and in_blocks(q, k, v, mask):
             return attend(q, k, v, scale, mask)
         return plain(q, k, v, scale=scale, mask=mask, **others)
 
     return either
 
 
-@in_place(mx, "compile")
-def compile(plain):
-    def either(fun, inputs=None, outputs=None, shapeless=False):
-        @wraps(fun)
-        def traced(*args, **kwargs):  # our functions choose by the shape, and MLX cannot tell their result's
-            before, tracing.shapeless = getattr(tracing, "shapeless", False), True
-            try:
-                return fun(*args, **kwargs)
-            finally:
-                tracing.shapeless = before
+def for_all_shapes(fun):
+    """`fun` without `attend`, which depends on the shapes: for MLX to trace once for all of them."""
 
-        return plain(traced if shapeless else fun, inputs, outputs, shapeless)
+    @wraps(fun)
+    def traced(*args, **kwargs):
+        before, tracing.shapeless = getattr(tracing, "shapeless", False), True
+        try:
+            return fun(*args, **kwargs)
+        finally:
+            tracing.shapeless = before
+
+    return traced
+
+
+@in_place(mx, "compile")
+def compile_function(plain):
+    def either(fun, inputs=None, outputs=None, shapeless=False):
+        return plain(for_all_shapes(fun) if shapeless else fun, inputs, outputs, shapeless)
+
+    return either
+
+
+@in_place(mx, "export_function")
+def export_function(plain):
+    def either(file, fun, *args, shapeless=False, **kwargs):
+        return plain(file, for_all_shapes(fun) if shapeless else fun, *args, shapeless=shapeless, **kwargs)
+
+    return either
+
+
+@in_place(mx, "exporter")
+def exporter(plain):
+    def either(file, fun, *, shapeless=False):
+        return plain(file, for_all_shapes(fun) if shapeless else fun, shapeless=shapeless)
 
     return either

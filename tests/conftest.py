@@ -1,15 +1,20 @@
 """Small random models, made on the spot, for all the tests.
 
 They compute in float32, whatever the device; CSM_TEST_DTYPE=bfloat16 or float16 is for a GPU. Codes are identical, and
-logits within 1e-4, on a CPU in float32. Elsewhere (a GPU's float32 products may be of TF32) the bounds are wider, and
+logits within 1e-4, on a CPU in float32. Elsewhere (a GPU adds up in other orders) the bounds are wider, and
 of codes the first frame has to agree in most: after that one other code changes all that follow.
 """
 
+import inspect
 import json
 import os
+import re
 import signal
+from pathlib import Path
 
+os.environ.setdefault("MLX_ENABLE_TF32", "0")  # or a GPU rounds the factors of float32 products to 10 bits
 import csm  # before mlx
+import csm_layouts
 import mimi
 
 import mlx.core as mx  # isort: skip
@@ -21,6 +26,54 @@ signal.signal(signal.SIGINT, signal.default_int_handler)  # which a shell's back
 DTYPE = os.environ.get("CSM_TEST_DTYPE", "float32")
 EXACT = DTYPE == "float32" and mx.default_device() == mx.cpu
 LOGITS = 1e-4 if EXACT else 0.02 if DTYPE == "float32" else 0.3  # how far they may be off; their spread is about 3
+
+# ------------------------------------------------------------------- what a bare `pytest` leaves out
+
+left_out = {"files": 0, "tests": 0}
+
+
+def pytest_addoption(parser):
+    parser.addoption("--all", action="store_true", help="run also what is slow or needs other packages")
+
+
+def runs_all(config):
+    """Whether --all was given, or a file was named: then it runs whole."""
+    named = config.args_source is pytest.Config.ArgsSource.ARGS
+    return config.getoption("--all") or (named and any(Path(arg.split("::")[0]).is_file() for arg in config.args))
+
+
+def pytest_ignore_collect(collection_path, config):
+    """Leave out a file that cannot be imported without another package."""
+    if collection_path.suffix != ".py" or runs_all(config):
+        return None
+    if not re.search(r"^\S.*importorskip\(", collection_path.read_text(encoding="utf-8"), re.M):
+        return None
+    left_out["files"] += 1
+    return True
+
+
+def needs_a_package(item):
+    """Whether the test, or a fixture of it, skips where a package is missing."""
+    fixtures = [f.func for fs in item._fixtureinfo.name2fixturedefs.values() for f in fs]
+    return any("importorskip" in inspect.getsource(f) for f in (item.function, *fixtures))
+
+
+def pytest_collection_modifyitems(config, items):
+    if runs_all(config):
+        return
+    left = [item for item in items if item.get_closest_marker("slow") or needs_a_package(item)]
+    left_out["tests"] = len(left)
+    config.hook.pytest_deselected(items=left)
+    items[:] = [item for item in items if item not in left]
+
+
+def pytest_terminal_summary(terminalreporter):
+    if any(left_out.values()):
+        what = f"{left_out['tests']} tests and {left_out['files']} files that are slow or need other packages"
+        terminalreporter.write_line(f"left out: {what}; `pytest --all` runs them (see CONTRIBUTING.md)")
+
+
+# ------------------------------------------------------------------------------------ small models
 
 LLAMA3 = {
     "rope_type": "llama3",
@@ -40,6 +93,7 @@ SHAPES = {
     "k4": (4, 32, (3, 128, 4, 4, 32, 128, PLAIN), (1, 64, 8, 2, 8, 128, LLAMA3)),
     "1b-wide": (32, 2048, (2, 2048, 32, 8, 64, 8192, LLAMA3), (1, 1024, 8, 2, 128, 8192, LLAMA3)),
 }
+TOKENIZER = ("tokenizer.json", "tokenizer_config.json")
 SPECIAL = ["<pad>", "<bos>", "<eos>", "<|AUDIO|>", "<|audio_eos|>"]
 
 
@@ -81,7 +135,7 @@ def random_weights(config, seed=0):
         key, k = mx.random.split(key)
         scale = 1 if "embeddings" in name else 3 / w.shape[-1] ** 0.5 if "head" in name else 1 / w.shape[-1] ** 0.5
         out[name] = mx.random.normal(w.shape, key=k) * scale if w.ndim > 1 else mx.ones(w.shape)
-    return csm.join_heads(out)
+    return csm_layouts.join_heads(out)
 
 
 def random_mimi(K, n_codes, seed=0):
@@ -180,8 +234,11 @@ def stand_in_hub(cache):
     repos = {
         "senstella/csm-1b-mlx": {"ckpt.safetensors": "model.safetensors", "config.json": "config.json"},
         mimi.DEFAULT_REPO: {mimi.DEFAULT_FILE: "mimi.safetensors"},
-        csm.DEFAULT_TOKENIZER: {"tokenizer.json": "tokenizer.json"},
-        csm.DEFAULT_PROMPTS: {f"prompts/conversational_a.{x}": f"prompts/conversational_a.{x}" for x in ("wav", "txt")},
+        csm_layouts.DEFAULT_TOKENIZER: {"tokenizer.json": "tokenizer.json"},
+        csm_layouts.DEFAULT_PROMPTS: {
+            f"prompts/conversational_a.{x}": f"prompts/conversational_a.{x}" for x in ("wav", "txt")
+        },
+        "unsloth/csm-1b": {name: name for name in ("config.json", "model.safetensors", "mimi.safetensors", *TOKENIZER)},
     }
     for repo, files in repos.items():
         place = cache / "hub" / f"models--{repo.replace('/', '--')}"

@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 
 import csm_layouts
+from csm_tools import adapters
 from test_layouts import CONFIG, CSM_1B, LLAMA3, NATIVE, random_weights, same
 
 ROPE = {"rope_theta": 7000.0, "rope_scaling": LLAMA3}
@@ -60,14 +61,9 @@ def greedy(config, weights, ids, n=5):
     model, K = network(config, weights), config["audio_num_codebooks"]
     rows = mx.zeros((1, len(ids), K + 1), mx.int32)
     rows[0, :, K], frames = mx.array(ids), []
-    mask = mx.broadcast_to(mx.arange(K + 1) == K, rows.shape)
     for _ in range(n):
-        h = model(rows, mask)[:, -1]
-        first = mx.argmax(model.head(0, h), axis=-1)
-        rest = model.sample_rest(h, first, lambda i, logits: mx.argmax(logits, axis=-1))
-        frames.append(mx.concatenate([first[:, None].astype(mx.int32), rest], axis=1))
-        rows = mx.concatenate([rows, mx.pad(frames[-1][:, None], [(0, 0), (0, 0), (0, 1)])], axis=1)
-        mask = mx.concatenate([mask, mx.broadcast_to(mx.arange(K + 1) < K, (1, 1, K + 1))], axis=1)
+        frames.append(model.next_frame(model(rows)[:, -1], lambda i, logits: mx.argmax(logits, axis=-1)))
+        rows = mx.concatenate([rows, csm.frame_row(frames[-1], K)], axis=1)
     return mx.concatenate(frames).tolist()
 
 
@@ -99,8 +95,8 @@ def test_peft(kind, theirs, tmp_path):
     trained.save_pretrained(tmp_path)
     settings = json.loads((tmp_path / "adapter_config.json").read_text())
     tensors = mx.load(str(tmp_path / "adapter_model.safetensors"))
-    changes = csm_layouts.adapter_to_native(config, settings, tensors)
-    changed = csm_layouts.apply_adapter(weights, changes)
+    changes = adapters.adapter_to_native(config, settings, tensors)
+    changed = adapters.apply_adapter(weights, changes)
     codes = said(torch, trained, ids)
     assert greedy(config, changed, ids) == codes != greedy(config, weights, ids)
     h = mx.random.normal((5, 32))
@@ -131,22 +127,20 @@ def test_ours_in_peft(dora, theirs, tmp_path):
     adapter, tensors = our_adapter(config, dora=dora)
     if dora:  # PEFT has it for modules alone
         with pytest.raises(ValueError, match="audio_head"):
-            csm_layouts.adapter_to_peft(config, adapter, tensors)
+            adapters.adapter_to_peft(config, adapter, tensors)
         tensors = {name: w for name, w in tensors.items() if "audio_head" not in name}
     else:
         tensors["text_embeddings.weight"] = weights["text_embeddings.weight"][::-1]
         tensors["audio_embeddings.weight"] = weights["audio_embeddings.weight"][::-1]
-    changes = csm_layouts.adapter_to_native(config, adapter, tensors)
-    codes = greedy(config, csm_layouts.apply_adapter(weights, changes), [1, 7, 9])
-    settings, exported = csm_layouts.adapter_to_peft(config, adapter, tensors)
+    changes = adapters.adapter_to_native(config, adapter, tensors)
+    codes = greedy(config, adapters.apply_adapter(weights, changes), [1, 7, 9])
+    settings, exported = adapters.adapter_to_peft(config, adapter, tensors)
     mx.save_safetensors(str(tmp_path / "adapter_model.safetensors"), exported, {"format": "pt"})
     (tmp_path / "adapter_config.json").write_text(json.dumps(settings))
     loaded = peft.PeftModel.from_pretrained(base, tmp_path).eval()
     assert said(torch, loaded, [1, 7, 9]) == codes != greedy(config, weights, [1, 7, 9])
-    again = csm_layouts.apply_adapter(weights, csm_layouts.adapter_to_native(config, settings, exported))
-    assert all(
-        mx.allclose(again[name], w, atol=1e-5) for name, w in csm_layouts.apply_adapter(weights, changes).items()
-    )
+    again = adapters.apply_adapter(weights, adapters.adapter_to_native(config, settings, exported))
+    assert all(mx.allclose(again[name], w, atol=1e-5) for name, w in adapters.apply_adapter(weights, changes).items())
 
 
 @pytest.mark.parametrize("kind", ["lora", "dora"])
@@ -173,26 +167,26 @@ def test_csm_mlx(kind, tmp_path):
     expected |= {f"audio_head.{i}.weight": weights[f"audio_head.{i}.weight"] + 1 for i in range(3)}
     settings = {"lora_parameters": {"rank": 2, "scale": 0.7, "dropout": 0.0, "keys": keys}, "fine_tune_type": kind}
     for form in (settings, {"lora_parameters": {"rank": 2, "alpha": 1.4}}):
-        changed = csm_layouts.apply_adapter(weights, csm_layouts.adapter_to_native(NATIVE, form, tensors))
+        changed = adapters.apply_adapter(weights, adapters.adapter_to_native(NATIVE, form, tensors))
         assert changed.keys() == expected.keys()
         assert all(mx.allclose(changed[name], w, atol=1e-5) for name, w in expected.items())
-    full = csm_layouts.adapter_to_native(NATIVE, {"fine_tune_type": "full"}, weights)
-    same(csm_layouts.apply_adapter({name: w + 1 for name, w in weights.items()}, full), weights)
+    full = adapters.adapter_to_native(NATIVE, {"fine_tune_type": "full"}, weights)
+    same(adapters.apply_adapter({name: w + 1 for name, w in weights.items()}, full), weights)
 
 
 def test_parts_and_sums_of_adapters():
     """Half of an adapter and half of it again are all of it; a DoRA in part lies between; misfits are named."""
     weights = csm.split_heads(random_weights(NATIVE))
     adapter, tensors = our_adapter(NATIVE)
-    changes = csm_layouts.adapter_to_native(NATIVE, adapter, tensors)
+    changes = adapters.adapter_to_native(NATIVE, adapter, tensors)
     assert mx.allclose(changes["codebook0_head.lora_b"], 2 * tensors["codebook0_head.lora_b"])
-    whole, half = csm_layouts.apply_adapter(weights, changes), csm_layouts.apply_adapter(weights, changes, 0.5)
-    twice = csm_layouts.apply_adapter(half, changes, 0.5)
+    whole, half = adapters.apply_adapter(weights, changes), adapters.apply_adapter(weights, changes, 0.5)
+    twice = adapters.apply_adapter(half, changes, 0.5)
     a, b = tensors["projection.lora_a"], tensors["projection.lora_b"]
     assert mx.allclose(whole["projection.weight"], weights["projection.weight"] + 2 * (a @ b).T, atol=1e-5)
     assert all(mx.allclose(twice[name], w, atol=1e-4) for name, w in whole.items())
-    changes = csm_layouts.adapter_to_native(NATIVE, *our_adapter(NATIVE, dora=True))
-    whole, half = csm_layouts.apply_adapter(weights, changes), csm_layouts.apply_adapter(weights, changes, 0.5)
+    changes = adapters.adapter_to_native(NATIVE, *our_adapter(NATIVE, dora=True))
+    whole, half = adapters.apply_adapter(weights, changes), adapters.apply_adapter(weights, changes, 0.5)
     assert all(mx.allclose(half[name], (weights[name] + w) / 2, atol=1e-4) for name, w in whole.items())
     lengths = mx.linalg.norm(whole["projection.weight"], axis=1)
     assert mx.allclose(lengths, changes["projection.lora_m"], atol=1e-4)
@@ -200,7 +194,10 @@ def test_parts_and_sums_of_adapters():
     for wrong in ({"projection.weight": weights["projection.weight"][1:]}, {"projection.weight": None}):
         other = {name: w for name, w in (weights | wrong).items() if w is not None}
         with pytest.raises(ValueError, match="another model, or a quantized one: projection does not fit"):
-            csm_layouts.apply_adapter(other, changes)
-    for adapter, match in (({}, "neither ours"), ({"r": 2, "lora_alpha": 2}, "projection.lora_a is of no kind")):
+            adapters.apply_adapter(other, changes)
+    for adapter, match in (
+        ({}, "not of finetune, PEFT or csm-mlx"),
+        ({"r": 2, "lora_alpha": 2}, "projection.lora_a is of an unknown kind"),
+    ):
         with pytest.raises(ValueError, match=match):
-            csm_layouts.adapter_to_native(NATIVE, adapter, {"projection.lora_a": a})
+            adapters.adapter_to_native(NATIVE, adapter, {"projection.lora_a": a})

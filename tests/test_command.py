@@ -1,4 +1,4 @@
-"""The command of csm.py, the default downloads, the README's examples, and the real weights for who has them."""
+"""The command of csm.py, the default downloads, and the real weights for who has them."""
 
 import json
 import os
@@ -8,6 +8,8 @@ from pathlib import Path
 
 import csm  # before mlx
 import mimi
+from csm_tools import speak
+from csm_tools.text import parts_of
 
 import mlx.core as mx  # isort: skip
 import numpy as np
@@ -43,7 +45,7 @@ def test_command_and_library_say_the_same(folder, generator, tmp_path):
     assert [f.name for f in tmp_path.iterdir()] == ["a.wav"]
     os.mkfifo(tmp_path / "pipe")
     with subprocess.Popen(["cat", tmp_path / "pipe"], stdout=subprocess.PIPE) as reader:
-        assert csm.main(["hello there", "--model", str(folder), *SHORT, "--seed", "7", str(tmp_path / "pipe")]) == 0
+        assert speak.main(["hello there", "--model", str(folder), *SHORT, "--seed", "7", str(tmp_path / "pipe")]) == 0
         assert len(reader.stdout.read()) == 44 + 2 * len(expected) and (tmp_path / "pipe").is_fifo()
     (tmp_path / "text").write_text("hello there\n")
     for text, stdin in ((f"@{tmp_path / 'text'}", None), ("-", b"hello there\n")):
@@ -67,22 +69,84 @@ def test_command_with_context(folder, generator, tmp_path):
     )
     expected = generator.generate("no", 1, turns, seed=1, max_audio_length_ms=400)
     args = ["no", tmp_path / "a.wav", "--model", folder, "--speaker", 1, "--seed", 1, *SHORT]
-    assert csm.main([str(a) for a in [*args, "--context", tmp_path / "turns.json"]]) == 0
+    assert speak.main([str(a) for a in [*args, "--context", tmp_path / "turns.json"]]) == 0
     np.testing.assert_array_equal(wav(tmp_path / "a.wav"), mimi.to_pcm16(expected))
     expected = generator.generate("no", 1, [turns[0]], seed=1, voice_match=True, max_audio_length_ms=400)
     args += ["--ref-audio", tmp_path / "me.wav", "--ref-text", "hello", "--voice-match"]
-    assert csm.main([str(a) for a in args]) == 0
+    assert speak.main([str(a) for a in args]) == 0
     np.testing.assert_array_equal(wav(tmp_path / "a.wav"), mimi.to_pcm16(expected))
 
 
 def test_dialogue(folder, generator, tmp_path):
     (tmp_path / "script.txt").write_text("0: hello\n\n[1]: yes: no\n  0 : there\n")
     args = ["--dialogue", tmp_path / "script.txt", tmp_path / "a.wav", "--model", folder, "--seed", 1, *SHORT]
-    assert csm.main([str(a) for a in args]) == 0
+    assert speak.main([str(a) for a in args]) == 0
     talk = generator.conversation()
     turns = [(0, "hello"), (1, "yes: no"), (0, "there")]
     said = [talk.say(text, s, seed=1 + i, max_audio_length_ms=400) for i, (s, text) in enumerate(turns)]
     np.testing.assert_array_equal(wav(tmp_path / "a.wav"), mimi.to_pcm16(mx.concatenate(said)))
+
+
+SENTENCE = "hello there, how are you today, and how are you? "
+
+
+def test_a_long_text_is_said_in_parts_of_one_voice(folder, generator, tmp_path, caplog):
+    text = SENTENCE * 6
+    parts = parts_of(text)
+    assert len(parts) == 6
+    args = [str(tmp_path / "a.wav"), "--model", str(folder), "--seed", "1", *SHORT]
+    options = {"max_audio_length_ms": 400}
+
+    def joined(context=(), voice=None):
+        pieces = []
+        for i, (part, pause) in enumerate(parts):
+            pieces.append(generator.generate(part, 0, context, voice=voice, seed=1 + i, **options))
+            pieces.append(np.zeros(int(pause * 24000), np.float32))
+            if voice == "none" and not context:
+                codes = generator.generate_codes(part, 0, voice=voice, seed=1, **options)
+                context = [csm.Segment(0, part, codes=codes)]
+        return np.concatenate(pieces)
+
+    speak.main([text, *args])
+    np.testing.assert_allclose(mimi.read_audio(tmp_path / "a.wav"), np.clip(joined(), -1, 1), atol=1e-4)
+    speak.main([text, *args, "--voice", "none"])
+    np.testing.assert_allclose(mimi.read_audio(tmp_path / "a.wav"), np.clip(joined(voice="none"), -1, 1), atol=1e-4)
+    caplog.clear()
+    speak.main([text, *args, "--whole"])
+    whole = generator.generate(text.strip(), seed=1, **options)
+    np.testing.assert_allclose(mimi.read_audio(tmp_path / "a.wav"), np.clip(whole, -1, 1), atol=1e-4)
+    assert "characters are said at once: this model says 240 well" in caplog.text
+
+
+def test_the_model_says_how_long_a_part_is(tmp_path, monkeypatch):
+    write_model(tmp_path / "m", voices=False)
+    config = json.loads((tmp_path / "m/config.json").read_text())
+    (tmp_path / "m/config.json").write_text(json.dumps(config | {"max_part_characters": 30}))
+    said, encode = [], csm.Tokenizer.encode
+    monkeypatch.setattr(csm.Tokenizer, "encode", lambda self, text: said.append(text) or encode(self, text))
+    speak.main([SENTENCE, str(tmp_path / "a.wav"), "--model", str(tmp_path / "m"), *SHORT])
+    assert set(said) == {"[0]hello there,", "[0]how are you today,", "[0]and how are you?"}
+
+
+def test_what_reaches_the_tokenizer(folder, tmp_path, monkeypatch):
+    said, encode = [], csm.Tokenizer.encode
+    monkeypatch.setattr(csm.Tokenizer, "encode", lambda self, text: said.append(text) or encode(self, text))
+    args = ["**Dr. Smith** has 5 🐈", str(tmp_path / "a.wav"), "--model", str(folder), *SHORT]
+    speak.main(args)
+    assert "[0]Doctor Smith has five" in said
+    speak.main([*args, "--verbatim"])
+    assert "[0]**Dr. Smith** has 5 🐈" in said
+    (tmp_path / "script.txt").write_text("0: I am 5.\n1: No. 6!\n")
+    speak.main(["--dialogue", str(tmp_path / "script.txt"), *args[1:]])
+    assert "[0]I am five." in said and "[1]Number six!" in said
+
+
+def test_a_pause_is_silence(folder, tmp_path):
+    text = "hello there [pause:1.5] how are you<break time='500ms'/> today [pause:.25]".replace("'", '"')
+    speak.main([text, str(tmp_path / "a.wav"), "--model", str(folder), *SHORT])
+    audio = wav(tmp_path / "a.wav")
+    assert len(audio) == 3 * 5 * 1920 + 36_000 + 12_000 + 6_000
+    assert audio[:9600].any() and not audio[9600 : 9600 + 36_000].any() and not audio[-6_000:].any()
 
 
 def bad_inputs(d):
@@ -128,6 +192,8 @@ def bad_inputs(d):
         ([], ["--voice", "none", "--voice-match"], "voice_match"),
         ([""], [], "empty"),
         ([f"@{d / 'empty.txt'}"], [], "empty"),
+        (["?! 🎉 [pause:1]"], [], "no words"),
+        (["?!"], ["--verbatim", "--whole"], "no words"),
         ([f"@{d / 'none.txt'}"], [], "none.txt"),
         ([None], ["--dialogue", d / "script.txt"], "line 2"),
         ([None], ["--dialogue", d / "empty.txt"], "no turns"),
@@ -145,7 +211,7 @@ def test_bad_input_gets_one_line_and_loses_nothing(folder, tmp_path, capfd, monk
         model = [] if "--model" in args else ["--model", folder]
         before = sorted(tmp_path.iterdir())
         with pytest.raises(SystemExit) as error:
-            csm.main([str(a) for a in [*text, out, *model, *args]])
+            speak.main([str(a) for a in [*text, out, *model, *args]])
         err = capfd.readouterr().err
         assert error.value.code == 2, args
         assert err.startswith("csm.py: error: ") and err.count("\n") == 1 and message in err, err
@@ -166,7 +232,7 @@ def test_damaged_models_say_what_is_wrong(folder, tmp_path, capfd):
     for message, damaged in cases.items():
         write_model(tmp_path / "m", weights=damaged, voices=False)
         with pytest.raises(SystemExit) as error:
-            csm.main(["hello", str(tmp_path / "a.wav"), "--model", str(tmp_path / "m")])
+            speak.main(["hello", str(tmp_path / "a.wav"), "--model", str(tmp_path / "m")])
         err = capfd.readouterr().err
         assert error.value.code == 2 and err.count("\n") == 1 and message in err and not (tmp_path / "a.wav").exists()
     write_model(tmp_path / "m", voices=False)
@@ -191,19 +257,19 @@ def test_gated_and_unknown_repositories(tmp_path, monkeypatch, capfd):
 
         monkeypatch.setattr(huggingface_hub, "snapshot_download", refuse)
         with pytest.raises(SystemExit) as exit:
-            csm.main(["hello", str(tmp_path / "a.wav"), "--model", "sesame/csm-1b"])
+            speak.main(["hello", str(tmp_path / "a.wav"), "--model", "sesame/csm-1b"])
         err = capfd.readouterr().err
         assert exit.value.code == 2 and err.count("\n") == 1 and message in err and "sesame/csm-1b" in err
 
 
 def test_interrupted_keeps_what_is_finished(folder, generator, tmp_path, monkeypatch, capfd):
-    def frames(self, text, speaker=0, **options):
+    def frames(self, text, speaker=0, context=(), **options):
         yield from np.ones((3, 8), np.int32)
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(csm.Conversation, "frames", frames)
+    monkeypatch.setattr(csm.Generator, "frames", frames)
     args = ["hello", str(tmp_path / "a.wav"), "--model", str(folder)]
-    assert csm.main(args) == 130
+    assert speak.main(args) == 130
     assert len(wav(tmp_path / "a.wav")) == 3 * 1920 and "0.2 s finished so far are in" in capfd.readouterr().err
 
 
@@ -217,7 +283,7 @@ def test_a_reader_that_leaves_is_no_error(folder):
 
 @pytest.mark.parametrize("suffix", mimi.FORMATS)
 def test_the_suffix_says_the_format(folder, generator, tmp_path, suffix):
-    assert csm.main(["hello there", str(tmp_path / f"a{suffix}"), "--model", str(folder), "--seed", "7", *SHORT]) == 0
+    assert speak.main(["hello there", str(tmp_path / f"a{suffix}"), "--model", str(folder), "--seed", "7", *SHORT]) == 0
     info = soundfile.info(tmp_path / f"a{suffix}")
     assert (info.format, info.channels) == (mimi.FORMATS[suffix][0], 1)
     expected = generator.generate("hello there", seed=7, max_audio_length_ms=400)
@@ -279,7 +345,16 @@ def test_help_needs_no_model():
     assert done.returncode == 0 and b"--voice-match" in done.stdout
 
 
-# ------------------------------------------------------------------------------- downloads, README, the real weights
+def test_without_arguments_the_usage_is_three_lines(capfd):
+    done = run()
+    assert done.returncode == 2 and done.stderr.startswith(b"usage: csm.py TEXT OUT") and done.stdout == b""
+    assert done.stderr.count(b"\n") == 3
+    with pytest.raises(SystemExit):  # `python -m csm_tools.speak` is the same command
+        speak.main([])
+    assert capfd.readouterr().err == done.stderr.decode()
+
+
+# --------------------------------------------------------------------------------------- downloads, the real weights
 
 
 def test_default_downloads(hub, tmp_path):
@@ -290,47 +365,9 @@ def test_default_downloads(hub, tmp_path):
     assert done.returncode == 2 and done.stderr.count(b"\n") == 1 and b"read_speech_a" in done.stderr
 
 
-README = (HERE / "README.md").read_text() if (HERE / "README.md").exists() else ""
-
-
-def blocks(kind):
-    return [part.split("```")[0] for part in README.split(f"```{kind}\n")[1:]]
-
-
-def test_readme_examples_run(hub, tmp_path):
-    """Every Python block, one after the other, and every `python csm.py` line, with the stand-ins for the downloads."""
-    soundfile.write(tmp_path / "me.wav", clip(1), 24000)
-    soundfile.write(tmp_path / "you.wav", clip(1), 24000)
-    (tmp_path / "me.txt").write_text("This is what my voice sounds like.")
-    (tmp_path / "turns.json").write_text('[{"speaker": 0, "text": "hello", "audio": "me.wav"}]')
-    (tmp_path / "script.txt").write_text("0: hello\n1: yes\n")
-    (tmp_path / "example.py").write_text("\n".join(blocks("python")))
-    environment = {**os.environ, **hub, "PYTHONPATH": str(HERE)}
-    assert len(blocks("python")) > 2
-    done = subprocess.run([sys.executable, "example.py"], cwd=tmp_path, env=environment, capture_output=True)
-    assert done.returncode == 0, done.stderr.decode()
-    (tmp_path / "chapter.txt").write_text("hello there, how are you today? i am fine, yes i am fine.")
-    (tmp_path / "texts.txt").write_text("Yes, I see.\nWhere is the station?\nIt rains today.\n")
-    (tmp_path / "clips/talk_1").mkdir(parents=True)
-    soundfile.write(tmp_path / "clips/talk_1/001_speaker0_hello.wav", clip(0.5), 24000)
-    (tmp_path / "clips/talk_1/001_speaker0_hello.txt").write_text("hello")
-    lines = [line.split(" #")[0].strip() for b in blocks("sh") for line in b.splitlines()]
-    starts = ("python csm.py", "python mimi.py", "python -m csm_tools.narrate", "python -m csm_tools.finetune")
-    lines = [line for line in lines if any(start in line for start in starts)]
-    lines = [line for line in lines if "finetune dpo" not in line]  # three texts give no pairs: see test_finetune.py
-    assert len(lines) >= 10
-    for line in lines:
-        line = line.replace("ffplay", "cat #").replace("python -m ", "PYTHON -m ").replace("python ", f"PYTHON {HERE}/")
-        line = line.replace("PYTHON", sys.executable)
-        for program in ("csm.py", "csm_tools.narrate"):
-            line = line.replace(program, f"{program} --max-audio-length-ms 400")
-        done = subprocess.run(line, shell=True, cwd=tmp_path, env=environment, capture_output=True)
-        assert done.returncode == 0, (line, done.stderr.decode())
-
-
 @pytest.mark.skipif(not os.environ.get("CSM_GOLDEN"), reason="opt-in: CSM_GOLDEN=csm-1b with the real weights at hand")
 def test_golden_codes_of_the_real_weights():
-    golden = json.loads((HERE / "golden_csm_1b.json").read_text())
+    golden = json.loads((HERE / "tests/golden_csm_1b.json").read_text())
     generator = csm.load(os.environ["CSM_GOLDEN"], dtype="float32")
     n = len(golden["frames"])
     codes = generator.generate_codes(

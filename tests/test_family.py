@@ -5,6 +5,7 @@ import json
 import convert
 import csm  # before mlx
 import csm_layouts
+from csm_tools import adapters
 
 import mlx.core as mx  # isort: skip
 import numpy as np
@@ -85,6 +86,7 @@ def write(path, config, files, index=None):
     return path
 
 
+@pytest.mark.slow
 def test_every_form(tmp_path, made):
     config = native(beside(tmp_path / "first"))
     codes = {}
@@ -124,7 +126,7 @@ def test_quantized(kind, tmp_path):
     weights = csm.split_heads(weights) if kind == "heads too" else weights
     pack = quantized(weights, how)
     sizes = csm.CSMConfig.from_dict(config)
-    plain = csm.join_heads(csm.dequantize_weights(sizes, pack))
+    plain = csm_layouts.join_heads(adapters.dequantize_weights(sizes, pack))
     for name, w in weights.items():
         if f"{name.removesuffix('.weight')}.scales" in pack:
             parts = [pack.get(name.replace(".weight", x)) for x in (".weight", ".scales", ".biases")]
@@ -170,14 +172,14 @@ def test_adapters(tmp_path):
         settings, tensors = our_adapter(config, parts)
         folder(tmp_path / name, tensors, None, "adapters.safetensors")
         (tmp_path / name / "adapter_config.json").write_text(json.dumps(settings))
-        changes[name] = csm_layouts.adapter_to_native(config, settings, tensors)
+        changes[name] = adapters.adapter_to_native(config, settings, tensors)
 
     def codes(**options):
         return csm.load(tmp_path / "model", **options).generate_codes("hello there", **GREEDY).tolist()
 
-    both = csm_layouts.apply_adapter(csm.split_heads(weights), changes["a"])
-    both = csm_layouts.apply_adapter(both, changes["b"], 0.5)
-    write(tmp_path / "fused", config, {"model.safetensors": csm.join_heads(both)})
+    both = adapters.apply_adapter(csm.split_heads(weights), changes["a"])
+    both = adapters.apply_adapter(both, changes["b"], 0.5)
+    write(tmp_path / "fused", config, {"model.safetensors": csm_layouts.join_heads(both)})
     fused = csm.load(tmp_path / "fused").generate_codes("hello there", **GREEDY).tolist()
     a, b = tmp_path / "a", tmp_path / "b"
     assert codes(adapter=[a, (b, 0.5)]) == codes(adapter=[(str(a), 1.0), (b, 0.5)]) == fused
@@ -194,7 +196,10 @@ def test_adapters(tmp_path):
     change = (changes["a"][f"{name}.lora_a"] @ changes["a"][f"{name}.lora_b"]).T
     assert mx.allclose(model.backbone.layers[1].self_attn.k_proj.weight, plain + change, atol=1e-5)
     (a / "adapter_config.json").write_text(json.dumps({"peft_type": "LORA"}))
-    for wrong, match in ((a, "neither ours"), (tmp_path / "model", "adapter_config.json and adapters.safetensors")):
+    for wrong, match in (
+        (a, "not of finetune, PEFT or csm-mlx"),
+        (tmp_path / "model", "adapter_config.json and adapters.safetensors"),
+    ):
         with pytest.raises(ValueError, match=match):
             codes(adapter=wrong)
 
@@ -258,7 +263,7 @@ def test_the_marks_of_a_text(kind, tmp_path):
 
 def test_a_tokenizer_without_marks(tmp_path, caplog):
     assert csm.Tokenizer(tokenizer(tmp_path / "t", ["<pad>"])).encode("hello there") == [4, 5]
-    assert "no tokens for the beginning and the end" in caplog.text
+    assert "no begin and end tokens" in caplog.text
 
 
 def test_the_space_of_misotts(tmp_path):
@@ -280,15 +285,13 @@ def test_fewer_codebooks(tmp_path):
     # by hand: all 8 codes of the context, then 3 of every frame that was said
     model, K = generator.model, 8
     rows = mx.array(np.concatenate([generator.segment_rows(context[0]), generator.text_rows("hello there", 0)]))[None]
-    mask, frames = csm.row_mask(rows), []
-    assert mask.sum(axis=2).max().item() == K
+    frames = []
+    assert csm.row_mask(rows).sum(axis=2).max().item() == K
     for _ in range(6):
-        h = model(mx.maximum(rows, 0), mask)[:, -1]
-        first = mx.argmax(model.head(0, h) + generator.forbidden, axis=-1)
-        rest = model.sample_rest(h, first, lambda i, logits: mx.argmax(logits + generator.forbidden, axis=-1), 3)
-        frames.append(mx.concatenate([first[:, None].astype(mx.int32), rest], axis=1))
-        rows = mx.concatenate([rows, mx.pad(frames[-1][:, None], [(0, 0), (0, 0), (0, K - 2)])], axis=1)
-        mask = mx.concatenate([mask, (mx.arange(K + 1) < 3)[None, None]], axis=1)
+        h = model(rows)[:, -1]
+        frames.append(model.next_frame(h, lambda i, logits: mx.argmax(logits[:, :64], axis=-1), 3))
+        new = mx.pad(frames[-1][:, None], [(0, 0), (0, 0), (0, K - 2)], constant_values=csm.NO_TEXT)
+        rows = mx.concatenate([rows, new], axis=1)
     assert codes.tolist() == mx.concatenate(frames).tolist()
     whole = generator.generate_codes("hello there", 0, context, temperature=0, max_audio_length_ms=80)
     assert whole[0, :3].tolist() == codes[0].tolist()  # of the first frame they are the same

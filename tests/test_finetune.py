@@ -12,7 +12,8 @@ from dataclasses import asdict
 from pathlib import Path
 
 import csm  # before mlx
-from csm_tools import finetune, tuning_data
+import csm_layouts
+from csm_tools import finetune, speak, tuning_data
 
 import mlx.core as mx  # isort: skip
 import mlx.nn as nn
@@ -53,6 +54,7 @@ def plain(tmp_path_factory):
 def train(model, data, out, *more, command="train"):
     """Runs `finetune COMMAND`; returns the lines of its log."""
     args = [command, "--model", model, "--data-path", data, "--output-dir", out, "--epochs", 2, "--batch-size", 2]
+    args += ["--sample-texts", "none"]
     finetune.main([str(a) for a in [*args, *more]])
     return [json.loads(line) for line in (Path(out) / "log.jsonl").read_text().splitlines()]
 
@@ -98,7 +100,6 @@ def test_gradient_is_that_of_transformers_and_torch(plain, data, preferences, tm
     """Each loss and its gradient, of a model that has moved from its reference, beside plain PyTorch."""
     torch, tf = pytest.importorskip("torch"), pytest.importorskip("transformers")
     import convert
-    import csm_layouts
 
     weights = mx.load(str(plain / "model.safetensors"))
     key = mx.random.key(3)  # with which KTO's divergence is above 0
@@ -175,7 +176,7 @@ def test_gradient_is_that_of_transformers_and_torch(plain, data, preferences, tm
     config = json.loads((tmp_path / f"tf_{plain.name}/config.json").read_text())
     named = {k: mx.array(g.numpy()) for k, g in named.items()}
     expected = csm_layouts.csm_to_native(config, named, asdict(csm.CSMConfig()))[1]
-    ours = csm.join_heads(dict(tree_flatten(gradient)))
+    ours = csm_layouts.join_heads(dict(tree_flatten(gradient)))
     assert ours.keys() == expected.keys()
     for name, g in ours.items():
         scale = mx.linalg.norm(expected[name]).item()
@@ -198,6 +199,7 @@ def test_fraction_is_an_estimate_of_the_whole(plain, data, tmp_path):
     assert abs(np.mean(parts) - rest(talk.learned)) < 3 * np.std(parts) / 40**0.5 + 1e-6 and np.std(parts) > 0
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("command", ["dpo", "kto"])
 @pytest.mark.parametrize("kind", ["lora", "dora", "full"])
 def test_the_sign(plain, tmp_path, command, kind):
@@ -251,7 +253,7 @@ def nats(generator, before, turn, folder):
     said = csm.Segment(turn["speaker"], turn["text"], folder / turn["audio_path"])
     n, rows = len(generator.segment_rows(context)), np.concatenate([generator.segment_rows(s) for s in (context, said)])
     start = n + len(generator.text_rows(said.text, said.speaker))
-    h = generator.model(mx.array(np.maximum(rows, 0))[None], csm.row_mask(mx.array(rows))[None])[0, start - 1 : -1]
+    h = generator.model(mx.array(rows)[None])[0, start - 1 : -1]
     codes = mx.array(rows[start:, :-1])
     logits = mx.concatenate([generator.model.head(0, h)[:, None], generator.model.depth_logits(h, codes)], axis=1)
     return nn.losses.cross_entropy(logits, codes, reduction="mean").item()
@@ -260,6 +262,7 @@ def nats(generator, before, turn, folder):
 # ------------------------------------------------------------------------------- runs
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("command, kind", [("train", "full"), ("train", "lora"), ("dpo", "full"), ("kto", "dora")])
 def test_continues_to_the_same_bits(plain, data, preferences, tmp_path, command, kind):
     more = ["--lora-rank", 4, "--lora-dropout", 0.1] if kind != "full" else ["--lr", 1e-3]
@@ -290,6 +293,7 @@ def test_continues_to_the_same_bits(plain, data, preferences, tmp_path, command,
         train(plain, source, tmp_path / "b", *more, "--seed", 5, command=command)
 
 
+@pytest.mark.slow
 def test_killed_while_writing(plain, data, tmp_path):
     """Ten times, at any moment: the run goes on."""
     command = [
@@ -321,6 +325,7 @@ def test_killed_while_writing(plain, data, tmp_path):
     assert reached == sorted(reached) and reached[-1] > 0
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("command", ["train", "dpo", "kto"])
 def test_two_processes_are_one_with_the_doubled_batch(plain, data, preferences, tmp_path, command):
     source = data if command == "train" else preferences
@@ -354,6 +359,7 @@ def test_accumulation_is_a_larger_batch(plain, data, tmp_path):
     np.testing.assert_allclose([r["loss"] for r in two], [r["loss"] for r in one], rtol=1e-5)
 
 
+@pytest.mark.slow
 def test_what_a_run_leaves(plain, data, tmp_path):
     """The last checkpoints, the best, samples at every test, other data for the test, the chart."""
     (tmp_path / "say.txt").write_text("hello there\n\nyes\n")
@@ -366,7 +372,7 @@ def test_what_a_run_leaves(plain, data, tmp_path):
         assert a.keys() == b.keys() and all(mx.array_equal(a[k], b[k]) for k in a)
     assert (tmp_path / "o/best/adapters.safetensors").exists()
     said = sorted(str(f.relative_to(tmp_path / "o/samples")) for f in (tmp_path / "o/samples").glob("*/*"))
-    assert said == ["step-3/0.wav", "step-3/1.wav", "step-6/0.wav", "step-6/1.wav"]
+    assert said == [f"step-{n}/{i}.wav" for n in (0, 3, 6) for i in (0, 1)]
     assert soundfile.info(tmp_path / "o/samples/step-6/0.wav").samplerate == 24000
     assert (tmp_path / "o/loss.png").exists() or not importlib.util.find_spec("matplotlib")
     plain_rows = train(plain, data, tmp_path / "p", "--lora-rank", 4, "--val-data-path", data)
@@ -403,6 +409,7 @@ def test_lora_on_quantized_models(tmp_path, data, dora):
     assert loss.item() == pytest.approx(rows[-1]["test_loss"], rel=1e-3)
 
 
+@pytest.mark.slow
 def test_overfits_until_it_says_the_very_codes(plain, tmp_path):
     if not shutil.which("espeak-ng"):
         pytest.skip("espeak-ng is not installed")
@@ -456,10 +463,10 @@ def test_adapter_in_every_way(plain, data, tmp_path, capfd):
     finetune.main(["export", str(tmp_path / "o"), str(tmp_path / "peft"), "--to", "peft"])
     finetune.main(["fuse", str(tmp_path / "peft"), str(tmp_path / "m2")])  # PEFT's are taken too
     np.testing.assert_array_equal(csm.load(tmp_path / "m2").generate_codes("hello there", 0, **options), codes)
-    assert csm.main(["hello there", str(tmp_path / "a.wav"), "--model", str(plain), "--adapter", str(tmp_path / "o"),
+    assert speak.main(["hello there", str(tmp_path / "a.wav"), "--model", str(plain), "--adapter", str(tmp_path / "o"),
                      "--max-audio-length-ms", "400"]) == 0  # fmt: skip
     with pytest.raises(SystemExit):
-        csm.main(["hello", str(tmp_path / "b.wav"), "--model", str(plain), "--adapter", str(data.parent)])
+        speak.main(["hello", str(tmp_path / "b.wav"), "--model", str(plain), "--adapter", str(data.parent)])
     assert "has no adapter_config.json" in capfd.readouterr().err
 
 
@@ -471,6 +478,140 @@ def test_frozen_parts_stay(plain, data, tmp_path):
     for name in after:
         same = mx.array_equal(before[name], after[name]).item()
         assert same == name.startswith(("backbone.", "codebook0_head", "text_embeddings")), name
+
+
+def test_what_is_trained_speaks_without_the_preset_voice(folder, data, tmp_path):
+    """An adapter, what is fused of it, and all weights: none puts the preset voice before the text."""
+    train(folder, data, tmp_path / "lora", "--lora-rank", 2, "--epochs", 1)
+    train(folder, data, tmp_path / "full", "--epochs", 1)
+    finetune.main(["fuse", str(tmp_path / "lora"), str(tmp_path / "fused")])
+    assert csm.load(folder).voice_prompt()
+    tuned = [csm.load(folder, adapter=tmp_path / "lora"), csm.load(tmp_path / "full"), csm.load(tmp_path / "fused")]
+    for generator in tuned:
+        assert generator.voice_prompt() == []
+    assert tuned[2].voice_prompt("other")  # by its name it is still there
+
+
+def test_a_run_of_all_weights_is_a_model(plain, data, tmp_path):
+    train(plain, data, tmp_path / "o", "--epochs", 1, "--lr", 1e-3, "--keep", 1)
+    options = {"temperature": 0, "max_audio_length_ms": 400}
+    codes = csm.load(tmp_path / "o", dtype="float32").generate_codes("hello there", **options)
+    assert not np.array_equal(codes, csm.load(plain, dtype="float32").generate_codes("hello there", **options))
+    finetune.main(["fuse", str(tmp_path / "o"), str(tmp_path / "m")])
+    for place in ("m", "o/step-3"):
+        again = csm.load(tmp_path / place, dtype="float32").generate_codes("hello there", **options)
+        np.testing.assert_array_equal(again, codes)
+
+
+def test_an_adapter_names_its_base(plain, data, tmp_path, monkeypatch):
+    """A path is seen from the adapter's folder, so both may be moved together."""
+    (tmp_path / "a").mkdir()
+    shutil.copytree(plain, tmp_path / "a/base")
+    monkeypatch.chdir(tmp_path / "a")
+    train("base", data, "run", "--lora-rank", 2, "--epochs", 1)
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "a").rename(tmp_path / "b")
+    args = ["hello", "x.wav", "--adapter", "b/run", "--max-audio-length-ms", "400"]
+    assert speak.main(args) == 0
+    finetune.main(["fuse", "b/run", "fused"])
+    assert (tmp_path / "fused/model.safetensors").exists()
+    config = json.loads((tmp_path / "b/run/adapter_config.json").read_text())
+    (tmp_path / "b/run/adapter_config.json").write_text(json.dumps(config | {"model": "unsloth/csm-1b-bnb-4bit"}))
+    with pytest.raises(SystemExit):
+        speak.main(args)
+
+
+def test_nothing_is_overwritten_that_should_stay(plain, data, tmp_path, capfd):
+    base = shutil.copytree(plain, tmp_path / "base")
+    before = (base / "model.safetensors").read_bytes()
+    train(base, data, tmp_path / "r", "--lora-rank", 2, "--epochs", 1)
+    for args in (
+        ["train", "--model", base, "--data-path", data, "--output-dir", base],
+        ["fuse", tmp_path / "r", base],
+        ["fuse", tmp_path / "r", tmp_path / "r"],
+        ["export", tmp_path / "r", tmp_path / "r"],
+    ):
+        capfd.readouterr()
+        with pytest.raises(SystemExit) as e:
+            finetune.main([str(a) for a in args])
+        assert e.value.code == 2 and "itself: give another" in capfd.readouterr().err
+    (tmp_path / "other").mkdir()
+    (tmp_path / "other/model.safetensors").write_bytes(b"of somebody")
+    (tmp_path / "log").mkdir()
+    (tmp_path / "log/log.jsonl").write_text("an entry\n")
+    for out, message in (("other", "is of no run with a checkpoint"), ("log", "is not the log of a run")):
+        with pytest.raises(SystemExit):
+            train(plain, data, tmp_path / out)
+        err = capfd.readouterr().err
+        assert message in err and err.count("\n") == 1
+    assert (base / "model.safetensors").read_bytes() == before
+    assert (tmp_path / "other/model.safetensors").read_bytes() == b"of somebody"
+
+
+def test_only_folders_of_the_run_are_removed(plain, data, tmp_path):
+    for name in ("step-1", "step-notes", "step-7"):
+        (tmp_path / "o" / name).mkdir(parents=True)
+        (tmp_path / "o" / name / "notes.txt").write_text("mine")
+    train(plain, data, tmp_path / "o", "--keep", 1, "--ckpt-freq", 1, "--lora-rank", 2)
+    assert {p.parent.name for p in (tmp_path / "o").glob("step-*/notes.txt")} == {"step-1", "step-notes", "step-7"}
+    assert [p.parent.name for p in (tmp_path / "o").glob("step-*/adapters.safetensors")] == ["step-6"]
+    assert sorted(p.name for p in (tmp_path / "o/step-1").iterdir()) == ["notes.txt"]
+
+
+def test_a_file_with_new_content_is_other_data(plain, tmp_path, capfd):
+    data = write_data(tmp_path / "d", n=2)
+    train(plain, data, tmp_path / "o", "--lora-rank", 2, "--epochs", 1)
+    soundfile.write(tmp_path / "d/1_0.wav", clip(0.9, seed=77), 24000)
+    with pytest.raises(SystemExit):
+        train(plain, data, tmp_path / "o", "--lora-rank", 2)
+    assert "is of another data" in capfd.readouterr().err
+
+
+def test_the_log_tells_the_rate_of_its_step(plain, data, tmp_path):
+    rows = train(plain, data, tmp_path / "o", "--lr", 1e-3, "--warmup-steps", 2, "--cosine", "--lora-rank", 2)
+    assert [r["rate"] for r in rows[:3]] == pytest.approx([5e-4, 1e-3, 1e-3]) and rows[-1]["rate"] > 0
+    before = mx.load(str(plain / "model.safetensors"))
+    train(plain, data, tmp_path / "zero", "--lr", 0, "--weight-decay", 0, "--epochs", 1)
+    after = mx.load(str(tmp_path / "zero/model.safetensors"))
+    assert all(mx.array_equal(before[name], after[name]) for name in before)
+
+
+def test_each_part_of_a_batch_has_its_own_dropout(plain, data, tmp_path):
+    generator = csm.load(plain, dtype="float32")
+    args = arguments(output_dir=tmp_path, lora_rank=2, lora_dropout=0.5, batch_size=1)
+    run = finetune.Run(generator, tuning_data.encode(generator, tuning_data.read_data(data), args), [], args)
+    seen, gradient = [], run.gradient
+    run.gradient = lambda *a: seen.append([lora._key.tolist() for lora in run.loras]) or gradient(*a)
+    run.measure(run.examples[:3], 1, 0, key=(0, 5))
+    keys = [tuple(key) for part in seen for key in part]
+    assert len(seen) == 3 and len(set(keys)) == len(keys) == 3 * len(run.loras)
+    assert run.loras[0]._key is None  # and none when it is tested
+
+
+def test_a_codec_that_does_not_hear_is_said(tmp_path, capfd):
+    """tiny's codec knows its own voices; noise is what it does not know."""
+    tiny = csm.load("tiny")
+    own = sorted((HERE / "tiny/prompts").glob("*.wav"))
+    for clips, warned in ((own, False), ([tmp_path / "noise.wav"], True)):
+        soundfile.write(tmp_path / "noise.wav", clip(2), 24000)
+        finetune.warn_of_codec(tiny, clips)
+        assert ("codec loses much" in capfd.readouterr().err) == warned
+
+
+def test_samples_before_and_after_are_the_default(plain, data, tmp_path):
+    args = ["train", "--model", plain, "--data-path", data, "--output-dir", tmp_path / "o", "--epochs", 1]
+    finetune.main([str(a) for a in [*args, "--lora-rank", 2]])
+    said = sorted(str(f.relative_to(tmp_path / "o/samples")) for f in (tmp_path / "o/samples").glob("*/*"))
+    assert said == ["step-0/0.wav", "step-0/1.wav", "step-2/0.wav", "step-2/1.wav"]
+
+
+def test_help_shows_defaults(capsys):
+    with pytest.raises(SystemExit):
+        finetune.main(["train", "--help"])
+    said = " ".join(capsys.readouterr().out.split())
+    for part in ("(default: 10)", "(default: adamw)", "(default: 0.0001)", "(default: csm-1b)", "default: attn mlp"):
+        assert part in said
+    assert "default: None" not in said
 
 
 # ------------------------------------------------------------------------------- data
@@ -503,6 +644,107 @@ def test_bad_files_are_named(plain, tmp_path, capfd):
     assert e.value.code == 2 and "1_0.wav" in err and err.startswith("finetune: error: ")
     train(plain, data, tmp_path / "o", "--skip-bad", "--epochs", 1)
     assert "skipped:" in capfd.readouterr().err
+
+
+def first_turns(path, **options):
+    """The first turn of each conversation in data of any form: (text, speaker, file name)."""
+    turns = [e.talks[0][0] for e in tuning_data.read_data(path, **options)]
+    return [(t.text, t.speaker, t.audio.name) for t in turns]
+
+
+def test_every_form_of_data(tmp_path):
+    """JSON lists and lines, flat or nested; tables; folders; with a BOM, CRLF, backslashes, capitals, names."""
+    for place in ("clips", "lj/wavs", "flat"):
+        (tmp_path / place).mkdir(parents=True)
+        for i in (1, 2, 10):
+            soundfile.write(tmp_path / place / f"c{i}.wav", clip(0.6, seed=i), 8000 * i)
+    flat = [{"text": f"text {i}", "audio_path": f"clips/c{i}.wav", "speaker_id": 7} for i in (1, 2)]
+    expected = [("text 1", 7, "c1.wav"), ("text 2", 7, "c2.wav")]
+
+    def write(name, content):
+        (tmp_path / name).write_bytes(content if isinstance(content, bytes) else content.encode())
+        return tmp_path / name
+
+    assert first_turns(write("nested.json", json.dumps([[turn] for turn in flat]))) == expected
+    assert first_turns(write("flat.json", b"\xef\xbb\xbf" + json.dumps(flat).encode())) == expected
+    lines = "\r\n".join(map(json.dumps, flat)) + "\r\n\r\n"
+    assert first_turns(write("lines.jsonl", b"\xef\xbb\xbf" + lines.encode())) == expected
+    windows = [{"Text": "text 1", "Audio_Path": r".\clips\c1.wav", "Speaker": 7}, flat[1]]
+    assert first_turns(write("windows.json", json.dumps(windows))) == expected
+    table = "audio_file|text|speaker_name\r\nclips/c1.wav|text 1|7\r\nclips/c2.wav|text 2|7\r\n"
+    assert first_turns(write("coqui.csv", table)) == expected
+    comma = 'file_name,transcription,speaker\nclips/c1.wav,"text 1",7\nclips/c2.wav,text 2,7\n'
+    assert first_turns(write("hub.csv", comma)) == expected
+    write("lj/metadata.csv", '\ufeffc1|Text "one|text 1\nc2|text 2|\n')
+    assert first_turns(tmp_path / "lj") == first_turns(tmp_path / "lj/metadata.csv")
+    assert first_turns(tmp_path / "lj") == [("text 1", 0, "c1.wav"), ("text 2", 0, "c2.wav")]
+    for i in (1, 2, 10):
+        write(f"flat/c{i}.txt", b"\xef\xbb\xbf" + f"text {i}\r\n".encode())
+    assert first_turns(tmp_path / "flat") == [(f"text {i}", 0, f"c{i}.wav") for i in (1, 2, 10)]
+    names = [turn | {"speaker": name, "speaker_id": None} for turn, name in zip(flat * 2, ("Ann", "Bob", 0, "Ann"))]
+    speakers = {}
+    assert [t[1] for t in first_turns(write("names.json", json.dumps(names)), speakers=speakers)] == [1, 2, 0, 1]
+    assert speakers == {"Ann": 1, "Bob": 2}
+
+
+def test_speakers_by_name_are_said_and_kept(plain, tmp_path, capfd):
+    data = write_data(tmp_path / "d", n=2)
+    items = json.loads(data.read_text())
+    for item in items:
+        item[0] = {**item[0], "speaker_id": "Ann"}
+    data.write_text(json.dumps(items))
+    train(plain, data, tmp_path / "o", "--epochs", 1)
+    assert "speakers: Ann is 0" in capfd.readouterr().err
+    assert json.loads((tmp_path / "o/speakers.json").read_text()) == {"Ann": 0}
+
+
+def test_all_faults_are_listed_with_their_place(tmp_path, capfd):
+    soundfile.write(tmp_path / "c.wav", clip(0.6), 24000)
+    good = {"text": "hello", "audio_path": "c.wav", "speaker": 0}
+    bad = [good | {"text": " "}, good | {"audio_path": "none.wav"}, good | {"speaker": 1.7}, good | {"speaker": 10**30}]
+    bad += [{"text": "hello"}, "hello", good | {"speaker": -1}]
+    lines = [json.dumps(item) for item in [good, *bad]] + ['{"text": "half a li']
+    (tmp_path / "d.jsonl").write_text("\n".join(lines))
+    with pytest.raises(ValueError, match="8 of 9 items are bad"):
+        tuning_data.read_data(tmp_path / "d.jsonl")
+    err = capfd.readouterr().err.splitlines()
+    said = ["text is empty", "no such file", "1.7", str(10**30)[:9], "audio_path", "expected", "-1", "Unterminated"]
+    for n, (line, part) in enumerate(zip(err, said, strict=True), 2):
+        assert f"d.jsonl, line {n}" in line and part in line, line
+    assert len(tuning_data.read_data(tmp_path / "d.jsonl", skip_bad=True)) == 1
+    assert capfd.readouterr().err.count("skipped: ") == 8
+    (tmp_path / "d.csv").write_text("a;b\n")
+    (tmp_path / "d.json").write_text("{")
+    for name in ("d.csv", "d.json"):
+        with pytest.raises(ValueError, match=name):
+            tuning_data.read_data(tmp_path / name)
+
+
+def test_a_hub_data_set_needs_datasets(tmp_path, monkeypatch):
+    (tmp_path / "data.parquet").write_bytes(b"PAR1")
+    monkeypatch.setitem(sys.modules, "datasets", None)
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    with pytest.raises(ValueError, match="datasets is not installed: pip install 'csm-speech"):
+        tuning_data.read_data(tmp_path)
+
+
+def test_silence_is_trimmed_and_clips_that_cannot_be_right_are_bad(plain, tmp_path, capfd):
+    generator, args = csm.load(plain, dtype="float32"), arguments(output_dir=tmp_path / "o")
+    sound, silence = clip(1.0) + np.float32(0.01), np.zeros(5 * 24000, np.float32)
+    soundfile.write(tmp_path / "long.wav", np.concatenate([silence, sound, silence]), 24000)
+    soundfile.write(tmp_path / "silent.wav", silence, 24000)
+    items = [[{"text": "hello there now", "audio_path": "long.wav", "speaker": 0}]]
+    (tmp_path / "d.json").write_text(json.dumps(items))
+    (example,) = tuning_data.encode(generator, tuning_data.read_data(tmp_path / "d.json"), args)
+    assert len(example.talks[0].segments[0].codes) * 0.08 == pytest.approx(1.4, abs=0.1)
+    assert "long.wav: 9.6 s of silence at its ends left out" in capfd.readouterr().err
+    items += [[{"text": "hello", "audio_path": "silent.wav", "speaker": 0}]]
+    (tmp_path / "d.json").write_text(json.dumps(items))
+    with pytest.raises(ValueError, match=r"silent.wav: the clip is silent throughout"):
+        tuning_data.encode(generator, tuning_data.read_data(tmp_path / "d.json"), args)
+    args.max_audio_length_ms = 500
+    with pytest.raises(ValueError, match=r"long.wav: 1.4 s, and at most 0.5 s are wanted"):
+        tuning_data.encode(generator, tuning_data.read_data(tmp_path / "d.json")[:1], args)
 
 
 @pytest.mark.parametrize(
@@ -542,6 +784,7 @@ def test_preferences_of_another_form(plain, tmp_path, capfd, item):
 # ------------------------------------------------------------------------------- pairs
 
 
+@pytest.mark.slow
 def test_pairs(folder, tmp_path, capfd, monkeypatch):
     """The best and the worst of each text's samplings; gone on with after an interruption; dpo and kto take them."""
     monkeypatch.setattr(tuning_data, "judged", lambda text, codes, audio, ended: float(codes[0, 0]))

@@ -16,6 +16,8 @@ from types import SimpleNamespace
 import mimi  # before mlx and torch
 
 import csm_layouts  # isort: skip
+from csm_tools.audio import audio_writer, wav_head  # isort: skip
+from csm_tools.serve_engine import join_states, split_state  # isort: skip
 
 import mlx.core as mx  # isort: skip
 import numpy as np
@@ -278,23 +280,23 @@ def test_streams_of_different_ages_side_by_side(codec):
         stream(codec.decode_step, x[..., :n], [4], codec.init_state())[1] if n else codec.init_state()
         for x, n in zip(clips, ages)
     ]
-    joined, out = mimi.join_states(states), [[] for _ in ages]
+    joined, out = join_states(states), [[] for _ in ages]
     for i in range(5):
         y, joined = codec.decode_step(
             mx.concatenate([x[..., n + 2 * i : n + 2 * i + 2] for x, n in zip(clips, ages)]), joined
         )
         [o.append(y[b : b + 1]) for b, o in enumerate(out)]
-    states = mimi.split_state(joined)
+    states = split_state(joined)
     for b in (2, 0):  # two of them by themselves, the others in another order
         y, states[b] = codec.decode_step(clips[b][..., ages[b] + 10 : ages[b] + 13], states[b])
         out[b].append(y)
-    rest = mimi.join_states([states[3], states[1]])
+    rest = join_states([states[3], states[1]])
     y, rest = codec.decode_step(mx.concatenate([clips[b][..., ages[b] + 10 : ages[b] + 13] for b in (3, 1)]), rest)
     out[3].append(y[:1]), out[1].append(y[1:])
     size = codec.frame_size
     for o, whole, n in zip(out, alone, ages):
         close(mx.concatenate(o, axis=2), whole[..., n * size : (n + 13) * size], 1e-5)
-    fresh = mimi.join_states([codec.init_state(), codec.init_state()])
+    fresh = join_states([codec.init_state(), codec.init_state()])
     close(
         codec.decode_step(mx.concatenate(clips[:2])[..., :5], fresh)[0],
         mx.concatenate(alone[:2])[..., : 5 * size],
@@ -373,7 +375,7 @@ def test_loading(published):
 @pytest.mark.parametrize("suffix", mimi.FORMATS)
 def test_written_in_pieces_and_read_back(tmp_path, suffix):
     x = np.sin(np.arange(70_000) * 2 * np.pi * 440 / 24_000).astype(np.float32) * 0.5
-    with mimi.audio_writer(tmp_path / f"pieces{suffix}") as write:
+    with audio_writer(tmp_path / f"pieces{suffix}") as write:
         for i in range(0, len(x), 9_999):
             write(x[i : i + 9_999])
     mimi.write_audio(tmp_path / f"whole{suffix}", mx.array(x))
@@ -436,7 +438,7 @@ def test_what_a_format_cannot_hold_is_said(files, tmp_path):
         with pytest.raises(ValueError, match=f"cannot write .* at {rate} Hz"):
             mimi.write_audio(tmp_path / name, np.zeros(1000), rate)
     assert list(tmp_path.iterdir()) == []
-    assert mimi.wav_head(24_000, 2**32) == mimi.wav_head(24_000)  # a day of sound
+    assert wav_head(24_000, 2**32) == wav_head(24_000)  # a day of sound
 
 
 @pytest.mark.parametrize("k", [None, 3])

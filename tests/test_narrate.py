@@ -1,4 +1,4 @@
-"""Long text: where it is cut, that it is said in one voice, and that an interruption loses nothing."""
+"""Long text: that it is said in one voice, and that an interruption loses nothing."""
 
 import fcntl
 import json
@@ -7,70 +7,21 @@ import re
 import signal
 import subprocess
 import sys
+import zipfile
 from pathlib import Path
 
-import csm  # before mlx
-from csm_tools import narrate
-
-import mlx.core as mx  # isort: skip
 import numpy as np
 import pytest
 import soundfile
 
-from conftest import clip, write_model
+import csm  # before mlx
+import csm_batch
+from conftest import write_model
+from csm_tools import epub, narrate
+from csm_tools.text import parts_of
 
 HERE = Path(__file__).parent.parent
 SHORT = ["--max-audio-length-ms", "240"]
-
-
-@pytest.mark.parametrize(
-    "text, expected",
-    [
-        ("This is the first one. And this is the second! Is this the third?", 3),
-        ("Mr. Smith met Dr. Jones in St. Paul at noon. Both of them were late.", 2),
-        ("Pi is 3.14159 and e is 2.71828 or so. That is version 1.2.3 of it.", 2),
-        ("J. R. R. Tolkien wrote it for his children. It was a long book.", 2),
-        ('"Stop right there!" he cried out loud. "I will not," she said to him.', 2),
-        ("They came from the U.S. and the U.K. to see it. Nobody knew why.", 2),
-        ("He waited for a while ... and then he left us. That was all.", 2),
-        ("“Where are you going?” asked the old man. The boy did not answer.", 2),
-        ("See fig. 3 on the next page, e.g. the left half. It is quite small.", 2),
-        ("no end mark at all and nothing but small letters", 1),
-        ("A title without an end\n\nAnd a paragraph that follows it.", 2),
-        ("这是第一句话，它说得比较长一点。这是第二句话，它也说得比较长一点！", 2),
-        ("Short. Words. Are. Said. Together. Here in one go.", 2),
-        ("*** \n\n --- \n\n ... \n\n ______", 0),
-        ("It was written by J.R.R. Tolkien in the year 1937. He served in the U.S. Army for ten years.", 2),
-        ("They met again at 5 p.m. Then they went home, to No. 12 Park Rd. in town.", 2),
-        ("He looked at me and said no. Then he simply left the room. We sat in the hot sun. Nobody spoke.", 4),
-        ("It happened on Jan. 5 in the rain. They met Messrs. Brown and Maj. Tom there.", 2),
-        ("It rained all through the night.[1] The river rose by a metre.[2] People left.", 3),
-        ("1. Take the eggs and the milk. 2. Break them into a bowl.", 2),
-        ("i went home early that day. then i slept until noon.", 2),
-        ("“Yes.” He nodded, and then he left the room.", 1),
-        ("." * 20_000 + "x", 1),
-    ],
-)
-def test_sentences(text, expected):
-    parts = narrate.sentences(text)
-    assert len(parts) == expected, parts
-    letters = [c for c in text if c.isalnum()]
-    assert not parts or [c for part, _ in parts for c in part if c.isalnum()] == letters  # nothing lost
-    assert all(part in " ".join(text.split()) for part, _ in parts)  # nothing changed
-
-
-def test_long_sentences_are_cut():
-    comma = "word " * 30 + "end, " + "more " * 40 + "end"
-    for text in (comma, "word " * 200, "x" * 1000):
-        parts = narrate.sentences(text)
-        assert 1 < len(parts) and max(len(p) for p, _ in parts) <= narrate.LONGEST
-        assert "".join(p for p, _ in parts).replace(" ", "") == text.replace(" ", "")
-    assert narrate.sentences(comma)[0][0].endswith("end,")
-    for text in ("word " * 40 + "about 12,345,678 people " * 8, "see http://example.com/a,b for " * 12):
-        for part, _ in narrate.sentences(text):
-            assert all(w in text.split() for w in part.split()), part  # no word is cut
-    pauses = [pause for _, pause in narrate.sentences(f"{comma}. And then another one.\n\nA new paragraph.")]
-    assert pauses == [0.05, 0.25, 0.7, 0.7]
 
 
 TEXT = "hello there, how are you today? i am fine. Yes, I am. No, I am not fine.\n\nHow are you today then?"
@@ -81,7 +32,7 @@ def test_the_same_whatever_the_batch(generator):
         [(n, audio) for n, _, audio in narrate.narrate(generator, TEXT, batch=b, seed=3, max_audio_length_ms=240)]
         for b in (1, 2, 8)
     ]
-    n = len(narrate.sentences(TEXT))
+    n = len(parts_of(TEXT))
     assert n > 2 and [len(s) for s in said] == [n] * 3 and [i for i, _ in said[0]] == list(range(1, n + 1))
     for other in said[1:]:
         for (_, a), (_, b) in zip(said[0], other):
@@ -90,7 +41,7 @@ def test_the_same_whatever_the_batch(generator):
     for (_, a), (_, _, b) in zip(said[0][1:], rest, strict=True):
         np.testing.assert_array_equal(a, b)
     # The seed rule: sentence i by itself, with seed + i and the same voice.
-    part, pause = narrate.sentences(TEXT)[2]
+    part, pause = parts_of(TEXT)[2]
     alone = generator.generate(part, 0, seed=5, max_audio_length_ms=240)
     np.testing.assert_allclose(said[0][2][1][: len(alone)], alone, atol=1e-5)
     assert len(said[0][2][1]) == len(alone) + round(24000 * pause)
@@ -100,8 +51,8 @@ def test_fewer_codebooks(generator):
     g = generator
     fewer = csm.Generator(g.model, g.mimi, g.tokenizer, g.voices, codebooks=3)
     said = [audio for _, _, audio in narrate.narrate(fewer, TEXT, seed=3, max_audio_length_ms=240)]
-    alone = fewer.generate(narrate.sentences(TEXT)[0][0], 0, seed=3, max_audio_length_ms=240)
-    assert len(said) == len(narrate.sentences(TEXT)) and 0 < len(alone) < len(said[0])
+    alone = fewer.generate(parts_of(TEXT)[0][0], 0, seed=3, max_audio_length_ms=240)
+    assert len(said) == len(parts_of(TEXT)) and 0 < len(alone) < len(said[0])
     np.testing.assert_allclose(said[0][: len(alone)], alone, atol=1e-5)
 
 
@@ -112,36 +63,37 @@ def test_a_model_that_continues_its_voice_does_so_here_too(tmp_path):
     generator = csm.load(tmp_path, dtype="float32")
     said = [audio for _, _, audio in narrate.narrate(generator, TEXT, seed=3, max_audio_length_ms=240)]
     for i in (0, 1):
-        part = narrate.sentences(TEXT)[i][0]
+        part = parts_of(TEXT)[i][0]
         alone = generator.generate(part, 0, seed=3 + i, max_audio_length_ms=240)
         np.testing.assert_allclose(said[i][: len(alone)], alone, atol=1e-5)
 
 
+@pytest.mark.slow
 def test_the_batch_stays_full(generator, monkeypatch):
     """Sentences of other lengths join as others end."""
-    sizes, step = [], csm.Batch.next
-    monkeypatch.setattr(csm.Batch, "next", lambda self: sizes.append(len(self)) or step(self))
+    sizes, step = [], csm_batch.Batch.next
+    monkeypatch.setattr(csm_batch.Batch, "next", lambda self: sizes.append(len(self)) or step(self))
     text = "\n\n".join("hello there, you" + " you" * (i % 3) * 4 for i in range(9))
-    n = len(narrate.sentences(text))
+    n = len(parts_of(text))
     pieces = list(narrate.narrate(generator, text, batch=4, seed=1))
-    frames = sum((len(audio) - 24000 * narrate.sentences(text)[i][1]) / 1920 for i, (_, _, audio) in enumerate(pieces))
+    frames = sum((len(audio) - 24000 * parts_of(text)[i][1]) / 1920 for i, (_, _, audio) in enumerate(pieces))
     assert len(pieces) == n and sum(sizes[: -len(sizes) // 3]) > 3.5 * len(sizes[: -len(sizes) // 3])
     assert sum(sizes) >= frames
 
 
 def test_without_a_voice_the_first_sentence_is_the_voice(generator, monkeypatch):
-    contexts, prefill = [], csm.Generator.prefill
-    monkeypatch.setattr(csm.Generator, "prefill", lambda self, rows: contexts.append(rows) or prefill(self, rows))
+    contexts, prefill = [], csm.Generator.context_cache
+    monkeypatch.setattr(csm.Generator, "context_cache", lambda self, rows: contexts.append(rows) or prefill(self, rows))
     ((_, _, first), *_) = narrate.narrate(generator, TEXT, 1, voice="none", seed=3, max_audio_length_ms=240)
     nothing, voice = contexts
-    codes = generator.generate_codes(narrate.sentences(TEXT)[0][0], 1, voice="none", seed=3, max_audio_length_ms=240)
-    segment = csm.Segment(1, narrate.sentences(TEXT)[0][0], codes=codes)
+    codes = generator.generate_codes(parts_of(TEXT)[0][0], 1, voice="none", seed=3, max_audio_length_ms=240)
+    segment = csm.Segment(1, parts_of(TEXT)[0][0], codes=codes)
     assert not len(nothing) and np.array_equal(voice, generator.segment_rows(segment))
     np.testing.assert_allclose(first[: 3 * 1920], generator.decode(codes), atol=1e-5)
 
 
 def test_what_ended_at_once_is_said_again(generator, monkeypatch):
-    seeds, insert = [], csm.Batch.insert
+    seeds, insert = [], csm_batch.Batch.insert
 
     def nothing_at_first(self, rows, n, seed, *more):
         uid = insert(self, rows, n, seed, *more)
@@ -151,14 +103,15 @@ def test_what_ended_at_once_is_said_again(generator, monkeypatch):
             ended.append(uid)
         return uid
 
-    ended, step = [], csm.Batch.next
-    monkeypatch.setattr(csm.Batch, "insert", nothing_at_first)
-    monkeypatch.setattr(csm.Batch, "next", lambda self: step(self) + [(ended.pop(), None) for _ in ended[:]])
+    ended, step = [], csm_batch.Batch.next
+    monkeypatch.setattr(csm_batch.Batch, "insert", nothing_at_first)
+    monkeypatch.setattr(csm_batch.Batch, "next", lambda self: step(self) + [(ended.pop(), None) for _ in ended[:]])
     said = [audio for _, _, audio in narrate.narrate(generator, TEXT, batch=2, seed=3, max_audio_length_ms=240)]
-    assert len(said) == len(narrate.sentences(TEXT)) and all(len(audio) > 3 * 1920 for audio in said)
+    assert len(said) == len(parts_of(TEXT)) and all(len(audio) >= 3 * 1920 for audio in said)
     assert {4, 4 + 2**32, 4 + 2 * 2**32} <= set(seeds) and 4 + 3 * 2**32 not in seeds
 
 
+@pytest.mark.slow
 def test_endless_speech_is_cut_by_its_own_sentence(generator):
     texts = ["hello there, hello there.", "How are you today? " * 5]
     said = [list(narrate.narrate(generator, "\n\n".join(texts), batch=b, seed=1)) for b in (1, 2)]
@@ -171,12 +124,93 @@ def test_command(folder, tmp_path):
     args = ["--model", str(folder), "--seed", "3", *SHORT]
     narrate.main([str(tmp_path / "book.txt"), str(tmp_path / "a.wav"), "--batch", "2", *args])
     whole, rate = soundfile.read(tmp_path / "a.wav", dtype="int16")
-    n = len(narrate.sentences(TEXT))
-    assert rate == 24000 and len(whole) == n * 3 * 1920 + round(24000 * sum(p for _, p in narrate.sentences(TEXT)))
+    n = len(parts_of(TEXT))
+    assert rate == 24000 and len(whole) == n * 3 * 1920 + round(24000 * sum(p for _, p in parts_of(TEXT)))
     assert sorted(f.name for f in tmp_path.iterdir()) == ["a.wav", "book.txt"]
     narrate.main([str(tmp_path / "book.txt"), str(tmp_path / "b.flac"), *args])
     assert soundfile.info(tmp_path / "b.flac").format == "FLAC"
     np.testing.assert_array_equal(soundfile.read(tmp_path / "b.flac", dtype="int16")[0], whole)
+
+
+def test_captions(folder, tmp_path, monkeypatch):
+    (tmp_path / "book.txt").write_text(TEXT)
+    args = [str(tmp_path / "book.txt"), str(tmp_path / "a.wav"), "--model", str(folder), "--seed", "3", *SHORT]
+    args += ["--captions", "--batch", "1"]
+    expected, start = "", 0
+    for i, (part, pause) in enumerate(parts_of(TEXT), 1):
+        expected += f"{i}\n00:00:0{start:.3f} --> 00:00:0{start + 0.24:.3f}\n{part}\n\n".replace(".", ",", 2)
+        start += 0.24 + pause
+    narrate.main(args)
+    assert (tmp_path / "a.srt").read_text() == expected
+    (tmp_path / "a.srt").unlink()
+    spoken = narrate.spoken
+
+    def fails_at_the_third(*more):
+        for i, codes in spoken(*more):
+            if i == 2:
+                raise KeyboardInterrupt
+            yield i, codes
+
+    monkeypatch.setattr(narrate, "spoken", fails_at_the_third)
+    with pytest.raises(SystemExit):
+        narrate.main(args)
+    monkeypatch.undo()
+    (tmp_path / "a.wav.part.srt").open("a").write("3\nhalf an entry")
+    narrate.main(args)
+    assert (tmp_path / "a.srt").read_text() == expected
+    assert sorted(f.name for f in tmp_path.iterdir()) == ["a.srt", "a.wav", "book.txt"]
+
+
+CONTAINER = """<?xml version="1.0"?><container xmlns="urn:oasis:names:tc:opendocument:xmlns:container" version="1.0">
+<rootfiles><rootfile full-path="OPS/book.opf" media-type="application/oebps-package+xml"/></rootfiles></container>"""
+PACKAGE = """<?xml version="1.0"?><package xmlns="http://www.idpf.org/2007/opf" version="3.0"><manifest>
+<item id="nav" href="nav.xhtml" media-type="application/xhtml+xml" properties="nav"/>
+<item id="b" href="text/two.xhtml" media-type="application/xhtml+xml"/>
+<item id="a" href="text/one%20a.xhtml" media-type="application/xhtml+xml"/>
+<item id="cover" href="cover.xhtml" media-type="application/xhtml+xml"/>
+</manifest><spine>
+<itemref idref="cover"/><itemref idref="nav"/><itemref idref="a"/><itemref idref="b"/></spine></package>"""
+PAGE = '<html xmlns="http://www.w3.org/1999/xhtml"><head><title>no</title></head><body>{}</body></html>'
+NOTE = '<sup><a epub:type="noteref" href="#n">1</a></sup>'
+
+
+def write_epub(path):
+    with zipfile.ZipFile(path, "w") as book:
+        book.writestr("mimetype", "application/epub+zip")
+        book.writestr("META-INF/container.xml", CONTAINER)
+        book.writestr("OPS/book.opf", PACKAGE)
+        book.writestr("OPS/cover.xhtml", PAGE.format('<img src="a.png" alt=""/>'))
+        book.writestr("OPS/nav.xhtml", PAGE.format("<nav><ol><li>contents</li></ol></nav>"))
+        one = f"<h1>One</h1>\n<p>Hello <em>there</em>,\n  you.{NOTE}</p><p>Tom &amp; I<br/>am</p>"
+        book.writestr("OPS/text/one a.xhtml", PAGE.format(one))
+        book.writestr("OPS/text/two.xhtml", PAGE.format("<script>no</script><div>Yes.</div>"))
+    return path
+
+
+def test_an_epub_is_read_in_its_order(folder, tmp_path):
+    book = write_epub(tmp_path / "book.epub")
+    assert epub.chapters(book) == ["One\n\nHello there, you.\n\nTom & I\n\nam", "Yes."]
+    options = ["--model", str(folder), "--seed", "3", *SHORT]
+    narrate.main([str(book), "--out-dir", str(tmp_path / "out"), *options])
+    assert sorted(f.name for f in (tmp_path / "out").iterdir()) == ["book-01.wav", "book-02.wav"]
+    narrate.main([str(book), str(tmp_path / "a.wav"), *options])
+    audio = soundfile.read(tmp_path / "a.wav")[0]
+    assert len(audio) == 5 * 5760 + round(24000 * (3 * 0.7 + 2))
+    assert not audio[-5760 - 48000 : -5760].any()
+
+
+def test_what_is_no_epub_is_said(folder, tmp_path, capfd):
+    (tmp_path / "a.epub").write_text("hello")
+    with zipfile.ZipFile(tmp_path / "b.epub", "w") as book:
+        book.writestr("META-INF/container.xml", "<container/>")
+    with zipfile.ZipFile(tmp_path / "c.epub", "w") as book:
+        book.writestr("META-INF/container.xml", CONTAINER)
+        book.writestr("OPS/book.opf", "<package")
+    for name in "abc":
+        with pytest.raises(SystemExit) as e:
+            narrate.main([str(tmp_path / f"{name}.epub"), str(tmp_path / "a.wav"), "--model", str(folder)])
+        err = capfd.readouterr().err
+        assert e.value.code == 2 and err.count("\n") == 1 and f"{name}.epub" in err
 
 
 def test_many_texts(folder, tmp_path, capfd):
@@ -235,7 +269,7 @@ def test_a_mistake_loses_nothing_of_what_is_finished(folder, tmp_path, monkeypat
     part.write_bytes(before[:1000])  # what a crash may leave: begun anew
     narrate.main(args)
     whole = soundfile.read(tmp_path / "a.wav", dtype="int16")[0]
-    assert len(whole) == sum(3 * 1920 + int(24000 * p) for _, p in narrate.sentences(TEXT)) and not part.exists()
+    assert len(whole) == sum(3 * 1920 + int(24000 * p) for _, p in parts_of(TEXT)) and not part.exists()
     assert (np.abs(whole[: 3 * 1920]) > 0).mean() > 0.5
 
 
@@ -247,6 +281,7 @@ def finished(tmp_path, p, n=2):
     return state
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("how", [signal.SIGINT, signal.SIGTERM, signal.SIGKILL])
 def test_goes_on_after_an_interruption(folder, tmp_path, how):
     (tmp_path / "book.txt").write_text(TEXT * 12)
@@ -269,6 +304,7 @@ def test_goes_on_after_an_interruption(folder, tmp_path, how):
     np.testing.assert_array_equal(whole, soundfile.read(tmp_path / "b.wav", dtype="int16")[0])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("voice", ["other", "none"])
 def test_two_processes_write_the_file_of_one(folder, tmp_path, voice):
     """Also when one is killed and the same command goes on."""
@@ -317,6 +353,7 @@ def readable(file):
         return False
 
 
+@pytest.mark.slow
 def test_a_mistake_of_a_process_is_named(folder, tmp_path):
     (tmp_path / "book.txt").write_text(TEXT)
     launcher = str(Path(sys.executable).with_name("mlx.launch")), "-n", "2", "--python", sys.executable
@@ -351,107 +388,3 @@ def test_errors(folder, tmp_path, capfd):
         err = capfd.readouterr().err
         assert e.value.code == 2 and err.count("\n") == 1 and err.startswith("narrate: error: "), err
         assert sorted(f.name for f in tmp_path.iterdir()) == ["book.txt", "empty.txt", "latin.txt"]
-
-
-# ------------------------------------------------------------------------------- generate_batch
-
-
-def test_batch_is_one_at_a_time(generator):
-
-    texts = ["hello", "how are you today ? i am fine .", "yes", "no no no"]
-    a, b = csm.Segment(1, "hello there", clip(1)), csm.Segment(0, "yes", clip(0.6, 1))
-    for speaker, context in ((0, [a]), ([0, 1, 2, 0], [a, b]), (1, [[a], [], [a, b], [b, a]]), (0, [])):
-        for options in ({"temperature": 0.9}, {"temperature": 0}):
-            options |= {"seed": 5, "max_audio_length_ms": 480, "top_k": 20}
-            said = generator.generate_batch(texts, speaker, context, **options)
-            for i, (text, one) in enumerate(zip(texts, said, strict=True)):
-                speaker_i = speaker if isinstance(speaker, int) else speaker[i]
-                context_i = context[i] if context and isinstance(context[0], list) else context
-                alone = generator.generate(text, speaker_i, context_i, **options | {"seed": 5 + i})
-                assert one.shape == alone.shape == (6 * 1920,) and mx.abs(one - alone).max() < 1e-5
-    assert generator.generate_batch([]) == []
-    with pytest.raises(ValueError, match="2 texts need as many"):
-        generator.generate_batch(["a", "b"], [0])
-    for wrong in (["a", " "], "hello"):
-        with pytest.raises(ValueError):
-            generator.generate_batch(wrong)
-    for context in (a, [a, "b"], [[a], "b"], [[a]]):
-        with pytest.raises((ValueError, TypeError)):
-            generator.generate_batch(["a", "b"], 0, context)
-    with pytest.raises(ValueError, match="speaker"):
-        generator.generate_batch(["a"], None)
-    iterators = generator.generate_batch(["hello", "hello"], 0, [iter([a]), iter([a])], max_audio_length_ms=160, seed=1)
-    again = generator.generate("hello", 0, [a], max_audio_length_ms=160, seed=2)
-    assert mx.abs(iterators[1] - again).max() < 1e-5
-
-
-def test_long_beside_short_up_to_the_limit(generator):
-
-    contexts = [[csm.Segment(0, "hello", clip(36))], [csm.Segment(0, "hello", clip(1))]]
-    said = generator.generate_batch(["hello", "yes"], 0, contexts, max_audio_length_ms=8_000, seed=1)
-    for i, (text, context) in enumerate(zip(["hello", "yes"], contexts)):
-        alone = generator.generate(text, 0, context, max_audio_length_ms=8_000, seed=1 + i)
-        assert alone.shape == said[i].shape and mx.abs(alone - said[i]).max() < 1e-4
-    assert len(said[0]) < len(said[1]) == 100 * 1920
-
-
-def test_a_shared_context_is_nobody_elses(generator):
-    """The cache of a context is held and used again: what one goes on with must not reach another."""
-    import threading
-
-    context, options = [csm.Segment(0, "hello there", clip(1))], {"temperature": 0, "max_audio_length_ms": 800}
-    expected = [np.array(generator.generate_codes(text, 0, context, **options)) for text in ("yes", "no no")]
-    frames = [generator.conversation(context).frames(text, 0, **options) for text in ("yes", "no no")]
-    said = list(zip(*frames))  # in turns
-    for i in (0, 1):
-        np.testing.assert_array_equal(np.stack([pair[i] for pair in said]), expected[i])
-    talk = generator.conversation(context)
-    talk.say("yes", 0, **options)
-    generator.generate("how are you", 0, context, **options)
-    talk.say("yes", 0, **options)
-    fresh = generator.conversation([*context, *talk.turns[1:2]])
-    fresh.say("yes", 0, **options)
-    np.testing.assert_array_equal(talk.turns[-1].codes, fresh.turns[-1].codes)
-    found = {}
-
-    def work(i):
-        found[i] = np.array(generator.generate_codes(("yes", "no no")[i], 0, context, **options))
-
-    threads = [threading.Thread(target=work, args=(i,)) for i in (0, 1)]
-    for t in threads:
-        t.start()
-    for t in threads:
-        t.join()
-    for i in (0, 1):
-        np.testing.assert_array_equal(found[i], expected[i])
-
-
-def test_every_piece_may_be_taken_by_another_thread(generator):
-    from concurrent.futures import ThreadPoolExecutor
-
-    def elsewhere(function, *args):
-        with ThreadPoolExecutor(1) as pool:
-            return pool.submit(function, *args).result()
-
-    options = {"max_audio_length_ms": 400, "seed": 3, "logits_processors": [lambda ids, logits: logits - ids.sum() * 0]}
-    pieces, said = generator.stream("hello there", streaming_interval=0.08, **options), []
-    while (piece := elsewhere(next, pieces, None)) is not None:
-        said.append(np.array(piece))
-    np.testing.assert_allclose(np.concatenate(said), generator.generate("hello there", **options), atol=1e-5)
-
-    mimi = generator.mimi
-    audio = np.linspace(-1, 1, 2 * mimi.frame_size, dtype=np.float32)[None, None]
-    state = elsewhere(mimi.init_state, 1)
-    few, state = elsewhere(mimi.encode_step, audio[..., :100], state)
-    codes, _ = elsewhere(mimi.encode_step, audio[..., 100:], state)
-    assert few.shape[2] == 0
-    np.testing.assert_array_equal(codes, mimi.encode(audio))
-
-
-def test_a_failed_turn_leaves_the_conversation_as_it_was(generator):
-    talk = generator.conversation(voice="none")
-    options = {"max_audio_length_ms": 240, "seed": 1}
-    with pytest.raises(ValueError, match="sampler"):
-        talk.say("hello", 0, sampler=lambda logp: mx.full(logp.shape[:1], -1), **options)
-    fresh = generator.conversation(voice="none")
-    np.testing.assert_array_equal(talk.say("yes", 1, **options), fresh.say("yes", 1, **options))

@@ -1,7 +1,10 @@
 """csm_layouts.read_pt against torch.save: types, views, nested states; what it refuses."""
 
+import io
 import os
 import pickle
+import subprocess
+import sys
 import zipfile
 from collections import OrderedDict
 
@@ -75,9 +78,33 @@ def with_pickle(path, pickled):
             new.writestr(name, pickled(data) if name.endswith("data.pkl") else data)
 
 
-def six_elements(pickled):
-    """The size (5,) in a pickle becomes (6,)."""
-    return pickled.replace(b"K\x05\x85", b"K\x06\x85")
+class Tensor:
+    """Pickled as one of 5 float32 that says other things of itself."""
+
+    def __init__(self, offset=0, shape=(5,), strides=(1,), storage=None):
+        self.args = storage or self, offset, shape, strides
+
+    def __reduce__(self):
+        return torch._utils._rebuild_tensor_v2, self.args
+
+
+def crafted(**what):
+    """A function that writes a checkpoint of one such tensor."""
+
+    class Pickler(pickle.Pickler):
+        def persistent_id(self, value):
+            if isinstance(value, Tensor) and self.seen:  # itself again: its storage
+                return "storage", torch.FloatStorage, "0", "cpu", 5
+            self.seen = self.seen or isinstance(value, Tensor)
+
+    def pickled(_):
+        file = io.BytesIO()
+        pickler = Pickler(file, 2)
+        pickler.seen = False
+        pickler.dump({"w": Tensor(**what)})
+        return file.getvalue()
+
+    return lambda path: with_pickle(path, pickled)
 
 
 def test_refuses(tmp_path, monkeypatch):
@@ -104,13 +131,87 @@ def test_refuses(tmp_path, monkeypatch):
     refused("empty file", lambda path: path.write_bytes(b""))
     refused("not a PyTorch checkpoint", lambda path: path.write_bytes(b"RIFF" + bytes(40)))
     refused("not a PyTorch checkpoint", lambda path: zipfile.ZipFile(path, "w").close())
-    # a tensor that says it is larger than its storage must not be read past it
-    refused(
-        "larger than what holds it", lambda path: with_pickle(path, lambda p: p.replace(b"K\x05\x85", b"K\x06\x85"))
-    )
+    # A tensor that lies about its size must not be read past its storage, nor fill the memory.
+    crafted()(tmp_path / "good.pt")
+    assert csm_layouts.read_pt(tmp_path / "good.pt")["w"].tolist() == [0, 1, 2, 3, 4]
+    for what in (
+        {"shape": (6,)}, {"offset": 1}, {"strides": (2,)}, {"shape": (10**6,)}, {"shape": (2, 4), "strides": (4, 1)},
+        {"offset": 2**30},
+    ):  # fmt: skip
+        refused("larger than what holds it", crafted(**what))
+    for what in (
+        {"shape": (64,), "strides": ()}, {"shape": (5,), "strides": (1, 1)}, {"shape": (2**31,), "strides": (0,)},
+        {"shape": (2**16, 2**16), "strides": (0, 0)}, {"shape": (-1,)}, {"strides": (-1,)}, {"offset": -1},
+        {"shape": (2.5,)}, {"shape": (True,)}, {"shape": (5, 1), "strides": (1, 2**70)}, {"shape": (1,) * 9},
+        {"shape": ("5",)}, {"storage": ("12345678", "float32")}, {"storage": ("12345678", None)},
+    ):  # fmt: skip
+        refused("no possible shape", crafted(**what))
+    refused("far larger than the file", crafted(shape=(2**30,), strides=(0,)))
+    refused("not a PyTorch checkpoint", crafted(shape=None))
+    # What would fill the memory, or overflow the stack.
+    empty_lists = b"\x80\x02]" + b"]a" * (csm_layouts.MAX_PICKLE // 2) + b"."
+    refused("has more than 16 MB", lambda path: with_pickle(path, lambda _: empty_lists))
+    nested = b"\x80\x02})" + b"\x85" * 10**6 + b"K\x01s."
+    refused("no string and no number", lambda path: with_pickle(path, lambda _: nested))
+    memo = b"\x80\x02}r" + b"\xff\xff\xff\x7f" + b"."
+    with_pickle(tmp_path / "memo.pt", lambda _: memo)
+    assert csm_layouts.read_pt(tmp_path / "memo.pt") == {}
+    refused("not as torch.save", lambda path: with_pickle(path, lambda _: b"\x80\x04\x8f."))
+
+    def compressed(path):
+        torch.save({"w": torch.zeros(1000)}, path)
+        with zipfile.ZipFile(path) as old:
+            members = {name: old.read(name) for name in old.namelist()}
+        with zipfile.ZipFile(path, "w", zipfile.ZIP_DEFLATED) as new:
+            for name, data in members.items():
+                new.writestr(name, data)
+
+    refused("compressed", compressed)
 
     def truncated(path):
         torch.save({"w": torch.zeros(1000)}, path)
         path.write_bytes(path.read_bytes()[:3000])
 
     refused("truncated", truncated)
+
+
+MUTATE = """
+import random, sys, zipfile
+import csm_layouts
+
+whole, random = open(sys.argv[1], "rb").read(), random.Random(0)
+with zipfile.ZipFile(sys.argv[1]) as archive:
+    members = {name: archive.read(name) for name in archive.namelist()}
+pickled = next(name for name in members if name.endswith("data.pkl"))
+refused = 0
+for i in range(300):
+    if i % 3:  # of the pickle, in an archive that is whole
+        data = bytearray(members[pickled])
+        for _ in range(random.randint(1, 4)):
+            data[random.randrange(len(data))] = random.choice((random.randrange(256), *b"K.()tR}usqrJX"))
+        with zipfile.ZipFile(sys.argv[2], "w") as new:
+            for name, content in (members | {pickled: bytes(data)}).items():
+                new.writestr(name, content)
+    else:  # of the archive
+        data = bytearray(whole)
+        for _ in range(random.randint(1, 4)):
+            data[random.randrange(len(data))] = random.randrange(256)
+        open(sys.argv[2], "wb").write(data[: random.choice((len(data), random.randrange(len(data))))])
+    try:
+        for w in csm_layouts.read_pt(sys.argv[2]).values():
+            w.tolist()
+    except ValueError as error:
+        assert "\\n" not in str(error) and sys.argv[2] in str(error), error
+        refused += 1
+print(refused)
+"""
+
+
+def test_300_damaged_files(tmp_path):
+    """No crash, and no error but the one line. In a process of its own, which a crash would end."""
+    views = states()[1][0]
+    torch.save({"model": views, "epoch": 3, "args": {"lr": [1e-3, None]}}, tmp_path / "a.pt")
+    files = [str(tmp_path / name) for name in ("a.pt", "b.pt")]
+    done = subprocess.run([sys.executable, "-c", MUTATE, *files], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert 150 < int(done.stdout) < 300

@@ -6,6 +6,7 @@ import sys
 from pathlib import Path
 
 import csm  # before mlx
+import csm_batch
 import mimi
 
 import mlx.core as mx  # isort: skip
@@ -142,6 +143,7 @@ def test_word_errors(evaluate):
     assert abs(evaluate.pitch(tone) - 200) < 3
 
 
+@pytest.mark.slow
 def test_batch_rows_end_each_on_its_own(tiny):
     texts = [
         "Yes.",
@@ -150,7 +152,7 @@ def test_batch_rows_end_each_on_its_own(tiny):
         "Good morning, John, how are you today?",
     ]
     for options in ({"temperature": 0, "max_audio_length_ms": 5_000}, {"seed": 1, "max_audio_length_ms": 5_000}):
-        said = tiny.generate_batch(texts, [0, 1, 0, 1], **options)
+        said = csm_batch.generate(tiny, texts, [0, 1, 0, 1], **options)
         for i, (text, audio) in enumerate(zip(texts, said, strict=True)):
             alone = tiny.generate(text, i % 2, **options | ({"seed": 1 + i} if "seed" in options else {}))
             assert audio.shape == alone.shape and mx.abs(audio - alone).max() < 1e-4

@@ -324,6 +324,7 @@ CHANGES = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("change", CHANGES)
 def test_the_mark_is_found(small, marked, change, tmp_path):
     changed = CHANGES[change](marked, tmp_path)
@@ -333,12 +334,14 @@ def test_the_mark_is_found(small, marked, change, tmp_path):
     assert found.message == watermark.SESAME and found.confidence > 0.8
 
 
+@pytest.mark.slow
 def test_any_message_and_level(small):
     for message, sdr in (((0, 0, 0, 0, 0), 30), ((255, 255, 255, 255, 255), 36), ((1, 2, 3, 4, 250), 42)):
         found = small.detect(small.embed(speech(), message=message, sdr=sdr))
         assert found.message == message and found.confidence > 0.8
 
 
+@pytest.mark.slow
 def test_unmarked_speech_has_none(small, tmp_path):
     for voice in ("en-us", "fr+f3"):
         assert small.detect(espeak(voice, tmp_path / "a.wav")) is None

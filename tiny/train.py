@@ -651,7 +651,9 @@ def export(args):
     folder = args.folder or HERE
     subprocess.run([sys.executable, HERE.parent / "convert.py", out, folder], check=True)
     config = json.loads((folder / "config.json").read_text())
-    (folder / "config.json").write_text(json.dumps(config | {"sampling": SAMPLING}, indent=2) + "\n")
+    (folder / "config.json").write_text(
+        json.dumps(config | {"max_part_characters": 80, "sampling": SAMPLING}, indent=2) + "\n"
+    )
 
 
 STAGES = {f.__name__: f for f in (speech, talks, decoder, echo, ears, encoder, lm, export)}

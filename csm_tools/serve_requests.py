@@ -1,0 +1,203 @@
+"""What clients of the server may ask for: the fields of a request, checked; what they are told of their mistakes."""
+
+import base64
+import binascii
+import difflib
+import json
+import re
+import secrets
+from email.message import Message
+from typing import Annotated, Literal
+
+from pydantic import BaseModel, BeforeValidator, Field, ValidationError, model_validator
+
+import csm
+from csm_tools.serve_engine import Speech
+from csm_tools.serve_files import FORMATS, LONGEST_CLIP, doubts, read_clip
+from csm_tools.text import parts_of
+
+MOST_CLIPS = 64  # in one request
+
+
+class Refused(Exception):
+    """Why a request fails, as OpenAI says it: which field is wrong, the HTTP status, a code."""
+
+    def __init__(self, message, param=None, status=400, code=None, headers=None):
+        kind = "server_error" if status >= 500 else "rate_limit_error" if status == 429 else "invalid_request_error"
+        self.body = {"error": {"message": message, "type": kind, "param": param, "code": code}}
+        self.status, self.headers = status, headers
+
+
+def without_nulls(x):
+    """What is null counts as absent, in lists of objects too."""
+    if isinstance(x, dict):
+        return {name: without_nulls(value) for name, value in x.items() if value is not None}
+    return [without_nulls(value) for value in x] if isinstance(x, list) else x
+
+
+def read_base64(x):
+    """An audio file in base64, with or without "data:...;base64," before it and "=" behind it -> its bytes."""
+    if not isinstance(x, str) or not x.strip():
+        raise ValueError("expected an audio file in base64")
+    if re.match(r"\s*(https?:|file:|\.{0,2}/|~|[A-Za-z]:\\)", x) and len(x) < 4096:
+        raise ValueError("expected an audio file in base64, not an address or a path: nothing is fetched or opened")
+    x = x.partition(",")[2] if x.lstrip().startswith("data:") else x
+    x = re.sub(r"\s", "", x).rstrip("=").translate(str.maketrans("-_", "+/"))
+    try:
+        return base64.b64decode(x + "=" * (-len(x) % 4), validate=True)
+    except (binascii.Error, ValueError):
+        raise ValueError("expected an audio file in base64, which this is not") from None
+
+
+def read_voice(x):
+    """A name, {"id": name}, or what stands for none -> the name or None."""
+    x = x.get("id") if isinstance(x, dict) else x
+    if x and not isinstance(x, str):
+        raise ValueError('expected a name, or {"id": name}')
+    return x or None
+
+
+def lower(x):
+    return x.lower() if isinstance(x, str) else x
+
+
+Sound = Annotated[bytes, BeforeValidator(read_base64)]
+
+
+class Turn(BaseModel):
+    """What was said before."""
+
+    speaker: int = Field(0, ge=0)
+    text: str = Field(min_length=1)
+    audio: Sound
+
+
+class Request(BaseModel):
+    """OpenAI's fields (platform.openai.com/docs/api-reference/audio/createSpeech), and from `speaker` on our own.
+
+    `model` and `instructions` are taken and change nothing, and other programs' fields too. What is null is absent.
+    """
+
+    input: str
+    voice: Annotated[str | None, BeforeValidator(read_voice)] = None
+    response_format: Annotated[Literal[tuple(FORMATS)], BeforeValidator(lower)] = "mp3"
+    speed: float = Field(1, ge=0.25, le=4)
+    stream_format: Annotated[Literal["audio", "sse"], BeforeValidator(lower)] = "audio"
+    normalize: bool = True  # say numbers, signs and markdown in words
+    stream: bool = False  # a short WAV or FLAC too: at once, not with its length in the header
+    speaker: int = Field(0, ge=0)
+    seed: int = Field(default_factory=lambda: secrets.randbits(32), ge=0, lt=2**64)
+    temperature: float | None = None
+    top_k: int | None = None
+    top_p: float | None = None
+    min_p: float | None = None
+    ref_audio: Sound | None = None  # a clip of the voice to speak with
+    ref_text: str | None = None  # what that clip says
+    context: list[Turn] = Field([], max_length=MOST_CLIPS)  # what was said since
+
+    @model_validator(mode="before")
+    @classmethod
+    def prepare(cls, fields):
+        if not isinstance(fields, dict):
+            return fields
+        known = {*cls.model_fields, "model", "instructions"}
+        for name in fields.keys() - known:
+            if meant := difflib.get_close_matches(str(name), known, 1, 0.8):
+                raise ValueError(f"unknown field `{str(name)[:40]}`: did you mean `{meant[0]}`?")
+        for name in ("ref_audio", "ref_text"):
+            if fields.get(name) == "":
+                fields = fields | {name: None}
+        return without_nulls(fields)
+
+
+class NewVoice(BaseModel):
+    """A voice to keep. `consent`, of other servers' form, is not asked for."""
+
+    name: str
+    audio_sample: Sound
+    ref_text: str = Field(min_length=1)
+
+
+def parse(kind, body):
+    """A request's bytes -> a BaseModel of this kind. Raises Refused, which names the field."""
+    try:
+        return kind.model_validate_json(body)
+    except ValidationError as e:
+        error = e.errors(include_url=False, include_context=False)[0]
+        field = ".".join(map(str, error["loc"]))
+        message = error["msg"].removeprefix("Value error, ")
+        raise Refused(f"{field}: {message}" if field else message, field or None) from None
+
+
+def read_clips(turns, seconds):
+    """[(field, Turn)] -> Segments, and doubts about them. seconds: how many all together may last."""
+    segments, warnings, left = [], [], seconds
+    for field, turn in turns:
+        try:
+            audio = read_clip(turn.audio, min(LONGEST_CLIP, left))
+        except ValueError as e:
+            more = f" (the clips of a request may last {seconds:.0f} s together)" if left < LONGEST_CLIP else ""
+            raise Refused(f"{field}: {e}{more}", field) from None
+        left -= len(audio) / 24_000
+        segments.append(csm.Segment(turn.speaker, turn.text, audio))
+        warnings += [f"{field}: {doubt}" for doubt in doubts(audio, turn.text)]
+    return segments, warnings
+
+
+def read_request(body, voices, generator, longest):
+    """A request's bytes -> Request, Speech, doubts about it. Raises Refused.
+
+    longest: an input's characters.
+    """
+    r = parse(Request, body)
+    try:
+        sampling = generator.read_options(r.seed, r.model_dump(include={"temperature", "top_k", "top_p", "min_p"}))[1]
+    except ValueError as e:
+        raise Refused(str(e)) from None
+    if not r.input.strip():
+        raise Refused("`input` is empty", "input")
+    if len(r.input) > longest:
+        raise Refused(f"`input` has {len(r.input)} characters, and may have {longest}", "input")
+    try:
+        parts = parts_of(r.input, not r.normalize, generator.model.config.max_part_characters)
+    except ValueError as e:
+        raise Refused(f"`input`: {e}", "input") from None
+    known = voices.table()
+    if r.voice is not None and r.voice not in known:
+        raise Refused(f"unknown voice {r.voice[:80]!r}; there are: {', '.join(known)}", "voice")
+    if (r.ref_audio is None) != (not (r.ref_text or "").strip()):
+        raise Refused("`ref_audio` and `ref_text` go together: a clip needs its transcript", "ref_audio")
+    turns = [(f"context.{i}.audio", turn) for i, turn in enumerate(r.context)]
+    if r.ref_audio is not None:
+        clip = Turn.model_construct(speaker=r.speaker, text=r.ref_text, audio=r.ref_audio)
+        turns.insert(0, ("ref_audio", clip))
+    seconds = generator.max_positions / generator.mimi.config.frame_rate
+    context, warnings = read_clips(turns, seconds)
+    if context and r.speaker not in {turn.speaker for turn in context}:
+        warnings.append(f"no clip is of speaker {r.speaker}, who has the voice of another or none")
+    return r, Speech(parts, r.speaker, known.get(r.voice), context, r.seed, sampling), warnings
+
+
+def read_form(content_type, body):
+    """A NewVoice as JSON or as multipart/form-data. Raises Refused."""
+    header = Message()
+    header["content-type"] = content_type
+    if header.get_content_type() == "application/json":
+        return parse(NewVoice, body)
+    fields, mark = {}, f"--{header.get_boundary()}".encode()
+    for part in (b"\r\n" + body).split(b"\r\n" + mark)[1:-1]:
+        head, _, value = part.removeprefix(b"\r\n").partition(b"\r\n\r\n")
+        of_part = Message()
+        for line in head.decode("utf-8", "replace").splitlines():
+            name, _, rest = line.partition(":")
+            of_part[name] = rest.strip()
+        field = of_part.get_param("name", header="content-disposition")
+        fields[field] = (
+            base64.b64encode(value).decode() if field == "audio_sample" else value.decode("utf-8", "replace")
+        )
+    return parse(NewVoice, json.dumps(fields))
+
+
+def in_one_line(text):
+    """A text for the log: control characters and newlines escaped."""
+    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)

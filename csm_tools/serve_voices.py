@@ -1,0 +1,98 @@
+"""The server's voices: the model's own, by OpenAI's names too, and those in the folder of --voices."""
+
+import io
+import logging
+import re
+import threading
+from pathlib import Path
+
+import soundfile
+
+import csm
+import mimi as codec
+from csm_tools.serve_files import RATE, doubts, read_clip
+
+OPENAI_VOICES = "alloy ash ballad cedar coral echo fable marin nova onyx sage shimmer verse".split()
+MOST_VOICES = 1000  # that clients may add to the folder
+NAME = re.compile(r"[^\W_][\w .'-]{0,63}")  # which is no path and no hidden file
+SUFFIXES = (".wav", ".flac", ".mp3", ".ogg")
+
+log = logging.getLogger("csm.serve")
+
+
+class Voices:
+    """All the voices that a request may name. Values are a Speech's `voice`: a model's preset, "none" or a Segment."""
+
+    def __init__(self, generator, folder=None):
+        """Raises ValueError if the folder has no clip that can be used; what is wrong with others is logged."""
+        self.generator, self.folder = generator, folder and Path(folder)
+        self.presets, self.kept, self.lock = sorted(generator.voices), {}, threading.Lock()
+        if not folder:
+            return
+        if not self.folder.is_dir():
+            raise ValueError(f"{folder} is no folder of clips")
+        clips = sorted(f for f in self.folder.iterdir() if f.suffix.lower() in SUFFIXES)
+        for clip in clips:
+            try:
+                self.kept[clip.stem] = self.read(clip)
+            except (ValueError, OSError) as e:
+                log.warning("%s is no voice: %s", clip.name, e)
+        if clips and not self.kept:
+            raise ValueError(f"{folder} holds no clips (name.wav) with their transcripts (name.txt)")
+
+    def read(self, path):
+        """A clip with its transcript beside it -> Segment."""
+        if not path.with_suffix(".txt").is_file():
+            raise ValueError(f"it needs its transcript beside it, {path.stem}.txt")
+        return self.segment(read_clip(path.read_bytes()), csm.read_text(f"@{path.with_suffix('.txt')}"))
+
+    def segment(self, audio, text):
+        """A clip, checked to leave room for speech -> Segment."""
+        if not text.strip():
+            raise ValueError("its transcript is empty")
+        g = self.generator
+        n = -(-len(audio) // g.mimi.frame_size) + 1 + len(g.text_rows(text, 0))
+        if n > g.max_positions * 3 // 4:
+            seconds = g.max_positions / g.mimi.config.frame_rate
+            raise ValueError(f"it takes {n} of the model's {g.max_positions} positions ({seconds:.0f} s of sound)")
+        for doubt in doubts(audio, text):
+            log.warning("voice: %s", doubt)
+        return csm.Segment(0, text, audio)
+
+    def names(self):
+        """Those that speak as somebody."""
+        return sorted({*self.presets, *self.kept})
+
+    def table(self):
+        """{name: a Speech's `voice`}. OpenAI's names are the model's own voices in turn, whatever the folder holds."""
+        own = self.presets or ["none"]
+        voices = {name: own[i % len(own)] for i, name in enumerate(OPENAI_VOICES)}
+        return voices | {name: name for name in (*self.presets, "none")} | self.kept
+
+    def add(self, name, data, text):
+        """Keep a clip, the bytes of an audio file, under a name. Raises ValueError."""
+        if not NAME.fullmatch(name) or name == "none" or name != name.strip(" ."):
+            raise ValueError("a voice's name is 1 to 64 letters, digits, spaces or _ - . ', and no path")
+        text = " ".join(text.split())
+        audio = read_clip(data)
+        segment, sound = self.segment(audio, text), io.BytesIO()
+        soundfile.write(sound, codec.to_pcm16(audio), RATE, format="WAV")
+        with self.lock:
+            if name in self.kept or name in self.presets:
+                raise ValueError(f"there is a voice {name!r} already")
+            if len(self.kept) >= MOST_VOICES:
+                raise ValueError(f"there are {len(self.kept)} voices already: delete some first")
+            with codec.replacing(self.folder / f"{name}.txt") as file:
+                file.write(f"{text}\n".encode())
+            with codec.replacing(self.folder / f"{name}.wav") as file:  # last, since it makes the pair a voice
+                file.write(sound.getvalue())
+            self.kept[name] = segment
+
+    def remove(self, name):
+        """Forget a kept voice and its files -> whether there was one."""
+        with self.lock:
+            if self.kept.pop(name, None) is None:
+                return False
+            for suffix in (*SUFFIXES, ".txt"):  # the clip first
+                (self.folder / f"{name}{suffix}").unlink(missing_ok=True)
+            return True

@@ -1,0 +1,1436 @@
+"""Text as people type it: into words as they are said, and into sentences with the silence after each.
+
+    spoken(text) -> text                       # numbers, signs, markdown and emoji in words; English
+    sentences(text, longest=240) -> [(part, seconds of silence after it)]
+
+| typed | said |
+|---|---|
+| 42; 1,234.5; .5; 007 | forty-two; one thousand two hundred thirty-four point five; point five; zero zero seven |
+| 21st; 1/2, 2½ cups; 8/10 | twenty-first; one half, two and a half cups; eight out of ten |
+| in 1984; the 1990s; '60s | in nineteen eighty-four; the nineteen nineties; sixties |
+| 2026-08-17; 8/17/2026; Aug. 17 | August seventeenth, twenty twenty-six (both); August seventeenth |
+| 10:30 am; 14:00; 9-5pm | ten thirty A M; fourteen hundred; nine to five P M |
+| $3.50; £5-10; $3.2M | three dollars and fifty cents; five to ten pounds; three point two million dollars |
+| 5%; 60 km/h; -5°C; 3x | five percent; sixty kilometers per hour; minus five degrees Celsius; three times |
+| 10-20; 1914-1918; won 3:1 | ten to twenty; nineteen fourteen to nineteen eighteen; won three to one |
+| 555-123-4567; v1.2.3; GPT-4 | five five five, one two three, ...; version one point two point three; GPT four |
+| Henry VIII; World War II | Henry the eighth; World War two |
+| Dr. Smith; Main St.; e.g.; No. 5 | Doctor Smith; Main Street; for example; number five |
+| a@b.com; https://b.com/c | a at b dot com; b dot com slash c |
+| R&D; #1; 2 + 2 = 4; a -> b | R and D; number one; two plus two equals four; a, b |
+| (so); [so]; so — so; “so” | , so,; , so,; so, so; "so" |
+| STOP DOING THAT! | Stop doing that! |
+| # Title, **bold**, `code`, [link](url), - item, > quote, tables, rules | their words, each on its line |
+| emoji, :-), HTML tags and entities | nothing (or, by an option, the emoji's name); their characters |
+
+spoken() is idempotent, and takes time proportional to the text's length: every quantifier in a pattern that may start
+anywhere is bounded or ends at a character that starts the pattern again. What it does not know it leaves alone, and
+so it does with lines that are mostly in another script.
+"""
+
+import html
+import logging
+import re
+import unicodedata
+from functools import cache
+
+# ------------------------------------------------------------------------------------- numbers
+
+ONES = """
+zero one two three four five six seven eight nine ten eleven twelve thirteen fourteen fifteen sixteen seventeen eighteen
+nineteen
+""".split()
+TENS = "_ _ twenty thirty forty fifty sixty seventy eighty ninety".split()
+SCALES = {10**12: "trillion", 10**9: "billion", 10**6: "million", 10**3: "thousand", 100: "hundred"}
+ORDINALS = {
+    "one": "first", "two": "second", "three": "third", "five": "fifth", "eight": "eighth", "nine": "ninth",
+    "twelve": "twelfth",
+}  # fmt: skip
+
+
+def cardinal(n):
+    """123 -> one hundred twenty-three; what has no name up to trillions is spelled."""
+    if n < 20:
+        return ONES[n]
+    if n < 100:
+        return TENS[n // 10] + (f"-{ONES[n % 10]}" if n % 10 else "")
+    if n >= 10**15:
+        return digits(str(n))
+    scale, name = next((scale, name) for scale, name in SCALES.items() if n >= scale)
+    rest = f" {cardinal(n % scale)}" if n % scale else ""
+    return f"{cardinal(n // scale)} {name}{rest}"
+
+
+def ordinal(n):
+    """21 -> twenty-first"""
+    head, last = re.fullmatch(r"(.*?)([a-z]+)", cardinal(n)).groups()
+    if last.endswith("y"):
+        return f"{head}{last[:-1]}ieth"
+    return head + ORDINALS.get(last, last.removesuffix("t") + "th")
+
+
+def plural(word):
+    return f"{word[:-1]}ies" if word.endswith("y") else f"{word}es" if word.endswith(("s", "x", "ch")) else f"{word}s"
+
+
+def digits(text):
+    """Each digit alone, whatever stands between them."""
+    return " ".join(ONES[int(c)] for c in text if c in "0123456789")
+
+
+def year(n):
+    """1984 in two halves, 1905 with an `oh`, 2000 to 2009 in full."""
+    high, low = divmod(n, 100)
+    if high % 10 == 0 and low < 10:
+        return cardinal(n)
+    return f"{cardinal(high)} " + ("hundred" if low == 0 else f"oh {ONES[low]}" if low < 10 else cardinal(low))
+
+
+def number(text):
+    """1,234.50 -> one thousand two hundred thirty-four point five zero; 007 by its digits."""
+    whole, point, decimals = text.replace(",", "").partition(".")
+    if (len(whole) > 1 and whole[0] == "0") or (len(whole) > 9 and whole in text and not whole.endswith("000")):
+        said = digits(whole)  # of a code, not of an amount
+    else:
+        said = cardinal(int(whole)) if whole else ""
+    return f"{said} point {digits(decimals)}".strip() if point else said
+
+
+def year_or_number(text):
+    """A number of four digits between 1100 and 2099 is said as a year is."""
+    return year(int(text)) if re.fullmatch("1[1-9][0-9]{2}|20[0-9]{2}", text) else number(text)
+
+
+def fraction(over, under):
+    """3/4 -> three quarters"""
+    name = {2: "half", 4: "quarter"}.get(under) or ordinal(under)
+    many = "halves" if under == 2 else f"{name}s"
+    return f"one {name}" if over == 1 else f"{cardinal(over)} {many}"
+
+
+# ---------------------------------------------------------------------------------- what stands in patterns
+
+MONTHS = """
+January February March April May June July August September October November December
+""".split()
+DAYS = "Monday Tuesday Wednesday Thursday Friday Saturday Sunday".split()
+NUMBER = r"(?:[0-9]{1,3}(?:,[0-9]{3}){1,5}(?![0-9])|[0-9]{1,15})(?:\.[0-9]{1,15})?"
+MONTH = (
+    r"(Jan(?:uary)?|Feb(?:ruary)?|Mar(?:ch)?|Apr(?:il)?|May|June?|July?|Aug(?:ust)?|Sept?(?:ember)?|Oct(?:ober)?"
+    r"|Nov(?:ember)?|Dec(?:ember)?)\b"
+)
+NTH = r"(?:st|nd|rd|th)"
+YEAR = r"((?:1[0-9]|20)[0-9]{2})(?![0-9])"
+HALF_DAY = r"([AaPp])\.?[Mm]\b(\.?)"
+TO = r" ?(?:-|–|—|−) ?"
+SIGN = r"(?:(?<![\w)%.-])(?P<sign>[-−+±~≈]) ?(?=[0-9.$£€¥₹]))?(?<![\w.])"
+SIGNS = {"-": "minus ", "−": "minus ", "+": "plus ", "±": "plus or minus ", "~": "about ", "≈": "about "}
+
+# symbol -> one, many, one hundredth, many hundredths
+CURRENCIES = {
+    "$": ("dollar", "dollars", "cent", "cents"), "£": ("pound", "pounds", "penny", "pence"),
+    "€": ("euro", "euros", "cent", "cents"), "¥": ("yen", "yen", "", ""), "₹": ("rupee", "rupees", "paisa", "paise"),
+    "₩": ("won", "won", "", ""), "₽": ("ruble", "rubles", "kopeck", "kopecks"), "₿": ("bitcoin", "bitcoins", "", ""),
+    "₺": ("lira", "lira", "", ""), "₪": ("shekel", "shekels", "", ""), "¢": ("cent", "cents", "", ""),
+}  # fmt: skip
+COUNTRIES = {
+    "US": "US ", "A": "Australian ", "AU": "Australian ", "C": "Canadian ", "CA": "Canadian ", "NZ": "New Zealand ",
+    "HK": "Hong Kong ", "S": "Singapore ",
+}  # fmt: skip
+CODES = {
+    "USD": "US dollars", "EUR": "euros", "GBP": "British pounds", "JPY": "Japanese yen", "CAD": "Canadian dollars",
+    "AUD": "Australian dollars", "CHF": "Swiss francs", "INR": "Indian rupees", "CNY": "Chinese yuan",
+}  # fmt: skip
+LARGE = {
+    "k": "thousand", "K": "thousand", "m": "million", "M": "million", "mn": "million", "B": "billion", "b": "billion",
+    "bn": "billion", "Bn": "billion", "T": "trillion", "tn": "trillion", "thousand": "thousand", "million": "million",
+    "billion": "billion", "trillion": "trillion",
+}  # fmt: skip
+LARGE_ = "|".join(sorted(LARGE, key=len, reverse=True))
+# abbreviation -> one of it; a space may stand before it
+UNITS = {
+    "km": "kilometer", "m": "meter", "cm": "centimeter", "mm": "millimeter", "nm": "nanometer", "µm": "micrometer",
+    "mi": "mile", "ft": "foot", "yd": "yard", "yds": "yard", "kg": "kilogram", "g": "gram", "mg": "milligram",
+    "mcg": "microgram", "µg": "microgram", "lb": "pound", "lbs": "pound", "oz": "ounce", "l": "liter", "L": "liter",
+    "ml": "milliliter", "mL": "milliliter", "dl": "deciliter", "cl": "centiliter", "tsp": "teaspoon",
+    "tbsp": "tablespoon", "Tbsp": "tablespoon", "gal": "gallon", "qt": "quart", "pt": "pint", "Hz": "hertz",
+    "kHz": "kilohertz", "MHz": "megahertz", "GHz": "gigahertz", "W": "watt", "kW": "kilowatt", "MW": "megawatt",
+    "GW": "gigawatt", "Wh": "watt hour", "kWh": "kilowatt hour", "MWh": "megawatt hour", "V": "volt", "mV": "millivolt",
+    "kV": "kilovolt", "mA": "milliamp", "mAh": "milliamp hour", "kB": "kilobyte",
+    "KB": "kilobyte", "MB": "megabyte", "GB": "gigabyte", "TB": "terabyte", "PB": "petabyte", "KiB": "kibibyte",
+    "MiB": "mebibyte", "GiB": "gibibyte", "Mb": "megabit", "Gb": "gigabit", "h": "hour", "hr": "hour", "hrs": "hour",
+    "min": "minute", "mins": "minute", "sec": "second", "secs": "second", "s": "second", "ms": "millisecond",
+    "µs": "microsecond", "μs": "microsecond", "ns": "nanosecond", "wk": "week", "wks": "week", "mo": "month",
+    "mos": "month", "yr": "year", "yrs": "year", "cal": "calorie", "kcal": "kilocalorie", "kJ": "kilojoule",
+    "dB": "decibel", "px": "pixel", "pt.": "point", "kPa": "kilopascal", "hPa": "hectopascal",
+    "m²": "square meter", "km²": "square kilometer", "cm²": "square centimeter", "ft²": "square foot",
+    "sq ft": "square foot", "sqft": "square foot", "sq m": "square meter", "m³": "cubic meter",
+    "cm³": "cubic centimeter",
+    "m2": "square meter", "km2": "square kilometer", "m3": "cubic meter", "°": "degree", "Å": "angstrom", "Ω": "ohm",
+    "in.": "inch", "″": "inch", "′": "foot",
+}  # fmt: skip
+# the same, where nothing is added for many; the letters C and F only without a space
+FIXED = {
+    "mph": "miles per hour", "km/h": "kilometers per hour", "kph": "kilometers per hour", "kmh": "kilometers per hour",
+    "m/s": "meters per second", "m/s²": "meters per second squared", "kbps": "kilobits per second",
+    "Mbps": "megabits per second", "Gbps": "gigabits per second", "MB/s": "megabytes per second",
+    "GB/s": "gigabytes per second", "fps": "frames per second", "rpm": "R P M", "bpm": "beats per minute",
+    "ppm": "parts per million",
+    "psi": "P S I", "dpi": "D P I", "mpg": "miles per gallon",
+}  # fmt: skip
+TEMPERATURES = {"C": "Celsius", "F": "Fahrenheit"}
+PER = (
+    r"(?:/(second|sec|s|minute|min|hour|hr|h|day|night|week|wk|month|mo|year|yr|person|user|seat"
+    r"|kg|km|lb|l|L|mile|mi|m)\b(?:\.(?=[,;:)]| [a-z]))?)?"
+)
+COUNTED = "cup teaspoon tablespoon pound ounce pint quart gallon liter mile inch hour day year page".split()
+
+ROMAN = r"(X{0,3}(?:IX|IV|V?I{0,3}))"
+MONARCHS = """
+Henry Louis Charles George James Edward Richard William John Paul Pius Benedict Gregory Leo Innocent Clement Alexander
+Nicholas Peter Catherine Elizabeth Mary Philip Ferdinand Frederick Wilhelm Napoleon Ivan Otto Ramses Rameses Thutmose
+Ptolemy Cleopatra Darius Xerxes Alfonso Carlos Felipe Gustav Haakon Harald Christian Margrethe Victor Umberto Francis
+Leopold Albert Boniface Urban Sixtus Julius Adrian Stephen Emmanuel Maximilian Amenhotep Artaxerxes
+""".split()
+NUMBERED_NAMES = """
+Chapter Part Act Scene Volume Vol Book War Section Article Phase Stage Type Class Title Appendix Level Tier Grade Bowl
+Mark Figure Table Lesson Unit Canto Psalm Symphony Apollo Saturn Factor Schedule Annex
+""".split()
+
+TITLES = {
+    "Dr": "Doctor", "Mr": "Mister", "Mrs": "Missus", "Ms": "Miz", "Prof": "Professor", "Messrs": "Messieurs",
+    "Rev": "Reverend", "Fr": "Father", "Gen": "General", "Col": "Colonel", "Maj": "Major", "Capt": "Captain",
+    "Cmdr": "Commander", "Lt": "Lieutenant", "Sgt": "Sergeant", "Adm": "Admiral", "Sen": "Senator",
+    "Rep": "Representative", "Gov": "Governor", "Pres": "President", "Hon": "Honorable", "Mt": "Mount", "Ft": "Fort",
+    "St": "Saint",
+}  # fmt: skip
+STREETS = {
+    "St": "Street", "Ave": "Avenue", "Blvd": "Boulevard", "Rd": "Road", "Ln": "Lane", "Dr": "Drive", "Ct": "Court",
+    "Pl": "Place", "Hwy": "Highway", "Pkwy": "Parkway", "Sq": "Square",
+}  # fmt: skip
+AFTER_NAMES = {"Jr": "Junior", "Sr": "Senior", "Inc": "Incorporated", "Ltd": "Limited", "Co": "Company",
+               "Corp": "Corporation", "Bros": "Brothers", "Dept": "Department", "Univ": "University"}  # fmt: skip
+BEFORE_NUMBERS = {
+    "no": "number", "nos": "numbers", "vol": "volume", "vols": "volumes", "fig": "figure", "figs": "figures",
+    "ch": "chapter", "sec": "section", "art": "article", "pp": "pages", "p": "page", "pg": "page", "ext": "extension",
+    "ca": "circa", "c": "circa", "est": "established", "eq": "equation",
+}  # fmt: skip
+SHORT = {
+    "e.g.": "for example", "eg.": "for example", "i.e.": "that is", "ie.": "that is", "etc.": "et cetera",
+    "vs.": "versus", "cf.": "compare", "viz.": "namely", "approx.": "approximately", "a.k.a.": "also known as",
+    "et al.": "and others", "dept.": "department", "appt.": "appointment", "misc.": "miscellaneous",
+    "govt.": "government", "incl.": "including", "excl.": "excluding", "max.": "maximum", "min.": "minimum",
+    "avg.": "average", "tel.": "telephone", "esp.": "especially", "w/o": "without", "w/": "with", "b/c": "because",
+    "c/o": "care of",
+}  # fmt: skip
+BARE = {"eg": "for example", "ie": "that is", "etc": "et cetera", "vs": "versus", "aka": "also known as"}
+JOINED = {"U.S.A.": "USA", "U.S.": "US", "U.K.": "UK", "E.U.": "EU", "U.N.": "UN", "D.C.": "DC", "Ph.D.": "PhD",
+          "M.D.": "MD", "P.S.": "P S"}  # fmt: skip
+EITHER = {"he/she": "he or she", "she/he": "she or he", "his/her": "his or her", "him/her": "him or her",
+          "s/he": "she or he", "yes/no": "yes or no", "and/or": "and or", "n/a": "not applicable",
+          "y/y": "year on year"}  # fmt: skip
+VERSIONED = """
+version Version release Python Java Node iOS macOS Android Ubuntu CUDA MLX PyTorch PHP Ruby Swift USB TLS Bluetooth
+Windows
+""".split()
+TOP_LEVEL = "com org net edu gov io ai dev app co uk de fr eu ca au info tv xyz tech blog ch nl jp"
+ENDINGS = """
+py md txt json yaml yml toml html htm css js ts jsx tsx xml csv tsv pdf png jpg jpeg gif svg webp wav mp3 mp4 flac ogg
+opus zip gz tar exe dll sh bat ini cfg conf log sql php rs cpp java ipynb docx xlsx pptx doc xls ppt epub safetensors
+gguf
+"""
+# Words of three letters or more without a vowel are spelled, so they stay in capitals; these as well.
+ACRONYMS = """
+USA UK EU UN FBI CIA NASA TV PC AI OK ID IT UI API GPU CPU URL HTML USB NATO UNESCO UNICEF IBM UFO EPA IRS AM PM IQ LA
+""".split()
+SHOUTED = """
+THE AND YOU NOT IS ARE TO OF IN IT DO NO GO MY ME WE HE SHE FOR WITH THIS THAT STOP NOW OUT OFF ALL WHAT WHY HOW WHO
+WHEN YES HELP PLEASE WAS CAN BE ON AT AN A SO UP BUT OR IF HAVE HAS LET GET YOUR
+""".split()
+OPERATORS = {
+    "=": "equals", "==": "equals", "+": "plus", "×": "times", "÷": "divided by", "≠": "is not equal to",
+    "!=": "is not equal to", "<": "is less than", ">": "is greater than", "≤": "is at most", "≥": "is at least",
+    "<=": "is at most", ">=": "is at least", "≈": "is about", "±": "plus or minus", "−": "minus",
+}  # fmt: skip
+VULGAR = {c: unicodedata.normalize("NFKC", c).replace("⁄", "/") for c in "½⅓⅔¼¾⅕⅖⅗⅘⅙⅚⅛⅜⅝⅞"}
+POWERS = {"²": " squared", "³": " cubed", "2": " squared", "3": " cubed"}
+
+# ------------------------------------------------------------------------------------- rules
+
+ADDRESSES, RULES = [], []  # applied in this order; between the two, markdown's signs go
+DIGITS = "0123456789"
+
+
+def rule(pattern, needs="", flags=0, rules=RULES):
+    """Append to `rules`: what the pattern matches becomes what the function makes of the match; None leaves it.
+
+    needs: characters of which a match has one, so that most texts need not be searched.
+    """
+
+    def add(function):
+        rules.append((pattern, flags, frozenset(needs), lambda m: capitalized(m, function(m))))
+        return function
+
+    return add
+
+
+compiled = cache(re.compile)  # at first use: the import is quick
+
+
+def apply(rules, text):
+    found = set(text)
+    for pattern, flags, needs, function in rules:
+        if not needs or needs & found:
+            new = compiled(pattern, flags).sub(function, text)
+            if new != text:
+                text, found = new, set(new)
+    return text
+
+
+def capitalized(m, said):
+    """`said` in place of m, with a capital where a sentence begins; None leaves m."""
+    if said is None:
+        return m[0]
+    if not said[:1].islower() or m[0][:1].islower():
+        return said
+    near = before(m, 4).rstrip("\"'“‘([ ")
+    begins = m.start() < 5 if not near else near[-1] in ".!?\n" and not near.endswith("..")
+    return said[0].upper() + said[1:] if begins else said
+
+
+def before(m, n=1):
+    """The n characters before a match, fewer at the start: never a slice as long as the text."""
+    return m.string[max(m.start() - n, 0) : m.start()]
+
+
+def after(m, n=1):
+    return m.string[m.end() : m.end() + n]
+
+
+def words_of(table):
+    """A pattern of a table's keys, the longest first."""
+    return "|".join(re.escape(key) for key in sorted(table, key=len, reverse=True))
+
+
+def full_stop(m):
+    """The dot that an abbreviation at the end of `m` shares with the sentence."""
+    ends = m[0].endswith(".") and re.match(r"""["'”’)\]]*(?:\s+["'“‘(]?[A-Z]|\s*$|\n)""", after(m, 8))
+    return "." if ends else ""
+
+
+def sign_of(m):
+    return SIGNS.get(m["sign"], "")
+
+
+# Addresses
+
+
+@rule(r"\b(?:mailto:)?([\w.+-]{1,64})@((?:[\w-]{1,63}\.){1,5}[A-Za-z]{2,12})\b", "@", rules=ADDRESSES)
+def email(m):
+    return f"{address(m[1])} at {address(m[2])}"
+
+
+@rule(r"""(?:\b(?:https?|ftp)://|\bwww\.)[^\s<>"'()\[\]{}“”]+""", ":.", rules=ADDRESSES)
+def url(m):
+    whole = re.sub(r"^(?:\w+://)?(?:www\.)?", "", m[0])
+    kept = whole.rstrip(".,;:!?*_`")
+    return address(re.split(r"[?#]", kept)[0].rstrip("/")) + whole[len(kept) :].strip("*_`")
+
+
+@rule(
+    rf"\b(?:[\w-]{{1,63}}\.){{1,5}}(?:{'|'.join(TOP_LEVEL.split())})\b(?:/[\w./~%-]*[\w/])?(?![\w@])",
+    ".",
+    re.ASCII,
+    ADDRESSES,
+)
+def domain(m):
+    return address(m[0].rstrip("/"))
+
+
+@rule(
+    rf"(?<![\w.])[\w-]{{1,63}}(?:\.[\w-]{{1,63}}){{0,3}}\.({'|'.join(ENDINGS.split())})\b(?!\.?\w)",
+    ".",
+    re.ASCII,
+    ADDRESSES,
+)
+def file_name(m):
+    return address(m[0])
+
+
+@rule(r"(?<!\S)(?:~|\.{1,2})?/(?=\.?\w)[\w./-]{1,300}", "/", rules=ADDRESSES)
+def path(m):
+    kept = m[0].rstrip("./-")
+    return address(kept) + m[0][len(kept) :].replace("/", "")
+
+
+def address(text):
+    """example.co.uk/a-b -> example dot co dot UK slash a dash b"""
+    signs = {".": "dot", "/": "slash", "-": "dash", "_": "underscore", "+": "plus", ":": "colon", "~": "tilde",
+             "@": "at", "%": "percent", "=": "equals", "&": "and"}  # fmt: skip
+    parts = re.findall(r"[^\W_]+|\W|_", text)
+    for i, part in enumerate(parts):
+        after_dot = i > 0 and parts[i - 1] == "."
+        if (
+            after_dot
+            and part.islower()
+            and part != "co"
+            and (len(part) == 2 or part == "html" or not re.search("[aeiou]", part))
+        ):
+            parts[i] = part.upper()
+    said = " ".join(signs.get(part, part) for part in parts)
+    return re.sub(r"(?<=[A-Za-z])(?=[0-9])|(?<=[0-9])(?=[A-Za-z])", " ", said)
+
+
+@rule(r"(?<![\w@])@(?=\w)|(?<= )@(?= )", "@")
+def at_sign(m):
+    return "at" if after(m) == " " else "at "
+
+
+# Abbreviations that say what a number is
+
+
+@rule(rf"(?<![\w.])(?<![0-9] )({'|'.join(BEFORE_NUMBERS)})\.[ \n]?(?=[0-9])", DIGITS, re.IGNORECASE)
+def before_number(m):
+    return BEFORE_NUMBERS[m[1].lower()] + " "
+
+
+@rule(rf"(?<![\w./])(?<![0-9] )(?:{words_of(SHORT)})(?!\w)|(?<![\w./])w/(?=\w)", "./", re.IGNORECASE)
+def short(m):
+    said = SHORT[m[0].lower()]
+    if said == "with":
+        return said if after(m) == " " else f"{said} "
+    return said + (full_stop(m) if m[0].lower() in ("etc.", "et al.", "dept.", "appt.", "govt.") else "")
+
+
+@rule(rf"(?<![\w./-])({'|'.join(BARE)})(?![\w./-])")
+def bare(m):
+    return BARE[m[1]]
+
+
+# Dates and times
+
+
+@rule(r"(?<![\w.])([0-9]{1,15}(?:,[0-9]{3}){0,5})?(\.)?([0-9]{16,})", DIGITS)
+def endless(m):
+    whole = number(m[1]) if m[1] and m[2] else digits(m[1] or "")
+    return f"{whole}{' point' if m[2] else ''} {digits(m[3])}".strip()
+
+
+@rule(r"(?<![\w.,])([0-9]{1,3}(?:\.[0-9]{3}){1,5}),([0-9]{2})(?![\w.,])", ",")
+def comma_for_a_point(m):
+    return f"{m[1].replace('.', ',')}.{m[2]}"
+
+
+@rule(
+    r"(?<![\w/-])([0-9]{4})([-/])([0-9]{2})\2([0-9]{2})"
+    r"(?:[T ]([0-9]{2}):([0-9]{2})(?::[0-9]{2}(?:\.[0-9]{1,9})?)?Z?)?(?![\w/-])",
+    DIGITS,
+)
+def iso_date(m):
+    if said := date(int(m[1]), int(m[3]), int(m[4])):
+        return said + (f", {clock(m[5], m[6])}" if m[5] and int(m[5]) < 25 and int(m[6]) < 60 else "")
+
+
+def date(y, month, day):
+    if 1 <= month <= 12 and 1 <= day <= 31:
+        return f"{MONTHS[month - 1]} {ordinal(day)}, {year(y)}"
+
+
+@rule(r"(?<![\w/.-])([0-9]{1,2})([/.])([0-9]{1,2})\2((?:1[89]|20)[0-9]{2}|[0-9]{2})(?![\w/-]|\.[0-9])", DIGITS)
+def numeric_date(m):
+    first, second, y = int(m[1]), int(m[3]), int(m[4])
+    if len(m[4]) == 2:
+        if m[2] == ".":  # a version
+            return None
+        y += 2000 if y < 70 else 1900
+    american = m[2] == "/" and first <= 12
+    return date(y, *(first, second) if american else (second, first))
+
+
+DAY = r"(Mon|Tues?|Wed|Thu(?:rs?)?|Fri|Sat|Sun)\b\.?"
+THEN = rf"(?=:|,? (?:{MONTH}|[0-9]{{1,2}}(?:[:.–-][0-9]|{NTH}?[ \n](?:of )?{MONTH}| ?[ap]\.?m)))"
+
+
+@rule(rf"(?<![\w.]){DAY}(?:{TO}{DAY}|{THEN})", "MTWFS")
+def weekday(m):
+    first, second = (next((day for day in DAYS if name and day.startswith(name[:3])), None) for name in (m[1], m[2]))
+    return f"{first} to {second}{full_stop(m)}" if second else first
+
+
+@rule(
+    rf"\b{MONTH}\.?[ \n]([0-9]{{1,2}}){NTH}?(?:{TO}([0-9]{{1,2}}){NTH}?)?(?:(,?)[ \n]{YEAR})?(?![\w%:/]|[.,][0-9])",
+    DIGITS,
+)
+def month_day(m):
+    if not (1 <= int(m[2]) <= 31 and int(m[3] or 1) <= 31):
+        return None
+    until = f" to {ordinal(int(m[3]))}" if m[3] else ""
+    return f"{month(m[1])} {ordinal(int(m[2]))}{until}" + (f", {year(int(m[5]))}" if m[5] else "")
+
+
+@rule(
+    rf"(?<![\w.,:/$£€-])([0-9]{{1,2}}){NTH}?(?:{TO}([0-9]{{1,2}}){NTH}?)?[ \n](?:of[ \n])?{MONTH}\.?"
+    rf"(?:,?[ \n]{YEAR})?(?!\w)",
+    DIGITS,
+)
+def day_month(m):
+    if not (1 <= int(m[1]) <= 31 and int(m[2] or 1) <= 31):
+        return None
+    the = "" if before(m, 4).lower() == "the " else "the "
+    until = f" to {ordinal(int(m[2]))}" if m[2] else ""
+    more = f", {year(int(m[4]))}" if m[4] else "." * m[0].endswith(".") if m[3] in MONTHS else full_stop(m)
+    return f"{the}{ordinal(int(m[1]))}{until} of {month(m[3])}{more}"
+
+
+@rule(rf"\b{MONTH}\.?,?[ \n]{YEAR}", DIGITS)
+def month_year(m):
+    return f"{month(m[1])} {year(int(m[2]))}"
+
+
+def month(name):
+    return next(m for m in MONTHS if m.startswith(name[:3]))
+
+
+@rule(r"\b(24/7|9/11|50[/-]50|20/20)(?![\w/])", DIGITS)
+def fixed_pairs(m):
+    first, second = re.split("[/-]", m[1])
+    return f"{cardinal(int(first))} {cardinal(int(second))}"
+
+
+@rule(r"\b(on|by|since|until|before|after|from|due|dated?) ([0-9]{1,2})/([0-9]{1,2})(?![\w/]|[.,][0-9])", "/")
+def short_date(m):
+    first, second = int(m[2]), int(m[3])
+    if first <= 12 and second <= 31 and first and second:
+        return f"{m[1]} {MONTHS[first - 1]} {ordinal(second)}"
+
+
+CLOCK = rf"([0-9]{{1,2}})(?:[:.]([0-5][0-9]))?(?: ?{HALF_DAY})?"
+
+
+@rule(rf"(?<![\w:.,$£€-]){CLOCK}(?:{TO}| to | until ){CLOCK}(?![\w:%]|[.,][0-9])", DIGITS)
+def time_range(m):
+    if not any((m[3], m[7])) and not (m[2] and m[6] and ":" in m[0]):
+        return None
+    if int(m[1]) > 24 or int(m[5]) > 24:
+        return None
+    return f"{clock(m[1], m[2], m[3] or (m[7] and ''))} to {clock(m[5], m[6], m[7])}{full_stop(m) if m[8] else ''}"
+
+
+@rule(rf"(?<![\w:.,$£€-])([0-9]{{1,2}}):([0-5][0-9])(?::([0-5][0-9]))?(?: ?{HALF_DAY})?(?![\w:]|[.,][0-9])", ":")
+def time(m):
+    if int(m[1]) > 24:
+        return None
+    seconds = f" and {cardinal(int(m[3]))} seconds" if m[3] else ""
+    if seconds and not int(m[2]):
+        return f"{cardinal(int(m[1]))} hours{seconds}"
+    return clock(m[1], m[2], m[4], bool(seconds)) + seconds + full_stop(m)
+
+
+@rule(rf"(?<![\w:.,$£€-])([0-9]{{1,2}})(?:\.([0-5][0-9]))? ?{HALF_DAY}", DIGITS)
+def hour(m):
+    if int(m[1]) <= 12:
+        return clock(m[1], m[2], m[3]) + full_stop(m)
+
+
+def clock(hours, minutes, half=None, seconds=False):
+    """`half`: a or p, '' where it is said elsewhere, None on a clock of 24 hours"""
+    h, m = int(hours), int(minutes or 0)
+    letters = f" {half.upper()} M" if half else ""
+    if m:
+        return f"{cardinal(h)} {'oh ' if m < 10 else ''}{cardinal(m)}{letters}"
+    if half is not None or seconds or not minutes:
+        return cardinal(h) + letters
+    return f"{cardinal(h)} o'clock" if 0 < h <= 12 else f"{cardinal(h)} hundred" if h else "midnight"
+
+
+@rule(r"(?<![\w.])([0-9]{1,3}) ?h(?:rs?)? ?([0-9]{1,2})(?: ?m(?:in)?s?(?: ?([0-9]{1,2}) ?s(?:ec)?)?)?\b", DIGITS)
+def duration(m):
+    parts = [f"{cardinal(int(n))} {plural(name) if int(n) != 1 else name}"
+             for n, name in zip(m.groups(), ("hour", "minute", "second")) if n]  # fmt: skip
+    return " ".join(parts)
+
+
+@rule(r"(?<![\w.,])(100|1000|1,000)['’]?s(?= of )", DIGITS)
+def hundreds(m):
+    return "hundreds" if m[1] == "100" else "thousands"
+
+
+@rule(
+    r"(?<![\w.,$£€])(?:(1[0-9]|20)|['’]|(?<=the )|(?<=his )|(?<=her )|(?<=mid[ -])|(?<=early )|(?<=late ))"
+    r"([0-9])0['’]?s\b",
+    DIGITS,
+)
+def decade(m):
+    century, tens = int(m[1] or 0), int(m[2])
+    if tens > 1 or (century and tens == 1):
+        return f"{cardinal(century) if century else ''} {plural(TENS[tens]) if tens > 1 else 'tens'}".strip()
+    if century and tens == 0:
+        return f"{cardinal(century // 10)} thousands" if century % 10 == 0 else f"{cardinal(century)} hundreds"
+
+
+# Money, percent, units
+
+
+@rule(rf"(?<![\w.])([0-9]{{1,4}}) ?[x×] ?(?={NUMBER} ?(?:(cm|mm|m|km|ft|in|px)\b|(?:{words_of(UNITS)})\b))", "x×")
+def so_many(m):
+    return f"{cardinal(int(m[1]))} {'by' if m[2] else 'times'} "
+
+
+MONEY = rf"({NUMBER})(?:(?: (?=[tmb][a-z]{{4}}|[mbt]n\b))?({LARGE_})\b)?"
+
+
+@rule(
+    rf"{SIGN}(?:(?<!\w)(US|AU?|CA?|NZ|HK|S))?([$£€¥₹₩₽₿₺₪]) ?{MONEY}(?:{TO}[$£€¥₹]?{MONEY})?(?![\w]){PER}", "$£€¥₹₩₽₿₺₪"
+)
+def money(m):
+    country, symbol, first, large, second, larger, per = m.groups()[1:]
+    large = LARGE.get(large, "")
+    larger = LARGE.get(larger, "")
+    country = COUNTRIES.get(country, "")
+    if second:
+        if "." in first + second and not larger:
+            said = f"{amount(first, large, symbol, country)} to {amount(second, larger, symbol, country)}"
+        else:
+            said = f"{number(first)} {large}".strip() + f" to {number(second)} {larger}".rstrip()
+            said = f"{said} {country}{CURRENCIES[symbol][1]}"
+    else:
+        said = amount(first, large, symbol, country)
+    return sign_of(m) + said + per_words(per)
+
+
+def amount(text, large, symbol, country=""):
+    one, many, cent, cents = CURRENCIES[symbol]
+    whole, _, hundredths = text.replace(",", "").partition(".")
+    if large or len(hundredths) not in (0, 2) or (hundredths and not cents):
+        return f"{number(text)} {large}".strip() + f" {country}{many}"
+    n, parts = int(hundredths or 0), []
+    if int(whole) or not n:
+        parts.append(f"{cardinal(int(whole))} {country}{one if int(whole) == 1 else many}")
+    if n:
+        parts.append(f"{cardinal(n)} {cent if n == 1 else cents}")
+    return " and ".join(parts)
+
+
+def per_words(per):
+    return f" per {UNITS.get(per, per)}" if per else ""
+
+
+@rule(rf"{SIGN}{MONEY} ?([€£¥₹₽₿¢])(?!\w|[0-9]){PER}", "€£¥₹₽₿¢")
+def money_behind(m):
+    return sign_of(m) + amount(m[2], LARGE.get(m[3], ""), m[4]) + per_words(m[5])
+
+
+@rule(rf"\b(?:({'|'.join(CODES)}) ?{MONEY}|(?<![\w.]){MONEY} ?({'|'.join(CODES)}))\b", DIGITS)
+def money_code(m):
+    before, first, large, second, larger, behind = m.groups()
+    return " ".join(filter(None, (number(first or second), LARGE.get(large or larger), CODES[before or behind])))
+
+
+@rule(rf"{SIGN}({NUMBER}) ?%?(?:{TO}({NUMBER}))? ?(%|‰)", "%‰")
+def percent(m):
+    until = f" to {number(m[3])}" if m[3] else ""
+    gap = " " if after(m).isalnum() else ""
+    return f"{sign_of(m)}{number(m[2])}{until} {'percent' if m[4] == '%' else 'per mille'}{gap}"
+
+
+@rule(r"(?<![\w.])([0-9])['’′] ?([0-9]{1,2})(?:[\"”″]|''|(?= |\n|$|[.,;!?]))", "'’′")
+def feet_and_inches(m):
+    return f"{cardinal(int(m[1]))} foot {cardinal(int(m[2]))}"
+
+
+@rule(rf"(?<![\w./])([0-9]{{1,2}})/([0-9]{{1,2}})[ -]?({words_of(UNITS)}|{'|'.join(COUNTED)})(\.?)(?!\w)", "/")
+def part_of_unit(m):
+    over, under, name = int(m[1]), int(m[2]), UNITS.get(m[3], m[3])
+    if not 1 <= over < under or under > 20 or before(m, 2).strip().isdigit():
+        return None
+    an = "an" if name[0] in "aeio" or name == "hour" else "a"
+    said = f"half {an} {name}" if (over, under) == (1, 2) else f"{fraction(over, under)} of {an} {name}"
+    return said + full_stop(m)
+
+
+@rule(rf"{SIGN}({NUMBER})(?:{TO}({NUMBER}))?(?: ?° ?([CF])\b|([CF])(?![\w+#-]))", "CF")
+def temperature(m):
+    if m[5] and len(m[2]) < 2:
+        return None
+    until = f" to {number(m[3])}" if m[3] else ""
+    degrees = "degree" if m[2] == "1" and not until else "degrees"
+    return f"{sign_of(m)}{number(m[2])}{until} {degrees} {TEMPERATURES[m[4] or m[5]]}"
+
+
+@rule(
+    rf"{SIGN}({NUMBER})(?: ([0-9])/([0-9]{{1,2}}))?(?:{TO}({NUMBER}))?([ -]?)({words_of(UNITS | FIXED)})"
+    rf"(\.(?!\w))?(?![\w²³]){PER}",
+    DIGITS,
+)
+def unit(m):
+    first, over, under, second, gap, name, dot, per = m.groups()[1:]
+    if name == "s" and gap:
+        return None
+    if over and not 1 <= int(over) < int(under):
+        return None
+    single = first == "1" and not second and not over
+    said = number(first) + (f" and {fraction_behind(int(over), int(under))}" if over else "")
+    said += f" to {number(second)}" if second else ""
+    if name in FIXED:
+        return f"{sign_of(m)}{said} {FIXED[name]}{per_words(per)}{full_stop(m)}"
+    word = UNITS[name]
+    if not single and gap != "-":
+        *front, last = word.split()
+        word = " ".join([*front, "feet" if last == "foot" else last if last.endswith("hertz") else plural(last)])
+    return f"{sign_of(m)}{said} {word}{per_words(per)}{full_stop(m) if dot or name.endswith('.') else ''}"
+
+
+def fraction_behind(over, under):
+    """two and a half"""
+    said = fraction(over, under)
+    return f"a {said.removeprefix('one ')}" if over == 1 and under != 8 else said
+
+
+# Fractions, telephones, versions, ordinals
+
+
+@rule(r"(?<![\w./,])(?:([0-9]{1,4})[ -])?([0-9]{1,3}(?:\.[0-9]{1,2})?)/([0-9]{1,3})(?![\w/]|[.,][0-9])", "/")
+def fractions(m):
+    if "." in m[2]:
+        return f"{m[1] + ' ' if m[1] else ''}{number(m[2])} out of {cardinal(int(m[3]))}"
+    over, under = int(m[2]), int(m[3])
+    if m[1] and 1 <= over < under <= 16:
+        return f"{cardinal(int(m[1]))} and {fraction_behind(over, under)}"
+    whole = m[0][: m.start(2) - m.start()]
+    if 1 <= over < under and under in (2, 3, 4, 5, 6, 7, 8, 9, 12, 16):
+        return whole + fraction(over, under)
+    return whole + f"{cardinal(over)} {'out of' if over <= under else 'over'} {cardinal(under)}"
+
+
+@rule(
+    r"(?<![\w.])((?:\+[0-9]{1,3}|1)[ .-])?(?:\(([0-9]{3})\) ?|([0-9]{3})[-. ])([0-9]{3})[-. ]([0-9]{4})"
+    r"(?![\w-]|\.[0-9])"
+    r"|(?<![\w.,$£€-])([0-9]{3})-([0-9]{4})(?![\w-]|\.[0-9])",
+    DIGITS,
+)
+def telephone(m):
+    country, *groups = m.groups()
+    plus = "plus " if country and country[0] == "+" else ""
+    return plus + ", ".join(digits(group) for group in (country, *groups) if group)
+
+
+@rule(
+    r"(?<![\w.])\+(?:[0-9]{7,15}|[0-9]{1,3}(?:[ .-]\(?[0-9]{1,5}\)?){2,6})(?![\w-])"
+    r"|\b0[0-9]{2,4}(?:[ -][0-9]{3,4}){1,3}(?![\w-])"
+    r"|\b[0-9]{3}-[0-9]{2}-[0-9]{4}\b|\b[0-9]{4}(?:[ -][0-9]{4}){3}\b|\b[0-9]{1,12}(?:-[0-9]{1,12}){3,6}\b",
+    DIGITS,
+)
+def many_groups(m):
+    groups = ", ".join(digits(group) for group in re.findall(r"[0-9]+", m[0]))
+    return f"plus {groups}" if m[0][0] == "+" else groups
+
+
+@rule(r"\b([A-Z]{2}) ([0-9]{5})(?:-([0-9]{4}))?(?![\w-])", DIGITS)
+def postal_code(m):
+    return f"{m[1]} {digits(m[2])}" + (f", {digits(m[3])}" if m[3] else "")
+
+
+@rule(
+    r"\b((?:call|dial|text) (?=[0-9]{3}\b)|(?:code|PIN|OTP|passcode)(?: is)?:? )([0-9]{3,8})\b(?![-.,/%:][0-9])",
+    DIGITS,
+    re.IGNORECASE,
+)
+def short_number(m):
+    return f"{m[1]}{digits(m[2])}"
+
+
+@rule(
+    r"(?<![\w.])(?:(v|V)|ver\. ?)?([0-9]{1,5}(?:\.[0-9]{1,5}){2,4})(?=(?:[a-z]{1,5}[0-9]{0,3})?(?:\W|$))(?!\.[0-9])",
+    DIGITS,
+)
+def version(m):
+    letter = "version " if m[1] and before(m, 8).lower() != "version " else ""
+    return letter + " point ".join(cardinal(int(n)) for n in m[2].split("."))
+
+
+@rule(
+    rf"(?:(?<![\w.])v(?=[0-9])|\b((?:{'|'.join(VERSIONED)}) ?v?))([0-9]{{1,3}}(?:\.[0-9]{{1,3}})?)(?![\w]|\.[0-9])",
+    DIGITS,
+)
+def named_version(m):
+    return (m[1].rstrip("v ") if m[1] else "version") + " " + " point ".join(cardinal(int(n)) for n in m[2].split("."))
+
+
+@rule(rf"(?<![\w.,])([0-9]{{1,3}}(?:,[0-9]{{3}}){{0,4}}|[0-9]{{1,9}}){NTH}(?!\w)", DIGITS, re.IGNORECASE)
+def ordinals(m):
+    return ordinal(int(m[1].replace(",", "")))
+
+
+# Roman numerals
+
+
+@rule(rf"\b({'|'.join(MONARCHS)}) (?=[IVX]){ROMAN}(?!\w)(?!['’][a-rt-z])", "IVX")
+def monarch(m):
+    if m[2] in ("I", "V", "X") and not re.match(r"['’]s\b|[.,;:)!?]|\s*$| of\b", after(m, 6)):
+        return None
+    return f"{m[1]} the {ordinal(roman(m[2]))}"
+
+
+@rule(
+    rf"\b({'|'.join(NUMBERED_NAMES)}|{'|'.join(n.upper() for n in NUMBERED_NAMES)})\.? (?=[IVX]){ROMAN}(?![\w'’])",
+    "IVX",
+)
+def numbered_name(m):
+    return f"{m[1]} {cardinal(roman(m[2]))}"
+
+
+@rule(rf"(?<=[a-z]) (?=[IVX]{{2}}){ROMAN}(?![\w'’])", "IVX")
+def other_name(m):
+    name = re.search(r"\b([A-Z][a-z]{0,28})$", before(m, 30))
+    if name and name[1] not in (
+        "The",
+        "An",
+        "And",
+        "This",
+        "That",
+        "My",
+        "In",
+        "On",
+        "With",
+        "For",
+        "To",
+        "Of",
+        "Use",
+        "No",
+    ):
+        return f" {cardinal(roman(m[1]))}"
+
+
+def roman(text):
+    values = [{"I": 1, "V": 5, "X": 10}[c] for c in text]
+    return sum(-v if v < max(values[i:]) else v for i, v in enumerate(values))
+
+
+# Abbreviations
+
+
+@rule(r"(?<![\w.])(?:[A-Z]\.){2,3}(?!\w)|(?<![\w.])Ph\.D\.(?!\w)", ".")
+def joined(m):
+    if m[0] in JOINED:  # a name may follow, or the next sentence: at the end of a paragraph alone is it sure
+        return JOINED[m[0]] + ("." if not after(m, 9).strip("\"'”’) \n") else "")
+
+
+@rule(rf"\b([0-9]{{1,6}} (?:[NSEW]\.? )?(?:[A-Z][\w'’]{{0,30}} ){{1,3}})({'|'.join(STREETS)})\b\.?(?!\w)", DIGITS)
+def street_with_number(m):
+    return f"{m[1]}{STREETS[m[2]]}{full_stop(m)}"
+
+
+@rule(
+    rf"\b([A-Z][\w'’]{{0,30}}|[0-9]{{1,3}}{NTH}) ({'|'.join(STREETS)})\b(?:\.(?! [A-Z])|(?=[,\n]|$))(?!\w)", "SABRLDCPH"
+)
+def street(m):
+    return f"{m[1]} {STREETS[m[2]]}{full_stop(m)}"
+
+
+@rule(r"\b(?<=[A-Za-z0-9] )(Ave|Blvd|Rd|Ln|Hwy|Pkwy)\.(?!\w)", ".")
+def street_alone(m):
+    return STREETS[m[1]] + full_stop(m)
+
+
+@rule(rf"(?<![\w.])({'|'.join(TITLES)})(\.?)[ \n](?=[A-Z]|(?:and|&) (?:Mrs?|Ms|Dr)\b)", "DMPRFGCLSAH")
+def title(m):
+    if m[2] or m[1] in ("Dr", "Mr", "Mrs", "Ms", "Prof", "St"):
+        return TITLES[m[1]] + m[0][-1]
+
+
+@rule(rf"(?<=[\w,] )({'|'.join(AFTER_NAMES)})\.(?!\w)", ".")
+def after_name(m):
+    return AFTER_NAMES[m[1]] + full_stop(m)
+
+
+# Signs between numbers and words
+
+
+@rule(r"(?<!\w)(?:#|№) ?(?=[0-9])|(?<!\w)#(?=[A-Za-z])", "#№")
+def number_sign(m):
+    return "number " if after(m).isdigit() else "hashtag "
+
+
+@rule(r"\b([CFJ])(\+\+|#)(?!\w)", "+#")
+def languages(m):
+    return m[1] + (" plus plus" if m[2] == "++" else " sharp")
+
+
+@rule(r"\b([A-D])([+−])(?=[\s,.;:!?)]|$)", "+−")
+def mark(m):
+    return m[1] + (" plus" if m[2] == "+" else " minus")
+
+
+@rule(rf"(?<![\w.])({NUMBER})(?: ?[x×] ?({NUMBER}))(?: ?[x×] ?({NUMBER}))?(?!\w)", "x×")
+def dimensions(m):
+    if "=" in after(m, 2) or " × " in m[0]:
+        return " times ".join(number(n) for n in m.groups() if n)
+    return " by ".join(year_or_number(n) if len(n) == 4 else number(n) for n in m.groups() if n)
+
+
+@rule(rf"(?<![\w.])({NUMBER})(?:{TO}({NUMBER}))?[x×](?!\w)", "x×")
+def times(m):
+    return f"{number(m[1])}{' to ' + number(m[2]) if m[2] else ''} times"
+
+
+@rule(r"\b401\(?k\)?(?!\w)", DIGITS)
+def pension(m):
+    return "four oh one k"
+
+
+@rule(rf"{SIGN}({NUMBER})(k|K|M|mn|B|bn)\b(?!\.\w)", DIGITS)
+def large(m):
+    amounts = {"K": len(m[2]) > 1, "B": "." in m[2] or re.match(" [a-z]+s\\b", after(m, 20))}  # 4K, Terminal 2B
+    if amounts.get(m[3], True):
+        return f"{sign_of(m)}{number(m[2])} {LARGE[m[3]]}"
+
+
+@rule(r"(?<=[A-Za-z0-9)])(?:\^([23])(?![0-9.])|([²³])|\^(?=-?[0-9a-z]))", "^²³")
+def power(m):
+    return POWERS.get(m[1] or m[2], " to the power of ")
+
+
+@rule(r"(?<=[0-9a-z]) - (?=[0-9a-z.]{1,12} ?=)|(?<=[0-9]) - (?=[0-9]{1,9} [-+*/×÷=])", "-")
+def minus(m):
+    return " minus "
+
+
+@rule(r"(?<=[0-9])( ?)[*∗·⋅](?: ?)(?=[0-9])|(?<=\b[a-z]) [*∗·⋅] (?=[a-z0-9]\b)", "*∗·⋅")
+def multiplied(m):
+    return " times "
+
+
+@rule(r"(?<=[0-9]) / (?=[0-9])", "/")
+def divided(m):
+    return " divided by "
+
+
+@rule(
+    r"(?<=[\w)\]²³]) ?(==|!=|<=|>=|[=×÷≠<>≤≥≈±−]) ?(?=[\w(-])|(?<=[\w)\]]) (\+) (?=[\w(])"
+    r"|(?<=[0-9])(\+)(?=[0-9])|(?<!\S)([=<>≤≥≠]) ?(?=[0-9])",
+    "=!<>×÷≠≤≥≈±−+",
+)
+def operator(m):
+    sign = m[1] or m[2] or m[3] or m[4]
+    if sign in ("<", ">") and not (m[4] or m[0][-1] == " " or after(m).isdigit()):
+        return None
+    said = OPERATORS[sign]
+    return f"{said.removeprefix('is ')} " if m[4] else f" {said} "
+
+
+@rule(r"(?<=[0-9])\+(?=[\s,.;:!?)]|$)", "+")
+def and_more(m):
+    return " plus"
+
+
+@rule(r" ?(?:<?[-=]{1,4}>|[→⇒⟶➜➔↦←⇐↔⇔]) ?", ">→⇒⟶➜➔↦←⇐↔⇔")
+def arrow(m):
+    return ", "
+
+
+@rule(
+    rf"(?<![\w.,/-])([0-9]{{1,15}}(?:,[0-9]{{3}}){{0,4}}(?:\.[0-9]{{1,9}})?)(?: ?– ?|-| - | — |—|:)({NUMBER})"
+    r"(?![\w]|[-/][0-9])",
+    DIGITS,
+)
+def range_of_numbers(m):
+    first, second = m[1], m[2]
+    if re.fullmatch("(?:1[0-9]|20)[0-9]{2}", first) and len(second) == 2:
+        return f"{year_or_number(first)} to {number(second)}"
+    return f"{year_or_number(first)} to {year_or_number(second)}"
+
+
+@rule(r"(?<![\w)\]%.,'\"])[-−](?=\.?[0-9])|(?<!\w)\+(?=[0-9])|(?<!\w)[~≈±](?=[0-9])", DIGITS)
+def sign(m):
+    return SIGNS[m[0]]
+
+
+@rule(r"(?<=[A-Za-z])-(?=[0-9])|(?<=[0-9])(?=[A-Za-z])|(?<=[A-Za-z])(?=[0-9])|_(?=[0-9])", DIGITS)
+def letters_and_digits(m):
+    return " "
+
+
+@rule(r"[(\[]([0-9]{1,3})[)\]]|(?<!\w)['’]([0-9]{2})\b(?!['’])", DIGITS)
+def bare_number(m):
+    return m[1] or (f"oh {cardinal(int(m[2]))}" if m[2][0] == "0" else m[2])
+
+
+@rule(r"(?<=[0-9]),(?=[0-9])(?![0-9]{3}(?![0-9]))", DIGITS)
+def list_of_numbers(m):
+    return ", "
+
+
+@rule(rf"(?<![0-9])(?:{NUMBER}|(?<![\w.])\.[0-9]{{1,15}})", DIGITS)
+def numbers(m):
+    return year_or_number(m[0])
+
+
+# Signs alone
+
+
+@rule("&&?", "&")
+def ampersand(m):
+    return ("" if before(m) in ("", " ", "\n") else " ") + "and" + ("" if after(m) in ("", " ", "\n") else " ")
+
+
+@rule(rf"\b({words_of(EITHER)})\b", "/", re.IGNORECASE)
+def either(m):
+    return EITHER[m[0].lower()]
+
+
+@rule(r"(?<=[^\W_])/(?=[^\W_])| / ", "/")
+def slash_between(m):
+    return " " if m[0] == "/" else ", "
+
+
+@rule(r"§ ?(?=\w)|°|©|[®™†‡]", "§°©®™†‡")
+def rare_signs(m):
+    return {"§": "section ", "°": " degrees", "©": "copyright"}.get(m[0][0], "")
+
+
+@rule(r"[“”„«»‟]|[‘’‚‛`´]", "“”„«»‟‘’‚‛`´")
+def quotes(m):
+    return '"' if m[0] in "“”„«»‟" else "'"
+
+
+@rule(r"(?<![.…])…|\.(?: \.){2,}", ".…")
+def ellipsis(m):
+    return "..."
+
+
+@rule(r"(?<!\S)(--|-)(?=[A-Za-z])(?=[a-z]\w|\w\b)", "-")
+def option(m):
+    return "dash dash " if m[1] == "--" else "dash " if re.match(r"\w\b", after(m, 2)) else None
+
+
+@rule(r"[ \n]?(?:—|―|–|(?<!-)--(?!-)|(?<=[ \n])-(?=[ \n]))[ \n]?", "-—―–")
+def dash(m):
+    gap = "\n" if "\n" in m[0] else " "
+    if before(m) in ("", "\n"):
+        return ""
+    if before(m) in ".!?,;:":
+        return gap if m[0].strip() != m[0] else ""
+    return "," if after(m) in ("", '"', "'", "\n") or after(m) in ".!?,;:" else f",{gap}"
+
+
+@rule(r"(?<=[^\W_])\(s\)", "(")
+def optional_plural(m):
+    return "s"
+
+
+@rule(r" ?[(\[{]", "([{")
+def opening(m):
+    if before(m) in ("", "\n") or before(m) in ".!?,;:([{\"'":
+        return m[0][:-1]
+    return ", "
+
+
+@rule(r"[)\]}]", ")]}")
+def closing(m):
+    if after(m) in ("", "\n") or after(m) in ".,;:!?)]}\"'":
+        return ""
+    return ("" if before(m) in (*".,;:!?", "") else ",") + ("" if after(m) == " " else " ")
+
+
+@rule(r" ?[|•·∙‖¦] ?", "|•·∙‖¦")
+def bar(m):
+    return ", "
+
+
+# ------------------------------------------------------------------------------------- markup
+
+TAGS = """
+a abbr audio b blockquote body br caption center cite code del details div em emphasis font h1 h2 h3 h4 h5 h6 head hr
+html i img ins kbd lang li mark ol p pre prosody q s samp say-as small speak span strike strong sub summary sup table
+tbody td th thead title tr tt u ul var voice
+""".split()
+TAG = re.compile(rf"<!--.{{0,500}}?-->|</?({'|'.join(TAGS)})\b(?:\s[^<>]*)?/?>", re.IGNORECASE | re.DOTALL)
+BREAKING = {"br", "p", "div", "li", "tr", "h1", "h2", "h3", "h4", "h5", "h6", "hr", "blockquote", "ul", "ol", "table"}
+EMOJI = re.compile(
+    "[\U0001f000-\U0001faff\u2600-\u2793\u27b0\u27bf\u2b00-\u2bff\u2300-\u23ff\u25a0-\u25ff\ufe0f\u200d\u20e3\U000e0020-\U000e007f]"
+)
+EMOTICON = re.compile(r"(?<!\S)(?:[:;=8][-'o]?[)(\]DPp|/\\]|<3|\^_\^|xD|XD)(?=[\s.,!?]|$)")
+IMAGE_OR_LINK = re.compile(
+    r"""!?\[([^\[\]]{0,300})\]\([^()\s]{0,2000}(?:\([^()\s]{0,200}\)[^()\s]{0,200})?(?:\s["'][^"'\n]{0,200}["'])?\)"""
+)
+REFERENCE = re.compile(
+    r"""\[\^[^\]\s]{1,20}\]|(?<=[\w.,!?"'”’)\]])\[[0-9]{1,3}(?:[,–-] ?[0-9]{1,3}){0,9}\]"""
+    r"""|\[([^\[\]]{1,300})\]\[[^\[\]]{0,100}\]"""
+)
+AUTOLINK = re.compile(r"<((?:https?://|mailto:)?[^<>\s]{1,500}[.@/:][^<>\s]{1,500})>")
+BULLET = re.compile(r"[ \t]*(?:[-*+•◦▪●○‣▸►·✓✔✅❌☑➤→–][ \t]+|[●•‣▸►✓✔✅❌☑➤])(?:\[[ xX]?\][ \t]+)?(?=\S)")
+LIST_NUMBER = re.compile(r"[ \t]*([0-9]{1,3})(?:[.)][ \t]+|\ufe0f?\u20e3[ \t]*)(?=\S)")
+HEADING = re.compile(r"[ \t]{0,3}#{1,6}[ \t]+(?=\S)")
+QUOTED = re.compile(r"[ \t]*>[> \t]*")
+DEFINITION = re.compile(r"[ \t]*\[([^\[\]]{1,100})\]:[ \t]")
+CLOSERS = "*_~`\"'”’)] \t"
+
+
+def plain(text):
+    """Markdown, line by line: without its signs, and headings, items and rows of tables end like sentences."""
+    lines, out = text.split("\n"), []
+    fence, open_item = "", False
+
+    def end():
+        if open_item and out:
+            out[-1] = ended(out[-1])
+
+    for i, line in enumerate(lines):
+        bare = line.strip()
+        if bare[:3] in ("```", "~~~") and (not fence or bare == fence):
+            end()
+            fence, open_item = "" if fence else bare[:3], False
+            continue
+        if fence:
+            out.append(line)
+            continue
+        if bare.startswith(">"):
+            line = line[QUOTED.match(line).end() :]
+            bare = line.strip()
+        if len(bare) > 2 and not bare.strip("-=_*~|:+ \t"):  # a rule, or what stands below the head of a table
+            open_item = True if bare[0] in "=-" and "|" not in bare and out and out[-1].strip() else open_item
+            end()
+            open_item = False
+            if "|" not in bare:
+                out.append("")
+            continue
+        if not bare:
+            end()
+            open_item = False
+            out.append(line)
+        elif "|" in bare and ((bare[0] == bare[-1] and len(bare) > 1) or in_table(lines, i)):
+            end()
+            cells = [cell.strip() for cell in bare.strip("|").replace("\\|", "/").split("|")]
+            out.append(", ".join(cell for cell in cells if cell))
+            open_item = True
+        elif m := HEADING.match(line):
+            end()
+            out.append(line[m.end() :].rstrip("# \t"))
+            open_item = True
+            end()
+            open_item = False
+        elif m := LIST_NUMBER.match(line):
+            end()
+            out.append(f"{m[1]}. {line[m.end() :]}")
+            open_item = True
+        elif m := BULLET.match(line):
+            end()
+            out.append(line[m.end() :])
+            open_item = m[0].strip()[0] not in "–→"
+        elif m := DEFINITION.match(line):
+            if m[1].startswith("^"):
+                out.append(line[m.end() :])
+        else:
+            out.append(line)
+    end()
+    return "\n".join(out)
+
+
+def in_table(lines, i):
+    """Whether the next line, or one above with nothing else between, is a table's line of dashes."""
+    near = lines[i + 1 : i + 2] + lines[max(i - 1, 0) : i]
+    return any("-" in line and "|" in line and not line.strip("-|: \t") for line in near)
+
+
+def ended(line):
+    """The line with a full stop, where it ends without any mark."""
+    words = line.rstrip()
+    last = words.rstrip(CLOSERS)[-1:]
+    return line if not last or last in ".!?…:;,。！？؟۔।" else f"{words}."
+
+
+def emphasis(m):
+    """Stars and underscores are dropped, but those between words of a name are spaces, and 2 * 3 is a product."""
+    left, right = before(m), after(m)
+    if m[0] == "*" and (left == right == " " or (left.isdigit() and right.isdigit())):
+        return m[0]
+    return " " if m[0][0] == "_" and left.isalnum() and right.isalnum() else ""
+
+
+def emoji_name(m):
+    name = unicodedata.name(m[0], "").lower()
+    if (
+        not name
+        or "selector" in name
+        or "joiner" in name
+        or "indicator" in name
+        or "tag " in name
+        or "modifier" in name
+    ):
+        return ""
+    return f", {name}, " if after(m, 4).strip("\ufe0f\u200d \n") else f", {name}"
+
+
+def lowered(m):
+    """A shouted sentence in small letters; what has small letters, or is a name in capitals, is none."""
+    words = re.findall(r"[A-Z]+['’]?[A-Z]+", m[0])
+    if len(words) < 2 or any(c.islower() for c in m[0]):
+        return m[0]
+    if not any(word in SHOUTED or (len(word) > 4 and word not in ACRONYMS) for word in words):
+        return m[0]
+
+    def word(w):
+        if w[0] in ACRONYMS or w[0] == "I" or (len(w[0]) > 1 and not re.search("[AEIOUY]", w[0])):
+            return w[0]
+        return w[0].capitalize() if w[0][:2] in ("I'", "I’") else w[0].lower()
+
+    text = re.sub(r"[A-Z]+(?:['’][A-Z]+)?", word, m[0])
+    first = re.search("[a-zA-Z]", text).start()
+    return text[:first] + text[first].upper() + text[first + 1 :]
+
+
+# ------------------------------------------------------------------------------------- spoken
+
+PAUSE = re.compile(
+    r"""\[pause:? ?([0-9]{1,4}(?:\.[0-9]{1,3})?|\.[0-9]{1,3}) ?(m?s)?\]"""
+    r"""|<break(?:\s+strength="[a-z-]{1,10}")?(?:\s+time="([0-9]{1,6}(?:\.[0-9]{1,3})?|\.[0-9]{1,3}) ?(m?s)")?"""
+    r"""[^<>]{0,40}/?>(?:</break>)?""",
+    re.IGNORECASE,
+)
+LONGEST_PAUSE = 10  # seconds
+LETTER, LATIN = re.compile(r"[^\W\d_]"), re.compile(r"[A-Za-z\u00c0-\u024f]")
+SIMPLE = re.compile(r"[^\w\s.,;:!?'\"-]|[0-9_]")
+
+
+def spoken(text, emoji=False):
+    """What is said for `text`. emoji: whether their names are."""
+    for _ in range(5):  # what signs hid from a rule: spoken(spoken(text)) is spoken(text)
+        out, start = [], 0
+        for m in PAUSE.finditer(text):
+            out += [said(text[start : m.start()], emoji), m[0]]
+            start = m.end()
+        new = "".join([*out, said(text[start:], emoji)])
+        if new == text:
+            break
+        text = new
+    return text
+
+
+def said(text, emoji):
+    """spoken() of a text without pauses."""
+    if "&" in text:
+        text = html.unescape(text)
+    text = re.sub("[\u00a0\u2007\u2009\u200a\u202f]", " ", text.replace("\r\n", "\n"))
+    text = re.sub("[\u00ad\u200b\u2060\ufeff]", "", text)
+    text = TAG.sub(lambda m: "\n" if (m[1] or "").lower() in BREAKING else "", text)
+    text = plain(text)
+    return "".join(
+        block if block.isspace() else said_block(block, emoji) for block in re.split(r"(\n[ \t]*\n\s*)", text)
+    )
+
+
+def said_block(block, emoji):
+    """A paragraph; what is changed is tidied as well."""
+    old = block
+    for _ in range(2):  # a link's text may be an image
+        block = IMAGE_OR_LINK.sub(r"\1", block)
+    block = REFERENCE.sub(lambda m: m[1] or "", block)
+    block = AUTOLINK.sub(r"\1", block)
+    block = EMOTICON.sub("", block)
+    for c, plainer in VULGAR.items():
+        if c in block:
+            block = re.sub(rf"(?<=[0-9]){c}", f" {plainer}", block).replace(c, plainer)
+    letters = LETTER.findall(block)
+    if 2 * len(LATIN.findall(block)) >= len(letters):
+        block = re.sub(r"[^.!?\n]+", lowered, block)
+        block = apply(ADDRESSES, block)  # before the markdown: their underscores are said
+        block = re.sub(r"\\(?=[*_`#\[\]()~>|.!+-])", "", block)
+        block = re.sub(r"\*+|_+|~~+|`+", emphasis, block)
+        block = EMOJI.sub(emoji_name if emoji else " ", block)
+        block = apply(RULES, block)
+    else:
+        block = re.sub(r"\*+|_+|~~+|`+", emphasis, block)
+        block = EMOJI.sub(emoji_name if emoji else " ", block)
+    if block == old:
+        return block
+    block = re.sub(r"[ \t]{2,}", " ", block)
+    block = re.sub(r" (?=[,.;:!?]+(?:\s|$))", "", block)
+    block = re.sub(r",(?: ?,)+", ",", block)
+    block = re.sub(r",(?=[.;:!?])", "", block)
+    return re.sub(r"(?m)^[ ,]+|[ ]+$", "", block)
+
+
+# ------------------------------------------------------------------------------------- sentences
+
+log = logging.getLogger("csm")
+
+PAUSES = {"paragraph": 0.7, "sentence": 0.25, "part": 0.05}  # seconds after each
+LONGEST = 240  # characters that are said at once; longer sentences are cut at commas, or between words
+SHORTEST = 20  # bytes; shorter ones join the next, since a word alone is said less well
+NARROW = 40  # characters; no prose is wrapped at fewer, so a line break between shorter lines is meant
+NEAR = 40  # characters before a mark that are looked at
+# No sentence ends after these, nor after an initial,
+ABBREVIATIONS = """
+mr mrs ms dr messrs mme mlle prof rev fr st sr jr esq gen col maj capt cmdr adm lt sgt hon pres gov sen rep univ mt ft
+ave blvd rd vs cf al ca approx dept est inc ltd co corp bros ed eds viz e.g i.e eg ie aka a.k.a
+""".split()
+NUMBERED = "no nos art fig sec vol ch p pp".split()  # nor after these before a number,
+DATES = "jan feb mar apr jun jul aug sep sept oct nov dec mon tue wed thu fri sat sun".split()  # or these, capital
+ALWAYS = "。！？।॥؟۔։።။៕"  # end a sentence whatever follows
+END = re.compile(rf"""(?:(?<![.!?…])(?:\.(?: \.)+|[.!?…]+)['"’”)\]]*(?:\[\d+\])*(?=\s)|[{ALWAYS}]+[」』”’"')\]]*)\s*""")
+WORD = re.compile(r"[^\W_]")  # what has none is not said
+ITEM = re.compile(r"[ \t]*(?:#{1,6}[ \t]|[-*+•◦▪●–][ \t]|[0-9]{1,3}[.)][ \t])")
+WHOLE_PREFIXES = """
+self well non ex half high low all cross long short full ill so two three four five six seven eight nine ten twenty
+thirty forty fifty sixty seventy eighty ninety old new first second third last mid anti post pre semi co by good great
+""".split()
+
+
+def parts_of(text, verbatim=False, longest=LONGEST, together=0):
+    """What a program says of a text: its `sentences`, with silence after the last only where a pause is written.
+
+    verbatim: of the text as it is, without `spoken`. Raises ValueError if there is nothing to say.
+    """
+    if not verbatim:
+        text = spoken(text)
+        log.debug("said as: %s", text)
+    parts = sentences(text, longest, together)
+    if not parts:
+        raise ValueError("the text is empty: it has no words to say")
+    *_, last = [None, *PAUSE.finditer(text)]
+    if last is None or WORD.search(text, last.end()):
+        parts[-1] = parts[-1][0], 0
+    return parts
+
+
+def sentences(text, longest=LONGEST, together=0):
+    """Text -> [(a sentence or a part of one, the seconds of silence after it)]. A blank line ends a paragraph.
+
+    longest: the characters of a part. together: the characters up to which what stands between two pauses is one part.
+    [pause:1.5] and <break time="1.5s"/> are that much silence; in front of all words they are nothing.
+    """
+    out, start = [], 0
+    for m in [*PAUSE.finditer(text), None]:
+        chunk, parts = text[start : m.start() if m else None], []
+        if len(chunk.strip()) <= together:
+            parts = [(" ".join(chunk.split()), PAUSES["paragraph"])] if WORD.search(chunk) else []
+        else:
+            for paragraph in re.split(r"\n[^\S\n]*\n\s*", chunk):
+                parts += paragraph_parts(paragraph, longest)
+        out += parts
+        if m is None:
+            return out
+        if out:
+            held = 0 if parts else out[-1][1]  # of another pause, right before this one
+            out[-1] = out[-1][0], min(held + pause_length(m), LONGEST_PAUSE)
+        start = m.end()
+
+
+def pause_length(m):
+    """Seconds of a match of PAUSE; <break/> alone is as long as between paragraphs."""
+    for length, name in ((m[1], m[2]), (m[3], m[4])):
+        if length:
+            return min(float(length) / (1000 if (name or "").lower() == "ms" else 1), LONGEST_PAUSE)
+    return PAUSES["paragraph"]
+
+
+def paragraph_parts(paragraph, longest):
+    said = []
+    for block in blocks(paragraph):
+        fresh = True
+        for part in block_sentences(block):
+            if said and len(said[-1].strip().encode()) < SHORTEST:
+                # Lines are separate sentences: an end mark between them is said as a pause.
+                joint = ". " if fresh and said[-1].strip()[-1:].isalnum() else " " if fresh else ""
+                said[-1] += joint + part
+            else:
+                said.append(part)
+            fresh = False
+    out = []
+    said = [part.strip() for part in said if WORD.search(part)]
+    for i, sentence in enumerate(said):
+        *first, last = cut(sentence, longest)
+        pause = PAUSES["paragraph" if i == len(said) - 1 else "sentence"]
+        out += [(part, PAUSES["part"]) for part in first] + [(last, pause)]
+    return [(part, pause) for part, pause in out if WORD.search(part)]
+
+
+def blocks(paragraph):
+    """The lines of a paragraph, those joined that belong together: what stands between two breaks that are meant."""
+    lines = [line for line in paragraph.split("\n") if line.strip()]
+    width = max((len(line.strip()) for line in lines), default=0)
+    block, out = "", []
+    for i, line in enumerate(lines):
+        block = joined_lines(block, " ".join(line.split()))
+        if i + 1 == len(lines) or breaks(line, lines[i + 1], width):
+            out.append(block)
+            block = ""
+    return out
+
+
+def joined_lines(first, second):
+    """exam- and ple -> example; self- and made -> self-made"""
+    word = re.search(r"(?<![^\W_])([^\W\d_]{1,40})-$", first[-NEAR:])
+    if not first or not word or not second[:1].islower():
+        return f"{first} {second}".strip()
+    return (first if word[1].lower() in WHOLE_PREFIXES else first[:-1]) + second
+
+
+def breaks(line, following, width):
+    """Whether the break between two lines is meant: a list's, a heading's, or the next word had room, and some more.
+
+    width: of the longest line. What starts small, or with a number, goes on with the sentence, unless lines are short.
+    """
+    line, start = line.strip(), following.split()[0]
+    if line[-1] == "-" and start[0].islower():  # a word goes on
+        return False
+    room = width < NARROW or len(line) + 1 + len(start) <= 0.85 * width
+    if m := ITEM.match(following):
+        return room or not m[0].strip()[0].isdigit() or line[-1] in ".:;!?,"
+    if re.match(r"#{1,6}\s", line):
+        return True
+    return room and (len(line) < 25 or not (start[0].islower() or start[0].isdigit() or start[0] == "("))
+
+
+def block_sentences(text):
+    """Text without line breaks -> its sentences, with the space behind them."""
+    start, seen, cased = 0, 0, False
+    for end in END.finditer(text):
+        chunk = text[seen : end.start()]
+        cased, seen = cased or chunk != chunk.lower(), end.start()
+        if ends_here(
+            text[max(start, end.start() - NEAR) : end.start()], end[0], text[end.end() : end.end() + NEAR], cased
+        ):
+            yield text[start : end.end()]
+            start, cased = end.end(), False
+    if start < len(text):
+        yield text[start:]
+
+
+def ends_here(before, mark, after, cased):
+    """Whether the sentence ends with `mark`, which may also be an abbreviation's or belong to what is quoted.
+
+    before, after: the characters near it. cased: whether the sentence has capitals.
+    """
+    if not after or mark[0] in ALWAYS:
+        return True
+    following = after.lstrip("'\"‘“([¿¡—–- ")[:1]
+    if following.islower() and (cased or ". ." in mark):  # "Stop!" he cried. He waited ... and left.
+        return False
+    word = re.search(r"[\w.]*$", before)[0]
+    if mark.strip() != ".":
+        return True
+    if word.lower() in ABBREVIATIONS:
+        return False
+    if re.fullmatch(r"([^\W\d]\.)+[^\W\d]", word):  # J.R.R. Tolkien; at 5 p.m. Then
+        return word.islower() and following.isupper()
+    if (len(word) == 1 and word.isalpha() and word != "I") or re.fullmatch(r"[0-9]{1,2}", before.strip()):
+        return False
+    low = word.lower()
+    if low in NUMBERED or (low in DATES and word[0].isupper()):
+        return not following.isdigit()
+    return True
+
+
+def cut(sentence, longest=LONGEST):
+    """A sentence in parts of at most `longest` characters."""
+    parts, start = [], 0
+    while len(sentence) - start > longest:
+        head = sentence[start : start + longest]
+        for mark in (r"[.!?…]\s+", r"(?:[;:,]\s+|[，、—–]\s*)", r"\s+", r".$"):
+            if at := [m.end() for m in re.finditer(mark, head) if m.end() > longest // 3]:
+                break
+        parts.append(head[: at[-1]].strip())
+        start += at[-1]
+        start += re.match(r"\s*", sentence[start : start + longest]).end()
+    return [*parts, sentence[start:].strip()]

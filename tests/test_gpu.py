@@ -1,0 +1,338 @@
+"""What a GPU would be asked to do, checked on a CPU: which operations, how many of them, in which shapes, and when.
+
+Nothing here needs a GPU. On one, `python -m csm_tools.bench --doctor` checks the results.
+"""
+
+import io
+import os
+import re
+import subprocess
+import sys
+from collections import Counter
+from pathlib import Path
+
+import csm  # before mlx
+import csm_batch
+
+import mlx.core as mx  # isort: skip
+import mlx.nn as nn
+import mlx.optimizers as optim
+import numpy as np
+import pytest
+from mlx.utils import tree_flatten
+
+from conftest import clip, write_model
+from csm_tools import command, finetune, serve_engine
+
+HERE = Path(__file__).parent.parent
+# What the backends of MLX 0.32.4 lack: "has no CUDA implementation" in its libmlx.so; "NYI" in its Metal sources.
+CUDA_LACKS = set("Cholesky Eig Eigh Inverse LUF QRF SVD Send Recv GatedDeltaUpdate GatedDeltaUpdateVJP".split())
+METAL_LACKS = set("QRF SVD Inverse Cholesky Eig Eigh LUF AllReduce AllGather Send Recv ReduceScatter".split())
+KNOWN = set(
+    """
+    Add AddMM Arange ArgReduce ArgSort AsType BitwiseAnd BitwiseOr Broadcast Concatenate Contiguous Copy Cos CumSum
+    CustomTransforms Divide Equal Erf Exp ExpandDims Flatten Full Gather GatherAxis GreaterEqual LeftShift Less
+    LessEqual Load Log LogSumExp Matmul Max Maximum Minimum Multiply Negative NotEqual Pad Power Quantize
+    QuantizedMatmul RandomBits Reshape RightShift Rsqrt Scatter ScatterAxis Select Sigmoid Sin Slice SliceUpdate
+    Softmax Split Sqrt Square Squeeze StopGradient Subtract Sum Transpose Unflatten
+    """.split()
+)
+FREE = set(  # they give a view of their input, or none of these arrays is made anew each frame
+    "Broadcast ExpandDims Flatten Full Reshape Slice Split Squeeze StopGradient Transpose Unflatten".split()
+)
+LAYERS = csm.CSMConfig(  # CSM-1B's numbers of layers and codebooks, on which the number of operations depends
+    csm.LlamaConfig(16, 64, 4, 1, 16, 128), csm.LlamaConfig(4, 32, 4, 1, 8, 64), 100
+)  # fmt: skip
+
+
+def primitives(*arrays):
+    """How often each primitive is in the graphs of these arrays, or trees of arrays."""
+    arrays = [x for _, x in tree_flatten(list(arrays)) if isinstance(x, mx.array)]
+    text = io.StringIO()
+    if arrays:
+        mx.export_to_dot(text, *arrays)
+    return Counter(re.findall(r'label ="(\w+)', text.getvalue()))
+
+
+@pytest.fixture
+def calls(monkeypatch):
+    """[(the function's name, its arrays, their primitives)] of all that is evaluated from here on."""
+    out = []
+
+    def watch(module, name):
+        own = getattr(module, name)
+
+        def watched(*args, **options):
+            found = primitives(*args)
+            out.append((name, args, found))
+            return own(*args, **options)
+
+        monkeypatch.setattr(module, name, watched)
+
+    watch(mx, "eval")
+    watch(mx, "async_eval")
+    watch(np, "array")  # which evaluates what it is given
+    return out
+
+
+@pytest.fixture(scope="module")
+def tiny():
+    return csm.load("tiny", dtype="float32")
+
+
+# ------------------------------------------------------------------------------------ which operations
+
+
+def speak(generator):
+    """Every way that csm.py samples, and every way that a batch changes."""
+    context = [csm.Segment(0, "Hello.", clip(0.5))]
+    options = {"max_audio_length_ms": 240, "seed": 1}
+    for kind in (
+        {"temperature": 0}, {"top_p": 0.8, "min_p": 0.1}, {"sampler": lambda logp: mx.argmax(logp, axis=-1)},
+        {"logits_processors": [lambda ids, logits: logits * 0.5]},
+    ):  # fmt: skip
+        generator.generate("Yes.", 0, context, **kind, **options)
+    batch = csm_batch.Batch(generator)
+    for i, text in enumerate(("Yes.", "Good morning, how are you?", "No.")):
+        batch.insert(generator.text_rows(text, 0), 3 + i, i, csm.Sampling(temperature=i % 2))
+        batch.next()
+    while len(batch):
+        batch.next()
+
+
+def learn(model):
+    """One update by AdamW."""
+    K = model.config.audio_num_codebooks
+    rows = mx.zeros((1, 9, K + 1), mx.int32)
+    model.unfreeze()
+
+    def loss(model):
+        zero, rest = finetune.frame_losses(model, rows, mx.array([3, 4]), mx.array([3]))
+        return zero.sum() + rest.sum()
+
+    optimizer = optim.AdamW(1e-5)
+    _, gradient = nn.value_and_grad(model, loss)(model)
+    gradient, _ = optim.clip_grad_norm(gradient, 1.0)
+    optimizer.update(model, gradient)
+    mx.eval(model.parameters(), optimizer.state)
+
+
+def test_every_operation_is_there_on_every_gpu(tmp_path, monkeypatch, calls):
+    folder = write_model(tmp_path)
+    for compiled in ("0", "1"):
+        monkeypatch.setenv("CSM_COMPILE", compiled)
+        generator = csm.load(folder)
+        speak(generator)
+    speak(csm.load(folder, quantize=4, group_size=32))
+    generator.mimi.decode(generator.mimi.encode(mx.array(clip(0.5))[None, None]))
+    learn(generator.model)
+    used = set().union(*(found for _, _, found in calls))
+    used = {name for name in used if not name.startswith("Compiled")}  # made of others, compiled for any device
+    assert {"Matmul", "QuantizedMatmul", "ArgSort", "RandomBits", "Scatter", "SliceUpdate"} <= used
+    assert not used & (CUDA_LACKS | METAL_LACKS)
+    assert used <= KNOWN, f"new: look whether CUDA and Metal have {sorted(used - KNOWN)}"
+    assert not KNOWN & (CUDA_LACKS | METAL_LACKS)
+
+
+def test_quantized_products_have_two_dimensions(folder, monkeypatch):
+    """CUDA takes the last but one dimension alone for the number of rows."""
+    own, seen = mx.quantized_matmul, []
+    monkeypatch.setattr(mx, "quantized_matmul", lambda x, *a, **o: seen.append(x.shape) or own(x, *a, **o))
+    q = csm.load(folder, quantize=4, group_size=32)
+    rows = np.stack([q.text_rows("hello there", 0)] * 3)
+    h = q.model(mx.array(rows))
+    codes = q.model.next_frame(h[:, -1], lambda i, logits: mx.argmax(logits, axis=-1))
+    assert h.shape == (*rows.shape[:2], 64) and codes.shape == (3, 8)
+    assert q.model.head(0, h).shape == (*rows.shape[:2], 67)
+    assert {len(shape) for shape in seen} == {2} and {n for n, _ in seen} == {3, rows.shape[0] * rows.shape[1], 6}
+
+
+# ------------------------------------------------------------------------------------ how many, and when
+
+
+def launches(compiled, greedy, monkeypatch):
+    """Operations of one frame at CSM-1B's layers that move data; MLX's fused functions count one each."""
+    monkeypatch.setattr(mx.fast, "rope", lambda x, *a, **o: mx.erf(x))
+    monkeypatch.setattr(mx.fast, "rms_norm", lambda x, *a, **o: mx.erf(x))
+    monkeypatch.setattr(
+        mx.fast, "scaled_dot_product_attention", lambda q, k, v, **o: mx.where(k[:, :1, :1], v[:, :1, :1], q)
+    )
+    model = csm.CSM(LAYERS)
+    c, n_codes, cache = LAYERS.backbone, LAYERS.audio_vocab_size - 3, csm.KVCache(LAYERS.backbone)
+    cache.keys = [mx.zeros((1, c.n_kv_heads, csm.CACHE_STEP, c.head_dim))] * c.n_layers
+    cache.values, cache.offset = list(cache.keys), 100
+    noise = None if greedy else mx.zeros((1, LAYERS.audio_num_codebooks, LAYERS.audio_vocab_size))
+    draw, h = csm.Draw(noise, mx.zeros((1, 5)), n_codes), mx.zeros((1, c.dim))
+    if compiled:
+        weights = model.parameters()
+        del weights["backbone"], weights["text_embeddings"]
+        arrays = (h,) if greedy else (h, noise, draw.options)
+        codes = csm.compile_next_frame(model, n_codes, LAYERS.audio_num_codebooks)(weights, *arrays)
+    else:
+        codes = model.next_frame(h, draw)
+    h = model(csm.frame_row(codes, LAYERS.audio_num_codebooks), cache)[:, -1]
+    found = primitives(codes, h)
+    return sum(n for name, n in found.items() if name not in FREE)
+
+
+@pytest.mark.parametrize("compiled, greedy, most", [(0, 0, 3850), (0, 1, 3100), (1, 0, 2950), (1, 1, 2600)])
+def test_operations_of_a_frame(monkeypatch, compiled, greedy, most):
+    n = launches(compiled, greedy, monkeypatch)
+    assert most * 0.9 < n <= most, n  # if it is less, lower the bound
+
+
+def test_a_frame_is_launched_in_two_parts_and_looked_at_once(generator, calls):
+    """The codes, then the backbone's next step; the codes are read when that is under way, by no further operation."""
+    K, n = generator.model.config.audio_num_codebooks, 5
+    rows, sampling = generator.text_rows("hello", 0), csm.Sampling()
+
+    def one():
+        cache = csm.KVCache(generator.model.config.backbone, generator.model.dtype)
+        return csm.frames(generator.model, rows, cache, n + 1, 1, sampling)
+
+    def many():
+        batch = csm_batch.Batch(generator)
+        for seed in range(3):
+            batch.insert(rows, n + 1, seed, sampling)
+        while len(batch):
+            yield batch.next()
+
+    for stream, B in ((one(), 1), (many(), 3)):
+        next(stream)  # with the prompt
+        calls.clear()
+        for _ in range(n - 1):
+            next(stream)
+        seen = [(name, args) for name, args, _ in calls if any(isinstance(x, mx.array) for x in args)]
+        assert [name for name, _ in seen] == ["async_eval", "async_eval", "array"] * (n - 1)
+        for (_, codes), (_, ahead), (_, read) in zip(seen[::3], seen[1::3], seen[2::3]):
+            assert [x.shape for x in codes] == [x.shape for x in read] == [(B, K)] and ahead[0].shape[0] == B
+        assert not any(found for name, _, found in calls if name == "array")
+
+
+# ------------------------------------------------------------------------------------ in which shapes
+
+
+def test_shapes_that_reach_attention(generator, monkeypatch):
+    """Over 100 prompts: a prompt alone, with no array as its mask, in a few rows; one depth decoder for all."""
+    own, seen = mx.fast.scaled_dot_product_attention, Counter()
+
+    def watched(q, k, v, *, scale, mask):
+        kind = mask if mask is None or isinstance(mask, str) else "array"
+        seen[q.shape[-1], q.shape[0], q.shape[2], k.shape[2], kind] += 1
+        return own(q, k, v, scale=scale, mask=mask)
+
+    monkeypatch.setattr(mx.fast, "scaled_dot_product_attention", watched)
+    rng, text = np.random.default_rng(0), generator.text_rows("hello there", 0)
+    batch, lengths = csm_batch.Batch(generator), rng.integers(3, 400, 100)
+    for i, n in enumerate(lengths):
+        batch.insert(np.resize(text, (n, text.shape[1])), 2, i)
+        if i % 4 == 3:
+            while len(batch):
+                batch.next()
+    model = generator.model.config
+    assert {kind for dim, _, T, _, kind in seen if T > 1} == {"causal"}
+    depth = {shape for shape in seen if shape[0] == model.decoder.head_dim and shape[2] > 1}
+    prompts = {shape for shape in seen if shape[0] == model.backbone.head_dim and shape[2] > 1}
+    assert {shape[2:4] for shape in depth} == {(2, 2)} and len(depth) <= len(csm_batch.SIZES)
+    assert {B for _, B, *_ in prompts} == {1} and max(T for _, _, T, _, _ in prompts) == csm.PREFILL_ROWS
+    assert len(prompts) <= 1 + len(set(lengths))
+
+
+@pytest.mark.parametrize("temperature", [0, 1.0])
+def test_only_codes_of_mimi_are_drawn(monkeypatch, temperature):
+    """The last ids of the vocabulary are no codes: they are neither drawn nor sorted with the others."""
+    own, widths = csm.sample, []
+    monkeypatch.setattr(csm, "sample", lambda logits, *rest: widths.append(logits.shape[-1]) or own(logits, *rest))
+    logits = mx.where(mx.arange(2051) >= 2048, 100.0, mx.random.normal((5, 2051), key=mx.random.key(0)))
+    noise = mx.random.gumbel((5, 2, 2051), key=mx.random.key(1)) if temperature else None
+    draw = csm.Draw(noise, mx.array([csm.Sampling(temperature=temperature).as_row()] * 5), 2048)
+    ids = draw(1, logits)
+    assert ids.shape == (5,) and 0 <= ids.min() and ids.max() < 2048 and widths == ([2048] if temperature else [])
+
+
+@pytest.mark.parametrize("wrong", [-1, 64, 2**31 - 1])
+def test_a_samplers_wrong_id_is_never_looked_up(generator, monkeypatch, wrong):
+    """On a GPU the embedding of an id that is none ends the process."""
+    own, seen = csm.CSM.embed_code, []
+    monkeypatch.setattr(csm.CSM, "embed_code", lambda self, i, ids: seen.append(ids.tolist()) or own(self, i, ids))
+    bad = csm.Sampling(sampler=lambda logp: mx.array([wrong if len(seen) == 3 else 5]))
+    batch = csm_batch.Batch(generator)
+    batch.insert(generator.text_rows("hello", 0), 4, 0, bad)
+    with pytest.raises(ValueError, match=f"the sampler gave {wrong}"):
+        generator.generate_codes("hello", sampler=bad.sampler, voice="none")
+    assert seen == [[5]] * 3
+    seen.clear()
+    with pytest.raises(ValueError, match=f"the sampler gave {wrong}"):
+        batch.next()
+    assert all(0 <= i < 64 for ids in seen for i in np.ravel(ids))
+
+
+# ------------------------------------------------------------------------------------ what MLX is told
+
+LOOK = """
+import os, sys
+
+class Look:
+    def find_spec(self, name, *_):
+        if name == "mlx":
+            print(" ".join(f"{k}={v}" for k, v in sorted(os.environ.items()) if k.startswith("MLX_")), flush=True)
+            os._exit(0)
+
+sys.meta_path.insert(0, Look())
+sys.platform = sys.argv[1]
+import MODULE
+"""
+PROGRAMS = ("speak", "narrate", "serve", "finetune", "bench")
+
+
+@pytest.mark.parametrize("module", ["csm", "mimi", "csm_batch", *(f"csm_tools.{name}" for name in PROGRAMS)])
+def test_mlx_is_told_before_it_is_imported(module, tmp_path):
+    for platform, own, expected in (
+        ("linux", {}, "MLX_CUDA_USE_CUDNN_SDPA=0 MLX_MAX_OPS_PER_BUFFER=1000"),
+        ("darwin", {}, "MLX_CUDA_USE_CUDNN_SDPA=0 MLX_MAX_MB_PER_BUFFER=400 MLX_MAX_OPS_PER_BUFFER=1000"),
+        ("linux", {"MLX_MAX_OPS_PER_BUFFER": "7"}, "MLX_CUDA_USE_CUDNN_SDPA=0 MLX_MAX_OPS_PER_BUFFER=7"),
+    ):
+        env = {k: v for k, v in os.environ.items() if not k.startswith("MLX_")} | own
+        env |= {"PYTHONPATH": str(HERE), "CSM_PLAIN": "1"}
+        program = [sys.executable, "-c", LOOK.replace("MODULE", module), platform]
+        done = subprocess.run(program, env=env, capture_output=True, text=True, cwd=tmp_path)
+        assert done.stdout.strip() == expected, done.stderr
+
+
+@pytest.fixture
+def gpu(monkeypatch):
+    """A pretended Mac: what is set there."""
+    said = {}
+    monkeypatch.setattr(csm, "on_gpu", lambda: True)
+    monkeypatch.setattr(mx.metal, "is_available", lambda: True)
+    monkeypatch.setattr(mx, "device_info", lambda: {"max_recommended_working_set_size": 12 << 30})
+    for name in ("set_wired_limit", "set_cache_limit"):
+        monkeypatch.setattr(mx, name, lambda n, name=name: said.update({name: n}))
+    return said
+
+
+def test_memory_of_a_mac(gpu):
+    args = command.parser_for("test")
+    command.add_model_options(args)
+    generator = command.load_for(args.parse_args(["--model", "tiny", "--dtype", "float32"]))
+    assert gpu == {"set_wired_limit": 12 << 30}
+    engine = serve_engine.Engine(generator, 2, 2)
+    engine.thread.shutdown()
+    assert gpu["set_cache_limit"] == 2 << 30
+
+
+@pytest.mark.parametrize("options, dtype", [
+    ([], "float32"), (["--lora-rank", "8"], None), (["--lora-rank", "8", "--train-embeddings"], "float32"),
+    (["--dtype", "bfloat16"], "bfloat16"),
+])  # fmt: skip
+def test_weights_that_learn_are_float32(gpu, monkeypatch, options, dtype):
+    loaded = []
+
+    def load(model, dtype, **_):
+        loaded.append(dtype)
+        raise ValueError("far enough")
+
+    monkeypatch.setattr(csm, "load", load)
+    with pytest.raises(SystemExit):
+        finetune.main(["train", "--data-path", "none.json", "--output-dir", "none", *options])
+    assert loaded == [dtype]

@@ -209,6 +209,20 @@ class Evaluation:
             rows.append((f"a page of prose by narrate, speaker {speaker}: word error rate", f"{error:.2f}"))
         return rows
 
+    def phonemes(self):
+        """What the codes say, without a recogniser: quick, and tells the language model's faults from the decoder's."""
+        some, page, speak = typed(texts()[0]), texts()[2], teacher.Kokoro()
+        for name, said in (("sentences", some[:24]), ("pairs", joined(some[:32], 110)), ("prose", page)):
+            errors = n = ends = 0
+            for i, text in enumerate(said):
+                theirs = letters(codes.encode(*speak(text, teacher.OWN[i % 2], sound=False).labels, 0))
+                longest = 3_000 + 200 * len(text)
+                options = self.options | {"seed": i, "max_audio_length_ms": longest}
+                ours = letters(np.array(self.generator.generate_codes(text, i % 2, **options)))
+                errors, n = errors + word_errors(theirs, ours), n + len(theirs)
+                ends += word_errors(theirs[-4:], ours[-4:]) > 1
+            yield f"{name}: phonemes wrong; ends lost", f"{errors / n:.2f}; {ends} of {len(said)}"
+
     def at_once(self, said, speaker, seed, voice=None):
         """(word error rate, how many end by themselves)"""
         spoken = [self.say(text, speaker, seed=seed + i, voice=voice) for i, text in enumerate(said)]
@@ -313,12 +327,21 @@ class Evaluation:
         ]
 
 
-MEASURES = ("teacher", "codec", "decoder", "sentences", "hello", "pairs", "lengths", "long", "prose", "voices",
-            "dialogue", "strangers", "clips", "speed")  # fmt: skip
+MEASURES = (
+    "teacher", "codec", "decoder", "phonemes", "sentences", "hello", "pairs", "lengths", "long", "prose", "voices",
+    "dialogue", "strangers", "clips", "speed",
+)  # fmt: skip
 
 
 def typed(sentences):
     return [s[0].upper() + s[1:] + ("" if s[-1] in "?!" else ".") for s in sentences]
+
+
+def letters(rows):
+    """Codes (F, K) -> the phonemes that they say, each once, without the silences"""
+    said = rows[:, : codes.PARTS].reshape(-1)
+    said = said[np.diff(said, prepend=0) != 0]
+    return [codes.PHONEMES[i - 2] for i in said if 2 <= i < 2 + len(codes.PHONEMES)]
 
 
 def joined(sentences, longest):

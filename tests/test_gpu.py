@@ -4,6 +4,7 @@ Nothing here needs a GPU. On one, `python -m csm_tools.bench --doctor` checks th
 """
 
 import io
+import json
 import os
 import re
 import subprocess
@@ -13,6 +14,7 @@ from pathlib import Path
 
 import csm  # before mlx
 import csm_batch
+import mimi
 
 import mlx.core as mx  # isort: skip
 import mlx.nn as nn
@@ -22,7 +24,7 @@ import pytest
 from mlx.utils import tree_flatten
 
 from conftest import clip, write_model
-from csm_tools import command, finetune, serve_engine
+from csm_tools import bench, command, doctor, finetune, serve_engine
 
 HERE = Path(__file__).parent.parent
 # What the backends of MLX 0.32.4 lack: "has no CUDA implementation" in its libmlx.so; "NYI" in its Metal sources.
@@ -238,6 +240,45 @@ def test_shapes_that_reach_attention(generator, monkeypatch):
     assert len(prompts) <= 1 + len(set(lengths))
 
 
+@pytest.mark.parametrize("quantize", [None, 8])
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
+def test_no_product_is_of_another_type(folder, monkeypatch, dtype, quantize):
+    """float32 that leaks into a model of 16 bits doubles what is read and computed."""
+    linear, attention, seen = csm.Linear.__call__, mx.fast.scaled_dot_product_attention, set()
+
+    def watched_linear(self, x):
+        y = linear(self, x)
+        seen.update({("in", x.dtype), ("out", y.dtype)})
+        return y
+
+    def watched_attention(q, k, v, **options):
+        y = attention(q, k, v, **options)
+        seen.update(("attention", x.dtype) for x in (q, k, v, y))
+        return y
+
+    monkeypatch.setattr(csm.Linear, "__call__", watched_linear)
+    monkeypatch.setattr(mx.fast, "scaled_dot_product_attention", watched_attention)
+    generator = csm.load(folder, dtype=dtype, quantize=quantize, group_size=32)
+    one, kind = csm.KVCache(generator.model.config.backbone, generator.model.dtype), getattr(mx, dtype)
+    batch, rows = csm_batch.Batch(generator), generator.text_rows("hello there", 0)
+    next(generator.speak(rows, one, 3, 0, csm.Sampling()))
+    for seed in range(3):
+        batch.insert(rows[seed:], 3, seed)
+    batch.next()
+    model = generator.model
+    model.depth_logits(batch.h, mx.zeros((3, 8), mx.int32))
+    assert seen == {("in", kind), ("out", kind), ("attention", kind)}
+    for x in (
+        batch.h,
+        model.embed(mx.array(rows[None])),
+        *one.keys,
+        *one.values,
+        *batch.cache.keys,
+        *batch.cache.values,
+    ):
+        assert x.dtype == kind
+
+
 @pytest.mark.parametrize("temperature", [0, 1.0])
 def test_only_codes_of_mimi_are_drawn(monkeypatch, temperature):
     """The last ids of the vocabulary are no codes: they are neither drawn nor sorted with the others."""
@@ -274,7 +315,7 @@ import os, sys
 
 class Look:
     def find_spec(self, name, *_):
-        if name == "mlx":
+        if name == "mlx.core":
             print(" ".join(f"{k}={v}" for k, v in sorted(os.environ.items()) if k.startswith("MLX_")), flush=True)
             os._exit(0)
 
@@ -282,7 +323,7 @@ sys.meta_path.insert(0, Look())
 sys.platform = sys.argv[1]
 import MODULE
 """
-PROGRAMS = ("speak", "narrate", "serve", "finetune", "bench")
+PROGRAMS = ("speak", "narrate", "serve", "finetune", "bench", "doctor")
 
 
 @pytest.mark.parametrize("module", ["csm", "mimi", "csm_batch", *(f"csm_tools.{name}" for name in PROGRAMS)])
@@ -321,11 +362,24 @@ def test_memory_of_a_mac(gpu):
     assert gpu["set_cache_limit"] == 2 << 30
 
 
+@pytest.mark.parametrize("compiled, sizes", [("1", [1, 2, 3, 4, 6]), ("0", [1])])
+def test_a_server_compiles_before_it_listens(generator, monkeypatch, caplog, compiled, sizes):
+    seen = []
+    monkeypatch.setenv("CSM_COMPILE", compiled)
+    monkeypatch.setattr(
+        csm, "fast_next_frame", lambda model, h, *rest: seen.append(len(h)) or model.next_frame(h, *rest)
+    )
+    engine = serve_engine.Engine(generator, 5, 2)
+    engine.warm_up()
+    engine.thread.shutdown()
+    assert seen == sizes and not caplog.records
+
+
 @pytest.mark.parametrize("options, dtype", [
     ([], "float32"), (["--lora-rank", "8"], None), (["--lora-rank", "8", "--train-embeddings"], "float32"),
     (["--dtype", "bfloat16"], "bfloat16"),
 ])  # fmt: skip
-def test_weights_that_learn_are_float32(gpu, monkeypatch, options, dtype):
+def test_weights_that_learn_are_float32(gpu, monkeypatch, tmp_path, options, dtype):
     loaded = []
 
     def load(model, dtype, **_):
@@ -333,6 +387,49 @@ def test_weights_that_learn_are_float32(gpu, monkeypatch, options, dtype):
         raise ValueError("far enough")
 
     monkeypatch.setattr(csm, "load", load)
+    monkeypatch.setattr(finetune.tuning_data, "read_data", lambda *_: [])
     with pytest.raises(SystemExit):
-        finetune.main(["train", "--data-path", "none.json", "--output-dir", "none", *options])
+        finetune.main(["train", "--data-path", "none.json", "--output-dir", str(tmp_path / "run"), *options])
     assert loaded == [dtype]
+
+
+# ------------------------------------------------------------------------------------ the doctor
+
+
+@pytest.mark.slow
+def test_the_doctor_finds_nothing_here(tmp_path, capsys):
+    """Everything but what takes long, by the name of bench."""
+    checks = [name for name in doctor.CHECKS if name not in ("timings", "engine", "memory")]
+    assert bench.main(["--doctor", "--json", str(tmp_path / "d.json"), "--only", *checks]) == 0
+    out, report = capsys.readouterr().out, json.loads((tmp_path / "d.json").read_text())
+    assert [name for name in checks if f"| {name} | good |" in out] == checks
+    assert "- Nothing fell short." in out and json.loads(out.split("```")[1].removeprefix("json")) == report
+    assert report["checks"]["golden"]["figures"] == {"frames": 36, "the same until frame": 36}
+    assert report["settings"]["MLX_MAX_OPS_PER_BUFFER"] == "1000" and report["checks"]["installation"]["figures"]["mlx"]
+
+
+def test_the_doctor_sees_what_is_wrong(monkeypatch, capsys):
+    own = mx.fast.scaled_dot_product_attention
+
+    def wrong(q, k, v, **options):  # as M3 Max is said to have it: beyond 1024 keys
+        y = own(q, k, v, **options)
+        return y * 1.1 if k.shape[2] > 1024 else y
+
+    monkeypatch.setattr(mx.fast, "scaled_dot_product_attention", wrong)
+    monkeypatch.setattr(mimi.Mimi, "init_state", lambda self, batch: 1 / 0)
+    assert doctor.main(["--only", "attention", "codec"]) == 1
+    out = capsys.readouterr().out
+    assert "| attention | fell short |" in out and "- attention of 1 over 1500 positions is off by" in out
+    assert "1 over 300 positions" not in out and "- codec failed: ZeroDivisionError" in out
+
+
+def test_the_doctor_compares_codes():
+    a, b = np.arange(12).reshape(3, 4), np.arange(12).reshape(3, 4)
+    assert doctor.compared(a, b, "its", True) == ({"frames": 3, "the same until frame": 3}, [])
+    b[1, 0] = 99
+    assert doctor.compared(a, b, "its", True) == (
+        {"frames": 3, "the same until frame": 1}, ["its codes are others from frame 1 on"],
+    )  # fmt: skip
+    assert doctor.compared(a, b, "its", False)[1] == doctor.compared(a[:2], a, "its", False)[1] == []
+    assert doctor.compared(a + 50, a, "its", False)[1] and doctor.compared(a[:2], a, "its", True)[1]
+    assert doctor.compared(a[:0], a[:0], "its", True)[1] == []

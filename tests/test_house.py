@@ -18,8 +18,8 @@ FLOORS = {  # a module may import those on lower floors
     "mimi": 1,
     "csm": 2,
     "csm_batch": 3,
-    "csm_tools.adapters": 4,  # what the programs share
-    "csm_tools.audio": 4,
+    "csm_tools.adapters": 3,  # what the programs share
+    "csm_tools.audio": 3,
     "csm_tools.command": 4,
     "csm_tools.epub": 4,
     "csm_tools.gguf": 4,
@@ -42,6 +42,8 @@ ALLOWED = {  # besides
     ("csm_tools/serve_voices.py", "csm_tools.serve_files"),
     ("csm_tools/serve_files.py", "csm_tools.watermark"),  # the mark, for many streams
     ("csm_tools/finetune.py", "csm_tools.tuning_data"),  # its other half
+    ("csm_tools/bench.py", "csm_tools.doctor"),  # late, for --doctor
+    ("csm_tools/doctor.py", "csm_tools.serve_engine"),  # which it checks
 }
 TOOLS = [f"csm_tools/{name}.py" for name in ("command", "speak", "narrate", "serve", "finetune")]
 

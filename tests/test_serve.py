@@ -430,9 +430,8 @@ def test_one_who_waits_and_leaves_is_forgotten():
             until(lambda: health(address)["live"] == 1)
             with socket.create_connection(address.removeprefix("http://").split(":")) as s:
                 body = json.dumps({"input": TEXT})
-                s.sendall(
-                    f"POST /v1/audio/speech HTTP/1.1\r\nHost: x\r\nContent-Length: {len(body)}\r\n\r\n{body}".encode()
-                )
+                head = f"Host: x\r\nContent-Type: application/json\r\nContent-Length: {len(body)}\r\n\r\n"
+                s.sendall(f"POST /v1/audio/speech HTTP/1.1\r\n{head}{body}".encode())
                 until(lambda: health(address)["waiting"] == 1)
             until(lambda: health(address)["waiting"] == 0)
             assert health(address)["live"] == 1 and not said.done()

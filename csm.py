@@ -40,6 +40,7 @@ import mlx.nn as nn
 import numpy as np
 from mlx.utils import tree_flatten, tree_map
 
+__version__ = "0.1.0"
 NO_TEXT = -1  # marks an empty cell: a row without a text id, a codebook that a frame lacks
 PREFILL_ROWS = 256  # rows of a prompt that pass the backbone at once; bounds memory
 CACHE_STEP = 256  # positions that a KV cache grows by
@@ -480,6 +481,8 @@ def frames(
         mx.async_eval(h, key)  # queue the backbone's step before looking at the codes
         frame = np.array(codes)[0]
         if not frame.any():
+            if not mx.isfinite(h).all():
+                raise ValueError(f"the model computes NaN or infinite numbers in {model.dtype}")
             return
         said.append(int(frame[0]))
         yield frame
@@ -587,7 +590,10 @@ class Tokenizer:
                 self._encode = t.encode
                 self.bos, self.eos = (i if i >= 0 else None for i in (t.bos_id(), t.eos_id()))
         except Exception as e:  # both libraries raise bare Exceptions
-            raise ValueError(f"{path} is not a tokenizer: {e}") from None
+            hint = ""
+            if "untagged enum" in str(e) and tokenizers.__version__ < "0.20":  # merges as pairs
+                hint = " (newer than the package tokenizers: pip install -U tokenizers)"
+            raise ValueError(f"{path} is not a tokenizer: {e}{hint}") from None
         if None in (self.bos, self.eos):
             log.warning("%s has no begin and end tokens, which CSM was trained with", path)
 
@@ -639,6 +645,7 @@ class Generator:
 
     def __init__(self, model, codec, tokenizer, voices=None, config_json=None, codebooks=None):
         self.model, self.mimi, self.tokenizer = model, codec, tokenizer
+        self.pid = os.getpid()
         self.voices = voices or {}  # name -> folder of its .wav and .txt; None: on the Hub
         self.config_json = config_json or {}  # all of config.json, for `save`
         self.sample_rate = codec.sample_rate
@@ -788,6 +795,8 @@ class Generator:
 
     def read_options(self, seed=None, sampling=()):
         """-> the seed, drawn if None, and a Sampling: the model's own, changed by `sampling`."""
+        if os.getpid() != self.pid:  # MLX's threads are not there, and it would wait for them
+            raise ValueError("the model was loaded before a fork: load it in the new process")
         if seed is None:
             seed = secrets.randbits(32)
             log.info("seed %d", seed)
@@ -1067,6 +1076,9 @@ def load(
     network = blank_model(config, weights)
     mimi.load_weights(network, weights)
     del weights  # the network holds them now
+    check_finite(network, path)
+    if not adapter and (folder / "adapter_config.json").is_file():
+        log.warning("%s also has an adapter, which is not applied without --adapter", folder)
 
     if beside := mimi.first_match(folder, *mimi.MIMI_FILES):
         codec = mimi.load(beside)
@@ -1099,6 +1111,9 @@ def read_checkpoint(path):
     The weights are {name: array}, read lazily. The Mimi is (config, weights), or None.
     """
     file = weights_file(path)
+    adapter = f"{path} is an adapter: give it with --adapter, and the model it is for with --model"
+    if file is None and path.is_dir() and mimi.first_match(path, "adapter*.safetensors"):
+        raise ValueError(adapter)
     if file is None:
         raise ValueError(f"{path} has no weights of a CSM: no .safetensors, .pt, .gguf or index")
     config = mimi.read_json(file.with_name("config.json"))
@@ -1107,6 +1122,10 @@ def read_checkpoint(path):
         config = fields | config | {"layout": None}
     else:
         weights = mimi.read_weights(file)[0]
+    if any(name.endswith((".lora_a", ".lora_A.weight")) for name in weights):
+        raise ValueError(adapter)
+    if "-of-0" in file.name and file.suffix == ".safetensors":
+        raise ValueError(f"{file} is one of several shards: their index, *.index.json, is missing")
     if config.get("layout") == "native":
         return config, weights, None
     try:
@@ -1122,8 +1141,9 @@ def weights_file(path):
     files = [path]
     if path.is_dir():
         files = [file for pattern in WEIGHTS for file in sorted(path.glob(pattern))]
+    other = (*mimi.MIMI_FILES, "adapter*.safetensors") if path.is_dir() else mimi.MIMI_FILES
     for file in files:
-        if not any(file.match(pattern) for pattern in mimi.MIMI_FILES):
+        if not any(file.match(pattern) for pattern in other):
             return file
     return None
 
@@ -1155,6 +1175,18 @@ def blank_model(config, weights):
                 if (w := weights.get(f"{name}.{part}")) is not None:
                     module[part] = mx.zeros((len(module.weight), *w.shape[1:]), w.dtype)
     return model
+
+
+def check_finite(model, path):
+    """Raise ValueError if norms or heads have NaN or infinite weights. `frames` notices others."""
+    wrong = []
+    for name, w in tree_flatten(model.parameters()):
+        if "norm" in name or ("head" in name and w.dtype != mx.uint32):
+            if not mx.isfinite(w).all():
+                wrong.append(name)
+    if wrong:
+        hint = ": load it as bfloat16" if model.dtype == mx.float16 else ""
+        raise ValueError(f"{path} has NaN or infinite weights: {', '.join(wrong[:4])}{hint}")
 
 
 def as_dtype(dtype):

@@ -15,19 +15,26 @@ and the model refuses it. `weights` is {name: mx.array} everywhere. `csm_1b` is 
 sizes of CSM-1B; they replace what a config leaves out.
 """
 
+import glob
 import json
 import logging
 import math
 import mmap
 import os
 import pickle
+import platform
 import re
+import secrets
 import shutil
+import socket
+import threading
 import zipfile
 from collections import OrderedDict
 from contextlib import suppress
 from pathlib import Path
 from typing import NamedTuple
+from urllib.parse import urlsplit
+from urllib.request import getproxies, proxy_bypass
 
 import mlx.core as mx
 
@@ -331,6 +338,8 @@ def csm_to_native(config, weights, csm_1b):
     requires something that the model does not support.
     """
     weights = bare(weights)
+    if any(".absmax" in name or "bitsandbytes" in name for name in weights):
+        raise ValueError("bitsandbytes quantized this checkpoint: give the plain model, such as unsloth/csm-1b")
     inside = {name: w for name, w in weights.items() if name.startswith("codec_model.")}
     mimi = mimi_to_native(config, inside) if inside else None
     weights = {name: w for name, w in weights.items() if name not in inside}
@@ -392,6 +401,9 @@ def to_transformers_tokenizer(tokenizer, settings, bos, eos):
     ids["pad_token_id"] = ids.get("audio_token_id")
     names = {token["id"]: token["content"] for token in tokens.values()}
     marks = {"bos_token": names.get(bos), "eos_token": names.get(eos)}
+    if not settings.get("pad_token"):  # CsmProcessor pads; Llama's own settings name no token for it
+        padding = [name for name in ("<|finetune_right_pad_id|>", "<pad>") if name in names.values()]
+        marks["pad_token"] = padding[0] if padding else marks["eos_token"]
     settings = {"tokenizer_class": "PreTrainedTokenizerFast"} | settings | {k: v for k, v in marks.items() if v}
     settings.pop("added_tokens_decoder", None)  # repeats added_tokens, under the old names
     if not {bos, eos} <= names.keys():
@@ -764,30 +776,48 @@ def native_files(config, weights, mimi_config, mimi_weights):
 def write_folder(folder, files, alternatives=()):
     """Write {name: a path to copy, a dict for JSON, a text, or (weights, metadata)}, all or none.
 
+    Killed in between, it leaves a folder without a config, which does not load, rather than parts of two models.
     alternatives: tuples of file patterns. Where one of `files` matches, the folder's other files that match the same
     tuple belong to another model, and are deleted. Raises ValueError.
     """
     folder = Path(os.path.realpath(folder))
-    staging = folder.with_name(f".{folder.name}.{os.getpid()}.part")
+    staging = unfinished(folder)
     try:
         for name, content in files.items():
             write_file(staging / name, content)
         if not folder.exists():
             staging.rename(folder)
             return
-        for name in files:  # moves on one disk, which hardly fail
-            (folder / name).parent.mkdir(parents=True, exist_ok=True)
-            (staging / name).replace(folder / name)
+        configs = [name for name in files if Path(name).name.endswith("config.json")]
+        for name in configs:  # first away, last in place
+            (folder / name).unlink(missing_ok=True)
         written = {folder / name for name in files}
         for patterns in alternatives:
             found = {file for pattern in patterns for file in folder.glob(pattern)}
-            if found & written:
+            if any(Path(name).match(pattern) for name in files for pattern in patterns):
                 for file in found - written:
                     file.unlink()
+        for name in [*(name for name in files if name not in configs), *configs]:  # moves on one disk hardly fail
+            (folder / name).parent.mkdir(parents=True, exist_ok=True)
+            (staging / name).replace(folder / name)
     except (OSError, RuntimeError) as e:  # RuntimeError: MLX, if the disk is full
         raise ValueError(f"cannot write {folder}: {getattr(e, 'strerror', None) or e}") from None
     finally:
         shutil.rmtree(staging, ignore_errors=True)
+
+
+def unfinished(folder):
+    """A name beside `folder` for what is being written, no other process's; what dead ones left there is removed."""
+    name = os.fsencode(folder.name)[:150].decode(errors="ignore")
+    stem = f".{name}.{platform.node()[:30]}-"
+    for old in folder.parent.glob(f"{glob.escape(stem)}*.part"):
+        try:
+            os.kill(int(old.name.removeprefix(stem).partition("-")[0]), 0)
+        except ProcessLookupError:
+            shutil.rmtree(old, ignore_errors=True)
+        except (ValueError, OSError):  # of another form, or of another user
+            pass
+    return folder.with_name(f"{stem}{os.getpid()}-{secrets.token_hex(4)}.part")
 
 
 def write_file(path, content):
@@ -848,7 +878,12 @@ def download(repo, *patterns):
             cached = get(local_files_only=True)
             if len(patterns) == 1:
                 return cached
-        if not constants.HF_HUB_OFFLINE and not (cached and any(cached.glob(patterns[0]))):
+        there = cached and any(cached.glob(patterns[0]))
+        if not constants.HF_HUB_OFFLINE and not answers(constants.ENDPOINT):
+            if there:
+                return cached
+            raise errors.LocalEntryNotFoundError("no answer")
+        if not constants.HF_HUB_OFFLINE and not there:
             log.warning("fetching %s from %s", patterns[0], repo)
         return get()
     except errors.LocalEntryNotFoundError:
@@ -863,6 +898,22 @@ def download(repo, *patterns):
         reason = str(e).partition("\n")[0] or type(e).__name__
     reason += " (--model tiny needs no download)"
     raise DownloadError(f"cannot download {patterns[0]} from {repo}: {reason}")
+
+
+def answers(url, seconds=3):
+    """Whether the host of a URL takes a connection; with a proxy, which may be needed for that, always."""
+    place, found = urlsplit(url), []
+    if getproxies() and not proxy_bypass(place.hostname):
+        return True
+
+    def connect():
+        with suppress(OSError), socket.create_connection((place.hostname, place.port or 443), seconds):
+            found.append(True)
+
+    thread = threading.Thread(target=connect, daemon=True)  # looking up a name has no limit of its own
+    thread.start()
+    thread.join(seconds)
+    return bool(found)
 
 
 def download_csm(model, mimi_files):

@@ -19,6 +19,7 @@ import json
 import logging
 import math
 import os
+import secrets
 import shutil
 import subprocess
 import sys
@@ -622,10 +623,13 @@ def audio_file(path, sample_rate=24_000):
 def replacing(path):
     """A binary file that replaces the one at `path` once all is written. Raises ValueError."""
     path = Path(os.path.realpath(path))  # follow a link instead of replacing it
-    part = path.with_name(f".{path.name}.{os.getpid()}.part")
+    name = os.fsencode(path.name)[:150].decode(errors="ignore")  # a file's name has 255 bytes at most
+    part = path.with_name(f".{name}.{os.getpid()}-{secrets.token_hex(4)}.part")
     try:
         with open(part, "wb") as file:
             yield file
+        if path.exists():
+            shutil.copymode(path, part)
         os.replace(part, path)
     except OSError as e:
         raise ValueError(f"cannot write {path}: {e.strerror or e}") from None

@@ -9,6 +9,7 @@ import math
 import os
 import re
 from dataclasses import asdict, replace
+from pathlib import Path
 
 import csm  # before mlx
 import csm_layouts
@@ -16,7 +17,9 @@ import mimi
 
 import mlx.core as mx  # isort: skip
 
-FILES = ("adapters.safetensors", "adapter.safetensors", "adapter_model.safetensors")  # csm-mlx's, ours; PEFT's
+FILES = (  # ours and csm-mlx's, PEFT's, a checkpoint of csm-mlx
+    "adapters.safetensors", "adapter.safetensors", "adapter_model.safetensors", "latest.safetensors",
+)  # fmt: skip
 PEFT_PARTS = {  # the ending of PEFT's name -> ours; PEFT's shapes
     "lora_A.weight": "lora_a", "lora_B.weight": "lora_b",  # (r, in), (out, r)
     "lora_embedding_A": "lora_b", "lora_embedding_B": "lora_a",  # (r, out), (in, r); an embedding is (out, in)
@@ -32,8 +35,7 @@ def adapted(config, weights, adapters):
     """
     for adapter in adapters if isinstance(adapters, list) else [adapters]:
         folder, factor = adapter if isinstance(adapter, tuple) else (adapter, 1.0)
-        place = mimi.find_or_download(folder, FILES, beside=("adapter_config.json",))
-        settings, file = mimi.read_json(place / "adapter_config.json"), mimi.first_match(place, *FILES)
+        settings, file = find_adapter(folder)
         if not settings or not file:
             raise ValueError(f"{folder} has no adapter_config.json and {FILES[0]} or {FILES[2]}")
         try:
@@ -49,21 +51,33 @@ def adapted(config, weights, adapters):
     return config, weights
 
 
-def base_model(adapter):
-    """What an adapter's folder or Hub repository names as its base: a model as csm.load takes it, or None.
+def find_adapter(folder):
+    """A folder or Hub repository -> what its adapter_config.json holds, {} if there is none, and its weights or None.
 
-    A path is seen from the adapter's folder. Raises ValueError.
+    csm-mlx's checkpoints, step_N/latest.safetensors, have the adapter_config.json of the folder above.
     """
-    place = mimi.find_or_download(adapter, FILES, beside=("adapter_config.json",))
+    place = mimi.find_or_download(folder, FILES, beside=("adapter_config.json",))
+    file = mimi.first_match(place, *FILES)
     settings = mimi.read_json(place / "adapter_config.json")
+    if not settings and file and file.name == "latest.safetensors":
+        settings = mimi.read_json(place.absolute().parent / "adapter_config.json")
+    return settings, file
+
+
+def base_model(folder):
+    """The model that an adapter's config names as its base, as csm.load takes it, or None. Raises ValueError.
+
+    A path may be relative to the adapter's folder.
+    """
+    settings, _ = find_adapter(folder)
     base = settings.get("model") or settings.get("base_model_name_or_path")
     if not isinstance(base, str):
         return None
-    if "bnb" in base:
-        raise ValueError(f"{adapter} is for {base}, which needs bitsandbytes: give --model unsloth/csm-1b")
-    if base not in ("csm-1b", "tiny") and (place / base).exists():
-        return os.path.normpath(place / base)
-    return base
+    if "bnb" in Path(base).name:
+        plain = re.sub(r"(-unsloth)?-bnb-\dbit$", "", base)
+        raise ValueError(f"the adapter {folder} is for {base}, quantized by bitsandbytes: give --model {plain}")
+    beside = Path(folder, base)
+    return os.path.normpath(beside) if base not in ("csm-1b", "tiny") and beside.exists() else base
 
 
 def dequantize_weights(config, weights, names=None):
@@ -143,6 +157,9 @@ def split_heads(name, w):
 def peft_to_native(config, settings, tensors):
     """adapter_to_native for PEFT's form."""
     native = {}
+    how = str(settings.get("init_lora_weights")).lower()
+    if how.startswith(("pissa", "olora", "corda", "loftq")):
+        raise ValueError(f"init_lora_weights = {how} changes the base, too: let PEFT merge it, or convert it to a LoRA")
     for key, w in tensors.items():
         m = re.fullmatch(r"base_model\.model\.(.+?)\.(base_layer\.weight|lora_.+|weight)", key)
         module, ending = m.groups() if m else ("", "")
@@ -163,13 +180,19 @@ def peft_to_native(config, settings, tensors):
         n_heads = csm_layouts.rope_heads(name, config)
         if n_heads and part != "lora_a":  # rows (out, ...)
             w = csm_layouts.reorder(w.reshape(len(w), -1), n_heads, split=False).reshape(w.shape)
-        native |= split_heads(name, w.T if ending in ("lora_A.weight", "lora_B.weight") else w)
+        new = split_heads(name, w.T if ending in ("lora_A.weight", "lora_B.weight") else w)
+        for name in new.keys() & native.keys():
+            if new[name].shape != native[name].shape or not mx.array_equal(new[name], native[name]):
+                raise ValueError(f"it has two different {name}, which backbone and decoder of a CSM share")
+        native |= new
     return native
 
 
 def peft_setting(settings, module, patterns, default):
     """The rank or alpha of a module: by the first pattern that matches its name, or the default."""
     for pattern, value in (settings.get(patterns) or {}).items():
+        if len(re.findall(r"[*+?{]", pattern)) > 2 or re.search(r"\)[*+?{]", pattern):
+            raise ValueError(f"{patterns} has {pattern!r:.80}, a regular expression that may take for ever")
         if re.fullmatch(rf"(.*\.)?({pattern})", module):
             return value
     return settings[default]

@@ -10,6 +10,7 @@ Peers, through their own public functions: transformers (its `generate`, torch),
 mlx-audio (`SesameModel.generate_frame`, its Mimi). One that is not installed gets a row that says so. Weights are of
 the same sizes everywhere; nothing is downloaded. A measure is the median over rounds, in which the systems take turns.
 The floor is the time that this machine needs to read a frame's weights, in the same turns: no batch of one can beat it.
+transformers-int8 is transformers after torch's own dynamic quantization, what a CPU's user would try first.
 """
 
 import gc
@@ -30,6 +31,7 @@ import csm  # before mlx
 import csm_batch
 import csm_layouts
 import mimi
+import mlx_cpu
 from csm_tools import command
 
 import mlx.core as mx  # isort: skip
@@ -187,6 +189,18 @@ class StaticTransformers(Transformers):
             part.generation_config.cache_implementation = "static"
 
 
+class Int8Transformers(Transformers):
+    """With the weights of its matrices in 8 bits, as torch itself quantizes them for a CPU."""
+
+    def __init__(self, config, codec, dtype, folder):
+        super().__init__(config, codec, dtype, folder)
+        if self.device != "cpu" or self.kind != self.torch.float32:
+            raise ValueError("on a CPU and in float32 alone")
+        linear = {self.torch.nn.Linear}
+        for part in (self.model.backbone_model, self.model.depth_decoder, self.model.lm_head):
+            self.torch.ao.quantization.quantize_dynamic(part, linear, dtype=self.torch.qint8, inplace=True)
+
+
 class MLXPeer:
     """What csm-mlx and mlx-audio share: `generate_frame` on rows and masks, and a sampler."""
 
@@ -283,8 +297,8 @@ class Floor:
 
 
 SYSTEMS = {
-    "ours": Ours, "transformers": Transformers, "transformers-compiled": StaticTransformers, "csm-mlx": CsmMlx,
-    "mlx-audio": MlxAudio,
+    "ours": Ours, "transformers": Transformers, "transformers-compiled": StaticTransformers,
+    "transformers-int8": Int8Transformers, "csm-mlx": CsmMlx, "mlx-audio": MlxAudio,
 }  # fmt: skip
 
 
@@ -355,7 +369,8 @@ def run(args, config, codec, folder=None):
             made[name] = (str(e).splitlines() or [type(e).__name__])[0]
         print(f"{name}: {made[name]}", file=sys.stderr, flush=True)
     if "ours" in kinds:
-        systems["floor"] = Floor(frame_bytes(systems["ours"].generator.model))
+        for name in [name for name in systems if name.startswith("ours")]:
+            systems[name.replace("ours", "floor")] = Floor(frame_bytes(systems[name].generator.model))
     for measure, function in measures(args, config).items():
         times = {name: [] for name in systems}
         for turn in range(args.rounds + 1):  # the first warms up
@@ -441,6 +456,7 @@ def program(args):
         if not file.absolute().parent.is_dir():
             raise ValueError(f"cannot write {file}: no such folder")
     logging.getLogger("csm").setLevel(logging.ERROR)  # not that each speech was cut off, as it is meant to be
+    mlx_cpu.wait()  # for what it compiles in the background
     with tempfile.TemporaryDirectory() as work:
         folder = Path(work) if args.checkpoint else None
         config, codec = (SMALL, SMALL_MIMI) if args.tiny else (csm.CSMConfig(), mimi.MimiConfig())
@@ -450,7 +466,8 @@ def program(args):
     packages = {n: version(n) for n in ("mlx", "torch", "transformers", "csm-mlx", "mlx-audio")}
     about = {"machine": platform.platform(), "device": str(mx.default_device()), "dtype": str(csm.as_dtype(args.dtype)),
              "quantize": args.quantize, "packages": packages, "peak_memory": command.peak_memory()}  # fmt: skip
-    names = [*next(iter(table.values())), *(["floor"] if "ours" in args.only else [])]
+    made, *rows = table.values()
+    names = [*made, *(name for name in rows[0] if name.startswith("floor"))]
     print(markdown(table, names))
     print(f"\n{about['device']}, {about['dtype']}, peak memory of all together {about['peak_memory'] / 1e9:.1f} GB")
     if args.json:

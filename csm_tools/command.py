@@ -34,6 +34,7 @@ def parser_for(name, **options):
     called = Path(sys.argv[0]).name.removesuffix(".exe")
     installed = called == "csm" or called.startswith("csm-")
     p = argparse.ArgumentParser(prog=called if installed else name, **options)
+    p.add_argument("--version", action="version", version=f"csm-speech {csm.__version__}")
     p.error = lambda message: p.exit(2, f"{p.prog}: error: {message}\n")
     return p
 
@@ -76,7 +77,7 @@ def peak_memory():
 def add_model_options(p):
     """The options that `load_for` reads."""
     what = "csm-1b, tiny, a folder, a weights file or a Hugging Face repo (default: $CSM_MODEL, or csm-1b)"
-    p.add_argument("--model", default=os.environ.get("CSM_MODEL") or None, help=what)
+    p.add_argument("--model", help=what)
     p.add_argument("--quantize", **QUANTIZE)
     p.add_argument("--dtype", choices=("float32", "bfloat16", "float16"), help="default: bfloat16 on a GPU, or float32")
     how = {"metavar": "DIR[=FACTOR]", "action": "append", "type": adapter}
@@ -173,12 +174,14 @@ def check_out(out, args, *more):
 
 
 def load_for(args, fallback=True):
-    """The Generator for the options. Without --model: the base that an adapter names; else csm-1b, or, as a
-    `fallback`, tiny if csm-1b cannot be downloaded.
+    """The Generator for the options. Without --model: the base that an adapter names; else $CSM_MODEL; else csm-1b,
+    or, as a `fallback`, tiny if csm-1b cannot be downloaded. args.model is then what was taken.
     """
     options = {name: getattr(args, name) for name in ("dtype", "quantize", "adapter", "codebooks")}
-    bases = [base for folder, _ in args.adapter or () if not args.model and (base := csm.adapters().base_model(folder))]
-    model = args.model or next(iter(bases), None)
+    model = args.model
+    for folder, _ in args.adapter or ():
+        model = model or csm.adapters().base_model(folder)
+    args.model = model = model or os.environ.get("CSM_MODEL")
     if csm.on_gpu() and mx.metal.is_available():  # keep the weights from being paged out, as mlx-lm does
         mx.set_wired_limit(mx.device_info()["max_recommended_working_set_size"])
     try:

@@ -5,8 +5,9 @@
     python -m csm_tools.narrate book.epub --out-dir spoken --captions
     mlx.launch -n 2 -m csm_tools.narrate book.txt book.mp3       # several processes or machines, the same file
 
-Interrupted, by Ctrl-C or worse, the same command goes on where it stopped: what is finished waits in OUT.part, and
-OUT.part.json says how far it goes. Sentence i is drawn with seed + i, whatever the batch and the processes.
+Interrupted, by Ctrl-C or worse, the same command goes on where it stopped: the sentences that are finished wait in
+OUT.part, and OUT.part.json has a line for each. They are known by their words, so that a text may be mended meanwhile.
+Sentence i is drawn with seed + i, whatever the batch and the processes.
 
 Processes share the sentences out a quarter of a second at a time: each says how many more it takes and hands over the
 codes of those that have ended; process 0 makes sound of them and writes.
@@ -15,6 +16,7 @@ codes of those that have ended; process 0 makes sound of them and writes.
 import fcntl
 import hashlib
 import json
+import logging
 import secrets
 import sys
 import time
@@ -27,7 +29,7 @@ import csm_batch
 import mimi
 from csm_tools import command, epub
 from csm_tools.audio import audio_writer
-from csm_tools.text import parts_of
+from csm_tools.text import PAUSES, cut, parts_of
 
 import mlx.core as mx  # isort: skip
 import numpy as np
@@ -36,27 +38,29 @@ from tqdm import tqdm
 BETWEEN_CHAPTERS = "\n\n[pause:2]\n\n"
 
 
+log = logging.getLogger("csm")
+
+
 def narrate(
-    generator, text, speaker=0, context=(), *, voice=None, batch=8, start=0, seed=None, max_audio_length_ms=None,
+    generator, text, speaker=0, context=(), *, voice=None, batch=8, done=(), seed=None, max_audio_length_ms=None,
     verbatim=False, **sampling,
 ):  # fmt: skip
-    """Speak `text`: yields (sentences finished, of how many, (samples,) float32) for each, its pause included.
+    """Speak `text`: yields (number of the sentence from 1, of how many, (samples,) float32), its pause included.
 
-    context, voice, sampling: as of Generator.generate; without a voice the first sentence sets that of the others.
-    verbatim: the text as it is, not as text.spoken has it. start: the sentence to begin with. Of several processes the
-    first alone yields. ValueError comes at once.
+    text: also what `plan` made of it. context, voice, sampling: as of Generator.generate; without a voice the first
+    sentence sets that of the others. verbatim: the text as it is, not as text.spoken has it. done: sentences, from 0,
+    that are left out. Of several processes the first alone yields. ValueError comes at once.
     """
     if batch < 1:
         raise ValueError(f"batch must be 1 or more, not {batch}")
-    parts = parts_for(generator, text, verbatim)
     seed, sampling = generator.read_options(seed, sampling)
-    rows = [generator.text_rows(part, speaker) for part, _ in parts]
-    frames = [min(generator.max_frames(ms, part) for ms in (None, max_audio_length_ms)) for part, _ in parts]
     context = [generator.encode(s) for s in context]
     context = context or generator.voice_prompt(voice, speaker)
-    n = sum(len(generator.segment_rows(s)) for s in context) + max(map(len, rows))
-    if n >= generator.max_positions:
-        raise ValueError(f"the voice and a sentence take {n} positions, and the model has {generator.max_positions}")
+    parts = plan(generator, text, speaker, context, verbatim) if isinstance(text, str) else text
+    sizes, room = prompt_sizes(generator, parts, speaker, context), generator.max_positions
+    frames = [min(generator.max_frames(ms, part) for ms in (None, max_audio_length_ms)) for part, _ in parts]
+    rooms = [room if context or i else room // 2 for i in range(len(parts))]
+    frames = [min(n, room - size) for n, room, size in zip(frames, rooms, sizes)]
     group = mx.distributed.init()
 
     def said(context, todo):
@@ -68,29 +72,78 @@ def narrate(
 
         return spoken(generator, todo, job, batch, group)
 
-    def pieces(context, start):
-        if not context:
+    def pieces(context):
+        todo = [i for i in range(len(parts)) if i not in set(done)]
+        if not context and todo:
             ((_, codes),) = said([], [0])
             context = [csm.Segment(speaker, parts[0][0], codes=codes)]
-            if start == 0 and group.rank() == 0:
-                yield piece(0, codes)
-            start = max(start, 1)
-        waiting = {}
-        for i, codes in said(context, range(start, len(parts))):
+            if todo[0] == 0:
+                todo = todo[1:]
+                if group.rank() == 0:
+                    yield piece(0, codes)
+        waiting, following = {}, deque(todo)
+        for i, codes in said(context, todo) if todo else ():
             waiting[i] = codes
-            while group.rank() == 0 and start in waiting:
-                yield piece(start, waiting.pop(start))
-                start += 1
+            while group.rank() == 0 and following and following[0] in waiting:
+                i = following.popleft()
+                yield piece(i, waiting.pop(i))
 
     def piece(i, codes):
+        if len(codes) >= frames[i] and max_audio_length_ms is None:
+            seconds = len(codes) / generator.mimi.config.frame_rate
+            log.warning("sentence %d is cut off after %.0f s: %s", i + 1, seconds, parts[i][0][:60])
         silence = np.zeros(int(parts[i][1] * generator.sample_rate), np.float32)
         return i + 1, len(parts), np.concatenate([np.array(generator.decode(mx.array(codes))), silence])
 
-    return pieces(context, start)
+    return pieces(context)
 
 
-def parts_for(generator, text, verbatim):
-    return parts_of(text, verbatim, generator.model.config.max_part_characters)
+# ---- what is said at once ---------------------------------------------------------------------------------------
+
+
+def plan(generator, text, speaker=0, context=(), verbatim=False):
+    """A text -> its parts (text, seconds of silence), cut until each fits with speech of a sensible length.
+
+    context: encoded Segments; if there is none, the first part becomes the context of the others, and the two have half
+    of the positions each. Raises ValueError that names what cannot be cut.
+    """
+    parts = parts_of(text, verbatim, generator.model.config.max_part_characters)
+    half, rate = generator.max_positions // 2, generator.mimi.config.frame_rate
+
+    def fitting(i, part, pause, room):
+        size = prompt_sizes(generator, [(part, pause)], speaker, context, i)[0]
+        if size + rate * (1 + 0.1 * len(part)) <= room:  # speech has 10 letters a second or more
+            return [(part, pause)]
+        pieces = cut(part, max(20, len(part) // 2))
+        if len(pieces) == 1:
+            left = max(0, room - size) / rate
+            raise ValueError(
+                f"sentence {i + 1} cannot be said: what comes before it leaves {left:.1f} s of the model's "
+                f"{room / rate:.0f} s for {part[:60]!r}: give a shorter clip"
+            )
+        pauses = [PAUSES["part"]] * (len(pieces) - 1) + [pause]
+        return [found for piece, pause in zip(pieces, pauses) for found in fitting(i, piece, pause, room)]
+
+    out = []
+    for i, (part, pause) in enumerate(parts):
+        alone = not context and not out
+        out += fitting(i, part, pause, half if alone or not context else generator.max_positions)
+    return out
+
+
+def prompt_sizes(generator, parts, speaker, context, start=0):
+    """Positions that the prompt of each part takes; without a context, those of its own text."""
+    turns, clip = generator.opening(speaker, context, "none")
+    before, sizes = len(generator.context_rows(turns)), []
+    for i, (part, _) in enumerate(parts, start + 1):
+        try:
+            sizes.append(before + len(generator.turn_rows(part, speaker, clip)))
+        except ValueError as e:
+            raise ValueError(f"sentence {i}, {part[:60]!r}: {e}") from None
+    return sizes
+
+
+# ---- by several processes ---------------------------------------------------------------------------------------
 
 
 def spoken(generator, todo, job, size, group):
@@ -145,84 +198,107 @@ def gather(group, rows):
     return [theirs[:n] for theirs, n in zip(every, sizes)]
 
 
+# ---- files ------------------------------------------------------------------------------------------------------
+
+
+def keys_of(parts):
+    """What a sentence is known by: its words, its pause, and how often the same came before."""
+    keys, seen = [], {}
+    for part, pause in parts:
+        n = seen[part, pause] = seen.get((part, pause), -1) + 1
+        keys.append(hashlib.sha256(json.dumps([part, pause, n]).encode()).hexdigest()[:16])
+    return keys
+
+
 @contextmanager
 def resumed(out, mark, seed):
-    """OUT.part, locked, behind what a run with the same mark has finished; and what OUT.part.json says of that."""
+    """OUT.part, locked, and OUT.part.json, to be written on; the sentences they hold, {key: (start, end)}; the seed.
+
+    A line of OUT.part.json has the key of a sentence and the byte where it ends.
+    """
     part, state = (Path(f"{out}.part{x}") for x in ("", ".json"))
     with open(part, "ab") as file:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError:
             raise ValueError(f"another narrate is at work on {out}") from None
-        done = mimi.read_json(state)
-        if not done or file.tell() < done["bytes"]:  # new, or lost in a crash
-            done = {"mark": mark, "seed": secrets.randbits(32) if seed is None else seed, "sentences": 0, "bytes": 0}
-        if done["mark"] != mark or seed not in (None, done["seed"]):
-            raise ValueError(
-                f"{part} holds {done['sentences']} sentences of another text or other options: remove it first"
-            )
+        lines = state.read_text().splitlines(keepends=True) if state.exists() else []
         try:
-            file.truncate(done["bytes"])
-            yield file, done
+            lines = [json.loads(line) for line in lines if line.endswith("\n")]  # the last may be half a line
+            if file.tell() and not lines:
+                raise KeyError("mark")
+            first = lines[0] if lines else {"mark": mark, "seed": secrets.randbits(32) if seed is None else seed}
+            other, said, start = first["mark"] != mark or seed not in (None, first["seed"]), {}, 0
+            for key, end in lines[1:]:
+                if end <= file.tell():  # else lost in a crash
+                    said[key], start = (start, end), end
+        except (ValueError, TypeError, KeyError, AttributeError):
+            raise ValueError(f"{state} does not say what {part} holds: remove both first") from None
+        if other:
+            raise ValueError(f"{part} holds {len(said)} sentences that were said with other options: remove it first")
+        try:
+            file.truncate(start)
+            file.seek(start)
+            with mimi.replacing(state) as f:
+                lines = [first, *([key, end] for key, (_, end) in said.items())]
+                f.write("".join(json.dumps(line) + "\n" for line in lines).encode())
+            with open(state, "a") as log_of_state:
+                yield file, log_of_state, said, first["seed"]
         finally:
             if not file.tell():
                 part.unlink(missing_ok=True)
+                state.unlink(missing_ok=True)
 
 
-def write(generator, text, out, mark, seed, args, options):
-    """Narrate into `out` by way of OUT.part, from where a run with the same mark stopped -> seconds of sound, seed.
+def write(generator, parts, out, mark, seed, args, options):
+    """Narrate into `out` by way of OUT.part, but for what it holds -> seconds of sound, seed.
 
-    args: of the command; options: of `narrate`. With --captions OUT.part.srt goes along with OUT.part.
+    args: of the command; options: of `narrate`.
     """
     group = mx.distributed.init()
 
-    def shared(start, seed):
-        """The numbers that process 0 gives."""
-        numbers = mx.array([start, *divmod(seed, 2**32)], mx.uint32)
-        start, high, low = mx.distributed.all_sum(numbers * (group.rank() == 0), group=group).tolist()
-        return {"start": start, "seed": high * 2**32 + low}
+    def shared(done, seed):
+        """What process 0 gives: the sentences that are done, and the seed."""
+        flags = [int(i in done) for i in range(len(parts))]
+        numbers = mx.array([*divmod(seed, 2**32), *flags], mx.uint32)
+        high, low, *flags = mx.distributed.all_sum(numbers * (group.rank() == 0), group=group).tolist()
+        return {"done": [i for i, flag in enumerate(flags) if flag], "seed": high * 2**32 + low}
 
     if group.rank() > 0:
-        for _ in narrate(generator, text, **shared(0, 0), **options):
+        for _ in narrate(generator, parts, **shared((), 0), **options):
             pass
         return 0, seed
-    part, state, captions = (Path(f"{out}.part{x}") for x in ("", ".json", ".srt"))
-    parts, rate = parts_for(generator, text, args.verbatim), generator.sample_rate
-
-    def blocks():
-        samples = np.memmap(part, np.int16, "r")
-        for i in range(0, len(samples), 2**20):
-            yield samples[i : i + 2**20] / np.float32(32767)
-
+    part, rate, keys = Path(f"{out}.part"), generator.sample_rate, keys_of(parts)
     # What the watermark lacks is said before an hour of work.
-    sound = command.watermark().embed_stream(blocks(), rate) if args.watermark else blocks()
-    with resumed(out, mark, seed) as (file, done):
-        pieces = narrate(generator, text, **shared(done["sentences"], done["seed"]), **options)
-        if args.captions:
-            with open(captions, "ab") as srt:
-                srt.truncate(done.get("captions", 0))
-        with tqdm(unit=" sentences", initial=done["sentences"], disable=None) as bar:
-            for n, total, audio in pieces:
-                start, (said, pause) = file.tell() / 2 / rate, parts[n - 1]
+    mark_sound = command.watermark().embed_stream if args.watermark else lambda blocks, rate: blocks
+    with resumed(out, mark, seed) as (file, state, said, seed):
+        done = {i for i, key in enumerate(keys) if key in said}
+        pieces = narrate(generator, parts, **shared(done, seed), **options)
+        with tqdm(total=len(parts), unit=" sentences", initial=len(done), disable=None) as bar:
+            for n, _, audio in pieces:
+                start = file.tell()
                 file.write(mimi.to_pcm16(audio).tobytes())
                 file.flush()
-                done |= {"sentences": n, "bytes": file.tell()}
-                if args.captions:
-                    with open(captions, "ab") as srt:
-                        srt.write(caption(n, start, start + len(audio) / rate - pause, said).encode())
-                        done["captions"] = srt.tell()
-                with mimi.replacing(state) as f:
-                    f.write(json.dumps(done).encode())
-                bar.total = total
+                said[keys[n - 1]] = start, file.tell()
+                state.write(json.dumps([keys[n - 1], file.tell()]) + "\n")
+                state.flush()
                 bar.update(1)
+
+        def blocks():
+            samples = np.memmap(part, np.int16, "r") if file.tell() else np.zeros(0, np.int16)
+            for key in keys:
+                start, end = said[key]
+                yield samples[start // 2 : end // 2] / np.float32(32767)
+
         with audio_writer(out, rate) as add:
-            for block in sound:
+            for block in mark_sound(blocks(), rate):
                 add(np.array(block))
         if args.captions:
-            captions.replace(out.with_suffix(".srt"))
+            with mimi.replacing(out.with_suffix(".srt")) as srt:
+                srt.write(captions(parts, [(said[key][1] - said[key][0]) / 2 / rate for key in keys]).encode())
         part.unlink()
-        state.unlink()
-    return done["bytes"] / 2 / rate, done["seed"]
+        Path(f"{out}.part.json").unlink()
+    return sum(said[key][1] - said[key][0] for key in keys) / 2 / rate, seed
 
 
 def read_chapters(path):
@@ -230,6 +306,15 @@ def read_chapters(path):
     if path.lower().endswith(".epub"):
         return epub.chapters(path) or [""]
     return [command.read_text("-" if path == "-" else f"@{path}")]
+
+
+def captions(parts, lengths):
+    """The .srt file of parts that take so many seconds each, pauses included."""
+    entries, start = [], 0.0
+    for n, ((part, pause), length) in enumerate(zip(parts, lengths), 1):
+        entries.append(caption(n, start, start + length - pause, part))
+        start += length
+    return "".join(entries)
 
 
 def caption(n, start, end, text):
@@ -268,23 +353,35 @@ def program(args):
     if len({out for _, out in jobs}) < len(jobs):
         raise ValueError("two texts have the same name, and would be one file")
     context, options = command.read_options(args)
+    for path, out in jobs:
+        command.check_out(out, args, path)
     generator = command.load_for(args)
-    options |= {"speaker": args.speaker, "context": context, "voice": args.voice, "batch": args.batch}
-    options["verbatim"] = args.verbatim
-    mark = {k: v for k, v in vars(args).items() if k not in ("paths", "out_dir", "format", "batch", "seed")}
+    options |= {"speaker": args.speaker, "voice": args.voice, "batch": args.batch}
+    options["context"] = [generator.encode(s) for s in context]
+    before = options["context"] or generator.voice_prompt(args.voice, args.speaker)
+    plans = []  # of every text before the first is said
+    for (path, _), text in zip(jobs, texts):
+        try:
+            plans.append(plan(generator, text, args.speaker, before, args.verbatim))
+        except ValueError as e:
+            raise ValueError(f"{path}: {e}") from None
+    if group.rank() == 0:
+        command.warn(args, context, [args.speaker])
+    mark = {k: v for k, v in vars(args).items() if k not in ("paths", "out_dir", "format", "batch", "seed", "captions")}
     adapters = [folder for folder, _ in args.adapter or ()]
     used = [f for p in (args.model, *adapters) if p for f in (Path(p), *sorted(Path(p).glob("*.safetensors")))]
     mark["files"] = [(f.name, f.stat().st_size, f.stat().st_mtime_ns) for f in used if f.is_file()]
     mark = json.dumps(mark).encode() + b"".join(s.audio.tobytes() for s in context)
     if args.out_dir:
         args.out_dir.mkdir(parents=True, exist_ok=True)
-    for (_, out), text in zip(jobs, texts):
+    for (_, out), parts in zip(jobs, plans):
         there = args.out_dir is not None and group.rank() == 0 and out.exists()
         if mx.distributed.all_sum(mx.array(int(there)), group=group).item():  # as process 0 sees it
             print(f"{out} is there already, and stays", file=sys.stderr)
             continue
-        own = hashlib.sha256(mark + json.dumps(parts_for(generator, text, args.verbatim)).encode()).hexdigest()
-        more, seed = write(generator, text, out, own, args.seed, args, options)
+        voice = b"" if before else parts[0][0].encode()  # without one the first sentence is that of all
+        own = hashlib.sha256(mark + voice).hexdigest()
+        more, seed = write(generator, parts, out, own, args.seed, args, options)
         seconds += more
     taken = time.perf_counter() - begun
     if seconds:

@@ -148,6 +148,7 @@ def make_app(engine, args, address, mark=None, voices=None):
                 await begin()
             if sse:
                 data = event("speech.audio.delta", audio=base64.b64encode(data).decode()) if data else b""
+                data += captions(r, speech, piece)
                 data += event("speech.audio.done", **outcome(speech)) if piece is None else b""
             if not whole or piece is None:
                 with anyio.fail_after(STALLED):
@@ -166,6 +167,15 @@ def make_app(engine, args, address, mark=None, voices=None):
             data = event("error", error={"message": str(piece)})
             await send({"type": "http.response.body", "body": data, "more_body": True})
         # Without a last piece: so the client sees that the file is not whole.
+
+    def captions(r, speech, piece):
+        """The events of the parts whose sound ends with `piece`, or has ended."""
+        heard, out = speech.taken + (0 if piece is None else len(piece)), b""
+        while r.captions and speech.captions and (piece is None or speech.captions[0][2] <= heard):
+            text, *times = speech.captions.pop(0)
+            start, end = (round(n / rate / r.speed, 3) for n in times)
+            out += event("speech.caption", text=text, start=start, end=end)
+        return out
 
     def report(r, speech, taken, first):
         text = f": {in_one_line(r.input)}" if args.log_text else ""

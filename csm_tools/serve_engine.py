@@ -48,6 +48,8 @@ class Speech:
     codes: list = field(default_factory=list)  # of it so far, (K,) each
     limit: int = 0  # frames that it may take
     cut_off: list = field(default_factory=list)  # the parts that took as many, counted from 1
+    captions: list = field(default_factory=list)  # of the parts that were said: (text, first sample, last sample + 1)
+    part_start: int = 0  # the sample that the part begins with
     made: int = 0  # samples
     taken: int = 0  # of them; the listener's to write
     gone: bool = False  # nobody listens; the listener's to write
@@ -286,11 +288,17 @@ class Engine:
             speech.cut_off.append(speech.part + 1)
         if speech.codes and not speech.context:  # this part's voice is that of the others
             self.keep_voice(speech, csm.Segment(speech.speaker, text, codes=np.stack(speech.codes)))
+        if speech.codes:
+            speech.captions.append((text, speech.part_start, speech.made))
+        silence = np.zeros(int(pause * self.generator.sample_rate), np.int16)
+        speech.part_start = speech.made + len(silence)
         speech.part, speech.tries, speech.codes = speech.part + 1, 0, []
         if speech.part < len(speech.parts):
             self.waiting.insert(0, speech)
-            return [np.zeros(int(pause * self.generator.sample_rate), np.int16)]
-        return [None if speech.made else RuntimeError("the model ended the speech at once: try another seed")]
+            return [silence]
+        if not speech.made:
+            return [RuntimeError("the model ended the speech at once: try another seed")]
+        return [silence, None] if len(silence) else [None]
 
     def keep_voice(self, speech, turn):
         """Say the parts that follow after this one, if it leaves room for them."""

@@ -84,6 +84,7 @@ class Request(BaseModel):
     speed: float = Field(1, ge=0.25, le=4)
     stream_format: Annotated[Literal["audio", "sse"], BeforeValidator(lower)] = "audio"
     normalize: bool = True  # say numbers, signs and markdown in words
+    captions: bool = False  # with sse: an event for each part that was said, with its times
     stream: bool = False  # a short WAV or FLAC too: at once, not with its length in the header
     speaker: int = Field(0, ge=0)
     seed: int = Field(default_factory=lambda: secrets.randbits(32), ge=0, lt=2**64)

@@ -162,7 +162,7 @@ UNITS = {
     "min": "minute", "mins": "minute", "sec": "second", "secs": "second", "s": "second", "ms": "millisecond",
     "µs": "microsecond", "μs": "microsecond", "ns": "nanosecond", "wk": "week", "wks": "week", "mo": "month",
     "mos": "month", "yr": "year", "yrs": "year", "cal": "calorie", "kcal": "kilocalorie", "kJ": "kilojoule",
-    "dB": "decibel", "px": "pixel", "pt.": "point", "kPa": "kilopascal", "hPa": "hectopascal",
+    "dB": "decibel", "bbl": "barrel", "px": "pixel", "pt.": "point", "kPa": "kilopascal", "hPa": "hectopascal",
     "m²": "square meter", "km²": "square kilometer", "cm²": "square centimeter", "ft²": "square foot",
     "sq ft": "square foot", "sqft": "square foot", "sq m": "square meter", "m³": "cubic meter",
     "cm³": "cubic centimeter",
@@ -181,7 +181,7 @@ FIXED = {
 TEMPERATURES = {"C": "Celsius", "F": "Fahrenheit"}
 PER = (
     r"(?:/(second|sec|s|minute|min|hour|hr|h|day|night|week|wk|month|mo|year|yr|person|user|seat"
-    r"|kg|km|lb|l|L|mile|mi|m)\b(?:\.(?=[,;:)]| [a-z]))?)?"
+    r"|bbl|kg|km|lb|l|L|mile|mi|m)\b(?:\.(?=[,;:)]| [a-z]))?)?"
 )
 COUNTED = "cup teaspoon tablespoon pound ounce pint quart gallon liter mile inch hour day year page".split()
 
@@ -220,8 +220,8 @@ SHORT = {
     "vs.": "versus", "cf.": "compare", "viz.": "namely", "approx.": "approximately", "a.k.a.": "also known as",
     "et al.": "and others", "dept.": "department", "appt.": "appointment", "misc.": "miscellaneous",
     "govt.": "government", "incl.": "including", "excl.": "excluding", "max.": "maximum", "min.": "minimum",
-    "avg.": "average", "tel.": "telephone", "esp.": "especially", "w/o": "without", "w/": "with", "b/c": "because",
-    "c/o": "care of",
+    "avg.": "average", "tel.": "telephone", "esp.": "especially", "w/o": "without", "w/in": "within", "w/": "with",
+    "b/c": "because", "c/o": "care of",
 }  # fmt: skip
 BARE = {"eg": "for example", "ie": "that is", "etc": "et cetera", "vs": "versus", "aka": "also known as"}
 JOINED = {"U.S.A.": "USA", "U.S.": "US", "U.K.": "UK", "E.U.": "EU", "U.N.": "UN", "D.C.": "DC", "Ph.D.": "PhD",
@@ -571,6 +571,17 @@ def decade(m):
 # Money, percent, units
 
 
+@rule(r"(?<=[0-9])( ?[A-Za-z°%]{1,4}) ?– ?(?=[0-9])|(?<=[AP] M) ?[–-] ?(?=\w)", "–-")
+def until(m):
+    return f"{m[1] or ''} to "
+
+
+@rule(r"\b(480|720|1080|1440|2160|4320)([pi])\b", "pi")
+def lines_of_a_picture(m):
+    high, low = divmod(int(m[1]), 100)
+    return f"{cardinal(high)} {cardinal(low)} {m[2]}"
+
+
 @rule(rf"(?<![\w.])([0-9]{{1,4}}) ?[x×] ?(?={NUMBER} ?(?:(cm|mm|m|km|ft|in|px)\b|(?:{words_of(UNITS)})\b))", "x×")
 def so_many(m):
     return f"{cardinal(int(m[1]))} {'by' if m[2] else 'times'} "
@@ -615,7 +626,7 @@ def per_words(per):
     return f" per {UNITS.get(per, per)}" if per else ""
 
 
-@rule(rf"{SIGN}{MONEY} ?([€£¥₹₽₿¢])(?!\w|[0-9]){PER}", "€£¥₹₽₿¢")
+@rule(rf"{SIGN}{MONEY} ?([€£¥₹₽₿¢$])(?![\w{{(]){PER}", "€£¥₹₽₿¢$")
 def money_behind(m):
     return sign_of(m) + amount(m[2], LARGE.get(m[3], ""), m[4]) + per_words(m[5])
 
@@ -715,13 +726,13 @@ def telephone(m):
 
 
 @rule(
-    r"(?<![\w.])\+(?:[0-9]{7,15}|[0-9]{1,3}(?:[ .-]\(?[0-9]{1,5}\)?){2,6})(?![\w-])"
+    r"(?<![\w.])\+(?:[0-9]{7,15}|[0-9]{1,3}(?:[ .-](?:\(0\))?\(?[0-9]{1,5}\)?){2,6})(?![\w-])"
     r"|\b0[0-9]{2,4}(?:[ -][0-9]{3,4}){1,3}(?![\w-])"
     r"|\b[0-9]{3}-[0-9]{2}-[0-9]{4}\b|\b[0-9]{4}(?:[ -][0-9]{4}){3}\b|\b[0-9]{1,12}(?:-[0-9]{1,12}){3,6}\b",
     DIGITS,
 )
 def many_groups(m):
-    groups = ", ".join(digits(group) for group in re.findall(r"[0-9]+", m[0]))
+    groups = ", ".join(digits(group) for group in re.findall(r"[0-9]+", m[0].replace("(0)", "")))
     return f"plus {groups}" if m[0][0] == "+" else groups
 
 
@@ -846,7 +857,7 @@ def after_name(m):
 # Signs between numbers and words
 
 
-@rule(r"(?<!\w)(?:#|№) ?(?=[0-9])|(?<!\w)#(?=[A-Za-z])", "#№")
+@rule(r"(?<=[a-z] )No (?=[0-9])|(?<!\w)(?:#|№) ?(?=[0-9])|(?<!\w)#(?=[A-Za-z])", "#№N")
 def number_sign(m):
     return "number " if after(m).isdigit() else "hashtag "
 
@@ -880,7 +891,7 @@ def pension(m):
 
 @rule(rf"{SIGN}({NUMBER})(k|K|M|mn|B|bn)\b(?!\.\w)", DIGITS)
 def large(m):
-    amounts = {"K": len(m[2]) > 1, "B": "." in m[2] or re.match(" [a-z]+s\\b", after(m, 20))}  # 4K, Terminal 2B
+    amounts = {"K": len(m[2]) in (2, 3), "B": "." in m[2] or re.match(" [a-z]+s\\b", after(m, 20))}  # 4K, Terminal 2B
     if amounts.get(m[3], True):
         return f"{sign_of(m)}{number(m[2])} {LARGE[m[3]]}"
 
@@ -918,6 +929,11 @@ def operator(m):
     return f"{said.removeprefix('is ')} " if m[4] else f" {said} "
 
 
+@rule(r"(?<=UTC|GMT)[+−-](?=[0-9])", "TG")
+def time_zone(m):
+    return " plus " if m[0] == "+" else " minus "
+
+
 @rule(r"(?<=[0-9])\+(?=[\s,.;:!?)]|$)", "+")
 def and_more(m):
     return " plus"
@@ -952,7 +968,9 @@ def letters_and_digits(m):
 
 @rule(r"[(\[]([0-9]{1,3})[)\]]|(?<!\w)['’]([0-9]{2})\b(?!['’])", DIGITS)
 def bare_number(m):
-    return m[1] or (f"oh {cardinal(int(m[2]))}" if m[2][0] == "0" else m[2])
+    if m[1]:
+        return f" {m[1]}" if before(m).isalnum() else m[1]
+    return f"oh {cardinal(int(m[2]))}" if m[2][0] == "0" else m[2]
 
 
 @rule(r"(?<=[0-9]),(?=[0-9])(?![0-9]{3}(?![0-9]))", DIGITS)

@@ -1,12 +1,16 @@
 """The command of csm.py, the default downloads, and the real weights for who has them."""
 
+import importlib.util
 import json
 import os
+import platform
+import signal
 import subprocess
 import sys
 from pathlib import Path
 
 import csm  # before mlx
+import csm_layouts
 import mimi
 from csm_tools import speak
 from csm_tools.text import parts_of
@@ -159,7 +163,12 @@ def bad_inputs(d):
     d.joinpath("turns.json").write_text('[{"speaker": 0, "text": "hello", "audio": "none.wav"}]')
     soundfile.write(d / "nan.wav", np.array([0, np.nan, 0], np.float32), 24000, subtype="FLOAT")
     soundfile.write(d / "nothing.wav", np.zeros(0), 24000)
-    soundfile.write(d / "ok.wav", clip(0.2), 24000)
+    soundfile.write(d / "ok.wav", clip(2), 24000)
+    soundfile.write(d / "short.wav", clip(0.079), 24000)
+    soundfile.write(d / "silent.wav", np.zeros(48000), 24000)
+    turn = {"speaker": 0, "text": "hello there you", "audio": "ok.wav"}
+    d.joinpath("number.json").write_text(json.dumps([turn | {"speaker": 10**30}]))
+    d.joinpath("half.json").write_text(json.dumps([turn, turn | {"speaker": 1.7}]))
     soundfile.write(d / "long.wav", clip(41), 24000)
 
     def ref(name):
@@ -178,18 +187,27 @@ def bad_inputs(d):
         ([], ["--ref-text", "hello"], "--ref-audio"),
         ([], ["--voice", "bob"], "unknown voice 'bob'; this model has: conversational_a, other"),
         ([], ["--speaker", "-1"], "speaker must be 0 or more"),
+        ([], ["--speaker", 10**30], "speaker must be 0 or more"),
+        ([], ["--voice", "bob", *ref("ok.wav")], "unknown voice 'bob'"),
+        ([], ["--voice", d / "ok.wav"], "write what it says into"),
+        ([], ref("short.wav"), "short.wav: the clip has 0.08 s of sound"),
+        ([], ref("silent.wav"), "silent.wav: the clip is silent throughout"),
+        ([], ["--context", d / "number.json"], "number.json, turn 1: speaker must be 0 or more"),
+        ([], ["--context", d / "half.json"], "half.json, turn 2: speaker must be 0 or more"),
+        ([d / "script.txt"], [], "script.txt is a file: write @"),
+        (["..."], [], "empty"),
         ([], ["--context", d / "none.json"], "none.json"),
         ([], ["--context", d / "bad.json"], "bad.json"),
         ([], ["--context", d / "turns.json"], "none.wav"),
         ([], ["--temperature", "-1"], "temperature"),
         ([], ["--temperature", "warm"], "temperature"),
         ([], ["--context", d / "odd.json"], "odd.json"),
-        ([], ["--top-p", "2"], "top_p"),
-        ([], ["--top-k", "-3"], "top_k"),
+        ([], ["--top-p", "2"], "--top-p must lie"),
+        ([], ["--top-k", "-3"], "--top-k must lie"),
         ([], ["--seed", "-1"], "seed"),
-        ([], ["--max-audio-length-ms", "0"], "max_audio_length_ms"),
-        ([], ["--stream", "--streaming-interval", "0"], "streaming_interval"),
-        ([], ["--voice", "none", "--voice-match"], "voice_match"),
+        ([], ["--max-audio-length-ms", "0"], "--max-audio-length-ms must be 80"),
+        ([], ["--stream", "--streaming-interval", "0"], "--streaming-interval must"),
+        ([], ["--voice", "none", "--voice-match"], "--voice-match continues"),
         ([""], [], "empty"),
         ([f"@{d / 'empty.txt'}"], [], "empty"),
         (["?! 🎉 [pause:1]"], [], "no words"),
@@ -256,6 +274,7 @@ def test_gated_and_unknown_repositories(tmp_path, monkeypatch, capfd):
             raise error
 
         monkeypatch.setattr(huggingface_hub, "snapshot_download", refuse)
+        monkeypatch.setattr(csm_layouts, "answers", lambda url: True)
         with pytest.raises(SystemExit) as exit:
             speak.main(["hello", str(tmp_path / "a.wav"), "--model", "sesame/csm-1b"])
         err = capfd.readouterr().err
@@ -279,6 +298,182 @@ def test_a_reader_that_leaves_is_no_error(folder):
         assert p.stdout.read(44)[:4] == b"RIFF"
         p.stdout.close()
         assert b"Traceback" not in p.stderr.read() and p.wait() == 1
+
+
+def test_speakers_by_name(folder, generator, tmp_path, capfd):
+    """In --context and --dialogue: the same name is the same number, which is said."""
+    soundfile.write(tmp_path / "me.wav", clip(1), 24000, subtype="FLOAT")
+    turn = {"text": "hello there", "audio": r".\me.wav"}
+    (tmp_path / "turns.json").write_text(json.dumps([turn | {"speaker": "Ann"}, turn | {"speaker": 0}]))
+    (tmp_path / "script.txt").write_text("\ufeffBob: hello\r\nAnn: yes: no\n0: there\n")
+    args = ["--dialogue", tmp_path / "script.txt", tmp_path / "a.wav", "--context", tmp_path / "turns.json"]
+    assert speak.main([str(a) for a in [*args, "--model", folder, "--seed", 1, "--verbatim", *SHORT]]) == 0
+    err = capfd.readouterr().err
+    assert "speakers: Ann is 1, Bob is 2\n" in err and "warning: no clip" not in err
+    talk = generator.conversation([csm.Segment(n, "hello there", clip(1)) for n in (1, 0)], speaker=2)
+    turns = [(2, "hello"), (1, "yes: no"), (0, "there")]
+    said = [talk.say(text, s, seed=1 + i, max_audio_length_ms=400) for i, (s, text) in enumerate(turns)]
+    np.testing.assert_array_equal(wav(tmp_path / "a.wav"), mimi.to_pcm16(mx.concatenate(said)))
+
+
+@pytest.mark.parametrize(
+    "seconds, text, options, warnings",
+    [
+        (4, "hello there you, how are you today, i am fine and you?", [], []),
+        (1, "hello there you", [], ["the clip has 1.0 s of sound: 3 to 12 s"]),
+        (31, "hello there, how are you today? " * 7, [], ["the clip has 31.0 s of sound"]),
+        (4, "hello there you.", [], ["16 letters of text for 4.0 s of sound"]),
+        (2, "hello there you, how are you today, i am fine and you? yes.", [], ["59 letters of text for 2.0 s"]),
+        (4, "hello there you, how are you today, i am fine and you?", ["--voice", "other"], ["--voice is not used"]),
+    ],
+)
+def test_what_may_be_wrong_with_a_clip_is_said(folder, tmp_path, capfd, seconds, text, options, warnings):
+    soundfile.write(tmp_path / "me.wav", clip(seconds), 24000)
+    args = ["hello", tmp_path / "a.wav", "--model", folder, "--ref-audio", tmp_path / "me.wav", "--ref-text", text]
+    assert speak.main([str(a) for a in [*args, *options, *SHORT]]) == 0
+    said = [line for line in capfd.readouterr().err.splitlines() if line.startswith("warning: ")]
+    assert len(said) == len(warnings) and all(part in line for part, line in zip(warnings, said)), said
+
+
+def test_a_clip_of_another_speaker_is_said_once(folder, tmp_path, capfd):
+    soundfile.write(tmp_path / "me.wav", clip(2), 24000)
+    turn = {"speaker": 0, "text": "hello there, how are you?", "audio": "me.wav"}
+    (tmp_path / "turns.json").write_text(json.dumps([turn]))
+    args = ["hello", tmp_path / "a.wav", "--model", folder, "--speaker", 1, "--context", tmp_path / "turns.json"]
+    assert speak.main([str(a) for a in [*args, *SHORT]]) == 0
+    said = [line for line in capfd.readouterr().err.splitlines() if line.startswith("warning: ")]
+    assert len(said) == 1 and "no clip is of speaker 1, but of 0, whose voice it takes" in said[0]
+
+
+def test_what_is_read_is_never_overwritten(folder, tmp_path, capfd):
+    sound = tmp_path / "me.wav"
+    soundfile.write(sound, clip(2), 24000)
+    (tmp_path / "me.txt").write_text("hello there, how are you?")
+    (tmp_path / "turns.json").write_text('[{"speaker": 0, "text": "hello there, how are you?", "audio": "me.wav"}]')
+    os.link(sound, tmp_path / "link.wav")
+    before = sound.read_bytes()
+    ref = ["--ref-audio", sound, "--ref-text", "hello there, how are you?"]
+    for out, args in ((sound, ["--voice", sound]), (tmp_path / "link.wav", ref), (sound, ["--context", "turns.json"])):
+        args = [tmp_path / a if a == "turns.json" else a for a in args]
+        with pytest.raises(SystemExit) as e:
+            speak.main([str(a) for a in ["hello", out, "--model", folder, *args]])
+        assert e.value.code == 2 and "would be overwritten, and is read" in capfd.readouterr().err
+    assert sound.read_bytes() == before
+
+
+def test_names_and_modes_of_files(folder, tmp_path):
+    """A name of 251 bytes; the mode of the file that was there."""
+    long = tmp_path / ("ä" * 123 + "a.wav")
+    assert speak.main(["hello", str(long), "--model", str(folder), *SHORT]) == 0
+    long.chmod(0o640)
+    assert speak.main(["hello", str(long), "--model", str(folder), *SHORT]) == 0
+    assert long.stat().st_mode & 0o777 == 0o640 and list(tmp_path.iterdir()) == [long]
+
+
+def test_a_save_that_is_killed_leaves_no_mixture(folder, generator, tmp_path, monkeypatch):
+    """Of an old model and a new one: what is left does not load; the next save removes what lies beside."""
+    generator.save(tmp_path / "m")
+    replace = Path.replace
+    monkeypatch.setattr(Path, "replace", lambda *a: replace(*a) and os.kill(os.getpid(), signal.SIGKILL))
+    pid = os.fork()
+    if not pid:
+        generator.save(tmp_path / "m")
+        os._exit(1)  # not reached
+    assert os.waitpid(pid, 0)[1] == signal.SIGKILL
+    monkeypatch.undo()
+    assert not (tmp_path / "m/config.json").exists() and len(list(tmp_path.glob(".m.*.part"))) == 1
+    with pytest.raises(ValueError):
+        csm.load(tmp_path / "m")
+    (tmp_path / f".m.{platform.node()[:30]}-{os.getpid()}-0.part").mkdir()  # of one that lives
+    generator.save(tmp_path / "m")
+    assert csm.load(tmp_path / "m").model.config == generator.model.config
+    assert [p.name.split("-")[-1] for p in tmp_path.glob(".m.*.part")] == ["0.part"]
+
+
+def test_the_model_is_the_one_typed_or_the_adapters_or_the_environments(folder, tmp_path, monkeypatch):
+    from csm_tools import command
+
+    (tmp_path / "adapter_config.json").write_text(json.dumps({"model": os.path.relpath(folder, tmp_path)}))
+    (tmp_path / "adapters.safetensors").write_bytes(b"")
+    loaded = []
+    bare = csm.Generator.__new__(csm.Generator)
+    bare.voices = {}
+    monkeypatch.setattr(csm, "load", lambda model, **options: loaded.append(model) or bare)
+    p = command.parser_for("x")
+    command.add_model_options(p)
+    monkeypatch.setenv("CSM_MODEL", "tiny")
+    for args in ([], ["--model", "typed"], ["--adapter", str(tmp_path)]):
+        command.load_for(p.parse_args(args))
+    monkeypatch.delenv("CSM_MODEL")
+    command.load_for(p.parse_args([]))
+    assert loaded == ["tiny", "typed", str(folder), "csm-1b"]
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="no fork here")
+def test_after_a_fork_it_is_an_error(generator):
+    pid = os.fork()
+    if not pid:
+        try:
+            generator.generate("hello")
+        except ValueError as e:
+            os._exit(7 if "before a fork" in str(e) else 1)
+        os._exit(0)
+    assert os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) == 7
+
+
+def test_the_version_is_one():
+    pyproject = HERE / "pyproject.toml"
+    if pyproject.exists():
+        assert f'version = "{csm.__version__}"' in pyproject.read_text()
+
+
+@pytest.mark.skipif(not hasattr(signal, "SIGHUP"), reason="no terminals here")
+def test_sighup_is_sigterm_but_not_under_nohup(folder, tmp_path):
+    for number in (signal.SIG_DFL, signal.SIG_IGN):
+        command = [sys.executable, "-c", f"""
+import os, signal, sys
+signal.signal(signal.SIGHUP, signal.{number.name})
+from csm_tools import command
+p = command.parser_for("x")
+command.run(p, lambda args: os.kill(os.getpid(), signal.SIGHUP) or print("went on"), p.parse_args([]))
+"""]  # fmt: skip
+        done = subprocess.run(command, capture_output=True, text=True, cwd=HERE)
+        expected = (129, "") if number == signal.SIG_DFL else (0, "went on\n")
+        assert (done.returncode, done.stdout, done.stderr) == (*expected, "")
+
+
+def test_without_a_network_it_is_said_at_once(tmp_path, monkeypatch):
+    """No retries: the connection is tried first, and what is in the cache is taken."""
+    import huggingface_hub
+
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", False)
+    monkeypatch.setattr(huggingface_hub.constants, "ENDPOINT", "http://127.0.0.1:9")
+    for name in ("http_proxy", "https_proxy", "HTTP_PROXY", "HTTPS_PROXY", "all_proxy", "ALL_PROXY"):
+        monkeypatch.delenv(name, raising=False)
+
+    def look(*args, local_files_only=False, **options):
+        assert local_files_only, "the Hub is asked"
+        raise huggingface_hub.errors.LocalEntryNotFoundError("not in the cache")
+
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", look)
+    monkeypatch.setattr(huggingface_hub, "hf_hub_download", look)
+    with pytest.raises(csm_layouts.DownloadError, match="no network"):
+        csm_layouts.download("somebody/something", "model.safetensors", "*.json")
+
+
+def test_extras_are_checked_before_anything_is_loaded(tmp_path, monkeypatch, capfd):
+    from csm_tools import show
+
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    monkeypatch.setattr(csm, "load", None)
+    for main, args, extra in (
+        (show.main, ["hello", "a.png"], "show"),
+        (speak.main, ["hello", "a.wav", "--play"], "play"),
+    ):
+        with pytest.raises(SystemExit) as e:
+            main([*args, "--model", "tiny"])
+        err = capfd.readouterr().err
+        assert e.value.code == 2 and err.count("\n") == 1 and f"pip install 'csm-speech[{extra}]'" in err
 
 
 @pytest.mark.parametrize("suffix", mimi.FORMATS)

@@ -143,6 +143,15 @@ def test_transformers_processor_of_what_we_write_back(tmp_path):
         ids = [*ours.segment_rows(turn)[:, -1], *ours.text_rows("i am fine.", 0)[:, -1]]
         audio_ids = [processor.audio_token_id] * 10 + [processor.audio_eos_token_id]
         n = ids.index(csm.NO_TEXT)
+        # Two texts of different lengths, by a tokenizer whose settings name no padding.
+        (source / "tokenizer_config.json").write_text('{"bos_token": "<bos>", "eos_token": "<eos>"}')
+        convert.convert(source, tmp_path / "c", to="transformers")
+        two = [[turn] for turn in talk[1:] * 2]
+        two[1] = [{"role": "0", "content": [{"type": "text", "text": "yes."}]}]
+        padded = transformers.AutoProcessor.from_pretrained(tmp_path / "c").apply_chat_template(
+            two, tokenize=True, return_dict=True
+        )
+        assert padded["attention_mask"].sum(1).tolist() == [len(ours.text_rows(t, 0)) for t in ("i am fine.", "yes.")]
         assert inputs["input_ids"][0].tolist() == [*ids[:n], *audio_ids, *ids[n + 11 :]]
         text = f"[0]{' ' if options else ''}i am fine."
         assert processor(text, add_special_tokens=True)["input_ids"][0].tolist() == ids[n + 11 :]

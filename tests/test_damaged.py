@@ -1,17 +1,21 @@
 """Model folders whose JSON files say what they should not: one ValueError that names the file, and no traceback."""
 
+import argparse
 import copy
 import json
+import math
 import random
+import shutil
+from pathlib import Path
 
 import convert
 import csm  # before mlx
 
 import mlx.core as mx  # isort: skip
 import pytest
-from mlx.utils import tree_flatten  # noqa: F401
 
 from conftest import write_model
+from csm_tools import adapters, command
 from test_adapters import our_adapter
 from test_layouts import folder
 
@@ -59,7 +63,7 @@ def mutated(value, chance):
         if isinstance(part, dict) and chance.random() < 0.15:
             part.pop(last, None)
         else:
-            part[last] = chance.choice(WRONG)
+            part[last] = copy.deepcopy(chance.choice(WRONG))
     return value if chance.random() > 0.03 else chance.choice(WRONG)
 
 
@@ -125,3 +129,161 @@ def test_500_damaged_folders(folders):
         if error is not None and not (isinstance(error, ValueError) and "\n" not in str(error)):
             wrong.append((kind, name, type(error).__name__, str(error)[:90], str(content)[:200]))
     assert not wrong, f"{len(wrong)} of {refused}: " + "\n".join(map(str, wrong[:100]))
+
+
+# ---- other things that are wrong with a model's files, each told by its cause --------------------------------------
+
+
+def refused(match, model, **options):
+    with pytest.raises(ValueError, match=match) as e:
+        csm.load(model, **options)
+    assert "\n" not in str(e.value)
+
+
+@pytest.fixture
+def copied(folders, tmp_path):
+    """A function that copies one of `folders`, to be changed."""
+
+    def copy(name):
+        return Path(shutil.copytree(folders / name, tmp_path / name))
+
+    return copy
+
+
+def test_indexes(copied):
+    shards = copied("shards")
+    index = shards / "model.safetensors.index.json"
+    names = json.loads(index.read_text())["weight_map"]
+    (name, shard), *_ = names.items()
+    for wrong in ({"weight_map": []}, {"weight_map": {}}, {}, {"weight_map": {name: 3}}):
+        index.write_text(json.dumps(wrong))
+        refused("no weight_map", shards)
+    (shards.parent / "other.safetensors").write_bytes((shards / shard).read_bytes())
+    for elsewhere in ("../other.safetensors", str(shards.parent / "other.safetensors"), index.name, "x.pt"):
+        index.write_text(json.dumps({"weight_map": names | {name: elsewhere}}))
+        refused("which is no .safetensors file in its folder", shards)
+    # A tensor that two shards have is taken from the one that the index names.
+    weights = {shard: dict(mx.load(str(shards / shard))) for shard in set(names.values())}
+    expected = weights[shard][name]
+    other = next(x for x in weights if x != shard)
+    mx.save_safetensors(str(shards / other), weights[other] | {name: expected + 1}, {"format": "pt"})
+    for first in (shard, other):
+        index.write_text(json.dumps({"weight_map": names | {name: first}}))
+        read = csm.read_checkpoint(shards)[1][name]
+        assert mx.array_equal(read, expected + (first == other))
+    index.unlink()
+    for i in (0, 1):
+        (shards / f"x-{i}.safetensors").rename(shards / f"model-0000{i + 1}-of-00002.safetensors")
+    refused("one of several shards: their index", shards)
+
+
+def test_numbers_that_are_not_finite(copied):
+    model = copied("ours")
+    weights = dict(mx.load(str(model / "model.safetensors")))
+    for name, wrong in (("backbone.norm.weight", math.nan), ("audio_head", math.inf), ("decoder.norm.weight", 1e6)):
+        changed = weights | {name: mx.where(mx.arange(weights[name].shape[-1]) == 3, wrong, weights[name])}
+        mx.save_safetensors(str(model / "model.safetensors"), changed)
+        if wrong == 1e6:
+            refused("infinite weights: decoder.norm.weight: load it as bfloat16", model, dtype="float16")
+            csm.load(model)
+        else:
+            refused(f"ours has NaN or infinite weights: {name}", model)
+    name = "backbone.layers.0.mlp.up_proj.weight"
+    mx.save_safetensors(str(model / "model.safetensors"), weights | {name: weights[name] * math.nan})
+    generator = csm.load(model)  # which looks at norms and heads alone
+    for temperature in (0, 0.9):
+        with pytest.raises(ValueError, match="computes NaN or infinite numbers in"):
+            generator.generate("hello", voice="none", temperature=temperature, seed=1)
+
+
+def test_an_old_package_tokenizers(copied, monkeypatch):
+    import tokenizers
+
+    model = copied("ours")
+    text = json.loads((model / "tokenizer.json").read_text())
+    text["model"]["type"] = "Newer"
+    (model / "tokenizer.json").write_text(json.dumps(text))
+    refused(r"untagged enum \w+ at line 1 column \d+$", model)
+    monkeypatch.setattr(tokenizers, "__version__", "0.19.1")
+    refused("pip install -U tokenizers", model)
+
+
+def test_an_adapter_as_a_model(copied, caplog):
+    adapter, model = copied("adapter"), copied("ours")
+    refused("adapter is an adapter: give it with --adapter", adapter)
+    refused("is an adapter: give it with --adapter", adapter / "adapters.safetensors")
+    for name in ("adapters.safetensors", "adapter_config.json"):
+        shutil.copy(adapter / name, model)
+    (model / "model.safetensors").rename(model / "z.safetensors")
+    csm.load(model)
+    assert "also has an adapter, which is not applied without --adapter" in caplog.text
+    plain, changed = (csm.load(model, adapter=x).model.backbone.layers[0].mlp.up_proj for x in (None, model))
+    assert not mx.array_equal(plain.weight, changed.weight)
+    # a checkpoint of csm-mlx: step_3/latest.safetensors, and the config above it
+    (adapter / "step_3").mkdir()
+    (adapter / "adapters.safetensors").rename(adapter / "step_3/latest.safetensors")
+    again = csm.load(model, adapter=adapter / "step_3").model.backbone.layers[0].mlp.up_proj
+    assert mx.array_equal(changed.weight, again.weight)
+    (adapter / "step_3/latest.safetensors").rename(adapter / "latest.safetensors")
+    refused("is an adapter: give it with --adapter", adapter)
+
+
+def test_bitsandbytes(copied):
+    model = copied("ours")
+    weights = dict(mx.load(str(model / "model.safetensors")))
+    name = "backbone_model.layers.0.self_attn.q_proj.weight"
+    packed = {f"{name}.absmax": mx.zeros(4), f"{name}.quant_state.bitsandbytes__nf4": mx.zeros(4, mx.uint8)}
+    (model / "config.json").unlink()
+    mx.save_safetensors(str(model / "model.safetensors"), weights | packed)
+    refused("bitsandbytes quantized this checkpoint", model)
+
+
+def test_the_base_of_an_adapter(copied):
+    """--adapter without --model: the base that its config names, as a path from the adapter's folder or from here."""
+    adapter, model = copied("adapter"), copied("ours")
+    settings = json.loads((adapter / "adapter_config.json").read_text())
+    args = argparse.Namespace(model=None, adapter=[(str(adapter), 1.0)], dtype=None, quantize=None, codebooks=None)
+    expected = csm.load(model, adapter=adapter).model.backbone.layers[0].mlp.up_proj.weight
+    for base in ({"model": str(model)}, {"model": "../ours"}, {"base_model_name_or_path": "../ours", "model": None}):
+        (adapter / "adapter_config.json").write_text(json.dumps(settings | base))
+        assert mx.array_equal(command.load_for(args).model.backbone.layers[0].mlp.up_proj.weight, expected)
+    for base, plain in (
+        ("unsloth/csm-1b-bnb-4bit", "unsloth/csm-1b"),
+        ("unsloth/csm-1b-unsloth-bnb-4bit", "unsloth/csm-1b"),
+    ):
+        (adapter / "adapter_config.json").write_text(json.dumps(settings | {"model": base}))
+        with pytest.raises(ValueError, match=f"bitsandbytes: give --model {plain}$"):
+            command.load_for(args)
+
+
+def test_adapters_of_peft_that_are_refused(folders):
+    """What would give other codes than PEFT, and a regular expression that would take for ever."""
+    config = csm.read_checkpoint(folders / "ours")[0]
+    a, b = mx.ones((2, 64)), mx.ones((64, 2))
+    stem = "base_model.model.backbone_model.layers.0.self_attn.o_proj"
+    tensors = {f"{stem}.lora_A.weight": a, f"{stem}.lora_B.weight": b}
+    settings = {"r": 2, "lora_alpha": 4}
+    assert len(adapters.adapter_to_native(config, settings, tensors)) == 2
+    for how in ("pissa", "pissa_niter_4", "olora", "loftq"):
+        with pytest.raises(ValueError, match=f"init_lora_weights = {how} changes the base"):
+            adapters.adapter_to_native(config, settings | {"init_lora_weights": how}, tensors)
+    for pattern in (r"([\w.]+)+!", r"(a|a)*b", r".*.*.*x", r"(x+x+)+y"):
+        with pytest.raises(ValueError, match="that may take for ever"):
+            adapters.adapter_to_native(config, settings | {"rank_pattern": {pattern: 3}}, tensors)
+    for pattern in (
+        r"layers\.\d+\.self_attn\..*_proj",
+        "o_proj",
+        "(q|o)_proj",
+        "backbone_model.layers.0.self_attn.o_proj",
+    ):
+        new = adapters.adapter_to_native(config, settings | {"alpha_pattern": {pattern: 8}}, tensors)
+        assert mx.array_equal(new["backbone.layers.0.self_attn.o_proj.lora_b"], 4 * b.T)
+    audio = "embed_tokens.embed_audio_tokens", "embed_tokens"
+    stems = [
+        f"base_model.model.{part}.{name}.weight" for part, name in zip(("backbone_model", "depth_decoder.model"), audio)
+    ]
+    whole = mx.ones((8 * 67, 64))
+    same = adapters.adapter_to_native(config, settings, dict.fromkeys(stems, whole))
+    assert list(same) == ["audio_embeddings.weight"]
+    with pytest.raises(ValueError, match="two different audio_embeddings"):
+        adapters.adapter_to_native(config, settings, dict(zip(stems, (whole, whole + 1))))

@@ -315,7 +315,7 @@ import os, sys
 
 class Look:
     def find_spec(self, name, *_):
-        if name == "mlx":
+        if name == "mlx.core":
             print(" ".join(f"{k}={v}" for k, v in sorted(os.environ.items()) if k.startswith("MLX_")), flush=True)
             os._exit(0)
 

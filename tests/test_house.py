@@ -18,8 +18,8 @@ FLOORS = {  # a module may import those on lower floors
     "mimi": 1,
     "csm": 2,
     "csm_batch": 3,
-    "csm_tools.adapters": 4,  # what the programs share
-    "csm_tools.audio": 4,
+    "csm_tools.adapters": 3,  # what the programs share
+    "csm_tools.audio": 3,
     "csm_tools.command": 4,
     "csm_tools.epub": 4,
     "csm_tools.gguf": 4,

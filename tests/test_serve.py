@@ -26,6 +26,7 @@ import mimi
 openai, httpx, av = (pytest.importorskip(name) for name in ("openai", "httpx", "av"))
 serve = pytest.importorskip("csm_tools.serve")
 from csm_tools import narrate, serve_engine
+from csm_tools.text import parts_of
 
 HERE = Path(__file__).resolve().parents[1]
 JSON = {"Content-Type": "application/json"}
@@ -160,6 +161,22 @@ def test_server_sent_events(address):
     usage = done["usage"]
     assert done["type"] == "speech.audio.done" and usage["output_tokens"] == len(deltas)
     assert usage["total_tokens"] == usage["input_tokens"] + usage["output_tokens"] > 5
+
+
+def test_captions_are_events_with_exact_times(address, tiny):
+    text = "Hello there, my friend. [pause:0.5] How are you today, and how is everybody else? [pause:0.25]"
+    body = {"input": text, "model": "tts-1", "voice": "bright", "response_format": "pcm", "stream_format": "sse"}
+    answer = httpx.post(f"{address}/v1/audio/speech", json=body | {"seed": 3, "captions": True}, timeout=60)
+    events = [json.loads(line.removeprefix("data: ")) for line in answer.text.splitlines() if line]
+    start, expected = 0.0, []
+    for i, (part, pause) in enumerate(parts_of(text, longest=80)):
+        end = start + tiny.generate(part, voice="bright", seed=3 + i).size / 24000
+        expected.append({"type": "speech.caption", "text": part, "start": round(start, 3), "end": round(end, 3)})
+        start = end + pause
+    assert [e for e in events if e["type"] == "speech.caption"] == expected and len(expected) == 2
+    sound = b"".join(base64.b64decode(e["audio"]) for e in events if e["type"] == "speech.audio.delta")
+    assert len(sound) == 2 * round(24000 * start) and not any(sound[-2 * 6000 :])
+    assert events[-1]["type"] == "speech.audio.done"
 
 
 def test_alone_and_among_others_it_is_what_generate_says(address, tiny):
@@ -413,9 +430,8 @@ def test_one_who_waits_and_leaves_is_forgotten():
             until(lambda: health(address)["live"] == 1)
             with socket.create_connection(address.removeprefix("http://").split(":")) as s:
                 body = json.dumps({"input": TEXT})
-                s.sendall(
-                    f"POST /v1/audio/speech HTTP/1.1\r\nHost: x\r\nContent-Length: {len(body)}\r\n\r\n{body}".encode()
-                )
+                head = f"Host: x\r\nContent-Type: application/json\r\nContent-Length: {len(body)}\r\n\r\n"
+                s.sendall(f"POST /v1/audio/speech HTTP/1.1\r\n{head}{body}".encode())
                 until(lambda: health(address)["waiting"] == 1)
             until(lambda: health(address)["waiting"] == 0)
             assert health(address)["live"] == 1 and not said.done()

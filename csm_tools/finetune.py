@@ -748,7 +748,8 @@ def add_training(t, command):
     t.add_argument("--data-path", type=Path, required=True, help=f"what to learn from{forms}")
     t.add_argument("--val-data-path", type=Path, help="the same, for a test after each epoch")
     t.add_argument("--output-dir", type=Path, required=True, help="folder of the run; the same command goes on from it")
-    t.add_argument("--model", "--pretrained-path", default="csm-1b", help="as csm.py has it")
+    base = os.environ.get("CSM_MODEL") or "csm-1b"
+    t.add_argument("--model", "--pretrained-path", default=base, help="as csm.py has it")
     types = ("float32", "bfloat16", "float16")
     t.add_argument("--dtype", choices=types, help="default: float32, or with LoRA what suits the device")
     t.add_argument("--quantize", type=int, choices=(4, 6, 8), help="bits of the frozen weights under LoRA")

@@ -124,6 +124,7 @@ def copy(tmp_path):
     return run
 
 
+@pytest.mark.slow
 def test_copied_alone_they_speak(copy, tmp_path):
     done = copy("csm.py", "hello world", "a.wav", "--model", "tiny", "--seed", "1", text=True)
     assert done.returncode == 0 and (tmp_path / "a.wav").stat().st_size > 5000, done.stderr

@@ -139,6 +139,10 @@ def test_word_errors(evaluate):
         evaluate.plain("Twenty-two cats, it's 1,022 o'clock!")
         == "twenty two cats it's one thousand twenty two o'clock".split()
     )
+    assert evaluate.joined(["a.", "bc.", "def."], 6) == ["a. bc.", "def."]
+    h, a = (2 + evaluate.codes.PHONEMES.index(c) for c in "ha")
+    rows = np.array([[1, h, h, 1, 90, 0, 0, 7], [1, a, a, h, 90, 0, 0, 7]])
+    assert "".join(evaluate.letters(rows)) == "hah"
     tone = np.sin(2 * np.pi * 200 * np.arange(24_000) / 24_000)
     assert abs(evaluate.pitch(tone) - 200) < 3
 

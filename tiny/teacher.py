@@ -21,6 +21,8 @@ import numpy as np
 from codes import NO_WORD, PARTS
 
 HERE = Path(__file__).resolve().parent
+WORDNET = Path("/usr/share/wordnet")  # of Debian's wordnet-base
+PROSE = 0.6  # of the turns, the others are single sentences
 RATE, FRAME = 24_000, 1_920  # samples a second, and a frame
 
 # ---------------------------------------------------------------------------------------------------- texts
@@ -78,10 +80,26 @@ def words():
     return out
 
 
+@cache
+def examples():
+    """By what phrases and sentences WordNet shows how words are used; those with rude ones left out."""
+    known, out = set(words()["any"]), []
+    for path in sorted(WORDNET.glob("data.*")):
+        for said in re.findall(r'"([A-Za-z][A-Za-z ,\'-]+)"', path.read_text()):
+            told = said.lower().replace("-", " ").replace(",", "").split()
+            if 3 <= len(told) <= 14 and sum(w in known for w in told) >= len(told) - 1:
+                out.append(said.rstrip(", "))
+    return out
+
+
 def fill(r, slot):
     """What stands in a template for {slot}."""
+    if slot == "clause":
+        return clause(r)
     if slot == "number":
         n = int(10 ** r.uniform(0, r.choice((1.3, 2, 3, 4, 6))))
+        if r.random() < 0.3:
+            return number(n)
         return f"{n:,}" if r.random() < 0.5 else str(n) if r.random() < 0.9 else f"{n / 10:g}"
     if slot == "year":
         return str(r.randrange(1500, 2060))
@@ -108,14 +126,36 @@ def sentence(r, n=None):
     return " ".join(out)
 
 
-def text(r, longest=150):
-    """What one turn says, as people type it: a sentence, sometimes two or three."""
+def clause(r):
+    """A part of a long sentence: of a template, of WordNet, or of any words."""
+    x = r.random()
+    if x < 0.45:
+        return r.choice(examples())
+    if x > 0.8:
+        return sentence(r, r.randrange(3, 9))
+    while (said := fill(r, "sentence"))[-1] in "?!":
+        pass
+    return said
+
+
+def ended(r, said):
+    """Capital letter, end mark."""
+    mark = "" if said[-1] in "?!" else r.choices(".!", (94, 6))[0]
+    return said[0].upper() + said[1:] + mark
+
+
+def text(r, longest=260):
+    """What one turn says, as people type it: a sentence, or prose of a length up to `longest` characters."""
     while True:
-        parts = [sentence(r) for _ in range(1 if r.random() < 0.85 else r.choice((2, 2, 3)))]
-        ends = ["" if p[-1] in "?!" else r.choices(".!", (92, 8))[0] for p in parts]
-        parts = [p[0].upper() + p[1:] + e for p, e in zip(parts, ends)]
-        out = " ".join(parts)
-        if len(parts) == 1 and (x := r.random()) < 0.3:  # typed in haste
+        prose = longest > 60 and r.random() < PROSE
+        parts, length = [sentence(r)] if not prose else [], r.uniform(50, longest)
+        while prose and sum(map(len, parts)) < length:
+            parts.append(fill(r, "prose") if r.random() < 0.7 else sentence(r))
+        out = " ".join(ended(r, p) for p in parts)
+        x = r.random()
+        if prose and x < 0.05:  # without any marks
+            out = re.sub(r"[^\w' ]", "", out)
+        if len(parts) == 1 and not prose and x < 0.3:  # typed in haste
             out = out.rstrip(".") if x < 0.1 else out.lower() if x < 0.15 else out.rstrip(".").lower()
         if len(out) <= longest and not any(plain(p) in reserved() for p in parts):
             return out
@@ -242,6 +282,7 @@ def tokenizer(path, spelled=False):
 # ---------------------------------------------------------------------------------------------------- teacher
 
 OWN = ({"jm_kumo": 1.0}, {"jm_kumo": 0.5, "jf_alpha": 0.5})  # voices of speakers 0 and 1: shares of Kokoro's
+APART = ("af_bella", "am_michael", "bf_emma", "bm_george", "am_puck", "af_nova")  # Kokoro's, only to measure with
 PROMPTS = (  # the presets: name, voice, text
     ("deep", {"jm_kumo": 1.4, "jf_alpha": -0.4}, "I have a deep voice, and I like to take my time."),
     ("bright", {"jf_nezumi": 1.0}, "This is a bright voice for a sunny morning."),
@@ -288,16 +329,33 @@ class Espeak:
         self.espeak.espeak_SetSynthCallback(self.hear)
 
     def phonemes(self, text):
-        """Kokoro's letters with stress marks and punctuation, which shape the melody."""
-        out = ""
+        """Kokoro's letters with stress marks and punctuation, which shape the melody; of which word each letter is.
+
+        Where espeak-ng joins words, those of the clause are NO_WORD.
+        """
+        letters, words, done = [], [], 0  # done: words so far
         for clause in re.findall(r"[^,.?!;:]+|[,.?!;:]+", text):
             if clause[0] in ",.?!;:":
-                out = out.rstrip() + clause[-1] + " "
+                said = clause[-1] + " "
+                if letters and letters[-1] == " ":
+                    del letters[-1], words[-1]
             else:
-                rest = ctypes.c_char_p(clause.encode())
+                said, rest = "", ctypes.c_char_p(clause.encode())
                 while rest.value:
-                    out += self.espeak.espeak_TextToPhonemes(ctypes.byref(rest), 1, 2).decode() + " "
-        return [c for c in re.sub(r" +", " ", self.kokoros(out)).strip() if c in self.ids]
+                    said += self.espeak.espeak_TextToPhonemes(ctypes.byref(rest), 1, 2).decode() + " "
+                said = self.kokoros(said)
+            said = re.sub(r" +", " ", "".join(c for c in said if c in self.ids))
+            said = said.lstrip() if not letters or letters[-1] == " " else said
+            letters += said
+            if clause[0] in ",.?!;:":
+                words += [NO_WORD] * len(said)
+                continue
+            index = np.cumsum([c == " " for c in said]) + done
+            same = len(said.split()) == count(clause)
+            words += np.where([same and c != " " for c in said], index, NO_WORD).tolist()
+            done += count(clause)
+        n = len(letters) - (letters[-1:] == [" "])
+        return letters[:n], words[:n]
 
     def heard(self, wave, n, events):
         self.wave += wave[:n] if wave else []
@@ -364,9 +422,12 @@ class Kokoro(Espeak):
 
     INNER = ("/encoder/Clip_output_0", "/encoder/F0_proj/Conv_output_0", "/encoder/N_proj/Conv_output_0")
 
-    def __init__(self):
+    def __init__(self, folder=None):
+        """folder: of more voices, the npm package kokoro-js's."""
         super().__init__()
         self.styles = dict(np.load(self.data / "voices_ja.npz"))  # name: (phonemes, 1, 256)
+        for path in sorted(folder.glob("*.bin")) if folder else ():
+            self.styles[path.stem] = np.fromfile(path, np.float32).reshape(-1, 1, 256)
         self.sessions = {}
 
     def session(self, sound):
@@ -398,7 +459,7 @@ class Kokoro(Espeak):
         return self.sessions[sound]
 
     def __call__(self, text, voice, speed=1.0, sound=True):
-        letters = self.phonemes(text)[:500]
+        letters, words = (x[:500] for x in self.phonemes(text))
         style = sum(w * self.styles[name][len(letters)] for name, w in voice.items()).astype(np.float32)
         tokens = np.array([[0, *(self.ids[c] for c in letters), 0]])
         feed = {"tokens": tokens, "style": style, "speed": np.array([speed], np.float32)}
@@ -409,9 +470,7 @@ class Kokoro(Espeak):
         for i in reversed(range(1, len(letters))):
             if names[i] in MARKS:
                 names[i] = names[i + 1]
-        names, words = np.array(names), np.cumsum([0, *(c == " " for c in letters), 0, 0])
-        if words[-1] + 1 != count(text):  # espeak-ng has joined some
-            words[:] = NO_WORD
+        names, words = np.array(names), np.array([NO_WORD, *words, NO_WORD, NO_WORD])
 
         def at(middles):
             return np.searchsorted(ends, middles + LAG, side="right")
@@ -444,9 +503,26 @@ def voices():
     return out
 
 
+@cache
+def near_presets(n=12):
+    """Of each preset's voice the n that are most like it."""
+
+    def shares(voice):
+        return np.array([voice.get(name, 0) for name in codes.VOICES])
+
+    known = np.stack([shares(voice) for voice in voices()])
+    return [((known - shares(voice)) ** 2).sum(1).argsort()[:n].tolist() for _, voice, _ in PROMPTS]
+
+
 def other(r):
-    """A voice that is not of speakers 0 and 1, and a speed."""
-    return r.randrange(len(OWN), codes.N_CODES), round(r.uniform(0.85, 1.2), 2)
+    """A voice that is not of speakers 0 and 1, and a speed: a third near a preset, a sixth of the highest."""
+    x, index = r.random(), r.randrange(len(OWN), codes.N_CODES)
+    if x < 1 / 3:
+        index = r.choice(r.choice(near_presets()))
+    elif x < 1 / 2:  # the least of the man's in it
+        index = min([index, *(r.randrange(len(OWN), codes.N_CODES) for _ in range(3))],
+                    key=lambda i: voices()[i].get("jm_kumo", 0))  # fmt: skip
+    return index, round(r.uniform(0.85, 1.2), 2)
 
 
 def utterance(r):
@@ -462,7 +538,7 @@ def conversation(r):
         return [(text(r), speaker, own[speaker % 2], True)]
     if kind < 0.62:
         speakers = [r.randrange(2) for _ in range(r.choice((2, 2, 3, 4)))]
-        return [(text(r, 80), speaker, own[speaker], True) for speaker in speakers]
+        return [(text(r, 120), speaker, own[speaker], True) for speaker in speakers]
     ids = r.sample(range(10), r.choice((1, 1, 1, 2)))
     voice = {speaker: other(r) for speaker in ids}
     if len(ids) == 2 and ids[1] < 2 and r.random() < 0.5:
@@ -470,9 +546,10 @@ def conversation(r):
     turns, heard = [], {speaker for speaker in ids if voice[speaker] in own}
     for i in range(r.choice((2, 2, 3, 3)) + len(ids) - 1):
         speaker = ids[i % len(ids)]
-        said = text(r, 80)
+        longest = 200 if speaker in heard else 100
+        said = text(r, longest)
         while speaker not in heard and len(said) < 15:
-            said = text(r, 80)
+            said = text(r, longest)
         turns.append((said, speaker, voice[speaker], speaker in heard))
         heard.add(speaker)
     return turns

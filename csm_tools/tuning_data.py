@@ -80,7 +80,7 @@ def read_data(path, command="train", skip_bad=False, speakers=None):
         except (KeyError, TypeError, AttributeError) as e:
             faults.append(f"{place}: expected {EXPECTED[command]} ({type(e).__name__}: {e})")
         except ValueError as e:
-            faults.append(f"{place}, {e}")
+            faults.append(f"{place}: {e}")
     report(faults, len(items), skip_bad)
     if not found:
         raise ValueError(f"{path} holds no conversations")
@@ -122,20 +122,21 @@ def segments_of(talk, folder, speakers):
         raise TypeError("a conversation without turns")
     out = []
     for i, turn in enumerate(talk, 1):
+        place = f"turn {i}: " if len(talk) > 1 else ""
         turn = with_our_keys(turn)
         text, speaker = turn["text"], turn.get("speaker", 0)
         files = [file_of(turn[key], folder) if key in turn else None for key in ("audio", "codes")]
         if not any(files):
             raise KeyError("audio_path")
         if not isinstance(text, str) or not text.strip():
-            raise ValueError(f"turn {i}: its text is empty")
+            raise ValueError(f"{place}its text is empty")
         for file in files:
             if file and not file.is_file():
-                raise ValueError(f"turn {i}: no such file: {file}")
+                raise ValueError(f"{place}no such file: {file}")
         try:
             number = speakers[speaker] if speaker in speakers else command.as_speaker(speaker)
         except (ValueError, TypeError) as e:
-            raise ValueError(f"turn {i}: {e}") from None
+            raise ValueError(f"{place}{e}") from None
         out.append(csm.Segment(number, text.strip().removeprefix("\ufeff"), *files))
     return out
 

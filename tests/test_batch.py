@@ -260,6 +260,7 @@ def test_a_changed_weight_is_heard_when_compiled(tmp_path, monkeypatch):
 # ------------------------------------------------------------------------------- csm_batch.generate
 
 
+@pytest.mark.slow
 def test_batch_is_one_at_a_time(generator):
 
     texts = ["hello", "how are you today ? i am fine .", "yes", "no no no"]

@@ -119,6 +119,7 @@ FILES = (
 )
 
 
+@pytest.mark.slow
 def test_500_damaged_folders(folders):
     chance, wrong, refused = random.Random(0), [], 0
     for i in range(500):

@@ -272,9 +272,9 @@ class Linear(nn.Module):
         if "scales" not in self:
             return x @ self.weight.T
         how, biases = packing(self, x.shape[-1]), self.get("biases")
-        rows = x.reshape(-1, x.shape[-1])  # of (B, 1, in), CUDA would read the weights B times
+        rows = x if len(x) == 1 else x.reshape(-1, x.shape[-1])  # or CUDA reads the weights B times
         y = mx.quantized_matmul(rows, self.weight, self.scales, biases, transpose=True, **how)
-        return y.reshape(*x.shape[:-1], -1)
+        return y.reshape(*x.shape[:-1], y.shape[-1])
 
 
 class Embedding(nn.Module):

@@ -121,10 +121,11 @@ def parity(args, generator):
         return np.array(both.astype(mx.float32))
 
     figures, short = {}, []
+    float32 = 1e-2 if csm.on_gpu() else 1e-4  # a GPU may round the factors of its products to TF32's 10 bits
     for bits in (None, 8, 4):
         with mx.stream(mx.cpu):
             expected = logits(made_model(mx.float32, bits))
-        for dtype, bound in ((mx.float32, 2e-3), (mx.bfloat16, 0.1)):
+        for dtype, bound in ((mx.float32, float32), (mx.bfloat16, 0.1)):
             kind = str(dtype).removeprefix("mlx.core.") + (f", {bits} bits" if bits else "")
             if dtype == mx.bfloat16 and bits and not csm.on_gpu():
                 bound = 0.5  # MLX's quantized product on a CPU adds up in the type of its input
@@ -165,7 +166,7 @@ def codec(args, generator):
     first, same = float((ours[:, 0] == codes[:, 0]).mean()), float((ours == codes).mean())
     figures = {"codes that agree": same, "of the first codebook": first, "sound, of the peak": error}
     short = [f"Mimi's sound is off by {error:.2g} of its peak"] * (not error < 1e-2)
-    return figures, short + [f"of Mimi's first codes only {first:.0%} agree"] * (first < 0.95)
+    return figures, short + [f"of Mimi's first codes only {first:.0%} agree"] * (first < 0.9)
 
 
 def noise(seconds):
@@ -188,7 +189,7 @@ def streams(args, generator):
 
 def batch(args, generator):
     """Utterances that join a batch one after the other, against each alone: sampled and greedy."""
-    figures, short = {}, []
+    figures, short = {"utterances": 0, "the same throughout": 0}, []
     exact = not csm.on_gpu() and generator.model.dtype == mx.float32
     for kind, sampling in (("sampled", csm.Sampling()), ("greedy", csm.Sampling(temperature=0))):
         running, said = csm_batch.Batch(generator), {}
@@ -205,7 +206,8 @@ def batch(args, generator):
             before, rows = generator.prompt(text, seed % 2)
             alone = list(generator.speak(rows, generator.context_cache(before).copy(), 20, seed, sampling))
             found, wrong = compared(codes, alone, f"{kind}, in a batch, utterance {seed}'s", exact)
-            figures[f"{kind} {seed}, the same until frame"] = found["the same until frame"]
+            figures["utterances"] += 1
+            figures["the same throughout"] += found["the same until frame"] == len(codes) == len(alone)
             short += wrong
     return figures, short
 

@@ -204,6 +204,7 @@ class Run:
         self.optimizer.init(self.model.trainable_parameters())
         self.n, self.best = 0, None  # updates made; the best loss on the test data, and when
         self.kept = []  # the steps whose folders --keep keeps
+        self.before = None  # the loss on the test data before training
         self.data = data_mark(examples + test)
         self.batch = args.batch_size * args.gradient_accumulation_steps * self.group.size()
         self.per_epoch = math.ceil(len(examples) / self.batch)
@@ -345,7 +346,8 @@ class Run:
             self.write(self.args.output_dir / f"step-{self.n}")
             self.kept = [n for n in self.kept if n != self.n] + [self.n]
             old, self.kept = self.kept[: -self.args.keep], self.kept[-self.args.keep :]
-        where = {"step": self.n, "best": self.best, "kept": self.kept, "settings": self.settings()}
+        where = {"step": self.n, "best": self.best, "kept": self.kept, "before": self.before}
+        where["settings"] = self.settings()
         save(self.args.output_dir / "checkpoint.safetensors", arrays, {"run": json.dumps(where)})
         for n in old:
             self.remove(self.args.output_dir / f"step-{n}")
@@ -375,6 +377,7 @@ class Run:
         self.model.update(held["model"])
         self.optimizer.state = held["optimizer"]
         self.n, self.best, self.kept = where["step"], where["best"], where.get("kept", [])
+        self.before = where.get("before")
         mx.eval(self.model.trainable_parameters(), self.optimizer.state)
 
     def write(self, folder):
@@ -481,6 +484,8 @@ def train(args):
         n_trained = sum(w.size for _, w in tree_flatten(run.model.trainable_parameters()))
         print(f"{len(examples)} examples, {run.total} steps, {n_trained / 1e6:.2f} million weights", file=sys.stderr)
     samples, speaker = args.output_dir / "samples", examples[0].talks[0].segments[-1].speaker
+    if run.n == 0 and test:
+        run.before = run.evaluate()["test_loss"]
     if first and run.n == 0:
         speak(generator, texts, samples / "step-0", args.seed, speaker)
     rows = [row for row in rows if row["step"] <= run.n]  # what followed the checkpoint is made again
@@ -514,6 +519,8 @@ def train(args):
         run.write(args.output_dir)
         chart(rows, args.output_dir / "loss.png")
         said = f"; {samples} has what it says before and after" if texts else ""
+        if test and run.before is not None:
+            said = f"; on the test data {run.before:.4f} before, {rows[-1]['test_loss']:.4f} now{said}"
         print(
             f"loss {rows[-1]['loss']:.4f} after {run.n} steps; {args.output_dir} holds the result{said}",
             file=sys.stderr,
@@ -748,7 +755,8 @@ def add_training(t, command):
     t.add_argument("--data-path", type=Path, required=True, help=f"what to learn from{forms}")
     t.add_argument("--val-data-path", type=Path, help="the same, for a test after each epoch")
     t.add_argument("--output-dir", type=Path, required=True, help="folder of the run; the same command goes on from it")
-    t.add_argument("--model", "--pretrained-path", default="csm-1b", help="as csm.py has it")
+    base = os.environ.get("CSM_MODEL") or "csm-1b"
+    t.add_argument("--model", "--pretrained-path", default=base, help="as csm.py has it")
     types = ("float32", "bfloat16", "float16")
     t.add_argument("--dtype", choices=types, help="default: float32, or with LoRA what suits the device")
     t.add_argument("--quantize", type=int, choices=(4, 6, 8), help="bits of the frozen weights under LoRA")

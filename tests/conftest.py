@@ -7,6 +7,7 @@ of codes the first frame has to agree in most: after that one other code changes
 
 import inspect
 import json
+import logging
 import os
 import re
 import signal
@@ -207,6 +208,13 @@ def clip(seconds, seed=0):
     n = int(seconds * 24000)
     noise = np.random.default_rng(seed).standard_normal(n) * 0.2
     return (noise * np.sin(np.arange(n) / 2000)).astype(np.float32)
+
+
+@pytest.fixture(autouse=True)
+def loggers():
+    """Programs that run inside a test may set a level; the next test has the usual one."""
+    yield
+    logging.getLogger("csm").setLevel(logging.NOTSET)
 
 
 @pytest.fixture(scope="session")

@@ -370,17 +370,18 @@ def test_names_and_modes_of_files(folder, tmp_path):
     assert long.stat().st_mode & 0o777 == 0o640 and list(tmp_path.iterdir()) == [long]
 
 
-def test_a_save_that_is_killed_leaves_no_mixture(folder, generator, tmp_path, monkeypatch):
+def test_a_save_that_is_killed_leaves_no_mixture(folder, generator, tmp_path):
     """Of an old model and a new one: what is left does not load; the next save removes what lies beside."""
     generator.save(tmp_path / "m")
-    replace = Path.replace
-    monkeypatch.setattr(Path, "replace", lambda *a: replace(*a) and os.kill(os.getpid(), signal.SIGKILL))
-    pid = os.fork()
-    if not pid:
-        generator.save(tmp_path / "m")
-        os._exit(1)  # not reached
-    assert os.waitpid(pid, 0)[1] == signal.SIGKILL
-    monkeypatch.undo()
+    code = f"""
+import os, signal
+from pathlib import Path
+import csm
+replace = Path.replace
+Path.replace = lambda *a: replace(*a) and os.kill(os.getpid(), signal.SIGKILL)
+csm.load({str(folder)!r}).save({str(tmp_path / "m")!r})
+"""
+    assert subprocess.run([sys.executable, "-c", code], cwd=HERE).returncode == -signal.SIGKILL
     assert not (tmp_path / "m/config.json").exists() and len(list(tmp_path.glob(".m.*.part"))) == 1
     with pytest.raises(ValueError):
         csm.load(tmp_path / "m")

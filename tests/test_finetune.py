@@ -360,12 +360,13 @@ def test_accumulation_is_a_larger_batch(plain, data, tmp_path):
 
 
 @pytest.mark.slow
-def test_what_a_run_leaves(plain, data, tmp_path):
+def test_what_a_run_leaves(plain, data, tmp_path, capfd):
     """The last checkpoints, the best, samples at every test, other data for the test, the chart."""
     (tmp_path / "say.txt").write_text("hello there\n\nyes\n")
     more = ["--keep", 2, "--ckpt-freq", 1, "--sample-texts", tmp_path / "say.txt", "--lora-rank", 4]
     rows = train(plain, data, tmp_path / "o", *more, "--val-data-path", data)
     assert [("test_loss" in r) for r in rows] == [False, False, True] * 2
+    assert f"before, {rows[-1]['test_loss']:.4f} now; {tmp_path / 'o/samples'} has what" in capfd.readouterr().err
     assert sorted(f.name for f in (tmp_path / "o").glob("step-*")) == ["step-5", "step-6"]
     for folder in ("step-6", "."):
         a, b = (mx.load(str(tmp_path / "o" / f / "adapters.safetensors")) for f in (folder, "step-6"))

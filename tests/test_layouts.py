@@ -300,7 +300,7 @@ def test_the_tokenizer_of_an_export():
     t = Tokenizer.from_str(json.dumps(made))
     assert t.encode("hello").ids == [1, 0, 2] and t.token_to_id("<|AUDIO|>") == 3
     assert t.encode("<|audio_eos|>", add_special_tokens=False).ids == [4]
-    marks = {"bos_token": special[0], "eos_token": special[1]}
+    marks = {"bos_token": special[0], "eos_token": special[1], "pad_token": special[1]}
     assert said == {"tokenizer_class": "PreTrainedTokenizerFast", "clean": False} | marks
     assert ids == {"bos_token_id": 1, "eos_token_id": None, "audio_token_id": 3, "audio_eos_token_id": 4} | {
         "pad_token_id": 3

@@ -148,7 +148,7 @@ def make_app(engine, args, address, mark=None, voices=None):
         whole = r.response_format in SIZED and len(speech.parts) == 1 and not (sse or r.stream)
         encode = Encoder(r.response_format, rate, r.speed, whole)
         marker = Marker(mark, rate) if mark else None
-        start, first, data = time.perf_counter(), None, b""
+        start, first, data, begun = time.perf_counter(), None, b"", False
 
         async def encoded(piece):
             if marker is None:
@@ -177,10 +177,9 @@ def make_app(engine, args, address, mark=None, voices=None):
                     piece = failed(e)
             if isinstance(piece, Exception):
                 break
-            if whole and piece is None:
-                await begin(len(data))
-            elif not whole and not speech.taken:
-                await begin()
+            if not begun and (piece is None or not whole):
+                begun = True
+                await begin(len(data) if whole else None)
             if sse:
                 data = event("speech.audio.delta", audio=base64.b64encode(data).decode()) if data else b""
                 data += captions(r, speech, piece)
@@ -193,7 +192,7 @@ def make_app(engine, args, address, mark=None, voices=None):
             speech.taken += len(piece)
             engine.changed.set()
 
-        if not speech.taken or whole:
+        if not begun:
             if not isinstance(piece, ValueError):
                 log.error("nothing was said: %s", piece)
             return await (await refuse(None, piece))(scope, receive, send)

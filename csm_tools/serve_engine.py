@@ -61,6 +61,7 @@ class Speech:
     kept: Kept | None = None  # the conversation that its parts are turns of; without parts, its context is
     rows: np.ndarray | None = None  # of the turn that is said now
     added: int = 0  # turns
+    clip: csm.Segment | None = None  # the conversation's before them
     ended: asyncio.Event = field(default_factory=asyncio.Event)  # `pieces` have got their last
 
     def begun(self):
@@ -234,6 +235,7 @@ class Engine:
         if not speech.parts:
             return None
         talk, (text, _) = kept.talk, speech.parts[speech.part]
+        speech.clip = speech.clip or talk.clip
         clip = talk.clip if talk.clip and talk.clip.speaker == speech.speaker else None
         speech.rows = g.turn_rows(text, speech.speaker, clip)
         g.check_length(talk._length(talk.n_context) + len(speech.rows))
@@ -261,7 +263,9 @@ class Engine:
         """Leave a conversation as it was before a Speech that does not end -> what the listener gets."""
         talk = speech.kept and speech.kept.talk
         if talk and speech.added:
-            del talk.blocks[-speech.added :], talk.turns[-speech.added :]
+            n = max(talk.n_context, len(talk.blocks) - speech.added)  # some may be forgotten already
+            del talk.blocks[n:], talk.turns[n:]
+            talk.clip = speech.clip
             if talk.cache:
                 talk.cache.trim(talk.cache.offset - talk._length())
             speech.added = 0

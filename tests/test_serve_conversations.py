@@ -255,3 +255,20 @@ def test_what_fails_on_the_way_is_logged_with_its_reason(tiny, monkeypatch, capl
 
     assert json.loads(during(tiny, scenario).split(b"data: ")[-1])["error"]["message"] == "generation failed"
     assert "broken off after" in caplog.text and "ZeroDivisionError" in caplog.text
+
+
+@pytest.mark.parametrize("format", ["pcm", "wav"])
+def test_a_first_piece_of_no_length_begins_the_answer_once(tiny, monkeypatch, format):
+    async def scenario(client, engine):
+        def submit(speech):
+            for piece in (np.zeros(0, np.int16), np.ones(1920, np.int16), None):
+                engine.give(speech, piece)
+
+        monkeypatch.setattr(engine, "submit", submit)
+        messages, send = collector()
+        await ask(client._transport.app, {"input": "One. Two.", "response_format": format}, send)
+        return messages
+
+    messages = during(tiny, scenario)
+    assert [m["type"] for m in messages].count("http.response.start") == 1
+    assert b"".join(m.get("body", b"") for m in messages).endswith(b"\x01\x00" * 1920)

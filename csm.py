@@ -41,7 +41,7 @@ import numpy as np
 from mlx.utils import tree_flatten, tree_map
 
 __version__ = "0.1.0"
-NO_TEXT = -1  # marks an empty cell: a row without a text id, a codebook that a frame lacks
+NO_TEXT = -1  # an empty cell of an audio row: its text id, and codebooks that its frame lacks
 PREFILL_ROWS = 256  # rows of a prompt that pass the backbone at once; bounds memory
 CACHE_STEP = 256  # positions that a KV cache grows by
 LLAMA3_ROPE = {
@@ -78,19 +78,19 @@ class LlamaConfig:
             raise ValueError("n_kv_heads must divide n_heads, and head_dim must be even")
 
     def rope_periods(self):
-        """(head_dim / 2,) float32: positions per radian. Llama 3 stretches the long periods."""
+        """(head_dim / 2,) float32: 1 / RoPE frequencies. Llama 3 lowers the low frequencies."""
         periods = self.rope_theta ** (np.arange(0, self.head_dim, 2) / self.head_dim)
         if s := self.rope_scaling:
             turns = s["original_max_position_embeddings"] / (2 * math.pi * periods)
             low, high = s["low_freq_factor"], s["high_freq_factor"]
-            keep = np.clip((turns - low) / (high - low), 0, 1)  # 1 keeps a period, 0 stretches it
+            keep = np.clip((turns - low) / (high - low), 0, 1)  # 1 keeps a frequency, 0 lowers it
             periods = periods / (keep + (1 - keep) / s["factor"])
         return mx.array(periods.astype(np.float32))
 
 
 @dataclass(frozen=True)
 class CSMConfig:
-    """The sizes of a CSM; the defaults are CSM-1B's. Our layout's config.json has these fields."""
+    """The sizes of a CSM; the defaults are CSM-1B's. `save` writes them to config.json."""
 
     backbone: LlamaConfig = LlamaConfig(16, 2048, 32, 8, 64, 8192)
     decoder: LlamaConfig = LlamaConfig(4, 1024, 8, 2, 128, 8192)
@@ -100,10 +100,10 @@ class CSMConfig:
     speaker_prefix_space: bool = False  # "[0] text" instead of "[0]text"
     text_tokenizer: str | None = None  # Hub repository to use if the folder has no tokenizer
     use_default_voice_prompt: bool = True
-    voice_match: bool = False  # clone by continuing the clip instead of adding a turn after it
-    max_part_characters: int = 240  # what programs cut a text into: longer ones are said less well
+    voice_match: bool = False  # put a voice's clip inside the new turn, not in one before it
+    max_part_characters: int = 240  # programs split longer texts, which would sound worse
     sampling: dict | None = None  # this model's own defaults for the fields of Sampling
-    quantization: dict | None = None  # a note in MLX's form; loading goes by the tensors' shapes
+    quantization: dict | None = None  # MLX's record; loading uses the tensors' shapes instead
 
     @classmethod
     def from_dict(cls, d):
@@ -159,11 +159,10 @@ class Sampling:
 
 
 def sample(logits, noise, options):
-    """Logits (B, V) -> ids (B,), by Gumbel noise (B, V) and a row of options (B, 5) each.
+    """Logits, Gumbel noise (B, V) and options (B, 5), rows of Sampling.as_row -> ids (B,).
 
-    Each filter keeps a prefix of the ids in order of probability, so together they keep the
-    shortest of these. The id with the largest sum of tempered log-probability and noise is a
-    sample of what is kept (Gumbel-max).
+    The ids are sorted by probability. Each filter keeps the first few; the smallest number counts.
+    Gumbel-max: the kept id with the largest logp / temperature + noise is the sample.
     """
     scale, top_k, top_p, min_p, n_keep = (options[:, i : i + 1] for i in range(5))
     order, rank = mx.argsort(-logits, axis=-1), mx.arange(logits.shape[-1])
@@ -178,11 +177,11 @@ def sample(logits, noise, options):
 
 @dataclass
 class Draw:
-    """draw(i, logits (B, V)) -> ids (B,) below n_codes, as CSM.next_frame asks for them."""
+    """The `draw` of CSM.next_frame: (i, logits (B, V)) -> ids (B,) below n_codes."""
 
     noise: mx.array | None  # Gumbel, (B, K, V); None draws the likeliest
     options: mx.array  # (B, 5), a Sampling.as_row each
-    n_codes: int  # Mimi's: the last ids of the vocabulary are no codes
+    n_codes: int  # codes that Mimi has; higher ids are not audio
 
     def __call__(self, i, logits):
         logits = logits[:, : self.n_codes].astype(mx.float32)
@@ -192,7 +191,7 @@ class Draw:
 
 
 def add_functions(draw, sampling, said):
-    """`draw` of one row with the user's own functions; said: its codes of codebook 0 so far."""
+    """Wrap `draw` in the user's functions, for B = 1. said: codebook 0's codes so far."""
 
     def draw_one(i, logits):
         for process in sampling.logits_processors if i == 0 else ():
@@ -202,7 +201,7 @@ def add_functions(draw, sampling, said):
         is_code = mx.arange(logits.shape[-1]) < draw.n_codes
         logits = mx.where(is_code, logits.astype(mx.float32), -mx.inf)
         ids = sampling.sampler(logits - mx.logsumexp(logits, axis=-1, keepdims=True))
-        if not 0 <= ids.item() < draw.n_codes:  # an embedding of it would be read out of bounds
+        if not 0 <= ids.item() < draw.n_codes:  # else its embedding is out of bounds
             raise ValueError(f"the sampler gave {ids.item()}, and Mimi has {draw.n_codes} codes")
         return ids.astype(mx.int32)
 
@@ -266,7 +265,7 @@ class Linear(nn.Module):
 
     def __init__(self, n_in, n_out):
         super().__init__()
-        self.weight = mx.zeros((n_out, n_in))  # nn.Linear would draw from the global generator
+        self.weight = mx.zeros((n_out, n_in))  # nn.Linear would use the global random state
 
     def __call__(self, x):
         if "scales" not in self:
@@ -370,7 +369,7 @@ class Llama(nn.Module):
 
 
 def row_mask(rows):
-    """Which cells of rows (..., K + 1) count: the id of a text row, the codes of an audio row."""
+    """Cells of rows (..., K + 1) to embed: the last of a text row, the codes of an audio row."""
     is_text = rows[..., -1:] != NO_TEXT
     in_text_column = mx.arange(rows.shape[-1]) == rows.shape[-1] - 1
     return (is_text == in_text_column) & (rows != NO_TEXT)
@@ -435,9 +434,9 @@ class CSM(nn.Module):
     def depth_logits(self, h, codes):
         """Teacher-forced: h (N, D), their frames (N, K) -> logits (N, K - 1, V) of codes 1.."""
         K = self.config.audio_num_codebooks
-        x = self.embed_code(mx.arange(K - 1), codes[:, :-1])
-        y = self.decoder(self.projection(mx.concatenate([h[:, None], x], axis=1)))[:, 1:]
-        return mx.stack([self.head(i, y[:, i - 1]) for i in range(1, K)], axis=1)
+        x = mx.concatenate([h[:, None], self.embed_code(mx.arange(K - 1), codes[:, :-1])], axis=1)
+        y = self.decoder(self.projection(x))
+        return mx.stack([self.head(i, y[:, i]) for i in range(1, K)], axis=1)
 
     def next_frame(self, h: mx.array, draw: Callable, n: int | None = None) -> mx.array:
         """Hidden state h (B, D) -> the codes (B, K) int32 of the frame that follows.
@@ -462,8 +461,8 @@ def frames(
 ) -> Iterator[np.ndarray]:  # fmt: skip
     """Speak a prompt's rows (T, K + 1) -> frames of codes (K,) int32, until one is all zeros.
 
-    cache: what goes before the rows. It grows by them and by each frame. n_codes: Mimi's (None:
-    three fewer than the vocabulary). n_codebooks: speak only so many (None: all).
+    cache: earlier positions; the rows and the frames are appended. n_codes: Mimi's codebook size
+    (None: V - 3). n_codebooks: speak only the first so many (None: all).
     """
     K, V = model.config.audio_num_codebooks, model.config.audio_vocab_size
     n, key, said = n_codebooks or K, mx.random.key(seed), []
@@ -476,7 +475,7 @@ def frames(
         if sampling.sampler or sampling.logits_processors:
             draw = add_functions(draw, sampling, said)
         codes = fast_next_frame(model, h, draw, n)  # (1, n)
-        mx.async_eval(codes)  # apart from h: what is launched together is ready together
+        mx.async_eval(codes)  # separately, so that reading codes does not wait for h
         h = model(frame_row(codes, K), cache)[:, -1]  # (1, D): the frame goes back in
         mx.async_eval(h, key)  # queue the backbone's step before looking at the codes
         frame = np.array(codes)[0]
@@ -491,8 +490,8 @@ def frames(
 
 # ----------------------------------- compiling CSM.next_frame: skip this section on a first reading
 
-COMPILED = {}  # functions, by what their traces depend on besides shapes
-COMPILE_LOCK = threading.Lock()  # any call may trace: each thread does for each shape
+COMPILED = {}  # what a trace depends on besides shapes -> compiled function
+COMPILE_LOCK = threading.Lock()  # MLX traces anew in each thread, for each shape
 
 
 def on_gpu():
@@ -500,7 +499,7 @@ def on_gpu():
 
 
 def compiles(model):
-    """Whether to compile next_frame: as CSM_COMPILE=0 or 1 says, else where it pays.
+    """Whether to compile next_frame: as CSM_COMPILE=0 or 1 says, by default if it is faster.
 
     On a GPU it does: MLX fuses thousands of small operations and replays them without Python. On
     a CPU it saves a large model's frame some time, and MLX may call a C++ compiler, once.
@@ -528,7 +527,7 @@ def fast_next_frame(model, h, draw, n):
         except RuntimeError as e:
             log.warning("going on without mx.compile, which fails here: %s", e)
             COMPILED[key] = None
-        except BaseException:  # Ctrl-C leaves half a trace: use a new function from now on
+        except BaseException:  # Ctrl-C breaks the trace: set it aside, but never free it
             COMPILED[key, len(COMPILED)] = COMPILED.pop(key, None)
             raise
     return model.next_frame(h, draw, n)
@@ -537,7 +536,7 @@ def fast_next_frame(model, h, draw, n):
 def compile_next_frame(model, n_codes, n):
     """next_frame as a compiled function of weights and arrays; it holds no weights of the model.
 
-    It must never be freed: MLX finds traces by a function's address, which another might get.
+    Never free it: MLX finds traces by address, and a new function could reuse it.
     """
     skeleton = copy.deepcopy(model)
     skeleton.update(tree_map(lambda w: mx.zeros(()), skeleton.parameters()))
@@ -610,7 +609,7 @@ class Tokenizer:
         names = [name["content"] if isinstance(name, dict) else name for name in names]
         pairs = [names, *(marks.split() for marks in self.MARKS)]
         pairs = [[t.token_to_id(name) for name in pair] for pair in pairs]
-        # Prefer two different tokens: if both are the same, it only separates documents.
+        # Prefer two different tokens; a single one only separates documents.
         return max(pairs, key=lambda p: (None not in p and p[0] != p[1], -p.count(None)))
 
     def encode(self, text):
@@ -657,7 +656,7 @@ class Generator:
         if n > has:
             raise ValueError(f"the model writes {n} codebooks, its Mimi has {has} (use fewer)")
         self.codec_stream = mx.new_thread_local_stream(mx.default_device())
-        self.context_caches = {}  # rows as bytes -> KVCache, the last used last
+        self.context_caches = {}  # rows.tobytes() -> KVCache, the last used at the end
         self.n_context_caches = 4
         self._voice_prompts = {}  # name -> Segment with codes
 
@@ -682,7 +681,7 @@ class Generator:
         max_audio_length_ms: None: 3 s and 200 ms a character, at most 90 s
         temperature ... logits_processors: see Sampling; None: the model's own default
         seed: for the same speech again; None draws one, and logs it on the logger "csm"
-        voice_match: continue the speaker's last clip instead of answering it; None: by config.json
+        voice_match: continue the speaker's last clip, not start a new turn; None: by config.json
 
         Raises ValueError for a wrong argument, and for a prompt that the model has no room for.
         """
@@ -724,9 +723,8 @@ class Generator:
         place = self.tokenizer.path.parent
         beside = [place / name for name in TOKENIZER if name.endswith(".json")]
         files |= {path.name: path for path in [*beside, self.tokenizer.path] if path.is_file()}
-        for name, place in self.voices.items():
-            clip = place and [place / f"{name}{suffix}" for suffix in (".wav", ".txt")]
-            files |= {f"prompts/{path.name}": path for path in clip or () if path.is_file()}
+        clips = [p / f"{name}{s}" for name, p in self.voices.items() if p for s in (".wav", ".txt")]
+        files |= {f"prompts/{path.name}": path for path in clips if path.is_file()}
         layouts.write_folder(folder, files, (TOKENIZER, mimi.MIMI_FILES))
 
     def frames(
@@ -738,11 +736,8 @@ class Generator:
         max_frames = self.max_frames(max_audio_length_ms, text)
         before, rows = self.prompt(text, speaker, context, voice, voice_match)
 
-        def speak():
-            cache = self.context_cache(before).copy()
-            yield from self.speak(rows, cache, max_frames, seed, sampling)
-
-        return speak()
+        cache = self.context_cache(before).copy()
+        return self.speak(rows, cache, max_frames, seed, sampling)
 
     def speak(self, rows, cache, max_frames, seed, sampling):
         """csm.frames with this model's codes, codebooks and positions."""
@@ -760,7 +755,7 @@ class Generator:
             state = self.mimi.init_state(1)
             with closing(frames):
                 while some := list(islice(frames, size)):
-                    with mx.stream(self.codec_stream):  # beside the next frames, not behind them
+                    with mx.stream(self.codec_stream):  # parallel to the next frames
                         codes = self.join_frames(some).T[None]  # (1, K, f)
                         audio, state = self.mimi.decode_step(codes, state)
                         piece = audio[0, 0]
@@ -808,7 +803,7 @@ class Generator:
     # Prompts: text and Segments -> rows.
 
     def opening(self, speaker, context=(), voice=None, voice_match=None):
-        """-> the turns that a speaker begins after, and the clip that he continues, or None."""
+        """-> the earlier turns, and the clip that voice_match continues, or None."""
         turns = list(context) or self.voice_prompt(voice, speaker)
         if not (self.model.config.voice_match if voice_match is None else voice_match):
             return turns, None
@@ -833,7 +828,7 @@ class Generator:
 
     def segment_rows(self, segment):
         """(T, K + 1) int32 for a finished turn: its text, then its audio."""
-        audio = self.audio_rows(segment)  # first, since it refuses what is no Segment
+        audio = self.audio_rows(segment)  # first: it raises if this is no Segment
         return np.concatenate([self.text_rows(segment.text, segment.speaker), audio])
 
     def turn_rows(self, text, speaker, clip=None):
@@ -865,7 +860,7 @@ class Generator:
     def audio_rows(self, segment):
         """(F + 1, K + 1) int32 for a turn's audio: its frames and the frame of zeros that ends it.
 
-        NO_TEXT marks the text column, and the codebooks that the codes (F, 1 to K) lack.
+        NO_TEXT marks the text column, and the codebooks that the codes lack.
         """
         K, V = self.model.config.audio_num_codebooks, self.model.config.audio_vocab_size
         if not isinstance(segment, Segment):
@@ -878,7 +873,7 @@ class Generator:
             codes = self.mimi.encode(audio)[0, :K].T
         codes = np.array(codes)
         if codes.ndim != 2 or not self.codebooks <= codes.shape[1] <= K:
-            raise ValueError(f"codes must be (frames, {K}), not {codes.shape}")
+            raise ValueError(f"codes must be (frames, {self.codebooks} to {K}), not {codes.shape}")
         if codes.size and not 0 <= codes.min() <= codes.max() < V:
             raise ValueError(f"codes must lie in 0..{V - 1}")
         rows = np.pad(codes.astype(np.int32), [(0, 1), (0, 0)])
@@ -907,10 +902,9 @@ class Generator:
     def voice_prompt(self, voice=None, speaker=0):
         """A voice as a context: a list of one Segment with codes, or [] for none."""
         default = bool(self.voices) and self.model.config.use_default_voice_prompt
-        if voice == "none" or (voice is None and not default):
+        if voice == "none" or (not voice and not default):
             return []
-        presets = sorted(self.voices, key=lambda name: (name != "conversational_a", name))
-        name = str(voice or presets[0])
+        name = str(voice or min(self.voices, key=lambda name: (name != "conversational_a", name)))
         try:
             if name not in self._voice_prompts:
                 self._voice_prompts[name] = self.encode(self._read_voice(name))
@@ -941,10 +935,10 @@ def concatenate(pieces):
 
 
 class Conversation:
-    """Turns said so far and their KV cache: a new turn costs the backbone only its own rows.
+    """Turns said so far and their KV cache: a new turn computes only its own rows.
 
     The cache always holds a prefix of the turns' rows. A turn that is abandoned, or fails, leaves
-    the conversation as it was. When the positions run out, the oldest turns after the context are
+    the others as they were. When the positions run out, the oldest turns after the context are
     forgotten, down to half of the positions, with a warning on the logger "csm".
     """
 
@@ -1019,11 +1013,11 @@ class Conversation:
             raise ValueError("a turn is still being said: finish its stream, or close it")
 
     def _make_room(self, n_rows, max_frames):
-        """Forget old turns if prompt and speech, or a quarter of the positions, would not fit."""
+        """Forget old turns unless prompt and max_frames (at most a quarter of the limit) fit."""
         limit, before = self.generator.max_positions, len(self.turns)
         if self._length() + n_rows + min(max_frames, limit // 4) <= limit:
             return
-        # Forget down to half at once, so that the next turns find their cache again.
+        # Free half of the positions at once, because each forgetting also drops the cache.
         while len(self.blocks) > self.n_context and self._length() + n_rows > limit // 2:
             del self.blocks[self.n_context], self.turns[self.n_context]
         if forgotten := before - len(self.turns):
@@ -1087,9 +1081,7 @@ def load(
     else:
         codec = mimi.load()
     tokenizer = Tokenizer(find_tokenizer(path, config.text_tokenizer))
-    voices = {}
-    if model == "csm-1b":
-        voices = dict.fromkeys(mimi.layouts(model).DEFAULT_VOICES)
+    voices = dict.fromkeys(mimi.layouts(model).DEFAULT_VOICES) if model == "csm-1b" else {}
     voices |= {clip.stem: clip.parent for clip in (folder / "prompts").glob("*.wav")}
     return Generator(network, codec, tokenizer, voices, fields, codebooks)
 
@@ -1137,7 +1129,7 @@ def read_checkpoint(path):
 
 
 def weights_file(path):
-    """The weights file, or index of shards, of the CSM in a folder, or None. A file is itself."""
+    """The weights file, or index of shards, of a CSM in a folder, or None; a file as it is."""
     files = [path]
     if path.is_dir():
         files = [file for pattern in WEIGHTS for file in sorted(path.glob(pattern))]

@@ -243,18 +243,18 @@ def test_the_base_of_an_adapter(copied):
     """--adapter without --model: the base that its config names, as a path from the adapter's folder or from here."""
     adapter, model = copied("adapter"), copied("ours")
     settings = json.loads((adapter / "adapter_config.json").read_text())
-    args = argparse.Namespace(model=None, adapter=[(str(adapter), 1.0)], dtype=None, quantize=None, codebooks=None)
+    given = {"model": None, "adapter": [(str(adapter), 1.0)], "dtype": None, "quantize": None, "codebooks": None}
     expected = csm.load(model, adapter=adapter).model.backbone.layers[0].mlp.up_proj.weight
     for base in ({"model": str(model)}, {"model": "../ours"}, {"base_model_name_or_path": "../ours", "model": None}):
         (adapter / "adapter_config.json").write_text(json.dumps(settings | base))
-        assert mx.array_equal(command.load_for(args).model.backbone.layers[0].mlp.up_proj.weight, expected)
+        assert mx.array_equal(command.load_for(argparse.Namespace(**given)).model.backbone.layers[0].mlp.up_proj.weight, expected)
     for base, plain in (
         ("unsloth/csm-1b-bnb-4bit", "unsloth/csm-1b"),
         ("unsloth/csm-1b-unsloth-bnb-4bit", "unsloth/csm-1b"),
     ):
         (adapter / "adapter_config.json").write_text(json.dumps(settings | {"model": base}))
         with pytest.raises(ValueError, match=f"bitsandbytes: give --model {plain}$"):
-            command.load_for(args)
+            command.load_for(argparse.Namespace(**given))
 
 
 def test_adapters_of_peft_that_are_refused(folders):

@@ -13,7 +13,7 @@ RATE = 24_000  # samples a second, of what is read here
 # Seconds: shorter clips are refused; of these lengths models take the voice well (docs/voices.md).
 SHORTEST, SHORT, LONG = 0.5, 1.5, 30.0
 LETTERS_A_SECOND = 7.0, 26.0  # speech has 10 to 20; beyond these a text is hardly what the clip says
-SILENCE_KEPT = 0.2  # seconds that trim_silence leaves at an end
+MUCH_SILENCE, SILENCE_KEPT = 0.5, 0.2  # seconds at an end of a clip: from where it is trimmed, and to what
 
 # ---- clips ------------------------------------------------------------------------------------------------------
 
@@ -27,13 +27,15 @@ def loud(samples):
 
 
 def trim_silence(samples):
-    """(samples,) without more than SILENCE_KEPT s of silence at either end; of silence throughout, itself."""
+    """(samples,) with SILENCE_KEPT s of silence at an end that has more than MUCH_SILENCE; if all is silent, itself."""
     found = np.flatnonzero(loud(samples))
     if not len(found):
         return samples
-    size, kept = RATE // 50, round(SILENCE_KEPT * RATE)
-    start, end = found[0] * size - kept, (found[-1] + 1) * size + kept
-    return samples[max(0, start) : end]
+    size, kept, much = RATE // 50, round(SILENCE_KEPT * RATE), MUCH_SILENCE * RATE
+    start, end = found[0] * size, (found[-1] + 1) * size
+    start = start - kept if start > much else 0
+    end = end + kept if len(samples) - end > much else len(samples)
+    return samples[start:end]
 
 
 def check_clip(samples, text=None, shortest=SHORTEST):

@@ -173,7 +173,7 @@ def check_out(out, args, *more):
             raise ValueError(f"{out} would be overwritten, and is read: give another OUT")
 
 
-def load_for(args, fallback=True):
+def load_for(args, fallback=False):
     """The Generator for the options. Without --model: the base that an adapter names; else $CSM_MODEL; else csm-1b,
     or, as a `fallback`, tiny if csm-1b cannot be downloaded. args.model is then what was taken.
     """

@@ -53,7 +53,7 @@ def speak(args):
     play_audio = player() if args.play else nullcontext(lambda piece: None)
     n_samples, first, stopped = 0, 0.0, False
     with audio.audio_writer(args.out) as write, play_audio as play, progress:  # OUT is checked before loading
-        generator = command.load_for(args)
+        generator = command.load_for(args, fallback=True)
         rate, start = generator.sample_rate, time.perf_counter()
         parts = cut_turns(generator, turns, args)
         pieces = say(generator, parts, context, seed, args, options)

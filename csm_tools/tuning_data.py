@@ -46,6 +46,10 @@ EXPECTED = {
 }
 
 
+class TooLong(ValueError):
+    """A clip or conversation is longer than is wanted, or than the model holds: left out, and no mistake."""
+
+
 @dataclass
 class Example:
     """What counts as one in a batch."""
@@ -76,7 +80,7 @@ def read_data(path, command="train", skip_bad=False, speakers=None):
         except (KeyError, TypeError, AttributeError) as e:
             faults.append(f"{place}: expected {EXPECTED[command]} ({type(e).__name__}: {e})")
         except ValueError as e:
-            faults.append(f"{place}, {e}")
+            faults.append(f"{place}: {e}")
     report(faults, len(items), skip_bad)
     if not found:
         raise ValueError(f"{path} holds no conversations")
@@ -118,20 +122,21 @@ def segments_of(talk, folder, speakers):
         raise TypeError("a conversation without turns")
     out = []
     for i, turn in enumerate(talk, 1):
+        place = f"turn {i}: " if len(talk) > 1 else ""
         turn = with_our_keys(turn)
         text, speaker = turn["text"], turn.get("speaker", 0)
         files = [file_of(turn[key], folder) if key in turn else None for key in ("audio", "codes")]
         if not any(files):
             raise KeyError("audio_path")
         if not isinstance(text, str) or not text.strip():
-            raise ValueError(f"turn {i}: its text is empty")
+            raise ValueError(f"{place}its text is empty")
         for file in files:
             if file and not file.is_file():
-                raise ValueError(f"turn {i}: no such file: {file}")
+                raise ValueError(f"{place}no such file: {file}")
         try:
             number = speakers[speaker] if speaker in speakers else command.as_speaker(speaker)
         except (ValueError, TypeError) as e:
-            raise ValueError(f"turn {i}: {e}") from None
+            raise ValueError(f"{place}{e}") from None
         out.append(csm.Segment(number, text.strip().removeprefix("\ufeff"), *files))
     return out
 
@@ -345,9 +350,11 @@ def encode(generator, examples, args):
                 if (n := len(talks[-1].rows)) > generator.max_positions:
                     name, rate = segments[0].audio or segments[0].text, generator.mimi.config.frame_rate
                     limit = f"{generator.max_positions / rate:.0f} s of sound and text"
-                    raise ValueError(f"{name} ...: takes as much as {n / rate:.0f} s, and the model holds {limit}")
+                    raise TooLong(f"{name} ...: takes as much as {n / rate:.0f} s, and the model holds {limit}")
             if all(len(talk.learned) for talk in talks):
                 out.append(replace(example, talks=talks))
+        except TooLong as e:
+            notes.append(f"left out: {e}")
         except ValueError as e:
             faults.append(str(e))
     report(faults, len(examples), args.skip_bad)
@@ -391,7 +398,7 @@ def with_codes(generator, segment, args):
         raise ValueError(f"{kept} is not an .npy of codes: {e}") from None
     n_frames, rate = generator.max_frames(args.max_audio_length_ms), generator.mimi.config.frame_rate
     if not 0 < len(codes) <= n_frames and not segment.codes:  # an empty or endless sampling is one to reject
-        raise ValueError(f"{file}: {len(codes) / rate:.1f} s, and at most {n_frames / rate:.1f} s are wanted")
+        raise TooLong(f"{file}: {len(codes) / rate:.1f} s, and at most {n_frames / rate:.1f} s are wanted")
     return replace(segment, codes=codes), notes
 
 

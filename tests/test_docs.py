@@ -34,6 +34,7 @@ NOT_RUN = {  # how a command begins: why it is not run here; its program must ha
     "CSM_SILENTCIPHER=DIR pytest": "needs Sony's weights",
     "python -m csm_tools.finetune dpo": "three texts give no pairs; test_finetune.py runs it",
     "python -m csm_tools.bench --dtype": "takes hours on a CPU; .ci/run runs it with --tiny",
+    "python -m csm_tools.doctor": "takes minutes; test_gpu.py runs its parts",
     "pytest": "would run this test",
     "ruff": ".ci/run runs it",
 }

@@ -16,6 +16,7 @@ import soundfile
 
 import csm  # before mlx
 import csm_batch
+import csm_layouts
 from conftest import clip, write_model
 from csm_tools import epub, narrate
 from csm_tools.text import parts_of
@@ -424,6 +425,21 @@ def test_a_mistake_of_a_process_is_named(folder, tmp_path):
     done = subprocess.run([*launcher, *args], **where, capture_output=True, text=True)
     assert re.search(r"narrate, process \d of 2: error: .*typo", done.stderr), done.stderr
     assert [f.name for f in tmp_path.iterdir()] == ["book.txt"]
+
+
+def test_tiny_does_not_stand_in_for_csm_1b(tmp_path, monkeypatch, capfd):
+    """A book in another voice than the one wanted is an hour lost: only csm.py speaks with tiny instead."""
+
+    def load(model, **options):
+        raise csm_layouts.DownloadError(f"cannot download {model} (--model tiny needs no download)")
+
+    monkeypatch.delenv("CSM_MODEL", raising=False)
+    monkeypatch.setattr(csm, "load", load)
+    (tmp_path / "book.txt").write_text("Hello.")
+    with pytest.raises(SystemExit) as e:
+        narrate.main([str(tmp_path / "book.txt"), str(tmp_path / "a.wav")])
+    err = capfd.readouterr().err
+    assert e.value.code == 2 and err.count("\n") == 1 and "cannot download csm-1b" in err and "--model tiny" in err
 
 
 def test_errors(folder, tmp_path, capfd):

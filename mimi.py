@@ -404,7 +404,7 @@ def read_mimi(path_or_repo=None):
 
 
 def check_fields(kind, values):
-    """Raise ValueError if JSON gives a field of a dataclass a wrong type, or a number beyond reason.
+    """Raise ValueError if JSON gives a field of a dataclass a wrong type or an absurd number.
 
     MLX ends the process where a size exceeds 32 bits.
     """

@@ -13,6 +13,7 @@ import soxr
 
 import mimi as codec  # before mlx
 from csm_tools import watermark
+from csm_tools.audio import RATE
 
 import numpy as np  # isort: skip
 
@@ -28,9 +29,7 @@ FORMATS = {
 SIZED = ("wav", "flac")  # their headers say how long they are
 # FFmpeg's readers of one file each. Others, such as hls and concat, open what the file names.
 CONTAINERS = "wav,w64,aiff,au,caf,flac,mp3,ogg,aac,mov,mp4,m4a,matroska,webm,amr"
-RATE = 24_000  # Hz, of clips
 LONGEST_CLIP = 60  # seconds
-SHORTEST_CLIP = 0.5
 HIGHEST_RATE, MOST_CHANNELS, MOST_VALUES = 192_000, 8, 768_000  # Hz; and values a second, of all channels
 
 
@@ -48,10 +47,6 @@ def read_clip(data, longest=LONGEST_CLIP):
         raise ValueError("the clip is no audio file that can be read (WAV, FLAC, MP3, OGG, M4A, WebM, ...)") from None
     if not np.isfinite(audio).all():
         raise ValueError("the clip contains NaN or infinite samples")
-    if len(audio) < SHORTEST_CLIP * RATE:
-        raise ValueError(f"the clip lasts {len(audio) / RATE:.2f} s: it needs {SHORTEST_CLIP} s or more, 3 to 12 best")
-    if abs(audio).max() < 1e-3:
-        raise ValueError("the clip is silent throughout")
     return audio
 
 
@@ -83,25 +78,6 @@ def check_form(rate, channels):
             f"the clip has {channels} channels at {rate} Hz: at most {MOST_CHANNELS} channels, {HIGHEST_RATE} Hz and "
             f"{MOST_VALUES} values a second are read"
         )
-
-
-def doubts(audio, text):
-    """What is probably wrong with a clip (samples,) at 24 kHz and its transcript: lines, perhaps none."""
-    blocks = audio[: len(audio) // 480 * 480].reshape(-1, 480)  # 20 ms each
-    loudness = np.sqrt(np.mean(blocks**2, axis=1))
-    loud = np.flatnonzero(loudness > 0.02 * loudness.max())
-    seconds, out = len(loud) / 50, []
-    speed = len(text) / seconds
-    if not 6 <= speed <= 30:
-        out.append(
-            f"{len(text)} characters for {seconds:.1f} s of speech are too {'few' if speed < 6 else 'many'}: "
-            "is the transcript what the clip says?"
-        )
-    if np.mean(abs(audio) >= 0.999) > 0.001:
-        out.append("the clip is too loud: its peaks are cut off")
-    if (silence := len(audio) / RATE - (loud[-1] + 1) / 50) > 1:
-        out.append(f"the clip ends in {silence:.1f} s of silence, which the speech may copy")
-    return out
 
 
 # ---------------------------------------------------------------------------------------------------- files out

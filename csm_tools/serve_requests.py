@@ -12,8 +12,9 @@ from typing import Annotated, Literal
 from pydantic import BaseModel, BeforeValidator, Field, ValidationError, model_validator
 
 import csm
+from csm_tools.audio import RATE, SHORTEST, check_clip
 from csm_tools.serve_engine import Speech
-from csm_tools.serve_files import FORMATS, LONGEST_CLIP, doubts, read_clip
+from csm_tools.serve_files import FORMATS, LONGEST_CLIP, read_clip
 from csm_tools.text import parts_of
 
 MOST_CLIPS = 64  # in one request
@@ -138,12 +139,13 @@ def read_clips(turns, seconds):
     for field, turn in turns:
         try:
             audio = read_clip(turn.audio, min(LONGEST_CLIP, left))
+            doubts = check_clip(audio, turn.text, SHORTEST if field == "ref_audio" else 0.0)  # "Yes." is short
         except ValueError as e:
             more = f" (the clips of a request may last {seconds:.0f} s together)" if left < LONGEST_CLIP else ""
             raise Refused(f"{field}: {e}{more}", field) from None
-        left -= len(audio) / 24_000
+        left -= len(audio) / RATE
         segments.append(csm.Segment(turn.speaker, turn.text, audio))
-        warnings += [f"{field}: {doubt}" for doubt in doubts(audio, turn.text)]
+        warnings += [f"{field}: {doubt}" for doubt in doubts]
     return segments, warnings
 
 

@@ -10,7 +10,8 @@ import soundfile
 
 import csm
 import mimi as codec
-from csm_tools.serve_files import RATE, doubts, read_clip
+from csm_tools.audio import RATE, check_clip
+from csm_tools.serve_files import read_clip
 
 OPENAI_VOICES = "alloy ash ballad cedar coral echo fable marin nova onyx sage shimmer verse".split()
 MOST_VOICES = 1000  # that clients may add to the folder
@@ -55,7 +56,7 @@ class Voices:
         if n > g.max_positions * 3 // 4:
             seconds = g.max_positions / g.mimi.config.frame_rate
             raise ValueError(f"it takes {n} of the model's {g.max_positions} positions ({seconds:.0f} s of sound)")
-        for doubt in doubts(audio, text):
+        for doubt in check_clip(audio, text):
             log.warning("voice: %s", doubt)
         return csm.Segment(0, text, audio)
 

@@ -503,7 +503,7 @@ def compiles(model):
     """Whether to compile next_frame: as CSM_COMPILE=0 or 1 says, else where it pays.
 
     On a GPU it does: MLX fuses thousands of small operations and replays them without Python. On
-    a CPU it saves a tenth of a large model's frame, for ten seconds of the C++ compiler, once.
+    a CPU it saves a large model's frame some time, and MLX may call a C++ compiler, once.
     """
     asked = os.environ.get("CSM_COMPILE", "")
     widths = model.config.backbone.dim * model.config.decoder.dim

@@ -922,6 +922,8 @@ def download_csm(model, mimi_files):
         return download(*DEFAULT_MODEL)
     # A repository may have its weights in several layouts: prefer MLX's or Sesame's, in one file.
     groups = ("model*.safetensors*", "ckpt.safetensors"), ("*.pt",), ("*.safetensors*",)
+    # Of the GGUF files: llama.cpp's three, or 8 bits, which MLX computes with, or what there is.
+    groups += ("*backbone*.gguf", "*decoder*.gguf", "*mimi*.gguf"), ("*[qQ]8*.gguf",), ("*.gguf",)
     beside = ("*.json", "tokenizer.model", *mimi_files, "prompts/*")
     known = "csm-1b, tiny, a folder, a .safetensors file or a Hugging Face repository"
     return fetch(model, *groups, beside=beside, known=known)

@@ -404,7 +404,7 @@ def read_mimi(path_or_repo=None):
 
 
 def check_fields(kind, values):
-    """Raise ValueError if JSON gives a field of a dataclass a wrong type, or a number beyond reason.
+    """Raise ValueError if JSON gives a field of a dataclass a wrong type or an absurd number.
 
     MLX ends the process where a size exceeds 32 bits.
     """
@@ -623,7 +623,9 @@ def audio_file(path, sample_rate=24_000):
 def replacing(path):
     """A binary file that replaces the one at `path` once all is written. Raises ValueError."""
     path = Path(os.path.realpath(path))  # follow a link instead of replacing it
-    name = os.fsencode(path.name)[:150].decode(errors="ignore")  # a file's name has 255 bytes at most
+    name = os.fsencode(path.name)[:150].decode(
+        errors="ignore"
+    )  # a file's name has 255 bytes at most
     part = path.with_name(f".{name}.{os.getpid()}-{secrets.token_hex(4)}.part")
     try:
         with open(part, "wb") as file:

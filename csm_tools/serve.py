@@ -22,8 +22,9 @@ from contextlib import asynccontextmanager, suppress
 from functools import partial
 from pathlib import Path
 
-from csm_tools import command  # before mlx
-from csm_tools.serve_engine import Busy, Engine, failed
+import csm  # before mlx
+from csm_tools import command
+from csm_tools.serve_engine import Busy, Engine, Speech, failed
 
 import mlx.core as mx  # isort: skip
 import numpy as np
@@ -40,8 +41,9 @@ try:
     from starlette.routing import Route
 
     from csm_tools import serve_network
+    from csm_tools.serve_conversations import Conversations
     from csm_tools.serve_files import FORMATS, SIZED, Encoder, Marker
-    from csm_tools.serve_requests import Refused, in_one_line, read_form, read_request
+    from csm_tools.serve_requests import Refused, Turn, in_one_line, parse, read_clips, read_form, read_request
     from csm_tools.serve_voices import Voices
 except ImportError as e:
     print(f"csm-serve needs its extra [serve]: pip install starlette uvicorn av pydantic ({e})", file=sys.stderr)
@@ -58,8 +60,10 @@ log = logging.getLogger("csm.serve")
 def make_app(engine, args, address, mark=None, voices=None):
     """The Starlette application of an Engine. args: of the command. mark: a Watermark for all that it says."""
     generator, rate, name = engine.generator, engine.generator.sample_rate, shown_name(args.model)
-    voices = voices or Voices(generator)
+    voices, talks = voices or Voices(generator), Conversations(args.conversation_memory * 10**6)
     marking = ThreadPoolExecutor(1, "watermark")  # one for all, as MLX keeps something of each thread
+
+    leaving = set()  # tasks, which asyncio alone would forget
 
     def check_key(request):
         scheme, _, given = request.headers.get("authorization", "").partition(" ")
@@ -85,8 +89,37 @@ def make_app(engine, args, address, mark=None, voices=None):
         r, speech, doubts = await asyncio.to_thread(read_request, body, voices, generator, args.max_characters)
         for doubt in doubts:
             log.warning("%s", in_one_line(doubt))
-        engine.submit(speech)
+        if r.conversation is None:
+            engine.submit(speech)
+        else:
+            speech.kept = talks.open(r.conversation)
+            await enter(speech, r.after_turns)
         return partial(answer, r, speech, doubts)
+
+    async def enter(speech, after=None):
+        """Submit a Speech of a conversation as soon as those before it have ended."""
+        kept = speech.kept
+        await kept.lock.acquire()
+        try:
+            n = len(kept.turns())
+            if after not in (None, n):
+                message = f"the conversation has {n} turns here, not {after}: begin it again with its context"
+                raise Refused(message, "conversation", 404, "conversation_not_found")
+            if kept.talk and speech.parts:
+                speech.context = []  # which counts in the first request alone
+            engine.submit(speech)
+        except BaseException:
+            kept.lock.release()
+            raise
+
+        async def leave():
+            await speech.ended.wait()
+            kept.used = time.monotonic()
+            kept.lock.release()
+            talks.tidy()
+
+        leaving.add(task := asyncio.create_task(leave()))
+        task.add_done_callback(leaving.discard)
 
     async def answer(r, speech, doubts, scope, receive, send):
         """The response, as an ASGI application. It breaks off where the client leaves or stops reading."""
@@ -115,7 +148,7 @@ def make_app(engine, args, address, mark=None, voices=None):
         whole = r.response_format in SIZED and len(speech.parts) == 1 and not (sse or r.stream)
         encode = Encoder(r.response_format, rate, r.speed, whole)
         marker = Marker(mark, rate) if mark else None
-        start, first, data = time.perf_counter(), None, b""
+        start, first, data, begun = time.perf_counter(), None, b"", False
 
         async def encoded(piece):
             if marker is None:
@@ -126,6 +159,8 @@ def make_app(engine, args, address, mark=None, voices=None):
         async def begin(length=None):
             kind = "text/event-stream" if sse else FORMATS[r.response_format][0]
             headers = {"content-type": kind, "x-seed": str(r.seed), "cache-control": "no-store"}
+            if speech.kept:
+                headers["x-conversation-turns"] = str(len(speech.kept.turns()) - speech.added)
             headers |= {"x-accel-buffering": "no"} if length is None else {"content-length": str(length)}
             if doubts:
                 headers["x-warning"] = in_one_line("; ".join(doubts)).encode("ascii", "replace").decode()
@@ -142,10 +177,9 @@ def make_app(engine, args, address, mark=None, voices=None):
                     piece = failed(e)
             if isinstance(piece, Exception):
                 break
-            if whole and piece is None:
-                await begin(len(data))
-            elif not whole and not speech.taken:
-                await begin()
+            if not begun and (piece is None or not whole):
+                begun = True
+                await begin(len(data) if whole else None)
             if sse:
                 data = event("speech.audio.delta", audio=base64.b64encode(data).decode()) if data else b""
                 data += captions(r, speech, piece)
@@ -158,7 +192,7 @@ def make_app(engine, args, address, mark=None, voices=None):
             speech.taken += len(piece)
             engine.changed.set()
 
-        if not speech.taken or whole:
+        if not begun:
             if not isinstance(piece, ValueError):
                 log.error("nothing was said: %s", piece)
             return await (await refuse(None, piece))(scope, receive, send)
@@ -232,6 +266,44 @@ def make_app(engine, args, address, mark=None, voices=None):
         log.info("voice %s was deleted", voice)
         return JSONResponse({"id": voice, "object": "voice.deleted", "deleted": True})
 
+    def conversation(request):
+        check_key(request)
+        name = request.path_params["id"]
+        kept = talks.find(name)
+        if kept is None:
+            message = f"no conversation {name[:80]!r} here, or no more: begin it with its context"
+            raise Refused(message, "conversation", 404, "conversation_not_found")
+        return name, kept
+
+    def described(name, kept):
+        rate = generator.mimi.config.frame_rate
+        turns = [(turn.speaker, turn.text, round(len(turn.codes) / rate, 2)) for turn in kept.turns()]
+        turns = [dict(zip(("speaker", "text", "seconds"), turn)) for turn in turns]
+        return JSONResponse({"id": name, "object": "conversation", "turns": turns})
+
+    def show_conversation(request):
+        return described(*conversation(request))
+
+    def end_conversation(request):
+        name, _ = conversation(request)
+        talks.remove(name)
+        return JSONResponse({"id": name, "object": "conversation.deleted", "deleted": True})
+
+    async def hear(request):
+        """Add a turn that somebody else spoke."""
+        name, kept = conversation(request)
+        turn = parse(Turn, await read_body(request, "application/json"))
+        seconds = generator.max_positions / generator.mimi.config.frame_rate
+        segments, doubts = await asyncio.to_thread(read_clips, [("audio", turn)], seconds)
+        for doubt in doubts:
+            log.warning("%s", in_one_line(doubt))
+        speech = Speech([], turn.speaker, None, segments, 0, csm.Sampling(), kept=kept)
+        await enter(speech)
+        end = await speech.pieces.get()
+        if end is not None:
+            raise end
+        return described(name, kept)
+
     def check_folder():
         if voices.folder is None:
             raise Refused("this server keeps no voices: it was started without --voices DIR", None, 403)
@@ -273,12 +345,16 @@ def make_app(engine, args, address, mark=None, voices=None):
         ("/v1/audio/voices", list_voices, "GET"),
         ("/v1/audio/voices", add_voice, "POST"),
         ("/v1/audio/voices/{id}", remove_voice, "DELETE"),
+        ("/v1/conversations/{id}", show_conversation, "GET"),
+        ("/v1/conversations/{id}", end_conversation, "DELETE"),
+        ("/v1/conversations/{id}/turns", hear, "POST"),
         ("/health", lambda request: JSONResponse(engine.health() | {"model": name}), "GET"),
     ]
     routes = [Route(path + end, f, methods=[method]) for end in ("", "/") for path, f, method in routes]
     routes.append(Route("/", page))
     handlers = dict.fromkeys((Refused, Busy, HTTPException, ClientDisconnect, Exception), refuse)
-    options = {"allow_methods": ["*"], "allow_headers": ["*"], "expose_headers": ["x-seed", "x-warning"]}
+    own = ["x-seed", "x-warning", "x-conversation-turns"]
+    options = {"allow_methods": ["*"], "allow_headers": ["*"], "expose_headers": own}
     cors = [Middleware(CORSMiddleware, allow_origins=args.cors, **options)] if args.cors else []
     return Starlette(routes=routes, exception_handlers=handlers, middleware=cors, lifespan=lifespan)
 
@@ -322,6 +398,8 @@ def main(argv=None):
     p.add_argument("--max-batch", type=int, default=16, metavar="N", help="requests spoken at once (default 16)")
     p.add_argument("--max-waiting", type=int, default=64, metavar="N", help="that wait beyond those (default 64)")
     p.add_argument("--max-characters", type=int, default=4096, metavar="N", help="of an input (default 4096)")
+    what = {"type": int, "default": 1000, "metavar": "MB", "help": "for kept conversations (default 1000)"}
+    p.add_argument("--conversation-memory", **what)
     p.add_argument("--grace", type=int, default=30, metavar="S", help="seconds that SIGTERM leaves what is under way")
     p.add_argument("--watermark", action="store_true", help="mark all sound as generated; it comes a second later")
     p.add_argument("--log-text", action="store_true", help="log what is said")

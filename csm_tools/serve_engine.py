@@ -16,6 +16,7 @@ from dataclasses import dataclass, field, replace
 import csm
 import csm_batch
 import mimi as codec
+from csm_tools.serve_conversations import Kept
 
 import mlx.core as mx  # isort: skip
 import numpy as np
@@ -30,6 +31,10 @@ log = logging.getLogger("csm.serve")
 
 class Busy(Exception):
     """As many wait as may."""
+
+
+class Left(Exception):
+    """Nobody listens any more."""
 
 
 @dataclass(eq=False)
@@ -53,6 +58,11 @@ class Speech:
     made: int = 0  # samples
     taken: int = 0  # of them; the listener's to write
     gone: bool = False  # nobody listens; the listener's to write
+    kept: Kept | None = None  # the conversation that its parts are turns of; without parts, its context is
+    rows: np.ndarray | None = None  # of the turn that is said now
+    added: int = 0  # turns
+    clip: csm.Segment | None = None  # the conversation's before them
+    ended: asyncio.Event = field(default_factory=asyncio.Event)  # `pieces` have got their last
 
     def begun(self):
         return self.part > 0 or self.tries > 0
@@ -119,7 +129,9 @@ class Engine:
         try:
             while True:
                 self.changed.clear()
-                self.waiting = [speech for speech in self.waiting if not speech.gone]
+                for speech in [speech for speech in self.waiting if speech.gone]:
+                    self.waiting.remove(speech)
+                    self.give(speech, self.undo(speech))
                 ready = [speech for speech in self.waiting if not self.held(speech)]
                 joining = ready[: self.max_batch - self.count_live()]
                 if not joining and not self.count_live():
@@ -127,10 +139,16 @@ class Engine:
                     continue
                 self.waiting = [speech for speech in self.waiting if speech not in joining]
                 for speech, piece in await loop.run_in_executor(self.thread, self.step, joining):
-                    speech.pieces.put_nowait(piece)
+                    self.give(speech, piece)
         finally:
             self.thread.submit(mx.clear_streams)  # or the process may not end well
             self.thread.shutdown()
+
+    def give(self, speech, piece):
+        """Hand a listener what was made, or what ends it."""
+        speech.pieces.put_nowait(piece)
+        if not isinstance(piece, np.ndarray):
+            speech.ended.set()
 
     def step(self, joining):
         """Let them join, and say a frame of each that is live -> [(Speech, what its `pieces` get)]."""
@@ -140,6 +158,7 @@ class Engine:
         try:
             for uid in [uid for uid, speech in self.live.items() if speech.gone]:
                 self.batch.remove(uid)
+                out.append((self.live[uid], self.undo(self.live[uid])))
                 del self.live[uid]
             said = self.batch.next() if self.live else []
             frames = {uid: codes for uid, codes in said if codes is not None}
@@ -152,7 +171,7 @@ class Engine:
             ended = [self.live.pop(uid) for uid, codes in said if codes is None]
             out += [(speech, piece) for speech in ended for piece in self.after(speech)]
         except Exception as e:  # and with it all that was being said
-            out += [(speech, failed(e)) for speech in self.live.values()]
+            out += [(speech, self.undo(speech, failed(e))) for speech in self.live.values()]
             self.batch, self.live, self.decoded = csm_batch.Batch(self.generator), {}, []
         for speech, piece in out:
             speech.made += len(piece) if isinstance(piece, np.ndarray) else 0
@@ -166,32 +185,91 @@ class Engine:
             del self.preparing[speech]
             if speech.gone:
                 job.close()
+                out.append((speech, self.undo(speech)))
                 continue
             try:
                 worked = next(job)
             except StopIteration as end:
-                self.live[end.value] = speech
+                if end.value is None:
+                    out.append((speech, None))
+                else:
+                    self.live[end.value] = speech
             except Exception as e:
-                out.append((speech, failed(e)))
+                out.append((speech, self.undo(speech, failed(e))))
             else:
                 self.preparing[speech] = job  # the last one now
                 if worked:
                     return
 
     def prepare(self, speech):
-        """Put the next part of a Speech into the batch -> its uid. Raises ValueError.
+        """Put the next part of a Speech into the batch -> its uid, None if it has no parts. Raises ValueError.
 
         Yields whether it has worked since, or waits for what another one computes.
         """
+        if speech.kept:
+            return (yield from self.prepare_turn(speech))
         generator, (text, _) = self.generator, speech.parts[speech.part]
         if not speech.begun():
             yield from self.set_context(speech)
         before, rows = generator.prompt(text, speech.speaker, speech.context, "none")
-        seed = (speech.seed + speech.part + speech.tries * 2**32) % 2**64
         cache = yield from self.context_cache(before)
-        room = generator.max_positions - len(before) - len(rows)
-        speech.limit = min(generator.max_frames(None, text), room)
+        return self.insert(speech, rows, cache)
+
+    def insert(self, speech, rows, cache):
+        seed = (speech.seed + speech.part + speech.tries * 2**32) % 2**64
+        room = self.generator.max_positions - cache.offset - len(rows)
+        speech.limit = min(self.generator.max_frames(None, speech.parts[speech.part][0]), room)
         return self.batch.insert(rows, speech.limit, seed, speech.sampling, cache)
+
+    def prepare_turn(self, speech):
+        """`prepare` in a conversation: it is a turn after all others, and costs only what the cache lacks of them."""
+        g, kept = self.generator, speech.kept
+        if kept.talk is None:
+            yield from self.set_context(speech)
+            kept.talk = g.conversation(speech.context, voice="none", speaker=speech.speaker)
+        elif not speech.begun():
+            self.check_room(speech, kept.talk.turns[: kept.talk.n_context])
+            for turn in speech.context:
+                yield from self.encode(turn)
+                kept.talk.hear(turn)
+        if not speech.parts:
+            return None
+        talk, (text, _) = kept.talk, speech.parts[speech.part]
+        speech.clip = speech.clip or talk.clip
+        clip = talk.clip if talk.clip and talk.clip.speaker == speech.speaker else None
+        speech.rows = g.turn_rows(text, speech.speaker, clip)
+        g.check_length(talk._length(talk.n_context) + len(speech.rows))
+        talk._make_room(len(speech.rows), g.max_frames(None, text))
+        if talk.cache is None:
+            context = np.concatenate([g.context_rows([]), *talk.blocks[: talk.n_context]])
+            talk.cache = (yield from self.context_cache(context)).copy()
+        before = np.concatenate([g.context_rows([]), *talk.blocks])
+        while (done := talk.cache.offset) < len(before):
+            csm.prefill(g.model, before[done : done + csm.PREFILL_ROWS], talk.cache)
+            yield True
+        return self.insert(speech, speech.rows, talk.cache)
+
+    def add_turn(self, speech, text):
+        """What a Speech has said is a turn of its conversation."""
+        talk = speech.kept.talk
+        turn = csm.Segment(speech.speaker, text, codes=np.stack(speech.codes))
+        talk.turns.append(turn)
+        talk.blocks.append(np.concatenate([speech.rows, self.generator.audio_rows(turn)]))
+        if talk.clip and talk.clip.speaker == speech.speaker:
+            talk.clip = None
+        speech.added += 1
+
+    def undo(self, speech, reason=None):
+        """Leave a conversation as it was before a Speech that does not end -> what the listener gets."""
+        talk = speech.kept and speech.kept.talk
+        if talk and speech.added:
+            n = max(talk.n_context, len(talk.blocks) - speech.added)  # some may be forgotten already
+            del talk.blocks[n:], talk.turns[n:]
+            talk.clip = speech.clip
+            if talk.cache:
+                talk.cache.trim(talk.cache.offset - talk._length())
+            speech.added = 0
+        return reason or Left("the client has left")
 
     def set_context(self, speech):
         """Find and encode what a Speech is said after, if there is room for that and for all parts."""
@@ -210,15 +288,17 @@ class Engine:
         """Raise ValueError if the turns leave no room for a part, each of which is said after them."""
         g, rows = self.generator, [len(self.generator.text_rows(text, speech.speaker)) for text, _ in speech.parts]
         n = sum(len(g.text_rows(turn.text, turn.speaker)) + n_frames(turn, g.mimi.frame_size) + 1 for turn in turns)
-        if not turns and len(rows) > 1:  # the first is the context of the others
+        if not rows:
+            rows = [0]
+        elif not turns and len(rows) > 1 and not speech.kept:  # the first is the context of the others
             n = rows[0] + g.max_frames(None, speech.parts[0][0]) // 2
         longest = int(np.argmax(rows))
         if n + rows[longest] >= g.max_positions:
-            seconds, has = ((x / g.mimi.config.frame_rate) for x in (n, g.max_positions))
+            before, more, has = (x / g.mimi.config.frame_rate for x in (n, rows[longest], g.max_positions))
+            text = in_short(speech.parts[longest][0]) if speech.parts else ""
             raise ValueError(
-                f"too long: what is said before takes as much room as {seconds:.0f} s of sound, the text "
-                f"{in_short(speech.parts[longest][0])!r} {rows[longest] / g.mimi.config.frame_rate:.0f} s, "
-                f"and the model has {has:.0f} s"
+                f"too long: what is said before takes as much room as {before:.0f} s of sound, the text {text!r} "
+                f"{more:.0f} s, and the model has {has:.0f} s"
             )
 
     def encode(self, turn):
@@ -286,7 +366,9 @@ class Engine:
             return []
         if len(speech.codes) == speech.limit:
             speech.cut_off.append(speech.part + 1)
-        if speech.codes and not speech.context:  # this part's voice is that of the others
+        if speech.codes and speech.kept:
+            self.add_turn(speech, text)
+        elif speech.codes and not speech.context:  # this part's voice is that of the others
             self.keep_voice(speech, csm.Segment(speech.speaker, text, codes=np.stack(speech.codes)))
         if speech.codes:
             speech.captions.append((text, speech.part_start, speech.made))

@@ -34,7 +34,9 @@ class Connection(H11Protocol):
         self.wait(HEADERS)
         if len(self.connections) > self.most:
             idle = [other for other in self.connections if other.timer]
-            min(idle, key=lambda other: other.since).transport.abort()
+            oldest = min(idle, key=lambda other: other.since)
+            oldest.stop_waiting()  # it is gone only later: do not find it again
+            oldest.transport.abort()
 
     def connection_lost(self, exc):
         self.stop_waiting()

@@ -95,6 +95,8 @@ class Request(BaseModel):
     ref_audio: Sound | None = None  # a clip of the voice to speak with
     ref_text: str | None = None  # what that clip says
     context: list[Turn] = Field([], max_length=MOST_CLIPS)  # what was said since
+    conversation: str | None = Field(None, min_length=1, max_length=200)  # a name: this is said after all said there
+    after_turns: int | None = Field(None, ge=0)  # how many turns it must have, so that a lost one is noticed
 
     @model_validator(mode="before")
     @classmethod

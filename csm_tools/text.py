@@ -1441,14 +1441,21 @@ def ends_here(before, mark, after, cased):
 
 
 def cut(sentence, longest=LONGEST):
-    """A sentence in parts of at most `longest` characters."""
-    parts, start = [], 0
-    while len(sentence) - start > longest:
+    """A sentence in parts of at most `longest` characters, the last of them no word alone where that can be had."""
+    parts, start, few = [], 0, longest // 8
+    while (left := len(sentence) - start) > longest:
         head = sentence[start : start + longest]
-        for mark in (r"[.!?…]\s+", r"(?:[;:,]\s+|[，、—–]\s*)", r"\s+", r".$"):
-            if at := [m.end() for m in re.finditer(mark, head) if m.end() > longest // 3]:
+        for mark, rest in (
+            (r"[.!?…]\s+", few),
+            (r"(?:[;:,]\s+|[，、—–]\s*)", few),
+            (r"\s+", few),
+            (r"\s+", 0),
+            (".$", 0),
+        ):
+            ends = [m.end() for m in re.finditer(mark, head) if longest // 3 < m.end() <= left - rest]
+            if ends:
                 break
-        parts.append(head[: at[-1]].strip())
-        start += at[-1]
+        parts.append(head[: ends[-1]].strip())
+        start += ends[-1]
         start += re.match(r"\s*", sentence[start : start + longest]).end()
     return [*parts, sentence[start:].strip()]

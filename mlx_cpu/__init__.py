@@ -19,7 +19,8 @@ What is slow in MLX 0.32 there, on two cores of an AMD EPYC (Zen 5, 80 GB/s), fl
   Beside processes that keep the cores busy OpenBLAS's threads, which wait for each other, take 10 to 100 times as long.
 - exp, sigmoid and erf take 9.5, 9.5 and 17 ns an element; here 0.12. Attention of a prompt of 1024 rows (32 heads of
   64, 8 of keys) takes 450 ms, of which most is exp; here 55.
-- Products with quantized matrices run on one core, without the wide instructions.
+- Products with quantized matrices run on one core, without the wide instructions. Here (1, 2048) x (2048, 8192) takes
+  0.78 ms with 8 bits and 0.61 with 4, in float32 2.3 (two cores of a Zen 4, 28 GB/s).
 
 So this module does three things.
 

@@ -29,10 +29,12 @@ NOT_RUN = {  # how a command begins: why it is not run here; its program must ha
     "git clone": "needs the network",
     "pip install": "needs the network",
     "python -m csm_tools.serve": "runs until it is stopped; test_serve.py runs it",
+    "curl": "needs a running server; test_serve_conversations.py asks the same of one",
     "python -m csm_tools.watermark": "needs Sony's weights; test_watermark.py runs it",
     "CSM_SILENTCIPHER=DIR pytest": "needs Sony's weights",
     "python -m csm_tools.finetune dpo": "three texts give no pairs; test_finetune.py runs it",
     "python -m csm_tools.bench --dtype": "takes hours on a CPU; .ci/run runs it with --tiny",
+    "python -m csm_tools.doctor": "takes minutes; test_gpu.py runs its parts",
     "pytest": "would run this test",
     "ruff": ".ci/run runs it",
 }

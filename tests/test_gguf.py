@@ -2,6 +2,7 @@
 
 import json
 import re
+import shutil
 import sys
 
 import convert
@@ -406,3 +407,23 @@ def test_damaged(tmp_path):
             assert "\n" not in str(e)
             refused += 1
     assert 40 < refused < 120
+
+
+@pytest.mark.parametrize("program, wanted", [("llama_cpp", "*.gguf"), ("crispasr", "csm-q8_0.gguf")])
+def test_a_hub_repository_of_gguf_files(program, wanted, tmp_path, monkeypatch):
+    """Its files in 8 bits are fetched, or all three of llama.cpp's, and no others."""
+    config = CONFIG | {"text_vocab_size": len(tokens()[0])}
+    file = WRITERS[program](tmp_path / "hub", config, random_weights(config), "Q8_0")
+    if program == "crispasr":
+        file.rename(file.with_name("csm-q8_0.gguf"))
+        (tmp_path / "hub/csm-f16.gguf").write_bytes(b"larger")
+
+    def download(repo, *patterns):
+        (tmp_path / "cache").mkdir(exist_ok=True)
+        for path in {path for pattern in patterns for path in (tmp_path / "hub").glob(pattern)}:
+            shutil.copy(path, tmp_path / "cache")
+        return tmp_path / "cache"
+
+    monkeypatch.setattr(csm_layouts, "download", download)
+    assert len(csm.load("some/csm-GGUF").generate_codes("hello there", **GREEDY)) == 5
+    assert sorted((tmp_path / "cache").iterdir()) == sorted((tmp_path / "cache").glob(wanted))

@@ -33,10 +33,12 @@ ALLOWED = {  # besides
     ("csm.py", "csm_tools.gguf"),  # late, for a GGUF file
     ("csm_tools/command.py", "csm_tools.watermark"),  # late, for --watermark
     ("csm_tools/serve.py", "csm_tools.serve_engine"),  # its other parts
+    ("csm_tools/serve.py", "csm_tools.serve_conversations"),
     ("csm_tools/serve.py", "csm_tools.serve_files"),
     ("csm_tools/serve.py", "csm_tools.serve_network"),
     ("csm_tools/serve.py", "csm_tools.serve_requests"),
     ("csm_tools/serve.py", "csm_tools.serve_voices"),
+    ("csm_tools/serve_engine.py", "csm_tools.serve_conversations"),
     ("csm_tools/serve_requests.py", "csm_tools.serve_engine"),
     ("csm_tools/serve_requests.py", "csm_tools.serve_files"),
     ("csm_tools/serve_voices.py", "csm_tools.serve_files"),

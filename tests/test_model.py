@@ -245,6 +245,7 @@ def test_a_context_is_of_segments(generator):
             generator.generate("hi", 0, context)
 
 
+@pytest.mark.slow
 def test_conversation_forgets_the_oldest_turns_but_not_the_voice(generator, caplog):
     talk = generator.conversation(voice="other", speaker=1)
     for i in range(5):
@@ -255,6 +256,7 @@ def test_conversation_forgets_the_oldest_turns_but_not_the_voice(generator, capl
     same_codes(talk.turns[-1].codes, again)
 
 
+@pytest.mark.slow
 def test_stream_is_generate_in_pieces(generator):
     options = {"seed": 5, "max_audio_length_ms": 1680}
     whole = generator.generate("hello there", 1, **options)
@@ -642,6 +644,7 @@ def test_logits_processors_see_the_first_codebook(generator):
     assert seen == [[7] * i for i in range(5)]
 
 
+@pytest.mark.slow
 def test_codes_that_mimi_lacks_are_never_said(tmp_path):
     generator = csm.load(write_model(tmp_path, "k4"))
     n = generator.mimi.config.codebook_size

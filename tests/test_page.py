@@ -146,7 +146,25 @@ def test_errors_and_stop(page, address):
     until(lambda: page.evaluate("document.getElementById('error').textContent.includes('4096')"))
     page.fill("#text", "The cat sat on the mat. " * 20)
     page.click("#speak")
-    until(lambda: health(address)["live"] == 1)
+    until(lambda: page.evaluate("document.getElementById('status').textContent.startsWith('First sound')"))
     page.keyboard.press("Escape")
     until(lambda: health(address)["live"] == 0)
     assert page.inner_text("#error") == "" and page.is_enabled("#speak")
+    until(lambda: page.is_visible("#link") and page.is_visible("#again"))  # what was heard until then
+
+
+def test_an_empty_answer_and_what_a_reload_keeps(page):
+    page.route("**/v1/audio/speech", lambda route: route.fulfill(status=200, body=b""))
+    page.click("#speak")
+    until(lambda: page.evaluate("document.getElementById('error').textContent.includes('seed')"))
+    page.unroute("**/v1/audio/speech")
+    page.click("#options summary")
+    page.fill("#key", "sesame")
+    page.reload()
+    assert page.input_value("#key") == "sesame"
+    page.check("#dialogue")
+    assert page.eval_on_selector("#speaker", "x => +getComputedStyle(x).opacity") < 1  # it looks disabled
+    assert page.eval_on_selector("#turns", "x => getComputedStyle(x).listStyleType") == "none"
+    page.click("#clip summary")
+    wide = page.eval_on_selector("#file", "x => x.offsetWidth / document.getElementById('text').offsetWidth")
+    assert wide > 0.85

@@ -477,7 +477,8 @@ def ask(app, body, send):
     return asyncio.create_task(app(scope, receive, send))
 
 
-ARGUMENTS = Namespace(model="tiny", api_key=None, max_characters=4096, log_text=False, cors=[])
+ARGUMENTS = {"model": "tiny", "api_key": None, "max_characters": 4096, "log_text": False, "cors": []}
+ARGUMENTS = Namespace(**ARGUMENTS, conversation_memory=1000)
 
 
 def collector():

@@ -47,6 +47,8 @@ def all_said(engine, *speeches, steps=4000):
     said, ends, joining = {speech: [] for speech in speeches}, {}, list(speeches)
     for _ in range(steps):
         for speech, piece in engine.step(joining):
+            if speech not in said:
+                continue
             if isinstance(piece, np.ndarray):
                 said[speech].append(piece)
             else:

@@ -4,7 +4,10 @@ import base64
 import io
 import json
 import logging
+import os
 import socket
+import subprocess
+import sys
 from types import SimpleNamespace
 
 import numpy as np
@@ -288,7 +291,8 @@ def test_where_there_are_too_many_the_oldest_without_a_request_goes(connect):
     asking.data_received(b"GET /health HTTP/1.1\r\nHost: x\r\n\r\n")
     first, second, third = new(), new(), new()
     assert first.transport.gone and not second.transport.gone and not third.transport.gone
-    assert not asking.transport.gone
+    new()  # while the first is still being closed
+    assert second.transport.gone and not third.transport.gone and not asking.transport.gone
 
 
 def test_a_line_of_the_log_comes_once(monkeypatch):
@@ -319,3 +323,19 @@ def test_only_json_is_taken():
             s.sendall(f"POST /v1/audio/speech HTTP/1.1\r\n{head}\r\n\r\n{{".encode())
         assert httpx.get(f"{address}/health").status_code == 200
     assert process.returncode == 0 and "Traceback" not in "".join(process.log)
+
+
+def test_no_other_model_than_was_asked_for(tmp_path, monkeypatch):
+    monkeypatch.setenv("CSM_MODEL", "tiny")
+    parser = serve.command.parser_for("x")
+    serve.command.add_model_options(parser)
+    assert parser.parse_args([]).model == "tiny" and parser.parse_args(["--model", "a"]).model == "a"
+    env = {**os.environ, "CSM_MODEL": "", "HF_HUB_OFFLINE": "1", "HF_HOME": str(tmp_path)}
+    command = [sys.executable, "-m", "csm_tools.serve", "--port", "0"]
+    done = subprocess.run(command, cwd=HERE, env=env, capture_output=True, text=True)
+    assert done.returncode == 2 and "--model tiny" in done.stderr, done.stderr
+    assert serve.shown_name(None) == "csm-1b" and serve.shown_name(str(HERE / "tiny")) == "tiny"
+
+
+def test_what_the_log_gets_is_one_line():
+    assert serve.in_one_line("a\nb\x1b[2Jé\u2028") == "a\\nb\\x1b[2Jé\\u2028"

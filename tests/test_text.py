@@ -253,6 +253,11 @@ def test_longest():
         assert max(map(len, parts(text, longest=longest))) <= longest
         assert " ".join(parts(text, longest=longest)) == text
     assert len(parts(text, longest=80)) == 3
+    assert parts("She keeps all the keys and has never turned anybody away.", longest=55) == [
+        "She keeps all the keys and has never turned",
+        "anybody away.",
+    ]
+    assert parts("x" * 50 + " away.", longest=52) == ["x" * 50, "away."]  # no word is cut
 
 
 @pytest.mark.parametrize(

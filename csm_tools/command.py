@@ -125,8 +125,8 @@ def read_options(args):
 
 
 def is_clip(voice):
-    """Whether --voice names a file, not a preset."""
-    return voice not in (None, "none") and Path(voice).is_file()
+    """Whether --voice names a file; the name of a preset has no suffix."""
+    return voice not in (None, "none") and bool(Path(voice).suffix) and Path(voice).is_file()
 
 
 def clip_text(voice):

@@ -599,6 +599,7 @@ def test_a_codec_that_does_not_hear_is_said(tmp_path, capfd):
         assert ("codec loses much" in capfd.readouterr().err) == warned
 
 
+@pytest.mark.slow
 def test_samples_before_and_after_are_the_default(plain, data, tmp_path):
     args = ["train", "--model", plain, "--data-path", data, "--output-dir", tmp_path / "o", "--epochs", 1]
     finetune.main([str(a) for a in [*args, "--lora-rank", 2]])
@@ -762,7 +763,8 @@ def test_silence_is_trimmed_and_clips_that_cannot_be_right_are_bad(plain, tmp_pa
     ],
 )
 def test_errors(plain, data, tmp_path, capfd, more, message):
-    args = ["train", "--model", plain, "--data-path", data, "--output-dir", tmp_path / "o", "--epochs", "1", *more]
+    args = ["train", "--model", plain, "--data-path", data, "--output-dir", tmp_path / "o", "--epochs", "1"]
+    args += ["--sample-texts", "none", *more]
     try:
         finetune.main([str(a) for a in args])
     except SystemExit as e:

@@ -327,19 +327,30 @@ def compile_primitives():
                 if source.find():
                     return ""
                 record = folder / f"{source.name}.failed"
-                record.write_text("it crashed")  # if the check kills this process, this stays
-                failure = "" if source.compile(check) else source.failure
-                record.write_text(failure) if failure else record.unlink()
+
+                def careful(path, record=record):
+                    record.write_text("it crashed")  # stays if the check kills this process
+                    check(path)
+
+                failure = "" if source.compile(careful) else source.failure
+                if failure:
+                    record.write_text(failure)
+                else:
+                    record.unlink(missing_ok=True)
                 break
     return failure
 
 
 def recorded_failure(source):
     """Why compiling failed, if it did so lately."""
+    import fcntl
+
     for folder in folders():
         with suppress(OSError):
             record = folder / f"{source.name}.failed"
             if time.time() - record.stat().st_mtime < RETRY:
+                with open(folder / "lock") as lock:  # held: another process is checking right now
+                    fcntl.flock(lock, fcntl.LOCK_SH | fcntl.LOCK_NB)
                 return record.read_text()
     return ""
 

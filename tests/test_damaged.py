@@ -247,7 +247,9 @@ def test_the_base_of_an_adapter(copied):
     expected = csm.load(model, adapter=adapter).model.backbone.layers[0].mlp.up_proj.weight
     for base in ({"model": str(model)}, {"model": "../ours"}, {"base_model_name_or_path": "../ours", "model": None}):
         (adapter / "adapter_config.json").write_text(json.dumps(settings | base))
-        assert mx.array_equal(command.load_for(argparse.Namespace(**given)).model.backbone.layers[0].mlp.up_proj.weight, expected)
+        assert mx.array_equal(
+            command.load_for(argparse.Namespace(**given)).model.backbone.layers[0].mlp.up_proj.weight, expected
+        )
     for base, plain in (
         ("unsloth/csm-1b-bnb-4bit", "unsloth/csm-1b"),
         ("unsloth/csm-1b-unsloth-bnb-4bit", "unsloth/csm-1b"),

@@ -804,6 +804,8 @@ class Generator:
 
     def opening(self, speaker, context=(), voice=None, voice_match=None):
         """-> the earlier turns, and the clip that voice_match continues, or None."""
+        if isinstance(context, Segment):
+            raise ValueError("a context is a list of Segments, not one Segment")
         turns = list(context) or self.voice_prompt(voice, speaker)
         if not (self.model.config.voice_match if voice_match is None else voice_match):
             return turns, None

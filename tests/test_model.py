@@ -240,7 +240,7 @@ def test_conversation_of_a_model_that_continues_clips(tmp_path):
 
 
 def test_a_context_is_of_segments(generator):
-    for context in (["hello"], [("hello", 0)]):
+    for context in (["hello"], [("hello", 0)], csm.Segment(0, "hello", clip(0.5))):
         with pytest.raises(ValueError, match="list of Segments"):
             generator.generate("hi", 0, context)
 

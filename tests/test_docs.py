@@ -73,7 +73,7 @@ def sandbox(hub, tmp_path):
     (tmp_path / "turns.json").write_text('[{"speaker": 0, "text": "hello", "audio": "me.wav"}]')
     (tmp_path / "data.json").write_text('[[{"text": "Hello.", "audio_path": "a.wav", "speaker": 0}]]')
     (tmp_path / "script.txt").write_text("0: hello\n1: yes\n")
-    for file in ("chapter.txt", "notes.txt"):
+    for file in ("chapter.txt", "notes.txt", "notes.md"):
         (tmp_path / file).write_text("hello there, how are you today? i am fine, yes i am fine.")
     (tmp_path / "texts.txt").write_text("Yes, I see.\nWhere is the station?\nIt rains today.\n")
     (tmp_path / "clips/talk_1").mkdir(parents=True)
@@ -251,7 +251,8 @@ def test_which_layer_reads():
         said = [
             (text, generator.generate(text, i, seed=i, max_audio_length_ms=2_400)) for text in texts for i in (0, 1)
         ]
-        error[layer], right[layer] = listen.score([text for text, _ in said], [np.array(audio) for _, audio in said])
+        score = listen.score([text for text, _ in said], [np.array(audio) for _, audio in said])
+        error[layer], right[layer] = score.error, score.right
     assert error[None] < 0.1 and error[0] > 0.8 and right[0] == 0, (error, right)
     assert 0.1 < error[1] < 0.7 and 0.1 < error[2] < 0.7 and error[3] < 0.15, (error, right)
     run = show.observe(csm.load("tiny", dtype="float32"), texts[0], seed=1)

@@ -21,6 +21,7 @@ import pytest
 import soundfile
 
 from conftest import clip
+from test_narrate import write_epub
 
 HERE = Path(__file__).parent.parent
 PAGES = [HERE / "README.md", *sorted((HERE / "docs").glob("*.md")), HERE / "CONTRIBUTING.md"]
@@ -75,6 +76,7 @@ def sandbox(hub, tmp_path):
     (tmp_path / "script.txt").write_text("0: hello\n1: yes\n")
     for file in ("chapter.txt", "notes.txt", "notes.md"):
         (tmp_path / file).write_text("hello there, how are you today? i am fine, yes i am fine.")
+    write_epub(tmp_path / "book.epub")
     (tmp_path / "texts.txt").write_text("Yes, I see.\nWhere is the station?\nIt rains today.\n")
     (tmp_path / "clips/talk_1").mkdir(parents=True)
     soundfile.write(tmp_path / "clips/talk_1/001_speaker0_hello.wav", clip(0.5), 24000)

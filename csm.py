@@ -257,6 +257,7 @@ class KVCache:
         other = copy.copy(self)
         other.keys = [k if k is None else k[:, :, : self.offset] for k in self.keys]
         other.values = [v if v is None else v[:, :, : self.offset] for v in self.values]
+        mx.eval(other.keys, other.values)  # so that other threads can use it
         return other
 
 

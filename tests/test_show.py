@@ -202,7 +202,7 @@ def test_colours(kind):
 
 
 def test_command(folder, tmp_path, capsys):
-    mimi.write_audio(tmp_path / "me.wav", clip(0.4))
+    mimi.write_audio(tmp_path / "me.wav", clip(1))
     (tmp_path / "turns.json").write_text('[{"speaker": 1, "text": "yes", "audio": "me.wav"}]')
     command = ["hello $ there $", "--model", str(folder), "--seed", "5", "--max-audio-length-ms", "240"]
     reference = ["--ref-audio", str(tmp_path / "me.wav"), "--ref-text", "no", "--context", str(tmp_path / "turns.json")]

@@ -438,6 +438,7 @@ TEXT = "The cat sat on the mat, and the dog went to the market. Then they came h
 
 def test_the_command_marks_what_it_says(small, hub, tmp_path):
     command = [sys.executable, "csm.py", TEXT, tmp_path / "a.wav", "--model", "tiny", "--seed", "3", "--watermark"]
+    command += ["--whole", "--verbatim"]  # as `generate` says it
     subprocess.run(command, cwd=HERE, env=hub, check=True, capture_output=True)
     said = np.array(csm.load("tiny").generate(TEXT, seed=3))
     audio, expected = mimi.read_audio(tmp_path / "a.wav"), np.concatenate([*small.embed_stream([said])])

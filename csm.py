@@ -968,7 +968,7 @@ class Conversation:
         """Add a turn that somebody else spoke."""
         self._check_free()
         rows = self.generator.segment_rows(segment)
-        self.generator.check_length(self._length(self.n_context) + len(rows))
+        self.generator.check_length(self.length(self.n_context) + len(rows))
         self.blocks.append(rows)
         self.turns.append(segment)
 
@@ -979,12 +979,12 @@ class Conversation:
         max_frames = g.max_frames(max_audio_length_ms, text)
         clip = self.clip if self.clip and self.clip.speaker == speaker else None
         rows = g.turn_rows(text, speaker, clip)
-        g.check_length(self._length(self.n_context) + len(rows))
+        g.check_length(self.length(self.n_context) + len(rows))
 
         def speak():
             self._check_free()
-            self._make_room(len(rows), max_frames)
-            start, said, self.speaking = self._length(), [], True
+            self.make_room(len(rows), max_frames)
+            start, said, self.speaking = self.length(), [], True
             try:
                 if self.cache is None:
                     context = [g.context_rows([]), *self.blocks[: self.n_context]]
@@ -1007,7 +1007,7 @@ class Conversation:
 
         return speak()
 
-    def _length(self, n=None):
+    def length(self, n=None):
         """Rows of the first n turns, or of all."""
         return sum(map(len, self.blocks[:n]))
 
@@ -1015,13 +1015,13 @@ class Conversation:
         if self.speaking:
             raise ValueError("a turn is still being said: finish its stream, or close it")
 
-    def _make_room(self, n_rows, max_frames):
+    def make_room(self, n_rows, max_frames):
         """Forget old turns unless prompt and max_frames (at most a quarter of the limit) fit."""
         limit, before = self.generator.max_positions, len(self.turns)
-        if self._length() + n_rows + min(max_frames, limit // 4) <= limit:
+        if self.length() + n_rows + min(max_frames, limit // 4) <= limit:
             return
         # Free half of the positions at once, because each forgetting also drops the cache.
-        while len(self.blocks) > self.n_context and self._length() + n_rows > limit // 2:
+        while len(self.blocks) > self.n_context and self.length() + n_rows > limit // 2:
             del self.blocks[self.n_context], self.turns[self.n_context]
         if forgotten := before - len(self.turns):
             log.warning("%d old turns forgotten: the model has %d positions", forgotten, limit)
@@ -1061,7 +1061,8 @@ def load(
     fields, weights, inside = read_checkpoint(path)
     config, weights = CSMConfig.from_dict(fields), split_heads(weights)
     if adapter:
-        config, weights = adapters().adapted(config, weights, adapter)
+        adapters, _ = tools("an adapter")
+        config, weights = adapters.adapted(config, weights, adapter)
     if quantize:
         layouts = mimi.layouts("quantize")
         weights, note = layouts.quantize(weights, quantize, group_size)
@@ -1113,7 +1114,8 @@ def read_checkpoint(path):
         raise ValueError(f"{path} has no weights of a CSM: no .safetensors, .pt, .gguf or index")
     config = mimi.read_json(file.with_name("config.json"))
     if file.suffix == ".gguf":
-        weights, fields = gguf().read_gguf(file)
+        _, gguf = tools("a GGUF file")
+        weights, fields = gguf.read_gguf(file)
         config = fields | config | {"layout": None}
     else:
         weights = mimi.read_weights(file)[0]
@@ -1148,7 +1150,8 @@ def find_tokenizer(path, repo):
     file = weights_file(path)
     found = mimi.first_match(file.parent, *TOKENIZER[:2])
     if not found and file.suffix == ".gguf":
-        found = gguf().extract_tokenizer(file)
+        _, gguf = tools("a GGUF file")
+        found = gguf.extract_tokenizer(file)
     return found or mimi.layouts("a missing tokenizer").download_tokenizer(repo, TOKENIZER)
 
 
@@ -1193,22 +1196,13 @@ def as_dtype(dtype):
     return getattr(mx, name)
 
 
-def adapters():
-    """The module csm_tools.adapters, which only adapters need."""
+def tools(what):
+    """The modules of csm_tools that load adapters and GGUF files; `what` needs one of them."""
     try:
-        from csm_tools import adapters
+        from csm_tools import adapters, gguf
     except ImportError:
-        raise ValueError("an adapter needs csm_tools and csm_layouts.py beside csm.py") from None
-    return adapters
-
-
-def gguf():
-    """The module csm_tools.gguf, which only GGUF files need."""
-    try:
-        from csm_tools import gguf
-    except ImportError:
-        raise ValueError("a GGUF file needs csm_tools and csm_layouts.py beside csm.py") from None
-    return gguf
+        raise ValueError(f"{what} needs csm_tools and csm_layouts.py beside csm.py") from None
+    return adapters, gguf
 
 
 # ------------------------------------------------------------------------------------------ command

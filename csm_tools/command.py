@@ -15,7 +15,7 @@ from pathlib import Path
 import csm  # before mlx
 import csm_layouts
 from csm import read_text
-from csm_tools import audio
+from csm_tools import adapters, audio
 
 import mlx.core as mx  # isort: skip
 
@@ -180,7 +180,7 @@ def load_for(args, fallback=False):
     options = {name: getattr(args, name) for name in ("dtype", "quantize", "adapter", "codebooks")}
     model = args.model
     for folder, _ in args.adapter or ():
-        model = model or csm.adapters().base_model(folder)
+        model = model or adapters.base_model(folder)
     args.model = model = model or os.environ.get("CSM_MODEL")
     if csm.on_gpu() and mx.metal.is_available():  # keep the weights from being paged out, as mlx-lm does
         mx.set_wired_limit(mx.device_info()["max_recommended_working_set_size"])

@@ -238,8 +238,8 @@ class Engine:
         speech.clip = speech.clip or talk.clip
         clip = talk.clip if talk.clip and talk.clip.speaker == speech.speaker else None
         speech.rows = g.turn_rows(text, speech.speaker, clip)
-        g.check_length(talk._length(talk.n_context) + len(speech.rows))
-        talk._make_room(len(speech.rows), g.max_frames(None, text))
+        g.check_length(talk.length(talk.n_context) + len(speech.rows))
+        talk.make_room(len(speech.rows), g.max_frames(None, text))
         if talk.cache is None:
             context = np.concatenate([g.context_rows([]), *talk.blocks[: talk.n_context]])
             talk.cache = (yield from self.context_cache(context)).copy()
@@ -267,7 +267,7 @@ class Engine:
             del talk.blocks[n:], talk.turns[n:]
             talk.clip = speech.clip
             if talk.cache:
-                talk.cache.trim(talk.cache.offset - talk._length())
+                talk.cache.trim(talk.cache.offset - talk.length())
             speech.added = 0
         return reason or Left("the client has left")
 

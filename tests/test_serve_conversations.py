@@ -106,7 +106,7 @@ def test_who_leaves_in_a_turn_leaves_the_conversation_as_it_was(tiny):
         assert len(kept.turns()) == 1
         speech.gone = True
         await speech.ended.wait()
-        assert kept.turns() == [] and len(kept.talk.blocks) == 1 and kept.talk.cache.offset <= kept.talk._length()
+        assert kept.turns() == [] and len(kept.talk.blocks) == 1 and kept.talk.cache.offset <= kept.talk.length()
 
     during(tiny, scenario)
 

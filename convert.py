@@ -14,7 +14,7 @@ from pathlib import Path
 import csm  # before mlx
 import csm_layouts
 import mimi as codec
-from csm_tools import adapters, command, gguf
+from csm_tools import adapters, checkpoints, command, gguf
 
 import mlx.core as mx  # isort: skip
 
@@ -24,19 +24,19 @@ def read(source):
 
     config and weights are None for a Mimi alone.
     """
-    file = csm.weights_file(source)
-    beside = codec.first_match(source if source.is_dir() else source.parent, *codec.MIMI_FILES)
+    file = checkpoints.weights_file(source)
+    beside = codec.first_match(source if source.is_dir() else source.parent, *csm_layouts.MIMI_FILES)
     if not file and (beside or source.is_file()):
         return None, None, read_mimi(source if source.is_file() else beside)
-    names = codec.read_weights(file)[0] if file and file.suffix != ".gguf" else ()
+    names = checkpoints.read_weights(file)[0] if file and file.suffix != ".gguf" else ()
     if any(name.startswith(("quantizer.", "first.")) for name in names):
         return None, None, read_mimi(file)
-    config, weights, inside = csm.read_checkpoint(source)
+    config, weights, inside = checkpoints.read_csm(source)
     return config, weights, read_mimi(beside) if beside else inside
 
 
 def read_mimi(source):
-    weights, config = codec.read_mimi(source)
+    weights, config = checkpoints.read_mimi(source)
     return config, weights
 
 
@@ -44,12 +44,12 @@ def text_files(source, folder, tokenizer):
     """The tokenizer's files and the voices: {name in the destination: path}"""
     place = Path(tokenizer) if tokenizer else folder
     if not place.exists():
-        place = csm_layouts.download(str(tokenizer), *csm.TOKENIZER)
+        place = checkpoints.download(str(tokenizer), *csm_layouts.TOKENIZER)
     if place.is_file():
         files = {"tokenizer.model" if place.suffix == ".model" else "tokenizer.json": place}
     else:
-        files = {name: place / name for name in csm.TOKENIZER if (place / name).is_file()}
-    weights = csm.weights_file(source)
+        files = {name: place / name for name in csm_layouts.TOKENIZER if (place / name).is_file()}
+    weights = checkpoints.weights_file(source)
     if not files and weights.suffix == ".gguf" and (inside := gguf.extract_tokenizer(weights)):
         files = {"tokenizer.json": inside}
     if tokenizer and not {"tokenizer.json", "tokenizer.model"} & files.keys():
@@ -77,7 +77,7 @@ def convert(
     plain (before quantize). quantize: 4, 6 or 8 bits, in groups of group_size, or one of csm_layouts.MODES. dtype: cast
     the CSM (None: as stored). to: None for our layout, or "sesame" or "transformers". Raises ValueError.
     """
-    source, destination = csm.find_model(source), Path(destination).resolve()
+    source, destination = checkpoints.find(source), Path(destination).resolve()
     folder = source if source.is_dir() else source.parent
     if destination == folder.resolve() or destination.is_file():
         raise ValueError(f"the destination must be another folder than the source, and no file: {destination}")
@@ -125,7 +125,7 @@ def convert(
             files[codec.DEFAULT_FILE] = csm_layouts.to_kyutai(sound_config, sound), note
     else:
         files |= csm_layouts.native_files(config, weights, sound_config, sound)
-    csm_layouts.write_folder(destination, files, (csm.TOKENIZER, codec.MIMI_FILES))
+    csm_layouts.write_folder(destination, files, (csm_layouts.TOKENIZER, csm_layouts.MIMI_FILES))
     return sorted(files)
 
 

@@ -29,7 +29,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import closing
-from dataclasses import asdict, dataclass, field, fields, replace
+from dataclasses import dataclass, field, fields, replace
 from itertools import islice
 from pathlib import Path
 
@@ -695,18 +695,20 @@ class Generator:
         return concatenate(pieces)
 
     def stream(
-        self, text: str, speaker: int = 0, context: Sequence[Segment] = (), *,
-        streaming_interval: float = 0.5, **options,
+        self, text: str, speaker: int = 0, context: Sequence[Segment] = (), *, voice=None,
+        voice_match: bool | None = None, streaming_interval: float = 0.5, **options,
     ) -> Iterator[mx.array]:  # fmt: skip
         """What `generate` gives, in pieces of `streaming_interval` seconds: (samples,) float32."""
-        frames = self.frames(text, speaker, context, **options)
-        return self.decode_stream(frames, streaming_interval)
+        talk = Conversation(self, context, voice, speaker, voice_match)  # of one turn
+        return talk.stream(text, speaker, streaming_interval=streaming_interval, **options)
 
     def generate_codes(
-        self, text: str, speaker: int = 0, context: Sequence[Segment] = (), **options
-    ) -> mx.array:
+        self, text: str, speaker: int = 0, context: Sequence[Segment] = (), *, voice=None,
+        voice_match: bool | None = None, **options,
+    ) -> mx.array:  # fmt: skip
         """The codes of what `generate` gives: (F, K) int32."""
-        return self.join_frames(self.frames(text, speaker, context, **options))
+        talk = Conversation(self, context, voice, speaker, voice_match)
+        return self.join_frames(talk.frames(text, speaker, **options))
 
     def conversation(
         self, context: Sequence[Segment] = (), *, voice: str | os.PathLike | None = None,
@@ -717,28 +719,7 @@ class Generator:
 
     def save(self, folder):
         """Write all of the model as a folder in our own layout, atomically. Raises ValueError."""
-        layouts = mimi.layouts("a model to save")
-        weights, sound = (dict(tree_flatten(x.parameters())) for x in (self.model, self.mimi))
-        config = self.config_json | asdict(self.model.config)
-        files = layouts.native_files(config, weights, asdict(self.mimi.config), sound)
-        place = self.tokenizer.path.parent
-        beside = [place / name for name in TOKENIZER if name.endswith(".json")]
-        files |= {path.name: path for path in [*beside, self.tokenizer.path] if path.is_file()}
-        clips = [p / f"{name}{s}" for name, p in self.voices.items() if p for s in (".wav", ".txt")]
-        files |= {f"prompts/{path.name}": path for path in clips if path.is_file()}
-        layouts.write_folder(folder, files, (TOKENIZER, mimi.MIMI_FILES))
-
-    def frames(
-        self, text, speaker=0, context=(), *, voice=None, voice_match=None,
-        max_audio_length_ms=None, seed=None, **sampling,
-    ):  # fmt: skip
-        """What `generate` gives, as frames of codes (K,). Checks the arguments before the first."""
-        seed, sampling = self.read_options(seed, sampling)
-        max_frames = self.max_frames(max_audio_length_ms, text)
-        before, rows = self.prompt(text, speaker, context, voice, voice_match)
-
-        cache = self.context_cache(before).copy()
-        return self.speak(rows, cache, max_frames, seed, sampling)
+        mimi.checkpoints("a model to save").save(self, folder)
 
     def speak(self, rows, cache, max_frames, seed, sampling):
         """csm.frames with this model's codes, codebooks and positions."""
@@ -921,7 +902,7 @@ class Generator:
     def _read_voice(self, name):
         """A voice's clip and transcript, as a Segment."""
         if name in self.voices and self.voices[name] is None:
-            wav, text = mimi.layouts("the Hub's voices").download_voice(name)
+            wav, text = mimi.checkpoints("the Hub's voices").download_voice(name)
             return Segment(0, text, wav)
         wav = self.voices[name] / f"{name}.wav" if name in self.voices else Path(name)
         if not wav.is_file():
@@ -981,7 +962,7 @@ class Conversation:
         rows = g.turn_rows(text, speaker, clip)
         g.check_length(self.length(self.n_context) + len(rows))
 
-        def speak():
+        def turn_frames():
             self._check_free()
             self.make_room(len(rows), max_frames)
             start, said, self.speaking = self.length(), [], True
@@ -1005,7 +986,7 @@ class Conversation:
             self.blocks.append(block)
             self.clip = None if clip else self.clip
 
-        return speak()
+        return turn_frames()
 
     def length(self, n=None):
         """Rows of the first n turns, or of all."""
@@ -1030,13 +1011,9 @@ class Conversation:
 
 # ------------------------------------------------------------------------------------------ loading
 
-TOKENIZER = (
-    "tokenizer.json", "tokenizer.model", "tokenizer_config.json", "special_tokens_map.json",
-)  # fmt: skip
-WEIGHTS = (  # patterns, tried in this order: the first match is loaded
-    "model.safetensors", "model.safetensors.index.json", "ckpt.safetensors", "*.index.json",
-    "*.safetensors", "ckpt.pt", "*.pt", "*.pth", "*backbone*.gguf", "*.gguf",
-)  # fmt: skip
+HERE = Path(__file__).resolve().parent
+INSTALLED_TINY = HERE / "csm_tools/tiny"
+TINY = INSTALLED_TINY if (INSTALLED_TINY / "config.json").is_file() else HERE / "tiny"
 
 
 def load(
@@ -1056,103 +1033,46 @@ def load(
 
     Raises ValueError.
     """
-    path = find_model(model)
-    folder = path if path.is_dir() else path.parent
-    fields, weights, inside = read_checkpoint(path)
+    path = TINY if model == "tiny" else Path(model)
+    source = None if model == "csm-1b" else read_folder(path)  # even if there is such a folder
+    source = source or mimi.checkpoints(model).read(model)
+    fields, weights, find_mimi, find_tokenizer, voices = source
     config, weights = CSMConfig.from_dict(fields), split_heads(weights)
-    if adapter:
-        adapters, _ = tools("an adapter")
-        config, weights = adapters.adapted(config, weights, adapter)
-    if quantize:
-        layouts = mimi.layouts("quantize")
-        weights, note = layouts.quantize(weights, quantize, group_size)
-        config = replace(config, quantization=note)
+    if adapter or quantize:
+        change = mimi.checkpoints("an adapter" if adapter else "quantize").change
+        config, weights = change(config, weights, adapter, quantize, group_size)
     dtype = as_dtype(dtype)
     for name, w in weights.items():
         if mx.issubdtype(w.dtype, mx.floating):
             weights[name] = w.astype(dtype)
     network = blank_model(config, weights)
     mimi.load_weights(network, weights)
-    del weights  # the network holds them now
-    check_finite(network, path)
-    if not adapter and (folder / "adapter_config.json").is_file():
-        log.warning("%s also has an adapter, which is not applied without --adapter", folder)
-
-    if beside := mimi.first_match(folder, *mimi.MIMI_FILES):
-        codec = mimi.load(beside)
-    elif inside:
-        codec = mimi.from_weights(inside[1], inside[0])
-    else:
-        codec = mimi.load()
-    tokenizer = Tokenizer(find_tokenizer(path, config.text_tokenizer))
-    voices = dict.fromkeys(mimi.layouts(model).DEFAULT_VOICES) if model == "csm-1b" else {}
-    voices |= {clip.stem: clip.parent for clip in (folder / "prompts").glob("*.wav")}
-    return Generator(network, codec, tokenizer, voices, fields, codebooks)
+    del weights, source  # the network holds them now
+    check_finite(network, model)
+    if not adapter and (path / "adapter_config.json").is_file():
+        log.warning("%s also has an adapter, which is not applied without --adapter", path)
+    return Generator(network, find_mimi(), Tokenizer(find_tokenizer()), voices, fields, codebooks)
 
 
-def find_model(model):
-    """The local path of what `load` was given; downloads it if necessary. Raises ValueError."""
-    if model == "tiny":  # beside csm.py; an installation has it in csm_tools
-        here = Path(__file__).resolve().parent
-        installed = here / "csm_tools/tiny"
-        return installed if (installed / "config.json").is_file() else here / "tiny"
-    if Path(model).exists() and model != "csm-1b":
-        return Path(model)
-    return mimi.layouts(model).download_csm(model, mimi.MIMI_FILES)
-
-
-def read_checkpoint(path):
-    """A folder or weights file in any layout -> config, weights and the Mimi inside, in our layout.
-
-    The weights are {name: array}, read lazily. The Mimi is (config, weights), or None.
+def read_folder(folder):
+    """A folder in our own layout -> config.json, weights {name: array}, read lazily, functions that
+    give the Mimi and the tokenizer's file, and the voices. None if it is anything else.
     """
-    file = weights_file(path)
-    adapter = f"{path} is an adapter: give it with --adapter, and the model it is for with --model"
-    if file is None and path.is_dir() and mimi.first_match(path, "adapter*.safetensors"):
-        raise ValueError(adapter)
-    if file is None:
-        raise ValueError(f"{path} has no weights of a CSM: no .safetensors, .pt, .gguf or index")
-    config = mimi.read_json(file.with_name("config.json"))
-    if file.suffix == ".gguf":
-        _, gguf = tools("a GGUF file")
-        weights, fields = gguf.read_gguf(file)
-        config = fields | config | {"layout": None}
-    else:
-        weights = mimi.read_weights(file)[0]
-    if any(name.endswith((".lora_a", ".lora_A.weight")) for name in weights):
-        raise ValueError(adapter)
-    if "-of-0" in file.name and file.suffix == ".safetensors":
-        raise ValueError(f"{file} is one of several shards: their index, *.index.json, is missing")
-    if config.get("layout") == "native":
-        return config, weights, None
-    try:
-        return mimi.layouts(path).csm_to_native(config, weights, asdict(CSMConfig()))
-    except (TypeError, AttributeError, LookupError, ArithmeticError) as e:
-        raise ValueError(
-            f"{file.with_name('config.json')} has a field of a wrong type: {e}"
-        ) from None
-
-
-def weights_file(path):
-    """The weights file, or index of shards, of a CSM in a folder, or None; a file as it is."""
-    files = [path]
-    if path.is_dir():
-        files = [file for pattern in WEIGHTS for file in sorted(path.glob(pattern))]
-    other = (*mimi.MIMI_FILES, "adapter*.safetensors") if path.is_dir() else mimi.MIMI_FILES
-    for file in files:
-        if not any(file.match(pattern) for pattern in other):
-            return file
-    return None
-
-
-def find_tokenizer(path, repo):
-    """The tokenizer beside the weights, in a .gguf, or of a Hub repository (None: the default)."""
-    file = weights_file(path)
-    found = mimi.first_match(file.parent, *TOKENIZER[:2])
-    if not found and file.suffix == ".gguf":
-        _, gguf = tools("a GGUF file")
-        found = gguf.extract_tokenizer(file)
-    return found or mimi.layouts("a missing tokenizer").download_tokenizer(repo, TOKENIZER)
+    config = mimi.read_json(folder / "config.json")
+    weights, sound = folder / "model.safetensors", folder / "mimi.safetensors"
+    tokenizer = mimi.first_match(folder, "tokenizer.json", "tokenizer.model")
+    if config.get("layout") != "native" or not tokenizer:
+        return None
+    if not (weights.is_file() and sound.is_file()):
+        return None
+    voices = {clip.stem: clip.parent for clip in (folder / "prompts").glob("*.wav")}
+    return (
+        config,
+        mimi.read_weights(weights)[0],
+        lambda: mimi.load(sound),
+        lambda: tokenizer,
+        voices,
+    )
 
 
 def split_heads(weights):
@@ -1194,15 +1114,6 @@ def as_dtype(dtype):
     if name not in ("float32", "bfloat16", "float16"):
         raise ValueError(f"dtype must be float32, bfloat16 or float16, not {dtype}")
     return getattr(mx, name)
-
-
-def tools(what):
-    """The modules of csm_tools that load adapters and GGUF files; `what` needs one of them."""
-    try:
-        from csm_tools import adapters, gguf
-    except ImportError:
-        raise ValueError(f"{what} needs csm_tools and csm_layouts.py beside csm.py") from None
-    return adapters, gguf
 
 
 # ------------------------------------------------------------------------------------------ command

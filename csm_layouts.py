@@ -26,15 +26,10 @@ import platform
 import re
 import secrets
 import shutil
-import socket
-import threading
 import zipfile
 from collections import OrderedDict
-from contextlib import suppress
 from pathlib import Path
 from typing import NamedTuple
-from urllib.parse import urlsplit
-from urllib.request import getproxies, proxy_bypass
 
 import mlx.core as mx
 
@@ -123,6 +118,16 @@ CHAT_TEMPLATE = """\
     {%- endfor -%}
 {%- endfor -%}
 """  # a turn is its text between the tokenizer's marks, then its audio and an end frame
+TOKENIZER = ("tokenizer.json", "tokenizer.model", "tokenizer_config.json", "special_tokens_map.json")
+# Files that hold a Mimi alone, in our layout or kyutai's; and files that may contain one: a Mimi in transformers'
+# layout, or a whole CSM with a Mimi inside.
+MIMI_FILES = ("mimi.safetensors", "tokenizer-*.safetensors")
+CONTAINER_FILES = ("model.safetensors", "*.index.json", "*.safetensors")
+ADAPTER_FILES = "adapter*.safetensors"
+DEFAULT_MODEL = ("senstella/csm-1b-mlx", "ckpt.safetensors")
+DEFAULT_TOKENIZER = "unsloth/Llama-3.2-1B"
+DEFAULT_PROMPTS = "mlx-community/csm-1b"
+DEFAULT_VOICES = ("conversational_a", "conversational_b", *(f"read_speech_{x}" for x in "abcd"))
 TRANSCRIPTS = {  # of the clips that Sesame published beside CSM-1B, from its run_csm.py
     "conversational_a": "like revising for an exam I'd have to try and like keep up the momentum because I'd start "
     "really early I'd be like okay I'm gonna start revising now and then like you're revising for ages and then I just "
@@ -830,117 +835,3 @@ def write_file(path, content):
     else:
         text = content if isinstance(content, str) else json.dumps(content, indent=2) + "\n"
         path.write_text(text, encoding="utf-8")
-
-
-# ---- the Hugging Face Hub ----------------------------------------------------------------------------------------
-
-
-DEFAULT_MODEL = ("senstella/csm-1b-mlx", "ckpt.safetensors")
-DEFAULT_TOKENIZER = "unsloth/Llama-3.2-1B"
-DEFAULT_PROMPTS = "mlx-community/csm-1b"
-DEFAULT_VOICES = ("conversational_a", "conversational_b", *(f"read_speech_{x}" for x in "abcd"))
-
-
-class DownloadError(ValueError):
-    """A file or repository of the Hugging Face Hub cannot be downloaded."""
-
-
-def fetch(source, *groups, beside=("*.json",), known="no such file or folder"):
-    """A Hugging Face repository -> the folder that it is downloaded to.
-
-    groups: tuples of file patterns, tried in turn until one matches; files that match `beside` are
-    downloaded, too. known: sources that the error message suggests. Raises ValueError.
-    """
-    if not re.fullmatch(r"[\w.-]+/[\w.-]+", str(source)):
-        raise ValueError(f"no such model: {source} ({known})")
-    for patterns in groups:
-        folder = download(str(source), *patterns, *beside)
-        if any(any(folder.glob(pattern)) for pattern in patterns):
-            break
-    return folder
-
-
-def download(repo, *patterns):
-    """One file of a Hugging Face repository -> its path; several patterns -> the matches' folder.
-
-    Raises FileNotFoundError if the repository has no such file, DownloadError for other failures.
-    """
-    from huggingface_hub import constants, errors, hf_hub_download, snapshot_download
-
-    def get(**options):
-        if len(patterns) == 1:
-            return Path(hf_hub_download(repo, *patterns, **options))
-        return Path(snapshot_download(repo, allow_patterns=list(patterns), **options))
-
-    try:
-        cached = None
-        with suppress(errors.LocalEntryNotFoundError):
-            cached = get(local_files_only=True)
-            if len(patterns) == 1:
-                return cached
-        there = cached and any(cached.glob(patterns[0]))
-        if not constants.HF_HUB_OFFLINE and not answers(constants.ENDPOINT):
-            if there:
-                return cached
-            raise errors.LocalEntryNotFoundError("no answer")
-        if not constants.HF_HUB_OFFLINE and not there:
-            log.warning("fetching %s from %s", patterns[0], repo)
-        return get()
-    except errors.LocalEntryNotFoundError:
-        reason = "no network, or HF_HUB_OFFLINE is set, and it is not in the cache"
-    except errors.EntryNotFoundError:
-        raise FileNotFoundError(f"{repo} has no {patterns[0]}") from None
-    except errors.GatedRepoError:
-        reason = "it is gated: accept its licence on huggingface.co and run `hf auth login`"
-    except errors.RepositoryNotFoundError:
-        reason = "no such folder, file or Hugging Face repository"
-    except Exception as e:  # many kinds: connection, proxy, disk
-        reason = str(e).partition("\n")[0] or type(e).__name__
-    reason += " (--model tiny needs no download)"
-    raise DownloadError(f"cannot download {patterns[0]} from {repo}: {reason}")
-
-
-def answers(url, seconds=3):
-    """Whether the host of a URL takes a connection; with a proxy, which may be needed for that, always."""
-    place, found = urlsplit(url), []
-    if getproxies() and not proxy_bypass(place.hostname):
-        return True
-
-    def connect():
-        with suppress(OSError), socket.create_connection((place.hostname, place.port or 443), seconds):
-            found.append(True)
-
-    thread = threading.Thread(target=connect, daemon=True)  # looking up a name has no limit of its own
-    thread.start()
-    thread.join(seconds)
-    return bool(found)
-
-
-def download_csm(model, mimi_files):
-    """The model csm-1b, or a Hugging Face repository -> its local path."""
-    if model == "csm-1b":
-        return download(*DEFAULT_MODEL)
-    # A repository may have its weights in several layouts: prefer MLX's or Sesame's, in one file.
-    groups = ("model*.safetensors*", "ckpt.safetensors"), ("*.pt",), ("*.safetensors*",)
-    # Of the GGUF files: llama.cpp's three, or 8 bits, which MLX computes with, or what there is.
-    groups += ("*backbone*.gguf", "*decoder*.gguf", "*mimi*.gguf"), ("*[qQ]8*.gguf",), ("*.gguf",)
-    beside = ("*.json", "tokenizer.model", *mimi_files, "prompts/*")
-    known = "csm-1b, tiny, a folder, a .safetensors file or a Hugging Face repository"
-    return fetch(model, *groups, beside=beside, known=known)
-
-
-def download_tokenizer(repo, names):
-    """The tokenizer of a Hugging Face repository, None for the default: the first of the names that it has."""
-    repo = repo or DEFAULT_TOKENIZER
-    folder = download(repo, *names)
-    for name in names[:2]:
-        if (folder / name).is_file():
-            return folder / name
-    raise ValueError(f"{repo} has no {' or '.join(names[:2])}")
-
-
-def download_voice(name):
-    """A voice of CSM-1B -> the path of its clip, and what the clip says."""
-    clip = download(DEFAULT_PROMPTS, f"prompts/{name}.wav")
-    text = TRANSCRIPTS.get(name) or download(DEFAULT_PROMPTS, f"prompts/{name}.txt").read_text(encoding="utf-8-sig")
-    return clip, text.strip()

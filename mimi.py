@@ -370,37 +370,20 @@ class Mimi(nn.Module):
 
 # ------------------------------------------------------------------------------------ loading
 
-# Files that hold a Mimi alone, in our layout or kyutai's; and files that may contain one: a Mimi in
-# transformers' layout, or a whole CSM with a Mimi inside.
-MIMI_FILES = ("mimi.safetensors", "tokenizer-*.safetensors")
-CONTAINER_FILES = ("model.safetensors", "*.index.json", "*.safetensors")
-
 
 def load(path_or_repo: str | Path | None = None, n_codebooks: int | None = None) -> Mimi:
     """A Mimi from a folder, a weights file or a Hugging Face repository, in any published layout.
 
     None: kyutai's own weights. n_codebooks: use only the first so many. Raises ValueError.
     """
-    return from_weights(*read_mimi(path_or_repo), n_codebooks)
-
-
-def read_mimi(path_or_repo=None):
-    """A Mimi, or the one inside a CSM -> weights {name: array} in our layout, config."""
-    if path_or_repo is None:
-        path = layouts("the default Mimi").download(DEFAULT_REPO, DEFAULT_FILE)
-    else:
-        path = find_or_download(path_or_repo, MIMI_FILES, CONTAINER_FILES)
-    file = first_match(path, *MIMI_FILES, *CONTAINER_FILES) if path.is_dir() else path
-    if file is None:
-        raise ValueError(f"no Mimi in {path}")
-    weights, metadata = read_weights(file)
-    if "config" in metadata:
-        config = as_object(metadata["config"], file)
-    else:
-        config = read_json(file.with_name("config.json"))
-    if "first.input_proj" not in weights:
-        config, weights = layouts(file).mimi_to_native(config, weights)
-    return weights, config
+    file = Path(path_or_repo or "")
+    file = file / "mimi.safetensors" if file.is_dir() else file
+    if path_or_repo and file.is_file() and file.suffix == ".safetensors":
+        weights, metadata = read_weights(file)
+        if "config" in metadata and "first.input_proj" in weights:  # our own layout
+            return from_weights(weights, as_object(metadata["config"], file), n_codebooks)
+    other = checkpoints(path_or_repo or "the default Mimi")
+    return from_weights(*other.read_mimi(path_or_repo), n_codebooks)
 
 
 def check_fields(kind, values):
@@ -472,35 +455,13 @@ def load_weights(model, weights):
 
 
 def read_weights(path):
-    """A .safetensors or .pt file, or an index of shards -> {name: array}, read lazily; metadata."""
-    path = Path(path)
-    if not path.is_file():
+    """A .safetensors file -> {name: array}, read lazily; metadata."""
+    if not Path(path).is_file():
         raise ValueError(f"no such file: {path}")
-    if path.suffix in (".pt", ".pth", ".ckpt"):
-        return layouts(path).read_pt(path), {}
-    if path.suffix == ".json":
-        return read_shards(path), {}
     try:
         return mx.load(str(path), format="safetensors", return_metadata=True)
     except RuntimeError:
         raise ValueError(f"{path} is truncated or not a safetensors file") from None
-
-
-def read_shards(path):
-    """An index of shards -> {name: array}, each from the shard that the index names."""
-    shards, weights = read_json(path).get("weight_map"), {}
-    if not (
-        shards and isinstance(shards, dict) and all(isinstance(x, str) for x in shards.values())
-    ):
-        raise ValueError(f"{path} has no weight_map from names to files")
-    for shard in sorted(set(shards.values())):
-        if Path(shard).name != shard or not shard.endswith(".safetensors"):
-            raise ValueError(
-                f"{path} names {shard!r:.80}, which is no .safetensors file in its folder"
-            )
-        tensors = read_weights(path.parent / shard)[0]
-        weights |= {name: w for name, w in tensors.items() if shards.get(name, shard) == shard}
-    return weights
 
 
 def read_json(path):
@@ -524,20 +485,14 @@ def as_object(text, path):
     return value
 
 
-def layouts(path):
-    """The module csm_layouts, which reads all other layouts. Raises ValueError if it is missing."""
+def checkpoints(what):
+    """The module that finds, downloads and reads all other checkpoints. Raises ValueError."""
     try:
-        import csm_layouts
+        from csm_tools import checkpoints
     except ModuleNotFoundError:
-        raise ValueError(f"{path} needs csm_layouts.py, which is not beside mimi.py") from None
-    return csm_layouts
-
-
-def find_or_download(source, *groups, **options):
-    """A local file or folder as it is, or a Hugging Face repository as csm_layouts.fetch has it."""
-    if Path(source).exists():
-        return Path(source)
-    return layouts(source).fetch(source, *groups, **options)
+        where = "csm_tools and csm_layouts.py, which are not beside mimi.py"
+        raise ValueError(f"{what} needs {where}") from None
+    return checkpoints
 
 
 def first_match(folder, *patterns):

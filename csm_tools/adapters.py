@@ -14,6 +14,7 @@ from pathlib import Path
 import csm  # before mlx
 import csm_layouts
 import mimi
+from csm_tools import checkpoints
 
 import mlx.core as mx  # isort: skip
 
@@ -56,7 +57,7 @@ def find_adapter(folder):
 
     csm-mlx's checkpoints, step_N/latest.safetensors, have the adapter_config.json of the folder above.
     """
-    place = mimi.find_or_download(folder, FILES, beside=("adapter_config.json",))
+    place = checkpoints.find_or_download(folder, FILES, beside=("adapter_config.json",))
     file = mimi.first_match(place, *FILES)
     settings = mimi.read_json(place / "adapter_config.json")
     if not settings and file and file.name == "latest.safetensors":

@@ -32,7 +32,7 @@ import csm_batch
 import csm_layouts
 import mimi
 import mlx_cpu
-from csm_tools import command
+from csm_tools import checkpoints, command
 
 import mlx.core as mx  # isort: skip
 import numpy as np
@@ -341,8 +341,8 @@ def measures(args, config):
 def checkpoint(source, work):
     """`source` in the layouts that the systems read, under the folder `work`. Returns its sizes."""
     csm.load(source, dtype="float32").save(work / "ours")
-    config, weights, _ = csm.read_checkpoint(work / "ours")
-    codec_weights, codec_config = mimi.read_mimi(work / "ours/mimi.safetensors")
+    config, weights, _ = checkpoints.read_csm(work / "ours")
+    codec_weights, codec_config = checkpoints.read_mimi(work / "ours/mimi.safetensors")
     files = csm_layouts.to_transformers(config, weights, codec_config, codec_weights)
     csm_layouts.write_folder(work / "transformers", files)
     codec = mimi.load(work / "ours").config

@@ -13,9 +13,8 @@ import threading
 from pathlib import Path
 
 import csm  # before mlx
-import csm_layouts
 from csm import read_text
-from csm_tools import adapters, audio
+from csm_tools import adapters, audio, checkpoints
 
 import mlx.core as mx  # isort: skip
 
@@ -186,7 +185,7 @@ def load_for(args, fallback=False):
         mx.set_wired_limit(mx.device_info()["max_recommended_working_set_size"])
     try:
         generator = csm.load(model or "csm-1b", **options)
-    except csm_layouts.DownloadError as e:
+    except checkpoints.DownloadError as e:
         if model or not fallback:
             raise
         print(f"using the small bundled model, tiny, because csm-1b is missing: {e}", file=sys.stderr)

@@ -28,7 +28,7 @@ import csm  # before mlx
 import csm_batch
 import csm_layouts
 import mimi
-from csm_tools import command, serve_engine
+from csm_tools import checkpoints, command, serve_engine
 
 import mlx.core as mx  # isort: skip
 import numpy as np
@@ -65,7 +65,7 @@ def installation(args, generator):
 
 def golden(args, generator):
     """The codes that are stored beside the bundled model."""
-    expected = mimi.read_json(csm.find_model("tiny") / "golden.json")
+    expected = mimi.read_json(checkpoints.find("tiny") / "golden.json")
     if not expected:
         return {"skipped": "golden.json is not installed"}, []
     tiny = csm.load("tiny", dtype="float32")

@@ -44,7 +44,7 @@ import csm  # before mlx
 import csm_batch
 import csm_layouts
 import mimi
-from csm_tools import adapters, command, tuning_data
+from csm_tools import adapters, checkpoints, command, tuning_data
 from csm_tools.tuning_data import choose, collate
 
 import mlx.core as mx  # isort: skip
@@ -411,7 +411,7 @@ def model_files(generator):
     sound = dict(tree_flatten(generator.mimi.parameters()))
     files = csm_layouts.native_files(None, None, asdict(generator.mimi.config), sound)
     place = generator.tokenizer.path
-    beside = [place, *(place.with_name(name) for name in csm.TOKENIZER if name.endswith(".json"))]
+    beside = [place, *(place.with_name(name) for name in csm_layouts.TOKENIZER if name.endswith(".json"))]
     return config, files | {path.name: path for path in beside if path.is_file()}
 
 
@@ -641,7 +641,7 @@ def fuse(args):
     for place, what in ((args.run, "the run"), (Path(base), "the base")):
         if place.exists() and same_place(place if place.is_dir() else place.parent, args.destination):
             raise ValueError(f"{args.destination} is the folder of {what} itself: give another")
-    dtype = csm.read_checkpoint(csm.find_model(base))[1]["backbone.norm.weight"].dtype
+    dtype = checkpoints.read_csm(checkpoints.find(base))[1]["backbone.norm.weight"].dtype
     if adapter:
         generator = csm.load(base, dtype=dtype, adapter=args.run)
     elif (args.run / "config.json").is_file():
@@ -672,7 +672,7 @@ def export(args):
     if same_place(args.run, args.destination):
         raise ValueError(f"{args.destination} is the folder of the run itself: give another")
     base = args.model or adapters.base_model(args.run)
-    config = csm.CSMConfig.from_dict(csm.read_checkpoint(csm.find_model(base))[0])
+    config = csm.CSMConfig.from_dict(checkpoints.read_csm(checkpoints.find(base))[0])
     tensors = mimi.read_weights(args.run / "adapters.safetensors")[0]
     theirs, tensors = adapters.adapter_to_peft(asdict(config), adapter | {"model": str(base)}, tensors)
     files = {"adapter_config.json": theirs, "adapter_model.safetensors": (tensors, {"format": "pt"})}

@@ -133,10 +133,9 @@ def say(generator, parts, context, seed, args, options):
     command.warn(args, context, speakers)
     for i, (speaker, text, pause) in enumerate(parts):
         this, said = options | {"seed": (seed + i) % 2**64}, []
-        if args.dialogue:
-            frames = talk.frames(text, speaker, **this)
-        else:
-            frames = generator.frames(text, speaker, context, **how, **this)
+        if not args.dialogue:
+            talk = generator.conversation(context, speaker=speaker, **how)
+        frames = talk.frames(text, speaker, **this)
         yield from generator.decode_stream(until_interrupted(frames, said), interval)
         if interrupts:
             raise interrupts[0]

@@ -22,7 +22,7 @@ from typing import NamedTuple
 
 import csm_layouts
 import mimi as codec
-from csm_tools import command
+from csm_tools import checkpoints, command
 from csm_tools.audio import audio_writer
 
 import mlx.core as mx  # isort: skip
@@ -247,7 +247,7 @@ def load(path_or_repo=REPO):
     folder = Path(path_or_repo)
     try:
         if not folder.is_dir():
-            folder = csm_layouts.download(str(path_or_repo), *(f"{FOLDER}/{name}" for name in FILES))
+            folder = checkpoints.download(str(path_or_repo), *(f"{FOLDER}/{name}" for name in FILES))
         folder = next(f for f in (folder / FOLDER, folder) if f.is_dir())
         mark = Watermark(*(csm_layouts.read_pt(folder / name) for name in FILES))
         if mark.symbols.shape != (5, BAND) or mark.bins.shape != (BAND,):

@@ -10,9 +10,8 @@ import sys
 from pathlib import Path
 
 import csm  # before mlx
-import csm_layouts
 import mimi
-from csm_tools import speak
+from csm_tools import checkpoints, speak
 from csm_tools.text import parts_of
 
 import mlx.core as mx  # isort: skip
@@ -274,7 +273,7 @@ def test_gated_and_unknown_repositories(tmp_path, monkeypatch, capfd):
             raise error
 
         monkeypatch.setattr(huggingface_hub, "snapshot_download", refuse)
-        monkeypatch.setattr(csm_layouts, "answers", lambda url: True)
+        monkeypatch.setattr(checkpoints, "answers", lambda url: True)
         with pytest.raises(SystemExit) as exit:
             speak.main(["hello", str(tmp_path / "a.wav"), "--model", "sesame/csm-1b"])
         err = capfd.readouterr().err
@@ -282,11 +281,11 @@ def test_gated_and_unknown_repositories(tmp_path, monkeypatch, capfd):
 
 
 def test_interrupted_keeps_what_is_finished(folder, generator, tmp_path, monkeypatch, capfd):
-    def frames(self, text, speaker=0, context=(), **options):
+    def frames(self, text, speaker=0, **options):
         yield from np.ones((3, 8), np.int32)
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(csm.Generator, "frames", frames)
+    monkeypatch.setattr(csm.Conversation, "frames", frames)
     args = ["hello", str(tmp_path / "a.wav"), "--model", str(folder)]
     assert speak.main(args) == 130
     assert len(wav(tmp_path / "a.wav")) == 3 * 1920 and "0.2 s finished so far are in" in capfd.readouterr().err
@@ -458,8 +457,8 @@ def test_without_a_network_it_is_said_at_once(tmp_path, monkeypatch):
 
     monkeypatch.setattr(huggingface_hub, "snapshot_download", look)
     monkeypatch.setattr(huggingface_hub, "hf_hub_download", look)
-    with pytest.raises(csm_layouts.DownloadError, match="no network"):
-        csm_layouts.download("somebody/something", "model.safetensors", "*.json")
+    with pytest.raises(checkpoints.DownloadError, match="no network"):
+        checkpoints.download("somebody/something", "model.safetensors", "*.json")
 
 
 def test_extras_are_checked_before_anything_is_loaded(tmp_path, monkeypatch, capfd):

@@ -15,7 +15,7 @@ import mlx.core as mx  # isort: skip
 import pytest
 
 from conftest import write_model
-from csm_tools import adapters, command
+from csm_tools import adapters, checkpoints, command
 from test_adapters import our_adapter
 from test_layouts import folder
 
@@ -170,7 +170,7 @@ def test_indexes(copied):
     mx.save_safetensors(str(shards / other), weights[other] | {name: expected + 1}, {"format": "pt"})
     for first in (shard, other):
         index.write_text(json.dumps({"weight_map": names | {name: first}}))
-        read = csm.read_checkpoint(shards)[1][name]
+        read = checkpoints.read_csm(shards)[1][name]
         assert mx.array_equal(read, expected + (first == other))
     index.unlink()
     for i in (0, 1):
@@ -261,7 +261,7 @@ def test_the_base_of_an_adapter(copied):
 
 def test_adapters_of_peft_that_are_refused(folders):
     """What would give other codes than PEFT, and a regular expression that would take for ever."""
-    config = csm.read_checkpoint(folders / "ours")[0]
+    config = checkpoints.read_csm(folders / "ours")[0]
     a, b = mx.ones((2, 64)), mx.ones((64, 2))
     stem = "base_model.model.backbone_model.layers.0.self_attn.o_proj"
     tensors = {f"{stem}.lora_A.weight": a, f"{stem}.lora_B.weight": b}

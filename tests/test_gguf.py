@@ -15,6 +15,7 @@ import numpy as np
 import pytest
 
 from conftest import random_mimi, random_weights
+from csm_tools import checkpoints
 from csm_tools import gguf as files
 from test_layouts import CSM_1B, NATIVE, as_transformers, folder, half_split, sesame_names
 
@@ -424,6 +425,6 @@ def test_a_hub_repository_of_gguf_files(program, wanted, tmp_path, monkeypatch):
             shutil.copy(path, tmp_path / "cache")
         return tmp_path / "cache"
 
-    monkeypatch.setattr(csm_layouts, "download", download)
+    monkeypatch.setattr(checkpoints, "download", download)
     assert len(csm.load("some/csm-GGUF").generate_codes("hello there", **GREEDY)) == 5
     assert sorted((tmp_path / "cache").iterdir()) == sorted((tmp_path / "cache").glob(wanted))

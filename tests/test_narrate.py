@@ -16,9 +16,8 @@ import soundfile
 
 import csm  # before mlx
 import csm_batch
-import csm_layouts
 from conftest import clip, write_model
-from csm_tools import epub, narrate
+from csm_tools import checkpoints, epub, narrate
 from csm_tools.text import parts_of
 
 HERE = Path(__file__).parent.parent
@@ -431,7 +430,7 @@ def test_tiny_does_not_stand_in_for_csm_1b(tmp_path, monkeypatch, capfd):
     """A book in another voice than the one wanted is an hour lost: only csm.py speaks with tiny instead."""
 
     def load(model, **options):
-        raise csm_layouts.DownloadError(f"cannot download {model} (--model tiny needs no download)")
+        raise checkpoints.DownloadError(f"cannot download {model} (--model tiny needs no download)")
 
     monkeypatch.delenv("CSM_MODEL", raising=False)
     monkeypatch.setattr(csm, "load", load)

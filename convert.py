@@ -25,7 +25,7 @@ def read(source):
     config and weights are None for a Mimi alone.
     """
     file = checkpoints.weights_file(source)
-    beside = codec.first_match(source if source.is_dir() else source.parent, *csm_layouts.MIMI_FILES)
+    beside = checkpoints.first_match(source if source.is_dir() else source.parent, *csm_layouts.MIMI_FILES)
     if not file and (beside or source.is_file()):
         return None, None, read_mimi(source if source.is_file() else beside)
     names = checkpoints.read_weights(file)[0] if file and file.suffix != ".gguf" else ()

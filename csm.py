@@ -208,11 +208,6 @@ def add_functions(draw, sampling, said):
     return draw_one
 
 
-def check_seed(seed):
-    if not 0 <= seed < 2**64:
-        raise ValueError(f"seed must lie in 0..2^64 - 1, not {seed}")
-
-
 # -------------------------------------------------------------------------------------------- model
 
 
@@ -382,15 +377,6 @@ def frame_row(codes, K):
     return mx.pad(codes, [(0, 0), (0, missing)], constant_values=NO_TEXT)[:, None]
 
 
-def prefill(model, rows, cache):
-    """Pass rows (T, K + 1) through the backbone -> the hidden state (1, D) of the last."""
-    h = None
-    for i in range(0, len(rows), PREFILL_ROWS):
-        h = model(mx.array(rows[None, i : i + PREFILL_ROWS]), cache)[:, -1]
-        mx.eval(h, cache.keys, cache.values)  # bounds memory
-    return h
-
-
 class CSM(nn.Module):
     """Backbone and depth decoder. Parameters have the names of senstella/csm-1b-mlx."""
 
@@ -487,6 +473,15 @@ def frames(
         said.append(int(frame[0]))
         yield frame
     log.warning("the speech was cut off at %d frames", max_frames)
+
+
+def prefill(model, rows, cache):
+    """Pass rows (T, K + 1) through the backbone -> the hidden state (1, D) of the last."""
+    h = None
+    for i in range(0, len(rows), PREFILL_ROWS):
+        h = model(mx.array(rows[None, i : i + PREFILL_ROWS]), cache)[:, -1]
+        mx.eval(h, cache.keys, cache.values)  # bounds memory
+    return h
 
 
 # ----------------------------------- compiling CSM.next_frame: skip this section on a first reading
@@ -635,6 +630,11 @@ def as_samples(audio):
     if not np.isfinite(audio).all():
         raise ValueError("the audio contains NaN or infinite samples")
     return audio.astype(np.float32)
+
+
+def check_seed(seed):
+    if not 0 <= seed < 2**64:
+        raise ValueError(f"seed must lie in 0..2^64 - 1, not {seed}")
 
 
 # ---------------------------------------------------------------------------------------- generator
@@ -1060,19 +1060,14 @@ def read_folder(folder):
     """
     config = mimi.read_json(folder / "config.json")
     weights, sound = folder / "model.safetensors", folder / "mimi.safetensors"
-    tokenizer = mimi.first_match(folder, "tokenizer.json", "tokenizer.model")
-    if config.get("layout") != "native" or not tokenizer:
-        return None
-    if not (weights.is_file() and sound.is_file()):
+    tokenizers = [folder / name for name in ("tokenizer.json", "tokenizer.model")]
+    tokenizers = [file for file in tokenizers if file.is_file()]
+    files = weights.is_file() and sound.is_file() and tokenizers
+    if not files or config.get("layout") != "native":
         return None
     voices = {clip.stem: clip.parent for clip in (folder / "prompts").glob("*.wav")}
-    return (
-        config,
-        mimi.read_weights(weights)[0],
-        lambda: mimi.load(sound),
-        lambda: tokenizer,
-        voices,
-    )
+    weights, _ = mimi.read_weights(weights)
+    return config, weights, lambda: mimi.load(sound), lambda: tokenizers[0], voices
 
 
 def split_heads(weights):
@@ -1130,17 +1125,6 @@ def read_text(argument):
         raise ValueError(f"cannot read {argument.removeprefix('@')}: {e}") from None
 
 
-def speak(args):
-    with mimi.audio_file(args.out) as write:  # OUT is checked before the model is loaded
-        text, generator = read_text(args.text), load(args.model)
-        seed = secrets.randbits(32) if args.seed is None else args.seed
-        start, options = time.perf_counter(), {"voice": args.voice, "temperature": args.temperature}
-        audio = generator.generate(text, args.speaker, seed=seed, **options)
-        write(audio)
-    seconds, taken = audio.size / generator.sample_rate, time.perf_counter() - start
-    print(f"{seconds:.2f} s of audio in {taken:.2f} s, seed {seed}", file=sys.stderr)
-
-
 def main(argv=None):
     """The command of csm.py alone; with csm_tools beside it, csm_tools/speak.py has all options."""
     import argparse
@@ -1162,7 +1146,16 @@ def main(argv=None):
         where = "csm_tools/speak.py, which is not beside csm.py"
         p.error(f"{others[0]} is not an option of csm.py alone: more options are in {where}")
     try:
-        speak(args)
+        with mimi.audio_file(args.out) as write:  # OUT is checked before the model is loaded
+            text, generator = read_text(args.text), load(args.model)
+            seed, start = secrets.randbits(32) if args.seed is None else args.seed, time.time()
+            options = {"voice": args.voice, "temperature": args.temperature, "seed": seed}
+            audio = generator.generate(text, args.speaker, **options)
+            write(audio)
+        seconds = audio.size / generator.sample_rate
+        print(
+            f"{seconds:.2f} s of audio in {time.time() - start:.2f} s, seed {seed}", file=sys.stderr
+        )
     except (ValueError, OSError) as e:
         p.error(" ".join(str(e).split()))
     except KeyboardInterrupt:

@@ -16,7 +16,6 @@ H heads. Inside, activations are (B, T, C); public methods take audio (B, 1, S),
 
 import io
 import json
-import logging
 import math
 import os
 import secrets
@@ -44,8 +43,6 @@ from mlx.utils import tree_flatten
 
 DEFAULT_REPO = "kyutai/moshiko-pytorch-bf16"
 DEFAULT_FILE = "tokenizer-e351c8d8-checkpoint125.safetensors"
-
-log = logging.getLogger("csm")
 
 
 @dataclass(frozen=True)
@@ -466,12 +463,11 @@ def read_weights(path):
 
 def read_json(path):
     """The object in a JSON file, {} if there is no file. Raises ValueError."""
+    path = Path(path)
     try:
-        return as_object(
-            Path(path).read_text(encoding="utf-8") if Path(path).is_file() else "{}", path
-        )
-    except (UnicodeDecodeError, OSError):
-        raise ValueError(f"{path} is not a JSON file with an object") from None
+        return as_object(path.read_bytes() if path.is_file() else "{}", path)
+    except OSError as e:
+        raise ValueError(f"cannot read {path}: {e.strerror}") from None
 
 
 def as_object(text, path):
@@ -490,14 +486,8 @@ def checkpoints(what):
     try:
         from csm_tools import checkpoints
     except ModuleNotFoundError:
-        where = "csm_tools and csm_layouts.py, which are not beside mimi.py"
-        raise ValueError(f"{what} needs {where}") from None
+        raise ValueError(f"{what} needs csm_tools and csm_layouts.py beside mimi.py") from None
     return checkpoints
-
-
-def first_match(folder, *patterns):
-    """The first file in `folder` that matches the first pattern with any match, or None."""
-    return next((f for p in patterns for f in sorted(Path(folder).glob(p))), None)
 
 
 # ------------------------------------------------------------------------------------ audio files
@@ -578,9 +568,7 @@ def audio_file(path, sample_rate=24_000):
 def replacing(path):
     """A binary file that replaces the one at `path` once all is written. Raises ValueError."""
     path = Path(os.path.realpath(path))  # follow a link instead of replacing it
-    name = os.fsencode(path.name)[:150].decode(
-        errors="ignore"
-    )  # a file's name has 255 bytes at most
+    name = os.fsencode(path.name)[:150].decode(errors="ignore")  # of at most 255 bytes, below
     part = path.with_name(f".{name}.{os.getpid()}-{secrets.token_hex(4)}.part")
     try:
         with open(part, "wb") as file:

@@ -58,7 +58,7 @@ def find_adapter(folder):
     csm-mlx's checkpoints, step_N/latest.safetensors, have the adapter_config.json of the folder above.
     """
     place = checkpoints.find_or_download(folder, FILES, beside=("adapter_config.json",))
-    file = mimi.first_match(place, *FILES)
+    file = checkpoints.first_match(place, *FILES)
     settings = mimi.read_json(place / "adapter_config.json")
     if not settings and file and file.name == "latest.safetensors":
         settings = mimi.read_json(place.absolute().parent / "adapter_config.json")

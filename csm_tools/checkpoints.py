@@ -40,7 +40,7 @@ def read(model):
     voices |= {clip.stem: clip.parent for clip in (folder / "prompts").glob("*.wav")}
 
     def find_mimi():
-        beside = mimi.first_match(folder, *MIMI_FILES)
+        beside = first_match(folder, *MIMI_FILES)
         return mimi.from_weights(inside[1], inside[0]) if inside and not beside else mimi.load(beside)
 
     return config, weights, find_mimi, lambda: find_tokenizer(path, config.get("text_tokenizer")), voices
@@ -64,7 +64,7 @@ def read_csm(path):
     """
     file = weights_file(path)
     adapter = f"{path} is an adapter: give it with --adapter, and the model it is for with --model"
-    if file is None and path.is_dir() and mimi.first_match(path, csm_layouts.ADAPTER_FILES):
+    if file is None and path.is_dir() and first_match(path, csm_layouts.ADAPTER_FILES):
         raise ValueError(adapter)
     if file is None:
         raise ValueError(f"{path} has no weights of a CSM: no .safetensors, .pt, .gguf or index")
@@ -105,7 +105,7 @@ def weights_file(path):
 def find_tokenizer(path, repo):
     """The tokenizer beside the weights, in a .gguf, or of a Hub repository (None: the default)."""
     file = weights_file(path)
-    found = mimi.first_match(file.parent, *TOKENIZER[:2])
+    found = first_match(file.parent, *TOKENIZER[:2])
     if not found and file.suffix == ".gguf":
         from csm_tools import gguf
 
@@ -149,7 +149,7 @@ def read_mimi(path_or_repo=None):
         path = download(mimi.DEFAULT_REPO, mimi.DEFAULT_FILE)
     else:
         path = find_or_download(path_or_repo, MIMI_FILES, CONTAINER_FILES)
-    file = mimi.first_match(path, *MIMI_FILES, *CONTAINER_FILES) if path.is_dir() else path
+    file = first_match(path, *MIMI_FILES, *CONTAINER_FILES) if path.is_dir() else path
     if file is None:
         raise ValueError(f"no Mimi in {path}")
     weights, metadata = read_weights(file)
@@ -186,6 +186,11 @@ def read_shards(path):
 
 
 # ---- the Hugging Face Hub ----------------------------------------------------------------------------------------
+
+
+def first_match(folder, *patterns):
+    """The first file in `folder` that matches the first pattern with any match, or None."""
+    return next((f for p in patterns for f in sorted(Path(folder).glob(p))), None)
 
 
 def find_or_download(source, *groups, **options):

@@ -623,10 +623,10 @@ def audio_file(path, sample_rate=24_000):
 def replacing(path):
     """A binary file that replaces the one at `path` once all is written. Raises ValueError."""
     path = Path(os.path.realpath(path))  # follow a link instead of replacing it
-    name = os.fsencode(path.name)[:150].decode(
-        errors="ignore"
-    )  # a file's name has 255 bytes at most
-    part = path.with_name(f".{name}.{os.getpid()}-{secrets.token_hex(4)}.part")
+    try:
+        part = layouts(path).unfinished(path)
+    except ValueError:  # mimi.py stands alone, and nobody removes what a dead process left
+        part = path.with_name(f".{secrets.token_hex(8)}.part")
     try:
         with open(part, "wb") as file:
             yield file

@@ -14,7 +14,7 @@ from pathlib import Path
 import csm  # before mlx
 import csm_layouts
 import mimi
-from csm_tools import speak
+from csm_tools import narrate, speak
 from csm_tools.text import parts_of
 
 import mlx.core as mx  # isort: skip
@@ -361,6 +361,24 @@ def test_what_is_read_is_never_overwritten(folder, tmp_path, capfd):
             speak.main([str(a) for a in ["hello", out, "--model", folder, *args]])
         assert e.value.code == 2 and "would be overwritten, and is read" in capfd.readouterr().err
     assert sound.read_bytes() == before
+
+
+@pytest.mark.parametrize("program", ["speak", "narrate", "dialogue"])
+def test_the_clip_of_the_voice_is_read_once(folder, generator, tmp_path, monkeypatch, program):
+    """And sounds as by the library, where the first speaker of a dialogue has it."""
+    read, own = [], mimi.read_audio
+    monkeypatch.setattr(mimi, "read_audio", lambda path, *rest: read.append(path) or own(path, *rest))
+    soundfile.write(tmp_path / "me.wav", clip(0.8), 24000, subtype="FLOAT")
+    (tmp_path / "me.txt").write_text("hello there")
+    (tmp_path / "script.txt").write_text("1: Yes." if program == "dialogue" else "Yes.")
+    out, voice = str(tmp_path / "a.wav"), str(tmp_path / "me.wav")
+    options = ["--model", str(folder), "--voice", voice, "--seed", "7", *SHORT]
+    first = {"speak": ["Yes.", out], "narrate": [str(tmp_path / "script.txt"), out]}
+    first["dialogue"] = ["--dialogue", str(tmp_path / "script.txt"), out]
+    (narrate if program == "narrate" else speak).main([*first[program], *options])
+    assert len(read) == 1
+    said = generator.generate("Yes.", int(program == "dialogue"), voice=voice, seed=7, max_audio_length_ms=400)
+    np.testing.assert_array_equal(wav(out)[: said.size], mimi.to_pcm16(said))
 
 
 def test_names_and_modes_of_files(folder, tmp_path):

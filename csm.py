@@ -416,7 +416,8 @@ class CSM(nn.Module):
 
     def embed_code(self, i, codes):
         """Codes (...) of codebook i -> (..., D)."""
-        return self.audio_embeddings(codes + self._offsets[i])
+        x = self.audio_embeddings(codes + self._offsets[i])
+        return x.astype(self.dtype)  # MLX dequantizes mxfp4 and its like to bfloat16
 
     def depth_logits(self, h, codes):
         """Teacher-forced: h (N, D), their frames (N, K) -> logits (N, K - 1, V) of codes 1.."""

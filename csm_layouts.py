@@ -778,51 +778,65 @@ def native_files(config, weights, mimi_config, mimi_weights):
     return files
 
 
+UNFINISHED = "This folder was being written, and that was interrupted: its files may be of two models.\n"
+
+
 def write_folder(folder, files, alternatives=()):
     """Write {name: a path to copy, a dict for JSON, a text, or (weights, metadata)}, all or none.
 
-    Killed in between, it leaves a folder without a config, which does not load, rather than parts of two models.
+    Killed in between, it leaves a folder whose configs hold UNFINISHED, which nothing loads, rather than parts of two
+    models. Folders are not swapped: one may be a mount, and has files that are not ours.
     alternatives: tuples of file patterns. Where one of `files` matches, the folder's other files that match the same
     tuple belong to another model, and are deleted. Raises ValueError.
     """
     folder = Path(os.path.realpath(folder))
     staging = unfinished(folder)
+    configs = [name for name in files if Path(name).name.endswith("config.json")]
+    configs.sort(key=lambda name: name == "config.json")  # the last in place
+
+    def place(staged, name):
+        """Move a file from `staging`; moves on one disk hardly fail."""
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        if (folder / name).is_file():
+            shutil.copymode(folder / name, staging / staged)
+        (staging / staged).replace(folder / name)
+
     try:
         for name, content in files.items():
             write_file(staging / name, content)
         if not folder.exists():
             staging.rename(folder)
             return
-        configs = [name for name in files if Path(name).name.endswith("config.json")]
-        for name in configs:  # first away, last in place
-            (folder / name).unlink(missing_ok=True)
+        for name in configs:
+            write_file(staging / "unfinished", UNFINISHED)
+            place("unfinished", name)
         written = {folder / name for name in files}
         for patterns in alternatives:
             found = {file for pattern in patterns for file in folder.glob(pattern)}
             if any(Path(name).match(pattern) for name in files for pattern in patterns):
                 for file in found - written:
                     file.unlink()
-        for name in [*(name for name in files if name not in configs), *configs]:  # moves on one disk hardly fail
-            (folder / name).parent.mkdir(parents=True, exist_ok=True)
-            (staging / name).replace(folder / name)
+        for name in [*(name for name in files if name not in configs), *configs]:
+            place(name, name)
     except (OSError, RuntimeError) as e:  # RuntimeError: MLX, if the disk is full
         raise ValueError(f"cannot write {folder}: {getattr(e, 'strerror', None) or e}") from None
     finally:
         shutil.rmtree(staging, ignore_errors=True)
 
 
-def unfinished(folder):
-    """A name beside `folder` for what is being written, no other process's; what dead ones left there is removed."""
-    name = os.fsencode(folder.name)[:150].decode(errors="ignore")
+def unfinished(path):
+    """A name beside `path` for what is being written, no other process's; what dead ones left there is removed."""
+    name = os.fsencode(path.name)[:150].decode(errors="ignore")
     stem = f".{name}.{platform.node()[:30]}-"
-    for old in folder.parent.glob(f"{glob.escape(stem)}*.part"):
+    for old in path.parent.glob(f"{glob.escape(stem)}*.part"):
         try:
             os.kill(int(old.name.removeprefix(stem).partition("-")[0]), 0)
         except ProcessLookupError:
-            shutil.rmtree(old, ignore_errors=True)
+            with suppress(OSError):
+                shutil.rmtree(old) if old.is_dir() else old.unlink()
         except (ValueError, OSError):  # of another form, or of another user
             pass
-    return folder.with_name(f"{stem}{os.getpid()}-{secrets.token_hex(4)}.part")
+    return path.with_name(f"{stem}{os.getpid()}-{secrets.token_hex(4)}.part")
 
 
 def write_file(path, content):

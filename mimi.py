@@ -568,8 +568,12 @@ def audio_file(path, sample_rate=24_000):
 def replacing(path):
     """A binary file that replaces the one at `path` once all is written. Raises ValueError."""
     path = Path(os.path.realpath(path))  # follow a link instead of replacing it
-    name = os.fsencode(path.name)[:150].decode(errors="ignore")  # of at most 255 bytes, below
-    part = path.with_name(f".{name}.{os.getpid()}-{secrets.token_hex(4)}.part")
+    try:
+        from csm_layouts import unfinished
+
+        part = unfinished(path)  # it also removes what dead processes left
+    except ModuleNotFoundError:
+        part = path.with_name(f".{secrets.token_hex(8)}.part")
     try:
         with open(part, "wb") as file:
             yield file

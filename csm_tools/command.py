@@ -107,8 +107,11 @@ def adapter(argument):
     return (folder, float(factor)) if folder and not Path(argument).exists() else (argument, 1.0)
 
 
-def read_options(args):
-    """The options of add_options -> the context, and arguments of `generate`; checked before a model is loaded."""
+def read_options(args, speaker=None):
+    """The options of add_options -> the context, and arguments of `generate`; checked before a model is loaded.
+
+    The context is the clip of --ref-audio, or that of --voice, which is then the `speaker`'s (None: --speaker's).
+    """
     if (args.ref_audio is None) != (args.ref_text is None):
         raise ValueError("--ref-audio and --ref-text go together: a clip needs its transcript")
     as_speaker(args.speaker)
@@ -116,11 +119,17 @@ def read_options(args):
     if args.ref_audio is not None:
         context.append(read_clip(args.speaker, args.ref_text, args.ref_audio))
     if is_clip(args.voice):
-        read_clip(args.speaker, clip_text(args.voice), args.voice)  # raises early
+        clip = read_clip(args.speaker if speaker is None else speaker, clip_text(args.voice), args.voice)
+        context += [] if has_context(args) else [clip]
     options = {name: getattr(args, name) for name in ("temperature", "top_k", "top_p", "min_p")}
     csm.Sampling(**{name: value for name, value in options.items() if value is not None})  # raises early
     csm.check_seed(args.seed or 0)
     return context, options | {"max_audio_length_ms": args.max_audio_length_ms}
+
+
+def has_context(args):
+    """Whether the context comes from --ref-audio or --context, so that --voice does not count."""
+    return bool(args.ref_audio or getattr(args, "context", None))
 
 
 def is_clip(voice):
@@ -147,16 +156,10 @@ def read_clip(speaker, text, file):
 
 
 def warn(args, context, speakers):
-    """Say on standard error what may be wrong with the clips: of a context, or else of --voice.
-
-    speakers: of the texts to be said.
-    """
-    clips = context
-    if not clips and is_clip(args.voice):
-        clips = [read_clip(args.speaker, clip_text(args.voice), args.voice)]
-    elif clips and args.voice not in (None, "none"):
+    """Say on standard error what may be wrong with the clips of a context. speakers: of the texts to be said."""
+    if has_context(args) and args.voice not in (None, "none"):
         print("warning: --voice is not used: the clips of --ref-audio or --context are", file=sys.stderr)
-    for segment in clips:
+    for segment in context:
         for warning in audio.check_clip(segment.audio, segment.text):
             print(f"warning: {segment.text[:30]!r}: {warning}", file=sys.stderr)
     if context and not {segment.speaker for segment in context} & set(speakers):

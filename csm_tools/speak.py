@@ -41,8 +41,8 @@ def speak(args):
         turns = [(args.speaker, command.read_text(command.check_text(args.text)))]
     for _, text in turns:
         parts_of(text, args.verbatim)  # raises early
-    context, options = command.read_options(args)
     before, turns = command.read_context(args, turns)
+    context, options = command.read_options(args, turns[0][0])
     context += before
     command.check_out(args.out, args, *files_read(args))
     seed = secrets.randbits(32) if args.seed is None else args.seed

@@ -1,9 +1,11 @@
 """The command of csm.py, the default downloads, and the real weights for who has them."""
 
 import importlib.util
+import itertools
 import json
 import os
 import platform
+import shutil
 import signal
 import subprocess
 import sys
@@ -11,7 +13,7 @@ from pathlib import Path
 
 import csm  # before mlx
 import mimi
-from csm_tools import checkpoints, speak
+from csm_tools import checkpoints, narrate, speak
 from csm_tools.text import parts_of
 
 import mlx.core as mx  # isort: skip
@@ -360,6 +362,24 @@ def test_what_is_read_is_never_overwritten(folder, tmp_path, capfd):
     assert sound.read_bytes() == before
 
 
+@pytest.mark.parametrize("program", ["speak", "narrate", "dialogue"])
+def test_the_clip_of_the_voice_is_read_once(folder, generator, tmp_path, monkeypatch, program):
+    """And sounds as by the library, where the first speaker of a dialogue has it."""
+    read, own = [], mimi.read_audio
+    monkeypatch.setattr(mimi, "read_audio", lambda path, *rest: read.append(path) or own(path, *rest))
+    soundfile.write(tmp_path / "me.wav", clip(0.8), 24000, subtype="FLOAT")
+    (tmp_path / "me.txt").write_text("hello there")
+    (tmp_path / "script.txt").write_text("1: Yes." if program == "dialogue" else "Yes.")
+    out, voice = str(tmp_path / "a.wav"), str(tmp_path / "me.wav")
+    options = ["--model", str(folder), "--voice", voice, "--seed", "7", *SHORT]
+    first = {"speak": ["Yes.", out], "narrate": [str(tmp_path / "script.txt"), out]}
+    first["dialogue"] = ["--dialogue", str(tmp_path / "script.txt"), out]
+    (narrate if program == "narrate" else speak).main([*first[program], *options])
+    assert len(read) == 1
+    said = generator.generate("Yes.", int(program == "dialogue"), voice=voice, seed=7, max_audio_length_ms=400)
+    np.testing.assert_array_equal(wav(out)[: said.size], mimi.to_pcm16(said))
+
+
 def test_names_and_modes_of_files(folder, tmp_path):
     """A name of 251 bytes; the mode of the file that was there."""
     long = tmp_path / ("ä" * 123 + "a.wav")
@@ -369,25 +389,62 @@ def test_names_and_modes_of_files(folder, tmp_path):
     assert long.stat().st_mode & 0o777 == 0o640 and list(tmp_path.iterdir()) == [long]
 
 
-def test_a_save_that_is_killed_leaves_no_mixture(folder, generator, tmp_path):
-    """Of an old model and a new one: what is left does not load; the next save removes what lies beside."""
-    generator.save(tmp_path / "m")
-    code = f"""
-import os, signal
+KILLED = """
+import os, shutil, signal, sys
 from pathlib import Path
-import csm
-replace = Path.replace
-Path.replace = lambda *a: replace(*a) and os.kill(os.getpid(), signal.SIGKILL)
-csm.load({str(folder)!r}).save({str(tmp_path / "m")!r})
+import csm_layouts
+
+def counted(own):
+    def call(*args, **options):
+        global left
+        left -= 1
+        if left < 0:
+            os.kill(os.getpid(), signal.SIGKILL)
+        return own(*args, **options)
+    return call
+
+new, place, left = Path(sys.argv[1]), sys.argv[2], int(sys.argv[3])
+files = {str(path.relative_to(new)): path for path in sorted(new.rglob("*")) if path.is_file()}
+for name in ("replace", "unlink", "write_text", "mkdir"):
+    setattr(Path, name, counted(getattr(Path, name)))
+shutil.copyfile = counted(shutil.copyfile)
+csm_layouts.write_folder(place, files)
 """
-    assert subprocess.run([sys.executable, "-c", code], cwd=HERE).returncode == -signal.SIGKILL
-    assert not (tmp_path / "m/config.json").exists() and len(list(tmp_path.glob(".m.*.part"))) == 1
-    with pytest.raises(ValueError):
-        csm.load(tmp_path / "m")
-    (tmp_path / f".m.{platform.node()[:30]}-{os.getpid()}-0.part").mkdir()  # of one that lives
+
+
+def test_a_save_that_is_killed_leaves_no_mixture(tmp_path):
+    """Killed before each of its steps: what is left is the old model, or the new one, or does not load at all."""
+    old, new, place = (write_model(tmp_path / name, f"k{K}") for name, K in (("old", 4), ("new", 8), ("m", 4)))
+    states, step, code = [], 12, 1
+    while code:
+        shutil.rmtree(place)
+        shutil.copytree(old, place)
+        (place / "own.txt").write_text("of the user")
+        step += 1
+        code = subprocess.run([sys.executable, "-c", KILLED, new, place, str(step)], cwd=HERE).returncode
+        assert code in (0, -signal.SIGKILL)
+        try:
+            states.append(csm.load(place).codebooks)
+        except ValueError as e:
+            assert "config.json is not a JSON file" in str(e)
+            assert any("interrupted" in file.read_text() for file in place.glob("*config.json"))
+            states.append("does not load")
+        assert (place / "own.txt").exists() and len(list(tmp_path.glob(".m.*.part"))) == (code != 0)
+    assert [state for state, _ in itertools.groupby(states)] == [4, "does not load", 8]
+
+
+def test_what_dead_processes_left_is_removed(folder, generator, tmp_path):
+    """Beside folders and files, but for what living processes are writing."""
+    dead = subprocess.Popen([sys.executable, "-c", ""])
+    dead.wait()
+    for pid in (dead.pid, os.getpid()):
+        (tmp_path / f".m.{platform.node()[:30]}-{pid}-0.part").mkdir()
+        (tmp_path / f".a.wav.{platform.node()[:30]}-{pid}-0.part").write_bytes(b"")
+    (tmp_path / f".a.wav.{platform.node()[:30]}-x.part").write_bytes(b"")
     generator.save(tmp_path / "m")
-    assert csm.load(tmp_path / "m").model.config == generator.model.config
-    assert [p.name.split("-")[-1] for p in tmp_path.glob(".m.*.part")] == ["0.part"]
+    mimi.write_audio(tmp_path / "a.wav", clip(0.1))
+    left = sorted(p.name.removeprefix(f".{p.name[1:].partition('.')[0]}") for p in tmp_path.glob(".*.part"))
+    assert not [name for name in left if f"-{dead.pid}-" in name] and len(left) == 3
 
 
 def test_the_model_is_the_one_typed_or_the_adapters_or_the_environments(folder, tmp_path, monkeypatch):

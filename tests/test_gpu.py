@@ -242,8 +242,8 @@ def test_shapes_that_reach_attention(generator, monkeypatch):
     assert len(prompts) <= 1 + len(set(lengths))
 
 
-@pytest.mark.parametrize("quantize", [None, 8])
-@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
+@pytest.mark.parametrize("quantize", [None, 8, "mxfp4", "nvfp4", "mxfp8"])
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
 def test_no_product_is_of_another_type(folder, monkeypatch, dtype, quantize):
     """float32 that leaks into a model of 16 bits doubles what is read and computed."""
     linear, attention, seen = csm.Linear.__call__, mx.fast.scaled_dot_product_attention, set()

@@ -27,6 +27,19 @@ SHORT = ["--max-audio-length-ms", "240"]
 TEXT = "hello there, how are you today? i am fine. Yes, I am. No, I am not fine.\n\nHow are you today then?"
 
 
+def interrupt_at_the_third(monkeypatch):
+    """Ctrl-C as narrate's third sentence is said."""
+    spoken = narrate.spoken
+
+    def interrupted(*more):
+        for i, codes in spoken(*more):
+            if i == 2:
+                raise KeyboardInterrupt
+            yield i, codes
+
+    monkeypatch.setattr(narrate, "spoken", interrupted)
+
+
 def test_the_same_whatever_the_batch(generator):
     said = [
         [(n, audio) for n, _, audio in narrate.narrate(generator, TEXT, batch=b, seed=3, max_audio_length_ms=240)]
@@ -143,15 +156,7 @@ def test_captions(folder, tmp_path, monkeypatch):
     narrate.main(args)
     assert (tmp_path / "a.srt").read_text() == expected
     (tmp_path / "a.srt").unlink()
-    spoken = narrate.spoken
-
-    def fails_at_the_third(*more):
-        for i, codes in spoken(*more):
-            if i == 2:
-                raise KeyboardInterrupt
-            yield i, codes
-
-    monkeypatch.setattr(narrate, "spoken", fails_at_the_third)
+    interrupt_at_the_third(monkeypatch)
     with pytest.raises(SystemExit):
         narrate.main(args)
     monkeypatch.undo()
@@ -229,15 +234,7 @@ def test_many_texts(folder, tmp_path, capfd):
 def test_a_mistake_loses_nothing_of_what_is_finished(folder, tmp_path, monkeypatch, capfd):
     (tmp_path / "book.txt").write_text(TEXT)
     args = [str(tmp_path / "book.txt"), str(tmp_path / "a.wav"), "--model", str(folder), "--batch", "1", *SHORT]
-    spoken = narrate.spoken
-
-    def fails_at_the_third(*more):
-        for i, codes in spoken(*more):
-            if i == 2:
-                raise KeyboardInterrupt
-            yield i, codes
-
-    monkeypatch.setattr(narrate, "spoken", fails_at_the_third)
+    interrupt_at_the_third(monkeypatch)
     with pytest.raises(SystemExit) as e:
         narrate.main(args)
     assert e.value.code == 130

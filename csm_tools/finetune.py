@@ -219,7 +219,7 @@ class Run:
         for _, w in tree_flatten(self.model.parameters()):
             mark.update(str(w.astype(mx.float32).abs().sum().item()).encode())
         for t in talks:
-            mark.update(t.rows.tobytes() + t.learned.tobytes())
+            mark.update(t.mark())
         file = self.args.output_dir / "reference.safetensors"
         kept, metadata = mimi.read_weights(file) if rank == 0 and file.exists() else ({}, {})
         fits = metadata.get("mark") == mark.hexdigest()
@@ -426,21 +426,14 @@ def data_mark(examples):
     """A hash of all that is learned from."""
     mark = hashlib.sha256()
     for talk in (t for e in examples for t in e.talks):
-        mark.update(talk.rows.tobytes() + talk.learned.tobytes())
+        mark.update(talk.mark())
     return mark.hexdigest()[:16]
 
 
 def settings(args, group):
     """Of the options, what must be the same for a run to go on."""
-    other = (
-        "output_dir",
-        "ckpt_freq",
-        "log_freq",
-        "keep",
-        "sample_texts",
-        "function",
-        "epochs" if not args.cosine else "",
-    )
+    other = ["output_dir", "codes", "ckpt_freq", "log_freq", "keep", "sample_texts", "function"]
+    other += [] if args.cosine else ["epochs"]
     shared = {k: v if isinstance(v, (int, float, list, type(None))) else str(v) for k, v in vars(args).items()}
     shared["batch_size"] *= group.size()  # however it is spread
     return {k: v for k, v in shared.items() if k not in other}
@@ -464,6 +457,7 @@ def train(args):
         test = tuning_data.read_data(args.val_data_path, command, args.skip_bad, speakers)
     rows, texts = read_log(args.output_dir / "log.jsonl"), sample_texts(args)
     generator = csm.load(args.model, dtype=args.dtype, quantize=args.quantize)
+    args.output_dir.mkdir(parents=True, exist_ok=True)
     examples = tuning_data.encode(generator, data, args)
     if args.val_data_path:
         test = tuning_data.encode(generator, test, args)
@@ -755,6 +749,8 @@ def add_training(t, command):
     t.add_argument("--data-path", type=Path, required=True, help=f"what to learn from{forms}")
     t.add_argument("--val-data-path", type=Path, help="the same, for a test after each epoch")
     t.add_argument("--output-dir", type=Path, required=True, help="folder of the run; the same command goes on from it")
+    codes = "folder for the codes of the clips, which runs may share (default: OUTPUT_DIR/codes)"
+    t.add_argument("--codes", type=Path, metavar="DIR", help=codes)
     base = os.environ.get("CSM_MODEL") or "csm-1b"
     t.add_argument("--model", "--pretrained-path", default=base, help="as csm.py has it")
     types = ("float32", "bfloat16", "float16")

@@ -19,6 +19,7 @@ FLOORS = {  # a module may import those on lower floors
     "csm": 2,
     "csm_batch": 3,
     "csm_tools.audio": 3,  # what the programs share
+    "csm_tools.code_shards": 3,
     "csm_tools.epub": 3,
     "csm_tools.gguf": 3,
     "csm_tools.text": 3,

@@ -46,6 +46,7 @@ ALLOWED = {  # besides
     ("csm_tools/serve_voices.py", "csm_tools.serve_files"),
     ("csm_tools/serve_files.py", "csm_tools.watermark"),  # the mark, for many streams
     ("csm_tools/finetune.py", "csm_tools.tuning_data"),  # its other half
+    ("csm_tools/finetune.py", "csm_tools.transcribe"),  # late, to hear what the codec loses
     ("csm_tools/bench.py", "csm_tools.doctor"),  # late, for --doctor
     ("csm_tools/doctor.py", "csm_tools.serve_engine"),  # which it checks
 }

@@ -35,6 +35,7 @@ import hashlib
 import json
 import math
 import os
+import re
 import sys
 import time
 from dataclasses import asdict
@@ -61,6 +62,8 @@ TARGETS = {
 }
 RESULT = ("adapters.safetensors", "adapter_config.json", "model.safetensors", "config.json")  # of Run.write
 SAMPLE_TEXTS = ["How are you today?", "The boat came home before the rain."]  # said before and after training
+LOST_WORDS = 0.25  # of all, by the codec, are too many
+MOST_HELD_OUT = 20  # conversations, where --validation is not given
 HEARS = 0.9  # codec_likeness; tiny's own voices have 0.93 to 0.98, those that it does not hear 0.72 to 0.88
 OPTIMIZERS = {"adamw": optim.AdamW, "adam": optim.Adam, "sgd": optim.SGD}
 
@@ -219,7 +222,7 @@ class Run:
         for _, w in tree_flatten(self.model.parameters()):
             mark.update(str(w.astype(mx.float32).abs().sum().item()).encode())
         for t in talks:
-            mark.update(t.rows.tobytes() + t.learned.tobytes())
+            mark.update(t.mark())
         file = self.args.output_dir / "reference.safetensors"
         kept, metadata = mimi.read_weights(file) if rank == 0 and file.exists() else ({}, {})
         fits = metadata.get("mark") == mark.hexdigest()
@@ -426,21 +429,14 @@ def data_mark(examples):
     """A hash of all that is learned from."""
     mark = hashlib.sha256()
     for talk in (t for e in examples for t in e.talks):
-        mark.update(talk.rows.tobytes() + talk.learned.tobytes())
+        mark.update(talk.mark())
     return mark.hexdigest()[:16]
 
 
 def settings(args, group):
     """Of the options, what must be the same for a run to go on."""
-    other = (
-        "output_dir",
-        "ckpt_freq",
-        "log_freq",
-        "keep",
-        "sample_texts",
-        "function",
-        "epochs" if not args.cosine else "",
-    )
+    other = ["output_dir", "codes", "codec_clips", "ckpt_freq", "log_freq", "keep", "sample_texts", "function"]
+    other += [] if args.cosine else ["epochs"]
     shared = {k: v if isinstance(v, (int, float, list, type(None))) else str(v) for k, v in vars(args).items()}
     shared["batch_size"] *= group.size()  # however it is spread
     return {k: v for k, v in shared.items() if k not in other}
@@ -464,15 +460,12 @@ def train(args):
         test = tuning_data.read_data(args.val_data_path, command, args.skip_bad, speakers)
     rows, texts = read_log(args.output_dir / "log.jsonl"), sample_texts(args)
     generator = csm.load(args.model, dtype=args.dtype, quantize=args.quantize)
+    args.output_dir.mkdir(parents=True, exist_ok=True)
     examples = tuning_data.encode(generator, data, args)
     if args.val_data_path:
         test = tuning_data.encode(generator, test, args)
     else:
-        order = np.random.default_rng([args.seed, 1]).permutation(len(examples))
-        n_test = max(1, round(args.validation * len(examples))) if args.validation else 0
-        if n_test >= len(examples):
-            raise ValueError(f"{len(examples)} conversations cannot be split in training and validation")
-        test, examples = ([examples[i] for i in part] for part in (order[:n_test], order[n_test:]))
+        examples, test = split(examples, args)
     if command == "kto":
         tuning_data.mismatch(generator, examples + test, args)
     run = Run(generator, examples, test, args)
@@ -480,9 +473,12 @@ def train(args):
     first = run.group.rank() == 0
     if first:
         say_speakers(speakers, args.output_dir)
-        warn_of_codec(generator, [s.audio for e in examples for t in e.talks for s in t.segments if s.audio])
+        if run.n == 0 and args.codec_clips:
+            warn_of_codec(generator, examples, args.codec_clips)
         n_trained = sum(w.size for _, w in tree_flatten(run.model.trainable_parameters()))
-        print(f"{len(examples)} examples, {run.total} steps, {n_trained / 1e6:.2f} million weights", file=sys.stderr)
+        held_out = f", {len(test)} held out" if test else ""
+        numbers = f"{len(examples)} examples{held_out}, {run.total} steps, {n_trained / 1e6:.2f} million weights"
+        print(numbers, file=sys.stderr)
     samples, speaker = args.output_dir / "samples", examples[0].talks[0].segments[-1].speaker
     if run.n == 0 and test:
         run.before = run.evaluate()["test_loss"]
@@ -515,16 +511,40 @@ def train(args):
             if first and (last or run.n % args.log_freq == 0 or run.n % args.ckpt_freq == 0):
                 with mimi.replacing(args.output_dir / "log.jsonl") as file:
                     file.write("".join(json.dumps(r) + "\n" for r in rows).encode())
+            if first and (last or run.n % args.ckpt_freq == 0):
+                chart(rows, run.before, args.output_dir / "log.png")
     if first:
         run.write(args.output_dir)
-        chart(rows, args.output_dir / "loss.png")
-        said = f"; {samples} has what it says before and after" if texts else ""
+        print(f"loss {rows[-1]['loss']:.4f} after {run.n} steps: {args.output_dir} holds the result", file=sys.stderr)
         if test and run.before is not None:
-            said = f"; on the test data {run.before:.4f} before, {rows[-1]['test_loss']:.4f} now{said}"
-        print(
-            f"loss {rows[-1]['loss']:.4f} after {run.n} steps; {args.output_dir} holds the result{said}",
-            file=sys.stderr,
-        )
+            say_learned(run, rows[-1]["test_loss"])
+        if texts:
+            print(f"what it said before and after: {samples}", file=sys.stderr)
+
+
+def split(examples, args):
+    """The examples to learn from, and those of --validation."""
+    if args.validation is None:
+        n = min(MOST_HELD_OUT, len(examples) // 10)
+    else:
+        n = max(1, round(args.validation * len(examples))) if args.validation else 0
+    if n >= len(examples):
+        raise ValueError(f"{len(examples)} conversations cannot be split in training and validation")
+    order = np.random.default_rng([args.seed, 1]).permutation(len(examples))
+    test, rest = ([examples[i] for i in part] for part in (order[:n], order[n:]))
+    return rest, test
+
+
+def say_learned(run, after):
+    """Say the loss on what was held out, before and after training, and what to do if it has not fallen."""
+    best, at = run.best
+    print(f"held out: loss {run.before:.4f} before training, {after:.4f} now", file=sys.stderr)
+    if after >= run.before:
+        lower = "try fewer --epochs, a lower --learning-rate, or more data"
+        print(f"warning: it has learned nothing that helps with clips it has not seen: {lower}", file=sys.stderr)
+    elif best < after:
+        where = run.args.output_dir / "best"
+        print(f"the loss was lowest at step {at}, {best:.4f}, which is kept in {where}", file=sys.stderr)
 
 
 def check_output(args):
@@ -569,25 +589,74 @@ def say_speakers(speakers, folder):
             file.write(json.dumps(speakers, indent=2, ensure_ascii=False).encode())
 
 
-def warn_of_codec(generator, clips):
-    """Measure the codec's way there and back on some of the clips, and warn if it does not hear their words."""
-    if not clips:
+def warn_of_codec(generator, examples, n):
+    """Send n of the clips through the codec and back, and warn if their sound or their words are lost."""
+    said = [s for e in examples for t in e.talks for s in t.segments if s.audio]
+    some = [(s.text, mimi.read_audio(s.audio)[:240_000]) for s in said[:: max(1, len(said) // n)][:n]]
+    if not some:
         return
-    some = clips[:: max(1, len(clips) // 8)][:8]
-    likeness = float(np.median([codec_likeness(generator, mimi.read_audio(clip)[:240_000]) for clip in some]))
+    pairs = [(text, sound, through_codec(generator, sound)) for text, sound in some]
+    likeness = float(np.median([likeness_of(sound, back) for _, sound, back in pairs]))
+    lost = []
     if likeness < HEARS:
+        lost.append(f"spectra correlate by {likeness:.2f}; {HEARS:g} or more is well")
+    if found := words_wrong(pairs):
+        before, after = found
+        if after > before + LOST_WORDS:
+            lost.append(f"a recogniser gets {before:.0%} of the words wrong in the clips, {after:.0%} behind the codec")
+    if lost:
         print(
-            f"warning: the model's codec loses much of these voices (spectra there and back, {len(some)} clips: "
-            f"correlation {likeness:.2f}; {HEARS:g} or more is well): what it does not hear, training cannot teach, "
-            "and the model may unlearn to speak; rather give a clip as --voice or --ref-audio",
+            f"warning: the model's codec loses much of these voices ({len(some)} clips there and back: "
+            f"{'; '.join(lost)}): what it does not hear, training cannot teach, and the model may unlearn to speak; "
+            "rather give a clip as --voice or --ref-audio (docs/fine-tuning.md)",
             file=sys.stderr,
         )
 
 
-def codec_likeness(generator, samples):
-    """The correlation of a sound's spectrogram with that of what the codec gives back, which may be late."""
+def through_codec(generator, samples):
+    """(samples,) -> the same there and back."""
     codes = generator.mimi.encode(mx.array(samples)[None, None])
-    back = np.array(generator.mimi.decode(codes)[0, 0])[: len(samples)]
+    return np.array(generator.mimi.decode(codes)[0, 0])[: len(samples)]
+
+
+def words_wrong(pairs):
+    """[(text, sound, the same behind the codec)] -> the word error rates of both, or None without a recogniser."""
+    errors, n = np.zeros(2), 0
+    for text, *sounds in pairs:
+        heard = [words(hear(sound)) for sound in sounds]
+        if not heard[0]:  # no recogniser, or it does not hear these clips
+            break
+        errors += [word_errors(words(text), one) for one in heard]
+        n += len(words(text))
+    return tuple(errors / n) if n else None
+
+
+def hear(samples):
+    """What a recogniser hears in (samples,) at 24 kHz; "" if it is nothing, or none is installed."""
+    try:
+        from csm_tools import transcribe
+
+        return transcribe.transcribe(samples)
+    except (ImportError, ValueError):
+        return ""
+
+
+def words(text):
+    return re.findall(r"[\w']+", text.lower())
+
+
+def word_errors(said, heard):
+    """Words replaced, left out and put in, at least: [str], [str] -> int"""
+    row = np.arange(len(heard) + 1)
+    for i, word in enumerate(said, 1):
+        above, row = row, np.full_like(row, i)
+        for j, other in enumerate(heard, 1):
+            row[j] = min(above[j] + 1, row[j - 1] + 1, above[j - 1] + (word != other))
+    return int(row[-1])
+
+
+def likeness_of(samples, back):
+    """The correlation of the spectrogram of a sound with that of what the codec gives back, which may be late."""
     before, after = log_spectrum(samples), log_spectrum(back)
     lags = [(before[: len(before) - n], after[n:]) for n in range(min(11, len(before)))]  # up to 200 ms
     found = [np.corrcoef(x.ravel(), y.ravel())[0, 1] if x.std() and y.std() else 0.0 for x, y in lags]
@@ -615,21 +684,25 @@ def speak(generator, texts, folder, seed, speaker):
         mimi.write_audio(folder / f"{i}.wav", audio)
 
 
-def chart(rows, path):
-    """The curves, where matplotlib is installed."""
+def chart(rows, before, path):
+    """A picture of the log, where matplotlib is installed. before: the loss on the test data before training."""
     try:
         from matplotlib.figure import Figure
     except ImportError:
         return
     names = [k for k in rows[0] if k not in ("step", "rate", "frames_per_second")]
-    names = [k for name in names for k in (name, f"test_{name}") if any(k in r for r in rows)]
     axes = Figure(figsize=(8, 5), layout="constrained").subplots()
-    for name in names:
-        if points := [(r["step"], r[name]) for r in rows if name in r]:
-            axes.plot(*zip(*points), label=name, linestyle="--" if name.startswith("test_") else "-")
+    for i, name in enumerate(names):
+        axes.plot([r["step"] for r in rows if name in r], [r[name] for r in rows if name in r], f"C{i}", label=name)
+        points = [(0, before)] if name == "loss" and before is not None else []
+        points += [(r["step"], r[f"test_{name}"]) for r in rows if f"test_{name}" in r]
+        if points:
+            axes.plot(*zip(*points), f"C{i}o--", markersize=4, label=f"{name}, held out")
     axes.set(xlabel="step")
+    axes.grid(alpha=0.3)
     axes.legend()
-    axes.figure.savefig(path, dpi=120)
+    with mimi.replacing(path) as file:
+        axes.figure.savefig(file, dpi=120, format="png")
 
 
 def fuse(args):
@@ -755,6 +828,8 @@ def add_training(t, command):
     t.add_argument("--data-path", type=Path, required=True, help=f"what to learn from{forms}")
     t.add_argument("--val-data-path", type=Path, help="the same, for a test after each epoch")
     t.add_argument("--output-dir", type=Path, required=True, help="folder of the run; the same command goes on from it")
+    codes = "folder for the codes of the clips, which runs may share (default: OUTPUT_DIR/codes)"
+    t.add_argument("--codes", type=Path, metavar="DIR", help=codes)
     base = os.environ.get("CSM_MODEL") or "csm-1b"
     t.add_argument("--model", "--pretrained-path", default=base, help="as csm.py has it")
     types = ("float32", "bfloat16", "float16")
@@ -785,7 +860,10 @@ def add_training(t, command):
     t.add_argument("--mask-speaker-ids", **ids, help="speakers who are heard but not learned: 0,2")
     t.add_argument("--max-audio-length-ms", type=float, default=90_000, help="longer clips are bad ones")
     t.add_argument("--skip-bad", action="store_true", help="leave bad items out, in place of stopping")
-    t.add_argument("--validation", type=float, default=0.0, help="fraction kept for a test after each epoch")
+    held_out = f"fraction held out for a test after each epoch (default: a tenth, at most {MOST_HELD_OUT}; 0: none)"
+    t.add_argument("--validation", type=float, help=held_out)
+    clips = "send N clips through the codec first, and warn if it loses their sound or words; 0: do not"
+    t.add_argument("--codec-clips", type=int, default=8, metavar="N", help=clips)
     t.add_argument("--gradient-ckpt", action="store_true", help="less memory, more time")
     t.add_argument("--ckpt-freq", type=int, default=100, help="steps between checkpoints")
     t.add_argument("--log-freq", type=int, default=10, help="steps between writings of log.jsonl")
@@ -813,7 +891,7 @@ def check(args):
     if not args.lora_rank or args.train_embeddings:
         args.dtype = args.dtype or "float32"  # bfloat16 would round most updates of a weight to nothing
     for name, good in (
-        ("depth-fraction", 0 < args.depth_fraction <= 1), ("validation", 0 <= args.validation < 1),
+        ("depth-fraction", 0 < args.depth_fraction <= 1), ("validation", 0 <= (args.validation or 0) < 1),
         ("batch-size", args.batch_size > 0), ("gradient-accumulation-steps", args.gradient_accumulation_steps > 0),
         ("epochs", args.epochs > 0), ("lora-rank", args.lora_rank >= 0), ("lora-dropout", 0 <= args.lora_dropout < 1),
         ("ckpt-freq", args.ckpt_freq > 0), ("log-freq", args.log_freq > 0),

@@ -22,11 +22,12 @@ from pathlib import Path
 import csm  # before mlx
 import csm_batch
 import mimi
-from csm_tools import command
-from csm_tools.audio import check_clip, trim_silence
+from csm_tools import code_shards, command
+from csm_tools.audio import MUCH_SILENCE, SILENCE_KEPT, check_clip, trim_silence
 
 import mlx.core as mx  # isort: skip
 import numpy as np
+from mlx.utils import tree_flatten
 from tqdm import tqdm
 
 AUDIO = (".wav", ".mp3", ".flac", ".ogg", ".m4a", ".aac", ".opus", ".aiff")
@@ -319,44 +320,66 @@ def read_utf8(path):
 class Talk:
     """A conversation as rows (T, K + 1), and the indices of those that are learned: the frames of its speech.
 
-    The first `given` turns are not learned. reference: (N, 2), what the model before training loses on each of these
+    The first `given` turns are not learned; what follows `limit` rows is cut off. Rows are made whenever they are asked
+    for, so that codes may stay on disk. reference: (N, 2), what the model before training loses on each of the learned
     frames: in codebook 0, and in the others together.
     """
 
-    def __init__(self, generator, segments, masked=(), given=0):
-        rows, learned, self.segments = [], [], segments
+    def __init__(self, generator, segments, masked=(), given=0, limit=None):
+        self.generator, self.segments, self.reference = generator, segments, None
+        self.n_rows, self.spans = 0, []
         for i, s in enumerate(segments):
-            text, audio = generator.text_rows(s.text, s.speaker), generator.audio_rows(s)
-            start = sum(map(len, rows)) + len(text)
+            start = self.n_rows + len(generator.text_rows(s.text, s.speaker))
+            self.n_rows = start + len(s.codes) + 1
             if s.speaker not in masked and i >= given:
-                learned += range(start, start + len(audio))
-            rows += [text, audio]
-        self.rows, self.learned, self.reference = np.concatenate(rows), np.array(learned, np.int32), None
+                self.spans.append((start, self.n_rows))
+        if limit is not None and limit < self.n_rows:
+            self.n_rows = limit
+            self.spans = [(start, min(end, limit)) for start, end in self.spans if start < limit]
+
+    @property
+    def rows(self):
+        """(T, K + 1) int32"""
+        parts = [x for s in self.segments
+                 for x in (self.generator.text_rows(s.text, s.speaker), self.generator.audio_rows(s))]  # fmt: skip
+        return np.concatenate(parts)[: self.n_rows]
+
+    @property
+    def learned(self):
+        """(N,) int32"""
+        return np.concatenate([np.arange(start, end) for start, end in self.spans]).astype(np.int32)
+
+    def mark(self):
+        """16 bytes, the same for the same rows and learned."""
+        said = [(s.text, s.speaker, s.codes.key.hex()) for s in self.segments]
+        return code_shards.hashed(json.dumps([said, self.spans, self.n_rows]).encode())
 
 
 def encode(generator, examples, args):
-    """What read_data gave, with Talks. Codes are kept in OUTPUT/codes by what a file holds. Bad clips: --skip-bad."""
-    (args.output_dir / "codes").mkdir(parents=True, exist_ok=True)
-    out, faults, notes, seconds = [], [], [], 0.0
-    for example in tqdm(examples, desc="codes", unit="item", disable=None, leave=False, delay=2):
-        try:
-            talks = []
-            for segments in example.talks:
-                coded = [with_codes(generator, s, args) for s in segments]
-                notes += [note for _, found in coded for note in found]
-                segments = [segment for segment, _ in coded]
-                talks.append(Talk(generator, segments, args.mask_speaker_ids, example.given))
-                seconds += sum(len(s.codes) for s in segments) / generator.mimi.config.frame_rate
-                if (n := len(talks[-1].rows)) > generator.max_positions:
-                    name, rate = segments[0].audio or segments[0].text, generator.mimi.config.frame_rate
-                    limit = f"{generator.max_positions / rate:.0f} s of sound and text"
-                    raise TooLong(f"{name} ...: takes as much as {n / rate:.0f} s, and the model holds {limit}")
-            if all(len(talk.learned) for talk in talks):
-                out.append(replace(example, talks=talks))
-        except TooLong as e:
-            notes.append(f"left out: {e}")
-        except ValueError as e:
-            faults.append(str(e))
+    """What read_data gave, with Talks. Codes are kept in --codes by what a file holds. Bad clips: --skip-bad."""
+    shards, codec = code_shards.Shards(args.codes or args.output_dir / "codes"), codec_mark(generator)
+    out, faults, notes = [], [], []
+    try:
+        for example in tqdm(examples, desc="codes", unit="item", disable=None, leave=False, delay=2):
+            try:
+                talks = []
+                for segments in example.talks:
+                    coded = [with_codes(generator, shards, codec, s, args) for s in segments]
+                    notes += [note for _, found in coded for note in found]
+                    segments = [segment for segment, _ in coded]
+                    talks.append(Talk(generator, segments, args.mask_speaker_ids, example.given))
+                    if (n := talks[-1].n_rows) > generator.max_positions:
+                        name, rate = segments[0].audio or segments[0].text, generator.mimi.config.frame_rate
+                        limit = f"{generator.max_positions / rate:.0f} s of sound and text"
+                        raise TooLong(f"{name} ...: takes as much as {n / rate:.0f} s, and the model holds {limit}")
+                if all(talk.spans for talk in talks):
+                    out.append(replace(example, talks=talks))
+            except TooLong as e:
+                notes.append(f"left out: {e}")
+            except ValueError as e:
+                faults.append(str(e))
+    finally:
+        shards.flush()  # an interruption loses nothing
     report(faults, len(examples), args.skip_bad)
     for note in notes[:5]:
         print(note, file=sys.stderr)
@@ -367,39 +390,56 @@ def encode(generator, examples, args):
     return out
 
 
-def with_codes(generator, segment, args):
-    """The Segment with its codes (F, K), from `codes` if that is the path of an .npy, else from its audio; notes.
+def codec_mark(generator):
+    """Bytes that tell a codec, and how clips are prepared for it: another's codes are others."""
+    mark = hashlib.sha256(f"{SILENCE_KEPT} {MUCH_SILENCE} {generator.model.config.audio_num_codebooks}".encode())
+    for name, w in tree_flatten(generator.mimi.parameters()):
+        mark.update(f"{name} {w.shape}".encode() + np.array(w.reshape(-1)[:64].astype(mx.float32)).tobytes())
+    return mark.digest()
 
-    Silence at the ends of a clip is cut off first.
-    """
-    kept = file = segment.codes or segment.audio
-    if not file.is_file():
-        raise ValueError(f"no such file: {file}")
-    notes = []
-    if not segment.codes:
-        codec = np.array(generator.mimi.first.codebooks[:, :8]).tobytes()  # another model's codes are others
-        mark = hashlib.sha256(b"trimmed" + codec + segment.text.encode() + file.read_bytes())
-        kept = args.output_dir / "codes" / f"{mark.hexdigest()[:32]}.npy"
-        if not kept.exists():
-            samples = mimi.read_audio(file, generator.sample_rate)
-            trimmed = trim_silence(samples)
-            if len(trimmed) < len(samples):
-                cut = (len(samples) - len(trimmed)) / generator.sample_rate
-                notes.append(f"{file}: {cut:.1f} s of silence at its ends left out")
-            try:
-                notes += [f"{file}: {warning}" for warning in check_clip(trimmed, segment.text, shortest=0.0)]
-            except ValueError as e:
-                raise ValueError(f"{file}: {e}") from None
-            with mimi.replacing(kept) as f:
-                np.save(f, generator.encode(replace(segment, audio=trimmed)).codes)
+
+def with_codes(generator, shards, codec, segment, args):
+    """A Segment of paths -> the Segment with its code_shards.Codes, and notes on its clip. Raises ValueError."""
+    file, notes = segment.codes or segment.audio, []
     try:
-        codes = np.load(kept)
-    except (OSError, EOFError, ValueError) as e:
-        raise ValueError(f"{kept} is not an .npy of codes: {e}") from None
+        key = shards.key_of(file, codec, b"codes" if segment.codes else b"sound")
+    except OSError as e:
+        raise ValueError(f"cannot read {file}: {e.strerror}") from None
+    codes = shards.get(key)
+    if codes is None:
+        made, notes = made_codes(generator, segment)
+        codes = shards.add(key, made)
     n_frames, rate = generator.max_frames(args.max_audio_length_ms), generator.mimi.config.frame_rate
     if not 0 < len(codes) <= n_frames and not segment.codes:  # an empty or endless sampling is one to reject
         raise TooLong(f"{file}: {len(codes) / rate:.1f} s, and at most {n_frames / rate:.1f} s are wanted")
     return replace(segment, codes=codes), notes
+
+
+def made_codes(generator, segment):
+    """A Segment of paths -> its codes (F, K), and notes on its clip. Raises ValueError.
+
+    They are read from the .npy of `codes`, or else made of the clip, without the silence at its ends.
+    """
+    if segment.codes:
+        try:
+            codes = np.load(segment.codes)
+            if codes.dtype.kind not in "iu":
+                raise ValueError(f"{codes.dtype} in place of integers")
+            generator.audio_rows(replace(segment, codes=codes))  # raises for what the model does not have
+        except (OSError, EOFError, ValueError) as e:
+            raise ValueError(f"{segment.codes} is not an .npy of codes: {e}") from None
+        return codes, []
+    file, notes = segment.audio, []
+    samples = mimi.read_audio(file, generator.sample_rate)
+    trimmed = trim_silence(samples)
+    if len(trimmed) < len(samples):
+        cut = (len(samples) - len(trimmed)) / generator.sample_rate
+        notes.append(f"{file}: {cut:.1f} s of silence at its ends left out")
+    try:
+        notes += [f"{file}: {warning}" for warning in check_clip(trimmed, segment.text, shortest=0.0)]
+    except ValueError as e:
+        raise ValueError(f"{file}: {e}") from None
+    return generator.encode(replace(segment, audio=trimmed)).codes, notes
 
 
 def mismatch(generator, examples, args):
@@ -412,15 +452,13 @@ def mismatch(generator, examples, args):
         speech = itertools.cycle(s.codes for s in examples[j].talks[0].segments[examples[j].given :])
         own = e.talks[0].segments
         segments = own[: e.given] + [replace(s, codes=codes) for s, codes in zip(own[e.given :], speech)]
-        e.other = Talk(generator, segments, args.mask_speaker_ids, e.given)
-        e.other.rows = e.other.rows[: generator.max_positions]
-        e.other.learned = e.other.learned[e.other.learned < len(e.other.rows)]
+        e.other = Talk(generator, segments, args.mask_speaker_ids, e.given, generator.max_positions)
 
 
 def collate(talks, chosen):
     """Talks and the rows of each whose codebooks 1.. are learned -> rows (B, T, K + 1), first (N,), some (N',)."""
-    T = max(len(t.rows) for t in talks)
-    rows = [np.pad(t.rows, [(0, T - len(t.rows)), (0, 0)]) for t in talks]  # causal: padding behind changes nothing
+    T = max(t.n_rows for t in talks)
+    rows = [np.pad(t.rows, [(0, T - t.n_rows), (0, 0)]) for t in talks]  # causal: padding behind changes nothing
     first = [t.learned + b * T for b, t in enumerate(talks)]
     some = [c + b * T for b, c in enumerate(chosen)]
     return mx.array(np.stack(rows)), mx.array(np.concatenate(first)), mx.array(np.concatenate(some))

@@ -1,5 +1,6 @@
 """Fine-tuning: the gradient is transformers', runs continue to the same bits, and what is learned comes out again."""
 
+import argparse
 import importlib.util
 import json
 import math
@@ -13,6 +14,7 @@ from pathlib import Path
 
 import csm  # before mlx
 import csm_layouts
+import mimi
 from csm_tools import finetune, speak, tuning_data
 
 import mlx.core as mx  # isort: skip
@@ -54,7 +56,7 @@ def plain(tmp_path_factory):
 def train(model, data, out, *more, command="train"):
     """Runs `finetune COMMAND`; returns the lines of its log."""
     args = [command, "--model", model, "--data-path", data, "--output-dir", out, "--epochs", 2, "--batch-size", 2]
-    args += ["--sample-texts", "none"]
+    args += ["--sample-texts", "none", "--codec-clips", 0]
     finetune.main([str(a) for a in [*args, *more]])
     return [json.loads(line) for line in (Path(out) / "log.jsonl").read_text().splitlines()]
 
@@ -366,7 +368,7 @@ def test_what_a_run_leaves(plain, data, tmp_path, capfd):
     more = ["--keep", 2, "--ckpt-freq", 1, "--sample-texts", tmp_path / "say.txt", "--lora-rank", 4]
     rows = train(plain, data, tmp_path / "o", *more, "--val-data-path", data)
     assert [("test_loss" in r) for r in rows] == [False, False, True] * 2
-    assert f"before, {rows[-1]['test_loss']:.4f} now; {tmp_path / 'o/samples'} has what" in capfd.readouterr().err
+    assert f"what it said before and after: {tmp_path / 'o/samples'}" in capfd.readouterr().err
     assert sorted(f.name for f in (tmp_path / "o").glob("step-*")) == ["step-5", "step-6"]
     for folder in ("step-6", "."):
         a, b = (mx.load(str(tmp_path / "o" / f / "adapters.safetensors")) for f in (folder, "step-6"))
@@ -375,7 +377,7 @@ def test_what_a_run_leaves(plain, data, tmp_path, capfd):
     said = sorted(str(f.relative_to(tmp_path / "o/samples")) for f in (tmp_path / "o/samples").glob("*/*"))
     assert said == [f"step-{n}/{i}.wav" for n in (0, 3, 6) for i in (0, 1)]
     assert soundfile.info(tmp_path / "o/samples/step-6/0.wav").samplerate == 24000
-    assert (tmp_path / "o/loss.png").exists() or not importlib.util.find_spec("matplotlib")
+    assert (tmp_path / "o/log.png").exists() or not importlib.util.find_spec("matplotlib")
     plain_rows = train(plain, data, tmp_path / "p", "--lora-rank", 4, "--val-data-path", data)
     # sampling has changed nothing
     assert [r["loss"] for r in plain_rows] == [r["loss"] for r in rows]
@@ -589,14 +591,59 @@ def test_each_part_of_a_batch_has_its_own_dropout(plain, data, tmp_path):
     assert run.loras[0]._key is None  # and none when it is tested
 
 
-def test_a_codec_that_does_not_hear_is_said(tmp_path, capfd):
-    """tiny's codec knows its own voices; noise is what it does not know."""
+def said_in(*clips):
+    """Examples of these clips, each with the text beside it, or "hello"."""
+    texts = [c.with_suffix(".txt").read_text() if c.with_suffix(".txt").exists() else "hello" for c in clips]
+    segments = [csm.Segment(0, text, c) for text, c in zip(texts, clips)]
+    return [tuning_data.Example([argparse.Namespace(segments=[s])]) for s in segments]
+
+
+def test_a_codec_that_loses_a_voice_is_said(tmp_path, capfd, monkeypatch):
+    """By spectra: tiny's codec knows its own voices; noise is what it does not know. By words, where they are heard."""
+    monkeypatch.setattr(finetune, "hear", lambda samples: "")
     tiny = csm.load("tiny")
     own = sorted((HERE / "tiny/prompts").glob("*.wav"))
+    soundfile.write(tmp_path / "noise.wav", clip(2), 24000)
     for clips, warned in ((own, False), ([tmp_path / "noise.wav"], True)):
-        soundfile.write(tmp_path / "noise.wav", clip(2), 24000)
-        finetune.warn_of_codec(tiny, clips)
-        assert ("codec loses much" in capfd.readouterr().err) == warned
+        finetune.warn_of_codec(tiny, said_in(*clips), 8)
+        assert ("spectra correlate by" in (err := capfd.readouterr().err)) == warned == ("rather give a clip" in err)
+    texts = {len(mimi.read_audio(c)): c.with_suffix(".txt").read_text() for c in own}
+    heard = []
+
+    def hear(samples):  # the clips well, and every word of what follows wrong
+        heard.append(texts[len(samples)].upper() if len(heard) % 2 == 0 else "what")
+        return heard[-1]
+
+    monkeypatch.setattr(finetune, "hear", hear)
+    finetune.warn_of_codec(tiny, said_in(*own), 8)
+    assert "gets 0% of the words wrong in the clips, 100% behind the codec" in (err := capfd.readouterr().err)
+    assert len(heard) == 2 * len(own) and "spectra" not in err
+
+
+def test_errors_in_words():
+    for said, heard, n in (("a b c", "a b c", 0), ("a b c", "", 3), ("a b", "x a c b", 2), ("", "a", 1)):
+        assert finetune.word_errors(said.split(), heard.split()) == n
+    assert finetune.words("It's 3 o'clock, Ann!") == ["it's", "3", "o'clock", "ann"]
+
+
+def test_what_was_learned_is_said(plain, data, tmp_path, capfd):
+    """Conversations are held out unless there are few; what they lose is said before and after, and drawn."""
+    assert len(finetune.split([*range(9)], arguments())[1]) == 0
+    for n, held_out in ((10, 1), (75, 7), (1000, 20)):
+        rest, test = finetune.split([*range(n)], arguments())
+        assert len(test) == held_out and sorted(rest + test) == [*range(n)]
+    assert len(finetune.split([*range(100)], arguments(validation=0.5))[1]) == 50
+    assert finetune.split([*range(100)], arguments(validation=0.0))[1] == []
+    rows = train(plain, data, tmp_path / "o", "--lr", 3e-3, "--validation", 0.2, "--epochs", 4)
+    err = capfd.readouterr().err
+    before = json.loads(mx.load(str(tmp_path / "o/checkpoint.safetensors"), return_metadata=True)[1]["run"])["before"]
+    assert "5 examples, 1 held out" in err
+    assert f"held out: loss {before:.4f} before training, {rows[-1]['test_loss']:.4f} now" in err
+    assert before > rows[-1]["test_loss"] and "has learned nothing" not in err
+    train(plain, data, tmp_path / "bad", "--lr", 0.3, "--validation", 0.2)
+    assert "warning: it has learned nothing that helps" in capfd.readouterr().err
+    if importlib.util.find_spec("matplotlib"):
+        assert (tmp_path / "o/log.png").read_bytes()[1:4] == b"PNG"
 
 
 @pytest.mark.slow

@@ -19,6 +19,7 @@ FLOORS = {  # a module may import those on lower floors
     "csm": 2,
     "csm_batch": 3,
     "csm_tools.audio": 3,  # what the programs share
+    "csm_tools.code_shards": 3,
     "csm_tools.epub": 3,
     "csm_tools.gguf": 3,
     "csm_tools.text": 3,
@@ -45,6 +46,7 @@ ALLOWED = {  # besides
     ("csm_tools/serve_voices.py", "csm_tools.serve_files"),
     ("csm_tools/serve_files.py", "csm_tools.watermark"),  # the mark, for many streams
     ("csm_tools/finetune.py", "csm_tools.tuning_data"),  # its other half
+    ("csm_tools/finetune.py", "csm_tools.transcribe"),  # late, to hear what the codec loses
     ("csm_tools/bench.py", "csm_tools.doctor"),  # late, for --doctor
     ("csm_tools/doctor.py", "csm_tools.serve_engine"),  # which it checks
 }

@@ -1,0 +1,169 @@
+"""Codes of many clips: computed once, kept in shards on disk, read one clip at a time when they are needed.
+
+    shards = Shards(folder)
+    codes = shards.get(key) or shards.add(key, computed)        # a Codes, (F, K)
+    shards.flush()                                              # what was added is on the disk
+
+A shard is a file put in place atomically, with two arrays as np.save writes them: the codes of its clips (frames, K),
+then its index (clips,) of key and frames. Its name is a hash of its keys, so processes that compute the same do not
+disturb each other. files.npy remembers the key of each file by its path, size and times: a file that has not changed
+is not read again.
+"""
+
+import hashlib
+import os
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+
+import mimi
+
+N_CLIPS, SECONDS = 1024, 60  # a shard is written after so many clips or so much time: a kill loses no more
+KEY = np.dtype("V16")
+INDEX = np.dtype([("key", KEY), ("frames", "<i4")])
+FILES = np.dtype([("stamp", KEY), ("key", KEY)])
+
+
+def hashed(*parts):
+    """bytes ... -> 16 bytes."""
+    mark = hashlib.sha256()
+    for part in parts:
+        mark.update(len(part).to_bytes(8, "little") + part)
+    return mark.digest()[:16]
+
+
+class Codes:
+    """A clip's codes (F, K) int32, which np.array(codes) reads from the disk. key: 16 bytes, the same for the same."""
+
+    __slots__ = ("key", "n", "place", "start")
+
+    def __init__(self, key, place, start, n):
+        self.key, self.place, self.start, self.n = (
+            key,
+            place,
+            start,
+            n,
+        )  # place: a Shard, or the array until it is written
+
+    def __len__(self):
+        return self.n
+
+    def __array__(self, dtype=None, copy=None):
+        held = isinstance(self.place, np.ndarray)
+        codes = self.place if held else self.place.read(self.start, self.n)
+        return codes.astype(dtype or np.int32)
+
+
+class Shard:
+    """A file of codes: where its array begins, and of what kind it is. Raises ValueError or OSError if damaged."""
+
+    def __init__(self, path):
+        self.path = str(path)
+        with open(path, "rb") as file:
+            if np.lib.format.read_magic(file) != (1, 0):
+                raise ValueError("of a newer NumPy")
+            shape, by_columns, self.dtype = np.lib.format.read_array_header_1_0(file)
+            if len(shape) != 2 or by_columns or self.dtype.kind != "i":
+                raise ValueError("no codes")
+            self.offset, self.K = file.tell(), shape[1]
+            file.seek(self.offset + shape[0] * self.K * self.dtype.itemsize)
+            self.index = np.load(file)
+        if self.index.dtype != INDEX or self.index["frames"].sum() != shape[0]:
+            raise ValueError("its index is another's")
+
+    def read(self, start, n):
+        """n frames (n, K) from frame `start` on."""
+        offset = self.offset + start * self.K * self.dtype.itemsize
+        codes = np.fromfile(self.path, self.dtype, n * self.K, offset=offset)
+        if len(codes) < n * self.K:
+            raise ValueError(f"{self.path} was cut off while it was read")
+        return codes.reshape(n, self.K)
+
+
+class Shards:
+    """All shards of a folder; keys are 16 bytes."""
+
+    def __init__(self, folder):
+        self.folder, self.found, self.waiting, self.since = Path(folder), {}, [], time.monotonic()
+        self.folder.mkdir(parents=True, exist_ok=True)
+        for path in sorted(self.folder.glob("shard-*.npy")):
+            try:
+                self.take(Shard(path))
+            except (ValueError, OSError, EOFError) as e:
+                print(f"{path} is damaged ({e}): its clips are encoded again", file=sys.stderr)
+        self.files, self.n_files = {}, 0
+        try:
+            table = np.load(self.folder / "files.npy")
+            self.files = dict(zip(each(table["stamp"]), each(table["key"])))
+        except (ValueError, OSError, EOFError, IndexError):
+            pass  # all files are read
+        self.n_files = len(self.files)
+
+    def take(self, shard):
+        """Add what a shard holds."""
+        start = 0
+        for key, n in zip(each(shard.index["key"]), shard.index["frames"].tolist()):
+            codes = self.found.get(key) or Codes(key, shard, start, n)
+            codes.place, codes.start = shard, start
+            self.found[key] = codes
+            start += n
+        shard.index = None
+
+    def key_of(self, path, *more):
+        """The key of what a file holds, of a codec and the like, `more` bytes. Raises OSError."""
+        about = os.stat(path)
+        times = f"{os.path.abspath(path)}\0{about.st_size} {about.st_mtime_ns} {about.st_ctime_ns}"
+        stamp = hashed(times.encode("utf-8", "surrogateescape"), *more)
+        if stamp not in self.files:
+            self.files[stamp] = hashed(Path(path).read_bytes(), *more)
+        return self.files[stamp]
+
+    def get(self, key):
+        """The Codes, or None."""
+        return self.found.get(key)
+
+    def add(self, key, codes):
+        """Codes (F, K) of any integers -> Codes."""
+        codes = np.asarray(codes)
+        kind = np.int16 if codes.max(initial=0) < 2**15 else np.int32
+        self.found[key] = new = Codes(key, codes.astype(kind), 0, len(codes))
+        self.waiting.append(new)
+        if len(self.waiting) >= N_CLIPS or time.monotonic() - self.since > SECONDS:
+            self.flush()
+        return new
+
+    def flush(self):
+        """Write what was added, and what is known of the files."""
+        by_width = {}
+        for codes in self.waiting:
+            by_width.setdefault(codes.place.shape[1], []).append(codes)
+        for some in by_width.values():
+            self.write(some)
+        self.waiting, self.since = [], time.monotonic()
+        if len(self.files) > self.n_files:
+            table = np.empty(len(self.files), FILES)
+            table["stamp"], table["key"] = (np.frombuffer(b"".join(x), KEY) for x in (self.files, self.files.values()))
+            with mimi.replacing(self.folder / "files.npy") as file:
+                np.save(file, table)
+            self.n_files = len(self.files)
+
+    def write(self, some):
+        """Write Codes of the same K, which are in memory, as a shard."""
+        index = np.empty(len(some), INDEX)
+        index["key"] = np.frombuffer(b"".join(codes.key for codes in some), KEY)
+        index["frames"] = [len(codes) for codes in some]
+        path = self.folder / f"shard-{hashed(index['key'].tobytes()).hex()}.npy"
+        with mimi.replacing(path) as file:
+            np.save(file, np.ascontiguousarray(np.concatenate([codes.place for codes in some])))
+            np.save(file, index)
+            file.flush()
+            os.fsync(file.fileno())
+        self.take(Shard(path))
+
+
+def each(keys):
+    """(n,) of KEY -> [bytes]"""
+    raw = np.ascontiguousarray(keys).tobytes()
+    return [raw[i : i + KEY.itemsize] for i in range(0, len(raw), KEY.itemsize)]

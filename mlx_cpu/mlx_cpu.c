@@ -119,11 +119,29 @@ static inline __attribute__((always_inline)) void tile(const int m, int n, const
     }
 }
 
+// One row of a by one row of b, summed in the order of `tile`. With rows of 2 to 8 KB, memory gives a third to a half more
+// to whoever reads one after the other than to four at a time.
+static inline float line(const job *p, const float *b) {
+  vec sums = {};
+  int l = 0;
+  for (; l + LANES <= p->k; l += LANES)
+    sums += LOAD(p->a + l) * LOAD(b + l);
+  float sum = total(sums);
+  for (; l < p->k; l++)
+    sum += p->a[l] * b[l];
+  return sum;
+}
+
 static void few_rows(const void *a_job, int part) { // reads each row of b from memory once
   const job *p = a_job;
+  const int end = LEAST((part + 1) * p->step, p->n);
+  for (int j = part * p->step; p->m == 1 && j < end; j++) {
+    float *to = p->c + j * p->right;
+    *to = p->alpha * line(p, p->b + (ptrdiff_t)j * p->ldb) + (p->beta ? p->beta * *to : 0);
+  }
 #define TILE(rows) tile(rows, LEAST(4, p->n - j), p, p->a + (ptrdiff_t)i * p->lda, p->b + (ptrdiff_t)j * p->ldb, \
                         p->c + i * p->down + j * p->right)
-  for (int j = part * p->step, end = LEAST(j + p->step, p->n); j < end; j += 4)
+  for (int j = part * p->step; p->m > 1 && j < end; j += 4)
     for (int i = 0; i < p->m; i += ROWS)
       switch (LEAST(ROWS, p->m - i)) {
       case 1: TILE(1); break;

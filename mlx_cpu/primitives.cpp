@@ -83,130 +83,190 @@ void each(const void *job, int part) {
 
 // out (rows, n) = x (rows, k) w', where a group of w's integers q stands for scale * q + bias. Few rows: a group of x
 // becomes integers of 16 bits with a scale, the products of integers are summed exactly, and each row of w is read from
-// memory once. Many rows: pieces of w become float32, and the BLAS library multiplies.
+// memory once, one after the other. Many rows: pieces of w become float32, and the BLAS library multiplies.
 
-enum { FEW = 32, BLOCK = 32, GROUPS = 64, WIDE = 192, DEEP = 1024 };
-#if defined(__AVX512VL__) || defined(__aarch64__)
-enum { ROWS = 4 }; // of x at a time, as there are 32 registers
+enum { FEW = 32, GROUPS = 16, BLOCK = 8, WIDE = 192, DEEP = 1024 };
+#if defined(__AVX512BW__)
+enum { W = 16 }; // numbers of 32 bits in a register
+#elif defined(__AVX2__)
+enum { W = 8 };
 #else
-enum { ROWS = 2 };
+enum { W = 4 };
 #endif
-typedef float floats __attribute__((vector_size(32), aligned(4), may_alias));
-typedef int ints __attribute__((vector_size(32), aligned(4), may_alias));
-typedef short words __attribute__((vector_size(32), aligned(2), may_alias));
-typedef short shorts __attribute__((vector_size(16), aligned(2), may_alias));
-typedef unsigned char bytes __attribute__((vector_size(16), aligned(1), may_alias));
+typedef float floats __attribute__((vector_size(4 * W), aligned(4), may_alias));
+typedef int ints __attribute__((vector_size(4 * W), aligned(4), may_alias));
+typedef short words __attribute__((vector_size(4 * W), aligned(2), may_alias));
+typedef short shorts __attribute__((vector_size(2 * W), aligned(2), may_alias));
+typedef unsigned short halves __attribute__((vector_size(2 * W), aligned(2), may_alias));
+typedef unsigned char bytes __attribute__((vector_size(2 * W), aligned(1), may_alias));
+enum { ROWS = W == 8 ? 4 : 8, SPAN = 4 * W }; // rows of x at a time: AVX2 has 16 registers; weights of 4 bits at a time
 
 struct Product {
   const uint8_t *w;
-  const float *scales, *biases;
-  float *out;
+  const void *scales, *biases;
+  void *out;
   int rows, n, k, group, step;
-  const float *x;                // many rows: as it is
-  const short *integers;         // few rows: x = integers * x_scales, in the order of unpack()
+  mx::Dtype::Val kind, scale_kind; // of x and out; of scales and biases
+  const float *x;                 // many rows: as it is
+  const short *integers;          // few rows: x = integers * x_scales; with 4 bits see to_integers()
   const float *x_scales, *x_sums; // of each group
 };
 
-// The next 32 integers of w. With 4 bits `a` holds those at even places, `b` the others.
-template <int bits>
-inline void unpack(const uint8_t *w, words &a, words &b) {
-  if constexpr (bits == 8) {
-    a = __builtin_convertvector(*(const bytes *)w, words);
-    b = __builtin_convertvector(*(const bytes *)(w + 16), words);
-  } else {
-    const words pairs = __builtin_convertvector(*(const bytes *)w, words);
-    a = pairs & 15, b = pairs >> 4;
+// Numbers i to i + W of an array of float32, float16 or bfloat16; those from `end` on are 0.
+inline floats load(const void *from, mx::Dtype::Val kind, int64_t i, int64_t end) {
+  union { floats all; float each[W]; } to = {};
+  if (kind == mx::Dtype::Val::float32) {
+    if (i + W <= end)
+      return *(const floats *)((const float *)from + i);
+    std::memcpy(to.each, (const float *)from + i, 4 * (end - i));
+    return to.all;
   }
+  union { halves all; uint16_t each[W]; } h = {};
+  std::memcpy(h.each, (const uint16_t *)from + i, 2 * min((int64_t)W, end - i));
+  if (kind == mx::Dtype::Val::bfloat16)
+    return (floats)(__builtin_convertvector(h.all, ints) << 16);
+#if defined(__AVX512BW__)
+  return (floats)_mm512_cvtph_ps((__m256i)h.all);
+#elif defined(__AVX2__) && defined(__F16C__)
+  return (floats)_mm256_cvtph_ps((__m128i)h.all);
+#else
+  for (int l = 0; l < W; l++) {
+    mx::float16_t half;
+    std::memcpy(&half, h.each + l, 2);
+    to.each[l] = half;
+  }
+  return to.all;
+#endif
 }
 
-// sum + a b, where each of the eight sums takes two products; which ones does not matter
+inline float number(const void *from, mx::Dtype::Val kind, int64_t i) { return load(from, kind, i, i + 1)[0]; }
+
+inline void store(void *to, mx::Dtype::Val kind, int64_t i, float value) {
+  if (kind == mx::Dtype::Val::float32)
+    ((float *)to)[i] = value;
+  else if (kind == mx::Dtype::Val::float16)
+    ((mx::float16_t *)to)[i] = value;
+  else
+    ((mx::bfloat16_t *)to)[i] = value;
+}
+
+// The next 2 W bytes of w as words
+inline words widen(const uint8_t *w) {
+#if defined(__AVX512BW__)
+  return (words)_mm512_cvtepu8_epi16(_mm256_loadu_si256((const __m256i *)w));
+#elif defined(__AVX2__)
+  return (words)_mm256_cvtepu8_epi16(_mm_loadu_si128((const __m128i *)w));
+#else
+  return __builtin_convertvector(*(const bytes *)w, words);
+#endif
+}
+
+// sum + a b, where each sum takes two products; which ones does not matter
 inline ints dot(ints sum, words a, words b) {
-#if defined(__AVX512VNNI__) && defined(__AVX512VL__)
-  return (ints)_mm256_dpwssd_epi32((__m256i)sum, (__m256i)a, (__m256i)b);
+#if defined(__AVX512BW__) && defined(__AVX512VNNI__)
+  return (ints)_mm512_dpwssd_epi32((__m512i)sum, (__m512i)a, (__m512i)b);
+#elif defined(__AVX512BW__)
+  return sum + (ints)_mm512_madd_epi16((__m512i)a, (__m512i)b);
 #elif defined(__AVX2__)
   return sum + (ints)_mm256_madd_epi16((__m256i)a, (__m256i)b);
+#elif defined(__SSE2__)
+  return sum + (ints)_mm_madd_epi16((__m128i)a, (__m128i)b);
 #elif defined(__aarch64__)
-  union { words all; int16x8_t part[2]; } x = {a}, y = {b};
-  union { ints all; int32x4_t part[2]; } s = {sum};
-  for (int i = 0; i < 2; i++)
-    s.part[i] = vmlal_high_s16(vmlal_s16(s.part[i], vget_low_s16(x.part[i]), vget_low_s16(y.part[i])), x.part[i], y.part[i]);
-  return s.all;
+  const int16x8_t x = (int16x8_t)a, y = (int16x8_t)b;
+  return (ints)vmlal_high_s16(vmlal_s16((int32x4_t)sum, vget_low_s16(x), vget_low_s16(y)), x, y);
 #else
-  for (int i = 0; i < 16; i++)
+  for (int i = 0; i < 2 * W; i++)
     sum[i / 2] += a[i] * b[i];
   return sum;
 #endif
 }
 
 inline float total(floats v) {
-  return ((v[0] + v[4]) + (v[1] + v[5])) + ((v[2] + v[6]) + (v[3] + v[7]));
+  typedef float quad __attribute__((vector_size(16)));
+  union { floats all; quad part[W / 4]; } u = {v};
+  for (int i = 1; i < W / 4; i++)
+    u.part[0] += u.part[i];
+  return (u.part[0][0] + u.part[0][1]) + (u.part[0][2] + u.part[0][3]);
 }
 
-// R rows of x by n <= 4 rows of w
-template <int bits, int R>
-void tile(const Product &p, int row, int column, int n) {
-  const int groups = p.k / p.group, group_bytes = p.group * bits / 8;
-  const int64_t row_bytes = (int64_t)p.k * bits / 8;
-  const uint8_t *w[4];
-  const float *scales[4], *biases[4];
-  for (int j = 0; j < 4; j++) {
-    const int64_t line = column + (j < n ? j : 0);
-    w[j] = p.w + line * row_bytes, scales[j] = p.scales + line * groups, biases[j] = p.biases + line * groups;
-  }
-  const short *x = p.integers + (int64_t)row * p.k;
-  const float *x_scales = p.x_scales + (int64_t)row * groups, *x_sums = p.x_sums + (int64_t)row * groups;
-  floats sums[R][4] = {};
-  for (int start = 0; start < groups; start += GROUPS) {
-    const int size = min(int(GROUPS), groups - start);
-    float factors[R][4][GROUPS];
-    for (int r = 0; r < R; r++)
-      for (int j = 0; j < 4; j++) {
-        const float *s = scales[j] + start, *b = biases[j] + start, *c = x_scales + (int64_t)r * groups + start,
-                    *d = x_sums + (int64_t)r * groups + start;
-        int g = 0;
-        for (; g + 8 <= size; g += 8) {
-          *(floats *)(factors[r][j] + g) = *(const floats *)(s + g) * *(const floats *)(c + g);
-          sums[r][j] += *(const floats *)(b + g) * *(const floats *)(d + g);
-        }
-        for (; g < size; g++)
-          factors[r][j][g] = s[g] * c[g], sums[r][j][0] += b[g] * d[g];
-      }
-    for (int g = 0; g < size; g++) {
-      const int64_t at = (int64_t)(start + g) * group_bytes;
-      for (int j = 0; j < 4; j++) {
-        for (int i = 0; i < group_bytes; i += 64)
-          __builtin_prefetch(w[j] + 4 * row_bytes + at + i);
-        ints dots[R] = {};
-        for (int block = 0; block < p.group / BLOCK; block++) {
-          words a, b;
-          unpack<bits>(w[j] + at + block * (BLOCK * bits / 8), a, b);
-          for (int r = 0; r < R; r++) {
-            const short *y = x + (int64_t)r * p.k + (start + g) * p.group + block * BLOCK;
-            dots[r] = dot(dot(dots[r], a, *(const words *)y), b, *(const words *)(y + 16));
-          }
-        }
-        for (int r = 0; r < R; r++)
-          sums[r][j] += __builtin_convertvector(dots[r], floats) * factors[r][j][g];
-      }
+// Add to `totals` the products of R rows of x, from `row` on, and row j of w, for the groups from `start` on.
+template <int bits, int group, int R>
+inline void line(const Product &p, int row, int64_t j, int start, floats *totals) {
+  constexpr int PAIR = SPAN > group && bits == 4 ? 2 : 1; // groups that share a register
+  constexpr int STEP = bits == 4 ? SPAN : SPAN / 2;       // weights that fill one
+  const int groups = p.k / group, size = min(int(GROUPS), groups - start);
+  const uint8_t *w = p.w + (j * p.k + start * group) * bits / 8;
+  const short *x = p.integers + (int64_t)row * p.k + start * group;
+  floats sums[R];
+  float factors[R][GROUPS];
+#pragma GCC unroll 8
+  for (int r = 0; r < R; r++)
+    sums[r] = totals[r];
+  for (int g = 0; g < size; g += W) {
+    const floats s = load(p.scales, p.scale_kind, j * groups + start + g, (j + 1) * groups);
+    const floats b = load(p.biases, p.scale_kind, j * groups + start + g, (j + 1) * groups);
+#pragma GCC unroll 8
+    for (int r = 0; r < R; r++) {
+      const int64_t at = (int64_t)(row + r) * (groups + W) + start + g; // see multiply()
+      *(floats *)(factors[r] + g) = s * *(const floats *)(p.x_scales + at);
+      sums[r] += b * *(const floats *)(p.x_sums + at);
     }
   }
+  for (int g = 0; g < size; g += PAIR) {
+    ints dots[R] = {};
+#pragma GCC unroll 16
+    for (int i = 0; i < group * PAIR; i += STEP, w += 2 * W, x += STEP) {
+      const words all = widen(w), low = bits == 4 ? all & 15 : all, high = all >> 4;
+#pragma GCC unroll 8
+      for (int r = 0; r < R; r++) {
+        const short *y = x + (int64_t)r * p.k;
+        dots[r] = dot(dots[r], low, *(const words *)y);
+        if constexpr (bits == 4)
+          dots[r] = dot(dots[r], high, *(const words *)(y + STEP / 2));
+      }
+    }
+#pragma GCC unroll 8
+    for (int r = 0; r < R; r++) {
+      floats factor = factors[r][g] - floats{};
+#ifdef __AVX512BW__
+      if constexpr (PAIR == 2)
+        factor = (floats)_mm512_mask_blend_ps(0xff00, (__m512)factor, (__m512)(factors[r][g + 1] - floats{}));
+#endif
+      sums[r] += __builtin_convertvector(dots[r], floats) * factor;
+    }
+  }
+#pragma GCC unroll 8
   for (int r = 0; r < R; r++)
-    for (int j = 0; j < n; j++)
-      p.out[(int64_t)(row + r) * p.n + column + j] = total(sums[r][j]);
+    totals[r] = sums[r];
 }
 
-template <int bits>
+// R rows of x by n rows of w: all n for some groups of x at a time, which stay in the innermost cache
+template <int bits, int group, int R>
+void block(const Product &p, int row, int column, int n) {
+  floats totals[BLOCK][R] = {};
+  for (int start = 0; start < p.k / group; start += GROUPS)
+    for (int j = 0; j < n; j++)
+      line<bits, group, R>(p, row, column + j, start, totals[j]);
+  for (int r = 0; r < R; r++)
+    for (int j = 0; j < n; j++)
+      store(p.out, p.kind, (int64_t)(row + r) * p.n + column + j, total(totals[j][r]));
+}
+
+template <int bits, int group>
 void few_rows(const void *job, int part) {
   const Product &p = *(const Product *)job;
-  for (int j = part * p.step, end = min(j + p.step, p.n); j < end; j += 4)
-    for (int i = 0; i < p.rows; i += ROWS) {
-      const int n = min(4, end - j);
-      switch (min(int(ROWS), p.rows - i)) {
-      case 1: tile<bits, 1>(p, i, j, n); break;
-      case 2: tile<bits, min(2, int(ROWS))>(p, i, j, n); break;
-      case 3: tile<bits, min(3, int(ROWS))>(p, i, j, n); break;
-      default: tile<bits, ROWS>(p, i, j, n);
-      }
+  const int end = min((part + 1) * p.step, p.n), size = p.rows > 2 ? BLOCK : 1;
+  for (int j = part * p.step; j < end; j += size)
+    for (int i = 0; i < p.rows;) {
+      const int n = min(size, end - j), left = p.rows - i;
+      if (left >= ROWS)
+        block<bits, group, ROWS>(p, i, j, n), i += ROWS;
+      else if (ROWS == 8 && left >= 4)
+        block<bits, group, 4>(p, i, j, n), i += 4;
+      else if (left >= 2)
+        block<bits, group, 2>(p, i, j, n), i += 2;
+      else
+        block<bits, group, 1>(p, i, j, n), i++;
     }
 }
 
@@ -219,74 +279,88 @@ void many_rows(const void *job, int part) {
     const int depth = min(int(DEEP), p.k - start);
     for (int j = 0; j < n; j++) {
       const int64_t line = column + j;
-      for (int i = 0; i < depth; i += BLOCK) {
-        words a, b;
-        unpack<bits>(p.w + (line * p.k + start + i) * bits / 8, a, b);
-        const int64_t g = line * groups + (start + i) / p.group;
-        float *to = piece.data() + j * depth + i;
-        for (int l = 0; l < 16; l++) {
-          to[bits == 4 ? 2 * l : l] = a[l] * p.scales[g] + p.biases[g];
-          to[bits == 4 ? 2 * l + 1 : l + 16] = b[l] * p.scales[g] + p.biases[g];
+      const uint8_t *w = p.w + (line * p.k + start) * bits / 8;
+      float *to = piece.data() + j * depth;
+      for (int i = 0; i < depth; i += p.group) {
+        const float scale = number(p.scales, p.scale_kind, line * groups + (start + i) / p.group);
+        const float bias = number(p.biases, p.scale_kind, line * groups + (start + i) / p.group);
+        for (int l = 0; l < p.group; l += 2 * W, w += W * bits / 4, to += 2 * W) {
+          union { words all; shorts part[2]; } q;
+          if constexpr (bits == 8) {
+            q.all = widen(w);
+          } else { // a byte is two words
+            typedef unsigned char few __attribute__((vector_size(W), aligned(1), may_alias));
+            const ints pairs = __builtin_convertvector(*(const few *)w, ints);
+            q.all = (words)((pairs & 15) | (pairs >> 4 << 16));
+          }
+          *(floats *)to = __builtin_convertvector(q.part[0], floats) * scale + bias;
+          *(floats *)(to + W) = __builtin_convertvector(q.part[1], floats) * scale + bias;
         }
       }
     }
     sgemm(ROW_MAJOR, PLAIN, TURNED, p.rows, n, depth, 1, p.x + start, p.k, piece.data(), depth, start ? 1 : 0,
-          p.out + column, p.n);
+          (float *)p.out + column, p.n);
   }
 }
 
-// x as integers of 16 bits. A number that is not finite makes its group's scale NaN, and thus the row of the product.
-template <int bits>
-void to_integers(const float *x, const Product &p, short *integers, float *scales, float *sums) {
-  for (int g = 0; g < p.k / p.group; g++, x += p.group, integers += p.group) {
+// A row of x as integers of 16 bits; with 4 bits, of each SPAN numbers those at even places first. A number that is not
+// finite makes its group's scale NaN, and thus the row of the product.
+void to_integers(const void *x, const Product &p, int bits, short *integers, float *scales, float *sums) {
+  for (int g = 0; g < p.k / p.group; g++) {
     floats most = {}, nan = {};
-    for (int i = 0; i < p.group; i += 8) {
-      const floats v = *(const floats *)(x + i), size = (floats)((ints)v & 0x7fffffff);
+    const int64_t at = (int64_t)g * p.group;
+    for (int i = 0; i < p.group; i += W) {
+      const floats v = load(x, p.kind, at + i, p.k), size = (floats)((ints)v & 0x7fffffff);
       most = size > most ? size : most, nan += v * 0;
     }
     float largest = 0;
-    for (int i = 0; i < 8; i++)
+    for (int i = 0; i < W; i++)
       largest = most[i] > largest ? most[i] : largest;
     const float factor = largest > 1e-30f ? 32767 / largest : 0;
     ints sum = {};
-    for (int i = 0; i < p.group; i += 8) {
+    for (int i = 0; i < p.group; i += W) {
       const float shift = 0x1.8p23f; // rounds to an integer, which stands in the lowest bits
-      const ints v = (ints)(*(const floats *)(x + i) * factor + shift) - 0x4b400000;
-      sum += v, *(shorts *)(integers + i) = __builtin_convertvector(v, shorts);
-    }
-    for (int i = 0; bits == 4 && i < p.group; i += BLOCK) { // even places first, then odd ones
-      const ints low = *(const ints *)(integers + i), high = *(const ints *)(integers + i + 16); // pairs
-      *(shorts *)(integers + i) = __builtin_convertvector(low << 16 >> 16, shorts);
-      *(shorts *)(integers + i + 8) = __builtin_convertvector(high << 16 >> 16, shorts);
-      *(shorts *)(integers + i + 16) = __builtin_convertvector(low >> 16, shorts);
-      *(shorts *)(integers + i + 24) = __builtin_convertvector(high >> 16, shorts);
+      const ints v = (ints)(load(x, p.kind, at + i, p.k) * factor + shift) - 0x4b400000;
+      sum += v, *(shorts *)(integers + at + i) = __builtin_convertvector(v, shorts);
     }
     int all = 0;
-    for (int i = 0; i < 8; i++)
+    for (int i = 0; i < W; i++)
       all += sum[i];
     scales[g] = (factor ? largest / 32767 : 0) + total(nan), sums[g] = all * scales[g];
+  }
+  for (int i = 0; bits == 4 && i < p.k; i += SPAN) {
+    const ints low = *(const ints *)(integers + i), high = *(const ints *)(integers + i + SPAN / 2); // pairs
+    *(shorts *)(integers + i) = __builtin_convertvector(low << 16 >> 16, shorts);
+    *(shorts *)(integers + i + W) = __builtin_convertvector(high << 16 >> 16, shorts);
+    *(shorts *)(integers + i + 2 * W) = __builtin_convertvector(low >> 16, shorts);
+    *(shorts *)(integers + i + 3 * W) = __builtin_convertvector(high >> 16, shorts);
   }
 }
 
 template <int bits>
 void multiply(Product p, std::vector<int64_t> starts) {
-  const bool few = p.rows <= FEW || !sgemm;
-  const int groups = p.k / p.group;
-  static thread_local std::vector<short> integers;
-  static thread_local std::vector<float> scales;
+  const bool few = p.rows <= FEW;
   if (few) {
+    static thread_local std::vector<short> integers;
+    static thread_local std::vector<float> scales;
+    const int groups = p.k / p.group, stride = groups + W;
     integers.resize(std::max(integers.size(), (size_t)p.rows * p.k));
-    scales.resize(std::max(scales.size(), (size_t)p.rows * groups * 2));
-    float *sums = scales.data() + (int64_t)p.rows * groups;
-    for (int64_t i = 0; i < p.rows; i++)
-      to_integers<bits>(p.x + starts[i], p, integers.data() + i * p.k, scales.data() + i * groups, sums + i * groups);
+    scales.resize(std::max(scales.size(), (size_t)p.rows * stride * 2));
+    float *sums = scales.data() + (int64_t)p.rows * stride;
+    const int width = p.kind == mx::Dtype::Val::float32 ? 4 : 2;
+    for (int64_t i = 0; i < p.rows; i++) {
+      float *of_row = scales.data() + i * stride;
+      to_integers((const char *)p.x + starts[i] * width, p, bits, integers.data() + i * p.k, of_row, sums + i * stride);
+      std::memset(of_row + groups, 0, 4 * W), std::memset(sums + i * stride + groups, 0, 4 * W);
+    }
     p.integers = integers.data(), p.x_scales = scales.data(), p.x_sums = sums;
     const double parts = min((double)p.n * p.k / (1 << 15), 4. * threads); // each worth handing out
-    p.step = ((p.n - 1) / std::max(1, (int)parts) + 4) / 4 * 4;
+    p.step = ((p.n - 1) / std::max(1, (int)parts) + BLOCK) / BLOCK * BLOCK;
   } else {
     p.step = std::max(16, min(int(WIDE), ((p.n - 1) / threads + 16) / 16 * 16));
   }
-  run(few ? few_rows<bits> : many_rows<bits>, &p, (p.n + p.step - 1) / p.step);
+  const Part part = !few ? many_rows<bits> : p.group == 32 ? few_rows<bits, 32> : p.group == 64 ? few_rows<bits, 64> : few_rows<bits, 128>;
+  run(part, &p, (p.n + p.step - 1) / p.step);
 }
 
 // ----------------------------------------------------------------------------------------------------- in MLX's place
@@ -310,22 +384,20 @@ void eval_elements(mx::UnaryPrimitive *self, const Inputs &inputs, mx::array &ou
 void eval_product(mx::UnaryPrimitive *self, const Inputs &inputs, mx::array &out) {
   const auto [group, bits, mode, turned] = ((mx::QuantizedMatmul *)self)->state();
   const mx::array &x = inputs[0], &w = inputs[1];
-  bool ours = mode == mx::QuantizationMode::Affine && (bits == 8 || bits == 4) && turned && w.ndim() == 2 &&
-              group % BLOCK == 0 && x.dtype() == mx::float32 && x.size() > 0 && out.size() > 0 &&
-              x.strides().back() == 1;
-  for (size_t i = 1; i < inputs.size(); i++)
-    ours = ours && inputs[i].flags().row_contiguous && (i == 1 || inputs[i].dtype() == mx::float32);
   const int k = x.ndim() ? x.shape(-1) : 0, rows = k ? x.size() / k : 0;
-  if (!ours || (rows > FEW && sgemm && !x.flags().row_contiguous))
+  bool ours = mode == mx::QuantizationMode::Affine && (bits == 8 || bits == 4) && turned && w.ndim() == 2 &&
+              (group == 32 || group == 64 || group == 128) && k % SPAN == 0 && issubdtype(x.dtype(), mx::floating) &&
+              x.size() > 0 && out.size() > 0 && x.strides().back() == 1;
+  for (size_t i = 1; i < inputs.size(); i++)
+    ours = ours && inputs[i].flags().row_contiguous;
+  if (!ours || x.dtype() == mx::float64 || (rows > FEW && (x.dtype() != mx::float32 || !x.flags().row_contiguous)))
     return own_product(self, inputs, out);
   out.set_data(mx::allocator::malloc(out.nbytes()));
-  Product job = {w.data<uint8_t>(), inputs[2].data<float>(), inputs[3].data<float>(), out.data<float>(), rows,
-                 w.shape(0), k, group, 0, x.data<float>(), nullptr, nullptr, nullptr};
+  Product job = {w.data<uint8_t>(), inputs[2].data<void>(), inputs[3].data<void>(), out.data<void>(), rows, w.shape(0),
+                 k, group, 0, x.dtype().val(), inputs[2].dtype().val(), x.data<float>(), nullptr, nullptr, nullptr};
   std::vector<int64_t> starts;
   for (int i = 0; i < rows && rows <= FEW; i++)
     starts.push_back(mx::elem_to_loc(i * k, x));
-  for (int64_t i = starts.size(); i < rows; i++)
-    starts.push_back(i * k);
   mx::cpu::get_command_encoder(self->stream()).dispatch([job, starts = std::move(starts), bits = bits] {
     bits == 8 ? multiply<8>(job, starts) : multiply<4>(job, starts);
   });

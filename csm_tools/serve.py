@@ -38,15 +38,19 @@ try:
     from starlette.middleware.cors import CORSMiddleware
     from starlette.requests import ClientDisconnect
     from starlette.responses import FileResponse, JSONResponse, Response
-    from starlette.routing import Route
+    from starlette.routing import Route, WebSocketRoute
 
     from csm_tools import serve_network
     from csm_tools.serve_conversations import Conversations
     from csm_tools.serve_files import FORMATS, SIZED, Encoder, Marker
     from csm_tools.serve_requests import Refused, Turn, in_one_line, parse, read_clips, read_form, read_request
+    from csm_tools.serve_socket import Sockets
     from csm_tools.serve_voices import Voices
 except ImportError as e:
-    print(f"csm-serve needs its extra [serve]: pip install starlette uvicorn av pydantic ({e})", file=sys.stderr)
+    print(
+        f"csm-serve needs its extra [serve]: pip install starlette uvicorn websockets av pydantic ({e})",
+        file=sys.stderr,
+    )
     sys.exit(2)
 
 LARGEST = 16 * 2**20  # bytes of a request
@@ -65,11 +69,19 @@ def make_app(engine, args, address, mark=None, voices=None):
 
     leaving = set()  # tasks, which asyncio alone would forget
 
-    def check_key(request):
-        scheme, _, given = request.headers.get("authorization", "").partition(" ")
-        given = given.strip() if scheme.lower() == "bearer" else ""
+    async def mark_piece(marker, piece):
+        return await asyncio.get_running_loop().run_in_executor(marking, marker, piece)
+
+    def check_key(request, given=None):
+        scheme, _, key = request.headers.get("authorization", "").partition(" ")
+        given = given or request.headers.get("xi-api-key") or (key.strip() if scheme.lower() == "bearer" else "")
         if args.api_key and not secrets.compare_digest(given.encode(), args.api_key.encode()):
             raise Refused("the API key is missing or wrong", None, 401, "invalid_api_key")
+
+    def check_origin(request):
+        origin = request.headers.get("origin")
+        if origin and origin.partition("://")[2] != request.headers.get("host") and origin not in args.cors:
+            raise Refused("a page of another origin may not do this (--cors)", None, 403)
 
     async def read_body(request, *types):
         """A request's bytes. Its type must be one of these, which no page of another origin can send unasked."""
@@ -89,16 +101,16 @@ def make_app(engine, args, address, mark=None, voices=None):
         r, speech, doubts = await asyncio.to_thread(read_request, body, voices, generator, args.max_characters)
         for doubt in doubts:
             log.warning("%s", in_one_line(doubt))
-        if r.conversation is None:
-            engine.submit(speech)
-        else:
+        if r.conversation is not None:
             speech.kept = talks.open(r.conversation)
-            await enter(speech, r.after_turns)
+        await enter(speech, r.after_turns)
         return partial(answer, r, speech, doubts)
 
-    async def enter(speech, after=None):
-        """Submit a Speech of a conversation as soon as those before it have ended."""
+    async def enter(speech, after=None, first=False):
+        """Submit a Speech; one of a conversation as soon as those before it have ended."""
         kept = speech.kept
+        if kept is None:
+            return engine.submit(speech, first)
         await kept.lock.acquire()
         try:
             n = len(kept.turns())
@@ -107,7 +119,7 @@ def make_app(engine, args, address, mark=None, voices=None):
                 raise Refused(message, "conversation", 404, "conversation_not_found")
             if kept.talk and speech.parts:
                 speech.context = []  # which counts in the first request alone
-            engine.submit(speech)
+            engine.submit(speech, first)
         except BaseException:
             kept.lock.release()
             raise
@@ -153,7 +165,7 @@ def make_app(engine, args, address, mark=None, voices=None):
         async def encoded(piece):
             if marker is None:
                 return encode(piece)
-            marked = await asyncio.get_running_loop().run_in_executor(marking, marker, piece)
+            marked = await mark_piece(marker, piece)
             return encode(marked) + (encode(None) if piece is None else b"")
 
         async def begin(length=None):
@@ -245,9 +257,7 @@ def make_app(engine, args, address, mark=None, voices=None):
     async def add_voice(request):
         check_key(request)
         check_folder()
-        origin = request.headers.get("origin")
-        if origin and origin.partition("://")[2] != request.headers.get("host") and origin not in args.cors:
-            raise Refused("a page of another origin may add no voice (--cors)", None, 403)
+        check_origin(request)
         body = await read_body(request, "multipart/form-data", "application/json")
         form = read_form(request.headers["content-type"], body)
         try:
@@ -352,6 +362,10 @@ def make_app(engine, args, address, mark=None, voices=None):
     ]
     routes = [Route(path + end, f, methods=[method]) for end in ("", "/") for path, f, method in routes]
     routes.append(Route("/", page))
+    new_marker = partial(Marker, mark, rate) if mark else None
+    sockets = Sockets(engine, args, voices, talks, enter, (check_key, check_origin), (new_marker, mark_piece))
+    for path, several in (("stream-input", False), ("multi-stream-input", True)):
+        routes.append(WebSocketRoute(f"/v1/text-to-speech/{{voice}}/{path}", partial(sockets.talk, several=several)))
     handlers = dict.fromkeys((Refused, Busy, HTTPException, ClientDisconnect, Exception), refuse)
     own = ["x-seed", "x-warning", "x-conversation-turns"]
     options = {"allow_methods": ["*"], "allow_headers": ["*"], "expose_headers": own}

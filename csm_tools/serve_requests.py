@@ -3,16 +3,17 @@
 import base64
 import binascii
 import difflib
+import email.message
 import json
 import re
 import secrets
-from email.message import Message
 from typing import Annotated, Literal
 
 from pydantic import BaseModel, BeforeValidator, Field, ValidationError, model_validator
 
 import csm
 from csm_tools.audio import RATE, SHORTEST, check_clip
+from csm_tools.command import LAST_SPEAKER
 from csm_tools.serve_engine import Speech
 from csm_tools.serve_files import FORMATS, LONGEST_CLIP, read_clip
 from csm_tools.text import parts_of
@@ -122,6 +123,58 @@ class NewVoice(BaseModel):
     ref_text: str = Field(min_length=1)
 
 
+RATES = 8000, 16_000, 22_050, 24_000, 32_000, 44_100, 48_000
+STREAMS = {  # ElevenLabs' output_format -> the format, its samples a second, bits a second or None
+    **{f"pcm_{rate}": ("pcm", rate, None) for rate in RATES},
+    **{f"mp3_{rate}_{k}": ("mp3", rate, 1000 * k) for rate in (22_050, 24_000, 44_100) for k in (32, 48, 64, 96, 128)},
+    "mp3_44100_192": ("mp3", 44_100, 192_000),
+    **{f"opus_48000_{k}": ("opus", 48_000, 1000 * k) for k in (32, 64, 96, 128, 192)},
+    "ulaw_8000": ("ulaw", 8000, None),
+    "alaw_8000": ("alaw", 8000, None),
+}
+
+
+class Stream(BaseModel):
+    """What the address of a WebSocket says: the voice, ElevenLabs' options, and from `conversation` on our own."""
+
+    voice: str
+    output_format: Literal[tuple(STREAMS)] = "mp3_44100_128"
+    apply_text_normalization: Literal["auto", "on", "off"] = "auto"
+    inactivity_timeout: float = Field(20, gt=0, le=180)  # seconds
+    conversation: str | None = Field(None, min_length=1, max_length=200)
+    after_turns: int | None = Field(None, ge=0)
+    speaker: int = Field(0, ge=0, le=LAST_SPEAKER)
+    seed: int = Field(default_factory=lambda: secrets.randbits(32), ge=0, lt=2**64)
+    temperature: float | None = None
+    top_k: int | None = None
+    top_p: float | None = None
+    min_p: float | None = None
+
+
+class VoiceSettings(BaseModel):
+    """Of these only the speed is known here."""
+
+    speed: float = Field(1, ge=0.25, le=4)
+
+
+class Message(BaseModel):
+    """What comes by a WebSocket: ElevenLabs' fields, and `heard` of our own."""
+
+    text: str = ""
+    flush: bool = False
+    context_id: str | None = Field(None, max_length=200)
+    close_context: bool = False
+    close_socket: bool = False
+    voice_settings: VoiceSettings = VoiceSettings()
+    xi_api_key: str | None = None
+    heard: float | None = Field(None, ge=0, allow_inf_nan=False)  # stop: so many seconds of it were heard
+
+    @model_validator(mode="before")
+    @classmethod
+    def prepare(cls, fields):
+        return without_nulls(fields)
+
+
 def parse(kind, body):
     """A request's bytes -> a BaseModel of this kind. Raises Refused, which names the field."""
     try:
@@ -185,14 +238,14 @@ def read_request(body, voices, generator, longest):
 
 def read_form(content_type, body):
     """A NewVoice as JSON or as multipart/form-data. Raises Refused."""
-    header = Message()
+    header = email.message.Message()
     header["content-type"] = content_type
     if header.get_content_type() == "application/json":
         return parse(NewVoice, body)
     fields, mark = {}, f"--{header.get_boundary()}".encode()
     for part in (b"\r\n" + body).split(b"\r\n" + mark)[1:-1]:
         head, _, value = part.removeprefix(b"\r\n").partition(b"\r\n\r\n")
-        of_part = Message()
+        of_part = email.message.Message()
         for line in head.decode("utf-8", "replace").splitlines():
             name, _, rest = line.partition(":")
             of_part[name] = rest.strip()

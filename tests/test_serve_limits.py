@@ -19,15 +19,7 @@ import csm  # before mlx
 av, httpx = (pytest.importorskip(name) for name in ("av", "httpx"))
 serve = pytest.importorskip("csm_tools.serve")
 from csm_tools import serve_files, serve_network, serve_requests, serve_voices
-from test_serve import HERE, TEXT, running
-
-CLIP = HERE / "tiny/prompts/calm.wav"
-SAID = CLIP.with_suffix(".txt").read_text().strip()
-
-
-@pytest.fixture(scope="module")
-def tiny():
-    return csm.load("tiny")
+from test_serve import CLIP, HERE, SAID, TEXT, running
 
 
 def encoded(audio, rate, container, codec, layout="mono", **options):

@@ -14,7 +14,7 @@ from pathlib import Path
 
 import csm  # before mlx
 from csm import read_text
-from csm_tools import adapters, audio, checkpoints
+from csm_tools import adapters, audio, checkpoints, transcribe
 
 import mlx.core as mx  # isort: skip
 
@@ -90,7 +90,7 @@ def add_options(p):
     p.add_argument("--speaker", type=int, default=0, help="speaker id of the text (default 0)")
     p.add_argument("--voice", help="a preset, clip.wav with clip.txt beside it, or none (default: the model's own)")
     p.add_argument("--ref-audio", metavar="F", help="a clip to speak with, 3 to 12 s long, instead of the voice")
-    p.add_argument("--ref-text", metavar="T", help="the transcript of that clip")
+    p.add_argument("--ref-text", metavar="T", help="its transcript (without it: what Whisper hears, if there is one)")
     p.add_argument("--temperature", type=float, help="0 is greedy (default 0.9)")
     p.add_argument("--top-k", type=int, help="0 is off (default 50)")
     p.add_argument("--top-p", type=float, help="1 is off (default)")
@@ -109,14 +109,17 @@ def adapter(argument):
 
 def read_options(args):
     """The options of add_options -> the context, and arguments of `generate`; checked before a model is loaded."""
-    if (args.ref_audio is None) != (args.ref_text is None):
-        raise ValueError("--ref-audio and --ref-text go together: a clip needs its transcript")
+    if args.ref_audio is None and args.ref_text is not None:
+        raise ValueError("--ref-audio and --ref-text go together: a transcript is that of a clip")
     as_speaker(args.speaker)
     context = []
     if args.ref_audio is not None:
         context.append(read_clip(args.speaker, args.ref_text, args.ref_audio))
     if is_clip(args.voice):
-        read_clip(args.speaker, clip_text(args.voice), args.voice)  # raises early
+        clip = read_clip(args.speaker, clip_text(args.voice), args.voice)  # raises early
+        changed = clip_text(args.voice) is None or len(clip.audio) < len(csm.as_samples(args.voice))
+        if changed and not context and not getattr(args, "context", None):  # generate would read the file as it is
+            context.append(clip)
     options = {name: getattr(args, name) for name in ("temperature", "top_k", "top_p", "min_p")}
     csm.Sampling(**{name: value for name, value in options.items() if value is not None})  # raises early
     csm.check_seed(args.seed or 0)
@@ -129,21 +132,31 @@ def is_clip(voice):
 
 
 def clip_text(voice):
-    """What the clip of --voice says. Raises ValueError."""
+    """What the clip of --voice says; None: that is to be heard. Raises ValueError."""
     file = Path(voice).with_suffix(".txt")
-    if not file.is_file():
-        raise ValueError(f"{voice} has no transcript: write what it says into {file}")
-    return read_text(f"@{file}")
+    if file.is_file():
+        return read_text(f"@{file}")
+    if transcribe.package() is None:
+        raise ValueError(f"{voice} has no transcript: write what it says into {file} ({transcribe.GET_IT})")
+    return None
 
 
 def read_clip(speaker, text, file):
-    """A clip and its transcript as a Segment. Raises ValueError if it cannot be right."""
-    segment = csm.Segment(speaker, text, csm.as_samples(file))
+    """A clip without the silence at its ends, and its transcript: a Segment. Raises ValueError if it cannot be right.
+
+    text None: what is heard in it. That, and what is left out, is said on standard error.
+    """
+    samples, note = audio.trimmed(csm.as_samples(file))
     try:
-        audio.check_clip(segment.audio, text)
+        audio.check_clip(samples, text)
+        if text is None:
+            text = transcribe.transcribe(samples)
+            print(f"{file}: heard {text!r}", file=sys.stderr)
     except ValueError as e:
         raise ValueError(f"{file}: {e}") from None
-    return segment
+    if note:
+        print(f"{file}: {note}", file=sys.stderr)
+    return csm.Segment(speaker, text, samples)
 
 
 def warn(args, context, speakers):
@@ -154,7 +167,7 @@ def warn(args, context, speakers):
     clips = context
     if not clips and is_clip(args.voice):
         clips = [read_clip(args.speaker, clip_text(args.voice), args.voice)]
-    elif clips and args.voice not in (None, "none"):
+    elif args.voice not in (None, "none") and (args.ref_audio or getattr(args, "context", None)):
         print("warning: --voice is not used: the clips of --ref-audio or --context are", file=sys.stderr)
     for segment in clips:
         for warning in audio.check_clip(segment.audio, segment.text):
@@ -271,7 +284,7 @@ def read_dialogue(path):
 def read_turns(path):
     """A JSON list of {"speaker", "text", "audio": path beside the JSON} -> [(speaker, text, path)]. Raises ValueError.
 
-    Speakers are numbers or names.
+    Speakers are numbers or names. A text that is missing is None.
     """
     expected = '[{"speaker": 0, "text": "...", "audio": "file.wav"}, ...]'
     try:
@@ -285,7 +298,8 @@ def read_turns(path):
         try:
             speaker = turn["speaker"] if "speaker" in turn else turn["speaker_id"]
             file = str(turn.get("audio") or turn["audio_path"])
-            if not isinstance(turn["text"], str):
+            text = turn.get("text")
+            if not isinstance(text, str | None):
                 raise TypeError("text is no text")
         except (KeyError, TypeError, AttributeError) as e:
             raise ValueError(f"{path}, turn {i}: expected {expected} ({type(e).__name__}: {e})") from None
@@ -294,7 +308,7 @@ def read_turns(path):
         except ValueError as e:
             raise ValueError(f"{path}, turn {i}: {e}") from None
         place = Path(path).parent / file
-        turns.append((speaker, turn["text"], place if place.is_file() else Path(path).parent / file.replace("\\", "/")))
+        turns.append((speaker, text, place if place.is_file() else Path(path).parent / file.replace("\\", "/")))
     return turns
 
 

@@ -43,7 +43,7 @@ try:
     from csm_tools import serve_network
     from csm_tools.serve_conversations import Conversations
     from csm_tools.serve_files import FORMATS, SIZED, Encoder, Marker
-    from csm_tools.serve_requests import Refused, Turn, in_one_line, parse, read_clips, read_form, read_request
+    from csm_tools.serve_requests import Refused, Turn, hear, in_one_line, parse, read_clips, read_form, read_request
     from csm_tools.serve_socket import Sockets
     from csm_tools.serve_voices import Voices
 except ImportError as e:
@@ -98,13 +98,18 @@ def make_app(engine, args, address, mark=None, voices=None):
         check_key(request)
         body = await read_body(request, "application/json")
         # in another thread, since a clip takes a while
-        r, speech, doubts = await asyncio.to_thread(read_request, body, voices, generator, args.max_characters)
-        for doubt in doubts:
-            log.warning("%s", in_one_line(doubt))
+        r, speech, *notes = await asyncio.to_thread(read_request, body, voices, generator, args.max_characters)
+        say_notes(*notes)
         if r.conversation is not None:
             speech.kept = talks.open(r.conversation)
         await enter(speech, r.after_turns)
-        return partial(answer, r, speech, doubts)
+        return partial(answer, r, speech, notes)
+
+    def say_notes(doubts, heard):
+        for doubt in doubts:
+            log.warning("%s", in_one_line(doubt))
+        for text in heard if args.log_text else ():
+            log.info("heard: %s", in_one_line(text))
 
     async def enter(speech, after=None, first=False):
         """Submit a Speech; one of a conversation as soon as those before it have ended."""
@@ -133,7 +138,7 @@ def make_app(engine, args, address, mark=None, voices=None):
         leaving.add(task := asyncio.create_task(leave()))
         task.add_done_callback(leaving.discard)
 
-    async def answer(r, speech, doubts, scope, receive, send):
+    async def answer(r, speech, notes, scope, receive, send):
         """The response, as an ASGI application. It breaks off where the client leaves or stops reading."""
 
         async def watch():
@@ -145,7 +150,7 @@ def make_app(engine, args, address, mark=None, voices=None):
             async with anyio.create_task_group() as tasks:
                 tasks.start_soon(watch)
                 try:
-                    await tell(r, speech, doubts, scope, receive, send)
+                    await tell(r, speech, notes, scope, receive, send)
                 except TimeoutError:
                     log.error("dropped a client that read nothing for %d s", STALLED)
                 except OSError:  # it left while something was sent to it
@@ -155,7 +160,7 @@ def make_app(engine, args, address, mark=None, voices=None):
             speech.gone = True
             engine.changed.set()
 
-    async def tell(r, speech, doubts, scope, receive, send):
+    async def tell(r, speech, notes, scope, receive, send):
         sse = r.stream_format == "sse"
         whole = r.response_format in SIZED and len(speech.parts) == 1 and not (sse or r.stream)
         encode = Encoder(r.response_format, rate, r.speed, whole)
@@ -174,8 +179,9 @@ def make_app(engine, args, address, mark=None, voices=None):
             if speech.kept:
                 headers["x-conversation-turns"] = str(len(speech.kept.turns()) - speech.added)
             headers |= {"x-accel-buffering": "no"} if length is None else {"content-length": str(length)}
-            if doubts:
-                headers["x-warning"] = in_one_line("; ".join(doubts)).encode("ascii", "replace").decode()
+            for name, lines in zip(("x-warning", "x-transcript"), notes):
+                if lines:
+                    headers[name] = in_one_line("; ".join(lines)).encode("ascii", "replace").decode()
             headers = [(name.encode(), value.encode()) for name, value in headers.items()]
             await send({"type": "http.response.start", "status": 200, "headers": headers})
 
@@ -261,11 +267,11 @@ def make_app(engine, args, address, mark=None, voices=None):
         body = await read_body(request, "multipart/form-data", "application/json")
         form = read_form(request.headers["content-type"], body)
         try:
-            await asyncio.to_thread(voices.add, form.name, form.audio_sample, form.ref_text)
+            text = await asyncio.to_thread(voices.add, form.name, form.audio_sample, form.ref_text, hear)
         except ValueError as e:
             raise Refused(str(e)) from None
         log.info("voice %s was added", form.name)
-        return JSONResponse({"id": form.name, "name": form.name, "object": "voice"}, 201)
+        return JSONResponse({"id": form.name, "name": form.name, "object": "voice", "ref_text": text}, 201)
 
     async def remove_voice(request):
         check_key(request)
@@ -299,14 +305,13 @@ def make_app(engine, args, address, mark=None, voices=None):
         talks.remove(name)
         return JSONResponse({"id": name, "object": "conversation.deleted", "deleted": True})
 
-    async def hear(request):
+    async def add_turn(request):
         """Add a turn that somebody else spoke."""
         name, kept = conversation(request)
         turn = parse(Turn, await read_body(request, "application/json"))
         seconds = generator.max_positions / generator.mimi.config.frame_rate
-        segments, doubts = await asyncio.to_thread(read_clips, [("audio", turn)], seconds)
-        for doubt in doubts:
-            log.warning("%s", in_one_line(doubt))
+        segments, *notes = await asyncio.to_thread(read_clips, [("audio", turn)], seconds)
+        say_notes(*notes)
         speech = Speech([], turn.speaker, None, segments, 0, csm.Sampling(), kept=kept)
         await enter(speech)
         end = await speech.pieces.get()
@@ -357,7 +362,7 @@ def make_app(engine, args, address, mark=None, voices=None):
         ("/v1/audio/voices/{id}", remove_voice, "DELETE"),
         ("/v1/conversations/{id}", show_conversation, "GET"),
         ("/v1/conversations/{id}", end_conversation, "DELETE"),
-        ("/v1/conversations/{id}/turns", hear, "POST"),
+        ("/v1/conversations/{id}/turns", add_turn, "POST"),
         ("/health", lambda request: JSONResponse(engine.health() | {"model": name}), "GET"),
     ]
     routes = [Route(path + end, f, methods=[method]) for end in ("", "/") for path, f, method in routes]
@@ -367,7 +372,7 @@ def make_app(engine, args, address, mark=None, voices=None):
     for path, several in (("stream-input", False), ("multi-stream-input", True)):
         routes.append(WebSocketRoute(f"/v1/text-to-speech/{{voice}}/{path}", partial(sockets.talk, several=several)))
     handlers = dict.fromkeys((Refused, Busy, HTTPException, ClientDisconnect, Exception), refuse)
-    own = ["x-seed", "x-warning", "x-conversation-turns"]
+    own = ["x-seed", "x-warning", "x-transcript", "x-conversation-turns"]
     options = {"allow_methods": ["*"], "allow_headers": ["*"], "expose_headers": own}
     cors = [Middleware(CORSMiddleware, allow_origins=args.cors, **options)] if args.cors else []
     return Starlette(routes=routes, exception_handlers=handlers, middleware=cors, lifespan=lifespan)

@@ -253,7 +253,7 @@ def test_what_fails_on_the_way_is_logged_with_its_reason(tiny, monkeypatch, capl
 @pytest.mark.parametrize("format", ["pcm", "wav"])
 def test_a_first_piece_of_no_length_begins_the_answer_once(tiny, monkeypatch, format):
     async def scenario(client, engine):
-        def submit(speech):
+        def submit(speech, first):
             for piece in (np.zeros(0, np.int16), np.ones(1920, np.int16), None):
                 engine.give(speech, piece)
 

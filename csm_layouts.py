@@ -28,6 +28,7 @@ import secrets
 import shutil
 import zipfile
 from collections import OrderedDict
+from contextlib import suppress
 from pathlib import Path
 from typing import NamedTuple
 

@@ -38,6 +38,13 @@ def trim_silence(samples):
     return samples[start:end]
 
 
+def trimmed(samples):
+    """`trim_silence`, and a note on what it has left out, or None."""
+    kept = trim_silence(samples)
+    seconds = (len(samples) - len(kept)) / RATE
+    return kept, f"{seconds:.1f} s of silence at its ends are left out" if seconds else None
+
+
 def check_clip(samples, text=None, shortest=SHORTEST):
     """What may be wrong with a clip of a voice, (samples,) at 24 kHz, and its transcript -> warnings.
 

@@ -14,7 +14,7 @@ from pathlib import Path
 
 import csm  # before mlx
 from csm import read_text
-from csm_tools import adapters, audio, checkpoints
+from csm_tools import adapters, audio, checkpoints, transcribe
 
 import mlx.core as mx  # isort: skip
 
@@ -90,7 +90,7 @@ def add_options(p):
     p.add_argument("--speaker", type=int, default=0, help="speaker id of the text (default 0)")
     p.add_argument("--voice", help="a preset, clip.wav with clip.txt beside it, or none (default: the model's own)")
     p.add_argument("--ref-audio", metavar="F", help="a clip to speak with, 3 to 12 s long, instead of the voice")
-    p.add_argument("--ref-text", metavar="T", help="the transcript of that clip")
+    p.add_argument("--ref-text", metavar="T", help="its transcript (without it: what Whisper hears, if there is one)")
     p.add_argument("--temperature", type=float, help="0 is greedy (default 0.9)")
     p.add_argument("--top-k", type=int, help="0 is off (default 50)")
     p.add_argument("--top-p", type=float, help="1 is off (default)")
@@ -112,8 +112,8 @@ def read_options(args, speaker=None):
 
     The context is the clip of --ref-audio, or that of --voice, which is then the `speaker`'s (None: --speaker's).
     """
-    if (args.ref_audio is None) != (args.ref_text is None):
-        raise ValueError("--ref-audio and --ref-text go together: a clip needs its transcript")
+    if args.ref_audio is None and args.ref_text is not None:
+        raise ValueError("--ref-audio and --ref-text go together: a transcript is that of a clip")
     as_speaker(args.speaker)
     context = []
     if args.ref_audio is not None:
@@ -138,21 +138,31 @@ def is_clip(voice):
 
 
 def clip_text(voice):
-    """What the clip of --voice says. Raises ValueError."""
+    """What the clip of --voice says; None: that is to be heard. Raises ValueError."""
     file = Path(voice).with_suffix(".txt")
-    if not file.is_file():
-        raise ValueError(f"{voice} has no transcript: write what it says into {file}")
-    return read_text(f"@{file}")
+    if file.is_file():
+        return read_text(f"@{file}")
+    if transcribe.package() is None:
+        raise ValueError(f"{voice} has no transcript: write what it says into {file} ({transcribe.GET_IT})")
+    return None
 
 
 def read_clip(speaker, text, file):
-    """A clip and its transcript as a Segment. Raises ValueError if it cannot be right."""
-    segment = csm.Segment(speaker, text, csm.as_samples(file))
+    """A clip without the silence at its ends, and its transcript: a Segment. Raises ValueError if it cannot be right.
+
+    text None: what is heard in it. That, and what is left out, is said on standard error.
+    """
+    samples, note = audio.trimmed(csm.as_samples(file))
     try:
-        audio.check_clip(segment.audio, text)
+        audio.check_clip(samples, text)
+        if text is None:
+            text = transcribe.transcribe(samples)
+            print(f"{file}: heard {text!r}", file=sys.stderr)
     except ValueError as e:
         raise ValueError(f"{file}: {e}") from None
-    return segment
+    if note:
+        print(f"{file}: {note}", file=sys.stderr)
+    return csm.Segment(speaker, text, samples)
 
 
 def warn(args, context, speakers):
@@ -274,7 +284,7 @@ def read_dialogue(path):
 def read_turns(path):
     """A JSON list of {"speaker", "text", "audio": path beside the JSON} -> [(speaker, text, path)]. Raises ValueError.
 
-    Speakers are numbers or names.
+    Speakers are numbers or names. A text that is missing is None.
     """
     expected = '[{"speaker": 0, "text": "...", "audio": "file.wav"}, ...]'
     try:
@@ -288,7 +298,8 @@ def read_turns(path):
         try:
             speaker = turn["speaker"] if "speaker" in turn else turn["speaker_id"]
             file = str(turn.get("audio") or turn["audio_path"])
-            if not isinstance(turn["text"], str):
+            text = turn.get("text")
+            if not isinstance(text, str | None):
                 raise TypeError("text is no text")
         except (KeyError, TypeError, AttributeError) as e:
             raise ValueError(f"{path}, turn {i}: expected {expected} ({type(e).__name__}: {e})") from None
@@ -297,7 +308,7 @@ def read_turns(path):
         except ValueError as e:
             raise ValueError(f"{path}, turn {i}: {e}") from None
         place = Path(path).parent / file
-        turns.append((speaker, turn["text"], place if place.is_file() else Path(path).parent / file.replace("\\", "/")))
+        turns.append((speaker, text, place if place.is_file() else Path(path).parent / file.replace("\\", "/")))
     return turns
 
 

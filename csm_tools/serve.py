@@ -38,15 +38,19 @@ try:
     from starlette.middleware.cors import CORSMiddleware
     from starlette.requests import ClientDisconnect
     from starlette.responses import FileResponse, JSONResponse, Response
-    from starlette.routing import Route
+    from starlette.routing import Route, WebSocketRoute
 
     from csm_tools import serve_network
     from csm_tools.serve_conversations import Conversations
     from csm_tools.serve_files import FORMATS, SIZED, Encoder, Marker
-    from csm_tools.serve_requests import Refused, Turn, in_one_line, parse, read_clips, read_form, read_request
+    from csm_tools.serve_requests import Refused, Turn, hear, in_one_line, parse, read_clips, read_form, read_request
+    from csm_tools.serve_socket import Sockets
     from csm_tools.serve_voices import Voices
 except ImportError as e:
-    print(f"csm-serve needs its extra [serve]: pip install starlette uvicorn av pydantic ({e})", file=sys.stderr)
+    print(
+        f"csm-serve needs its extra [serve]: pip install starlette uvicorn websockets av pydantic ({e})",
+        file=sys.stderr,
+    )
     sys.exit(2)
 
 LARGEST = 16 * 2**20  # bytes of a request
@@ -65,11 +69,19 @@ def make_app(engine, args, address, mark=None, voices=None):
 
     leaving = set()  # tasks, which asyncio alone would forget
 
-    def check_key(request):
-        scheme, _, given = request.headers.get("authorization", "").partition(" ")
-        given = given.strip() if scheme.lower() == "bearer" else ""
+    async def mark_piece(marker, piece):
+        return await asyncio.get_running_loop().run_in_executor(marking, marker, piece)
+
+    def check_key(request, given=None):
+        scheme, _, key = request.headers.get("authorization", "").partition(" ")
+        given = given or request.headers.get("xi-api-key") or (key.strip() if scheme.lower() == "bearer" else "")
         if args.api_key and not secrets.compare_digest(given.encode(), args.api_key.encode()):
             raise Refused("the API key is missing or wrong", None, 401, "invalid_api_key")
+
+    def check_origin(request):
+        origin = request.headers.get("origin")
+        if origin and origin.partition("://")[2] != request.headers.get("host") and origin not in args.cors:
+            raise Refused("a page of another origin may not do this (--cors)", None, 403)
 
     async def read_body(request, *types):
         """A request's bytes. Its type must be one of these, which no page of another origin can send unasked."""
@@ -86,19 +98,24 @@ def make_app(engine, args, address, mark=None, voices=None):
         check_key(request)
         body = await read_body(request, "application/json")
         # in another thread, since a clip takes a while
-        r, speech, doubts = await asyncio.to_thread(read_request, body, voices, generator, args.max_characters)
+        r, speech, *notes = await asyncio.to_thread(read_request, body, voices, generator, args.max_characters)
+        say_notes(*notes)
+        if r.conversation is not None:
+            speech.kept = talks.open(r.conversation)
+        await enter(speech, r.after_turns)
+        return partial(answer, r, speech, notes)
+
+    def say_notes(doubts, heard):
         for doubt in doubts:
             log.warning("%s", in_one_line(doubt))
-        if r.conversation is None:
-            engine.submit(speech)
-        else:
-            speech.kept = talks.open(r.conversation)
-            await enter(speech, r.after_turns)
-        return partial(answer, r, speech, doubts)
+        for text in heard if args.log_text else ():
+            log.info("heard: %s", in_one_line(text))
 
-    async def enter(speech, after=None):
-        """Submit a Speech of a conversation as soon as those before it have ended."""
+    async def enter(speech, after=None, first=False):
+        """Submit a Speech; one of a conversation as soon as those before it have ended."""
         kept = speech.kept
+        if kept is None:
+            return engine.submit(speech, first)
         await kept.lock.acquire()
         try:
             n = len(kept.turns())
@@ -107,7 +124,7 @@ def make_app(engine, args, address, mark=None, voices=None):
                 raise Refused(message, "conversation", 404, "conversation_not_found")
             if kept.talk and speech.parts:
                 speech.context = []  # which counts in the first request alone
-            engine.submit(speech)
+            engine.submit(speech, first)
         except BaseException:
             kept.lock.release()
             raise
@@ -121,7 +138,7 @@ def make_app(engine, args, address, mark=None, voices=None):
         leaving.add(task := asyncio.create_task(leave()))
         task.add_done_callback(leaving.discard)
 
-    async def answer(r, speech, doubts, scope, receive, send):
+    async def answer(r, speech, notes, scope, receive, send):
         """The response, as an ASGI application. It breaks off where the client leaves or stops reading."""
 
         async def watch():
@@ -133,7 +150,7 @@ def make_app(engine, args, address, mark=None, voices=None):
             async with anyio.create_task_group() as tasks:
                 tasks.start_soon(watch)
                 try:
-                    await tell(r, speech, doubts, scope, receive, send)
+                    await tell(r, speech, notes, scope, receive, send)
                 except TimeoutError:
                     log.error("dropped a client that read nothing for %d s", STALLED)
                 except OSError:  # it left while something was sent to it
@@ -143,7 +160,7 @@ def make_app(engine, args, address, mark=None, voices=None):
             speech.gone = True
             engine.changed.set()
 
-    async def tell(r, speech, doubts, scope, receive, send):
+    async def tell(r, speech, notes, scope, receive, send):
         sse = r.stream_format == "sse"
         whole = r.response_format in SIZED and len(speech.parts) == 1 and not (sse or r.stream)
         encode = Encoder(r.response_format, rate, r.speed, whole)
@@ -153,7 +170,7 @@ def make_app(engine, args, address, mark=None, voices=None):
         async def encoded(piece):
             if marker is None:
                 return encode(piece)
-            marked = await asyncio.get_running_loop().run_in_executor(marking, marker, piece)
+            marked = await mark_piece(marker, piece)
             return encode(marked) + (encode(None) if piece is None else b"")
 
         async def begin(length=None):
@@ -162,8 +179,9 @@ def make_app(engine, args, address, mark=None, voices=None):
             if speech.kept:
                 headers["x-conversation-turns"] = str(len(speech.kept.turns()) - speech.added)
             headers |= {"x-accel-buffering": "no"} if length is None else {"content-length": str(length)}
-            if doubts:
-                headers["x-warning"] = in_one_line("; ".join(doubts)).encode("ascii", "replace").decode()
+            for name, lines in zip(("x-warning", "x-transcript"), notes):
+                if lines:
+                    headers[name] = in_one_line("; ".join(lines)).encode("ascii", "replace").decode()
             headers = [(name.encode(), value.encode()) for name, value in headers.items()]
             await send({"type": "http.response.start", "status": 200, "headers": headers})
 
@@ -245,17 +263,15 @@ def make_app(engine, args, address, mark=None, voices=None):
     async def add_voice(request):
         check_key(request)
         check_folder()
-        origin = request.headers.get("origin")
-        if origin and origin.partition("://")[2] != request.headers.get("host") and origin not in args.cors:
-            raise Refused("a page of another origin may add no voice (--cors)", None, 403)
+        check_origin(request)
         body = await read_body(request, "multipart/form-data", "application/json")
         form = read_form(request.headers["content-type"], body)
         try:
-            await asyncio.to_thread(voices.add, form.name, form.audio_sample, form.ref_text)
+            text = await asyncio.to_thread(voices.add, form.name, form.audio_sample, form.ref_text, hear)
         except ValueError as e:
             raise Refused(str(e)) from None
         log.info("voice %s was added", form.name)
-        return JSONResponse({"id": form.name, "name": form.name, "object": "voice"}, 201)
+        return JSONResponse({"id": form.name, "name": form.name, "object": "voice", "ref_text": text}, 201)
 
     async def remove_voice(request):
         check_key(request)
@@ -289,14 +305,13 @@ def make_app(engine, args, address, mark=None, voices=None):
         talks.remove(name)
         return JSONResponse({"id": name, "object": "conversation.deleted", "deleted": True})
 
-    async def hear(request):
+    async def add_turn(request):
         """Add a turn that somebody else spoke."""
         name, kept = conversation(request)
         turn = parse(Turn, await read_body(request, "application/json"))
         seconds = generator.max_positions / generator.mimi.config.frame_rate
-        segments, doubts = await asyncio.to_thread(read_clips, [("audio", turn)], seconds)
-        for doubt in doubts:
-            log.warning("%s", in_one_line(doubt))
+        segments, *notes = await asyncio.to_thread(read_clips, [("audio", turn)], seconds)
+        say_notes(*notes)
         speech = Speech([], turn.speaker, None, segments, 0, csm.Sampling(), kept=kept)
         await enter(speech)
         end = await speech.pieces.get()
@@ -347,13 +362,17 @@ def make_app(engine, args, address, mark=None, voices=None):
         ("/v1/audio/voices/{id}", remove_voice, "DELETE"),
         ("/v1/conversations/{id}", show_conversation, "GET"),
         ("/v1/conversations/{id}", end_conversation, "DELETE"),
-        ("/v1/conversations/{id}/turns", hear, "POST"),
+        ("/v1/conversations/{id}/turns", add_turn, "POST"),
         ("/health", lambda request: JSONResponse(engine.health() | {"model": name}), "GET"),
     ]
     routes = [Route(path + end, f, methods=[method]) for end in ("", "/") for path, f, method in routes]
     routes.append(Route("/", page))
+    new_marker = partial(Marker, mark, rate) if mark else None
+    sockets = Sockets(engine, args, voices, talks, enter, (check_key, check_origin), (new_marker, mark_piece))
+    for path, several in (("stream-input", False), ("multi-stream-input", True)):
+        routes.append(WebSocketRoute(f"/v1/text-to-speech/{{voice}}/{path}", partial(sockets.talk, several=several)))
     handlers = dict.fromkeys((Refused, Busy, HTTPException, ClientDisconnect, Exception), refuse)
-    own = ["x-seed", "x-warning", "x-conversation-turns"]
+    own = ["x-seed", "x-warning", "x-transcript", "x-conversation-turns"]
     options = {"allow_methods": ["*"], "allow_headers": ["*"], "expose_headers": own}
     cors = [Middleware(CORSMiddleware, allow_origins=args.cors, **options)] if args.cors else []
     return Starlette(routes=routes, exception_handlers=handlers, middleware=cors, lifespan=lifespan)

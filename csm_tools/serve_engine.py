@@ -24,6 +24,7 @@ from mlx.utils import tree_map
 
 AHEAD = 30  # seconds of sound that a listener may leave untaken before the next part of its text waits for it
 KEPT = 16  # voices and contexts whose KV caches are kept
+LETTERS_A_SECOND = 15  # of speech, where it is not known how long a text takes
 PIECE = 25  # frames (2 s) of a clip that are encoded at once
 
 log = logging.getLogger("csm.serve")
@@ -35,6 +36,16 @@ class Busy(Exception):
 
 class Left(Exception):
     """Nobody listens any more."""
+
+
+@dataclass(eq=False)
+class Cut:
+    """A turn of a conversation, of which not all may have been heard."""
+
+    turn: csm.Segment
+    clip: csm.Segment | None  # that it continues
+    whole: int  # frames of its whole text, estimated if it was broken off
+    heard: int = 0  # frames
 
 
 @dataclass(eq=False)
@@ -62,6 +73,9 @@ class Speech:
     rows: np.ndarray | None = None  # of the turn that is said now
     added: int = 0  # turns
     clip: csm.Segment | None = None  # the conversation's before them
+    keeps: bool = False  # whether a listener who leaves leaves behind what was said so far
+    turns: list = field(default_factory=list)  # that it has added, as Cuts
+    cuts: list = field(default_factory=list)  # without parts: turns that were heard in part, to be cut there
     ended: asyncio.Event = field(default_factory=asyncio.Event)  # `pieces` have got their last
 
     def begun(self):
@@ -98,11 +112,11 @@ class Engine:
 
         self.thread.submit(speak).result()
 
-    def submit(self, speech):
-        """Let a Speech wait for its turn. Raises Busy."""
-        if self.count_waiting() >= self.max_waiting + self.max_batch - self.count_live():
+    def submit(self, speech, first=False):
+        """Let a Speech wait for its turn. first: it goes on with another one, and so in front. Raises Busy."""
+        if not first and self.count_waiting() >= self.max_waiting + self.max_batch - self.count_live():
             raise Busy("the server is busy")
-        self.waiting.append(speech)
+        self.waiting.insert(0 if first else len(self.waiting), speech)
         self.changed.set()
 
     def count_live(self):
@@ -232,6 +246,8 @@ class Engine:
             for turn in speech.context:
                 yield from self.encode(turn)
                 kept.talk.hear(turn)
+        for cut in speech.cuts:
+            self.cut_turn(kept.talk, cut)
         if not speech.parts:
             return None
         talk, (text, _) = kept.talk, speech.parts[speech.part]
@@ -255,13 +271,40 @@ class Engine:
         turn = csm.Segment(speech.speaker, text, codes=np.stack(speech.codes))
         talk.turns.append(turn)
         talk.blocks.append(np.concatenate([speech.rows, self.generator.audio_rows(turn)]))
+        clip = None
         if talk.clip and talk.clip.speaker == speech.speaker:
-            talk.clip = None
+            clip, talk.clip = talk.clip, None
         speech.added += 1
+        speech.turns.append(Cut(turn, clip, len(speech.codes)))
+
+    def cut_turn(self, talk, cut):
+        """Leave of a turn the frames that were heard, and the words that they can have held."""
+        at = next((i for i, turn in enumerate(talk.turns) if turn is cut.turn), None)
+        if at is None or cut.heard >= cut.whole:  # it is forgotten already, or was heard
+            return
+        g, text = self.generator, said_by_then(cut.turn.text, cut.heard / cut.whole)
+        talk.cache.trim(talk.cache.offset - talk.length(at))
+        if text:
+            turn = replace(cut.turn, text=text, codes=cut.turn.codes[: cut.heard])
+            talk.turns[at] = turn
+            talk.blocks[at] = np.concatenate([g.turn_rows(text, turn.speaker, cut.clip), g.audio_rows(turn)])
+        else:
+            del talk.turns[at], talk.blocks[at]
+            talk.clip = cut.clip or talk.clip
 
     def undo(self, speech, reason=None):
-        """Leave a conversation as it was before a Speech that does not end -> what the listener gets."""
+        """Leave a conversation as it was before a Speech that does not end -> what the listener gets.
+
+        Of one that `keeps`, what was said so far is a turn.
+        """
         talk = speech.kept and speech.kept.talk
+        if talk and speech.keeps and not reason:
+            if speech.codes:
+                text, _ = speech.parts[speech.part]
+                self.add_turn(speech, text)
+                usual = len(text) / LETTERS_A_SECOND * self.generator.mimi.config.frame_rate
+                speech.turns[-1].whole = max(len(speech.codes), round(usual))
+            return Left("the client has left")
         if talk and speech.added:
             n = max(talk.n_context, len(talk.blocks) - speech.added)  # some may be forgotten already
             del talk.blocks[n:], talk.turns[n:]
@@ -395,6 +438,12 @@ class Engine:
 def n_frames(turn, frame_size):
     """Of a Segment, encoded or not."""
     return -(-len(turn.audio) // frame_size) if turn.codes is None else len(turn.codes)
+
+
+def said_by_then(text, share):
+    """The words of a text that stand in so much of it, by letters."""
+    words = text[: round(len(text) * share)]
+    return words if share >= 1 else words.rpartition(" ")[0].strip()
 
 
 def in_short(text):

@@ -26,6 +26,10 @@ FORMATS = {
     "wav": ("audio/wav", "wav", "pcm_s16le", None, {"fflags": "+bitexact"}),  # a header of 44 bytes
     "pcm": ("audio/pcm", "s16le", "pcm_s16le", None, {}),
 }
+TELEPHONE = {
+    "ulaw": ("audio/basic", "mulaw", "pcm_mulaw", None, {}),
+    "alaw": ("audio/basic", "alaw", "pcm_alaw", None, {}),
+}
 SIZED = ("wav", "flac")  # their headers say how long they are
 # FFmpeg's readers of one file each. Others, such as hls and concat, open what the file names.
 CONTAINERS = "wav,w64,aiff,au,caf,flac,mp3,ogg,aac,mov,mp4,m4a,matroska,webm,amr"
@@ -86,19 +90,20 @@ def check_form(rate, channels):
 class Encoder:
     """Pieces of sound -> pieces of one file. speed: how much faster than it was said, the pitch kept.
 
-    whole: the file comes at the end as one piece, and its header says how long it is.
+    whole: the file comes at the end as one piece, and its header says how long it is. file_rate, bits: its samples and
+    bits a second, if not `rate` and the format's own.
     """
 
-    def __init__(self, format, rate, speed, whole=False):
-        _, container, encoder, bits, options = FORMATS[format]
+    def __init__(self, format, rate, speed, whole=False, file_rate=None, bits=None):
+        _, container, encoder, usual, options = (FORMATS | TELEPHONE)[format]
         self.rate, self.samples, self.data = rate, 0, bytearray()
         self.whole = io.BytesIO() if whole else None
         pipe = self.whole or SimpleNamespace(write=self.data.extend)  # which has no seek: no header is gone back to
         self.file = av.open(pipe, "w", format=container, options=options | {"flush_packets": "1"})
-        self.track = self.file.add_stream(encoder, rate=rate, layout="mono")
+        self.track = self.file.add_stream(encoder, rate=file_rate or rate, layout="mono")
         self.track.codec_context.thread_count = 1
-        if bits:
-            self.track.bit_rate = bits
+        if bits or usual:
+            self.track.bit_rate = bits or usual
         self.file.start_encoding()
         factors = [] if speed == 1 else [speed] if speed >= 0.5 else [0.5, speed / 0.5]  # atempo takes 0.5 and more
         self.graph = av.filter.Graph()

@@ -6,10 +6,12 @@ import resource
 import time
 
 import uvicorn
+import websockets  # noqa: F401  uvicorn finds it only when a connection asks for it
 from uvicorn.protocols.http.h11_impl import H11Protocol
 
 HEADERS = 10  # seconds for a request's headers
 BODY = 60  # seconds for its body
+LARGEST_MESSAGE = 2**20  # bytes of one that comes by a WebSocket
 SELDOM = 10  # seconds between two lines of the same message
 
 
@@ -33,7 +35,7 @@ class Connection(H11Protocol):
         super().connection_made(transport)
         self.wait(HEADERS)
         if len(self.connections) > self.most:
-            idle = [other for other in self.connections if other.timer]
+            idle = [other for other in self.connections if getattr(other, "timer", None)]  # WebSockets have none
             oldest = min(idle, key=lambda other: other.since)
             oldest.stop_waiting()  # it is gone only later: do not find it again
             oldest.transport.abort()
@@ -51,6 +53,10 @@ class Connection(H11Protocol):
         elif self.cycle is not self.begun:
             self.begun = self.cycle
             self.wait(BODY)
+
+    def handle_websocket_upgrade(self, event):
+        self.stop_waiting()
+        super().handle_websocket_upgrade(event)
 
     def on_response_complete(self):
         self.wait(HEADERS)
@@ -89,7 +95,9 @@ def configure(app, grace):
     return uvicorn.Config(
         app,
         http=Connection,
-        ws="none",
+        ws="websockets-sansio",
+        ws_max_size=LARGEST_MESSAGE,
+        ws_per_message_deflate=False,  # little text goes in, and sound does not get smaller
         log_level="warning",
         access_log=False,
         timeout_graceful_shutdown=grace,

@@ -3,21 +3,26 @@
 import base64
 import binascii
 import difflib
+import email.message
 import json
 import re
 import secrets
-from email.message import Message
+import threading
 from typing import Annotated, Literal
 
 from pydantic import BaseModel, BeforeValidator, Field, ValidationError, model_validator
 
 import csm
-from csm_tools.audio import RATE, SHORTEST, check_clip
+from csm_tools.audio import RATE, SHORTEST, check_clip, trimmed
+from csm_tools.command import LAST_SPEAKER
 from csm_tools.serve_engine import Speech
 from csm_tools.serve_files import FORMATS, LONGEST_CLIP, read_clip
 from csm_tools.text import parts_of
+from csm_tools.transcribe import transcribe
 
 MOST_CLIPS = 64  # in one request
+
+ears = threading.BoundedSemaphore(3)  # one clip is transcribed, two wait
 
 
 class Refused(Exception):
@@ -68,8 +73,8 @@ Sound = Annotated[bytes, BeforeValidator(read_base64)]
 class Turn(BaseModel):
     """What was said before."""
 
-    speaker: int = Field(0, ge=0)
-    text: str = Field(min_length=1)
+    speaker: int = Field(0, ge=0, le=LAST_SPEAKER)
+    text: str | None = Field(None, min_length=1)  # None: what is heard in the clip
     audio: Sound
 
 
@@ -87,14 +92,14 @@ class Request(BaseModel):
     normalize: bool = True  # say numbers, signs and markdown in words
     captions: bool = False  # with sse: an event for each part that was said, with its times
     stream: bool = False  # a short WAV or FLAC too: at once, not with its length in the header
-    speaker: int = Field(0, ge=0)
+    speaker: int = Field(0, ge=0, le=LAST_SPEAKER)
     seed: int = Field(default_factory=lambda: secrets.randbits(32), ge=0, lt=2**64)
     temperature: float | None = None
     top_k: int | None = None
     top_p: float | None = None
     min_p: float | None = None
     ref_audio: Sound | None = None  # a clip of the voice to speak with
-    ref_text: str | None = None  # what that clip says
+    ref_text: str | None = None  # what that clip says; None: what is heard in it
     context: list[Turn] = Field([], max_length=MOST_CLIPS)  # what was said since
     conversation: str | None = Field(None, min_length=1, max_length=200)  # a name: this is said after all said there
     after_turns: int | None = Field(None, ge=0)  # how many turns it must have, so that a lost one is noticed
@@ -119,7 +124,64 @@ class NewVoice(BaseModel):
 
     name: str
     audio_sample: Sound
-    ref_text: str = Field(min_length=1)
+    ref_text: str | None = None  # None: what is heard in the clip
+
+    @model_validator(mode="before")
+    @classmethod
+    def prepare(cls, fields):
+        return without_nulls(fields)
+
+
+RATES = 8000, 16_000, 22_050, 24_000, 32_000, 44_100, 48_000
+STREAMS = {  # ElevenLabs' output_format -> the format, its samples a second, bits a second or None
+    **{f"pcm_{rate}": ("pcm", rate, None) for rate in RATES},
+    **{f"mp3_{rate}_{k}": ("mp3", rate, 1000 * k) for rate in (22_050, 24_000, 44_100) for k in (32, 48, 64, 96, 128)},
+    "mp3_44100_192": ("mp3", 44_100, 192_000),
+    **{f"opus_48000_{k}": ("opus", 48_000, 1000 * k) for k in (32, 64, 96, 128, 192)},
+    "ulaw_8000": ("ulaw", 8000, None),
+    "alaw_8000": ("alaw", 8000, None),
+}
+
+
+class Stream(BaseModel):
+    """What the address of a WebSocket says: the voice, ElevenLabs' options, and from `conversation` on our own."""
+
+    voice: str
+    output_format: Literal[tuple(STREAMS)] = "mp3_44100_128"
+    apply_text_normalization: Literal["auto", "on", "off"] = "auto"
+    inactivity_timeout: float = Field(20, gt=0, le=180)  # seconds
+    conversation: str | None = Field(None, min_length=1, max_length=200)
+    after_turns: int | None = Field(None, ge=0)
+    speaker: int = Field(0, ge=0, le=LAST_SPEAKER)
+    seed: int = Field(default_factory=lambda: secrets.randbits(32), ge=0, lt=2**64)
+    temperature: float | None = None
+    top_k: int | None = None
+    top_p: float | None = None
+    min_p: float | None = None
+
+
+class VoiceSettings(BaseModel):
+    """Of these only the speed is known here."""
+
+    speed: float = Field(1, ge=0.25, le=4)
+
+
+class Message(BaseModel):
+    """What comes by a WebSocket: ElevenLabs' fields, and `heard` of our own."""
+
+    text: str = ""
+    flush: bool = False
+    context_id: str | None = Field(None, max_length=200)
+    close_context: bool = False
+    close_socket: bool = False
+    voice_settings: VoiceSettings = VoiceSettings()
+    xi_api_key: str | None = None
+    heard: float | None = Field(None, ge=0, allow_inf_nan=False)  # stop: so many seconds of it were heard
+
+    @model_validator(mode="before")
+    @classmethod
+    def prepare(cls, fields):
+        return without_nulls(fields)
 
 
 def parse(kind, body):
@@ -134,23 +196,40 @@ def parse(kind, body):
 
 
 def read_clips(turns, seconds):
-    """[(field, Turn)] -> Segments, and doubts about them. seconds: how many all together may last."""
-    segments, warnings, left = [], [], seconds
+    """[(field, Turn)] -> Segments, doubts about them, and what was heard in those without a text.
+
+    seconds: how many all together may last.
+    """
+    segments, warnings, heard, left = [], [], [], seconds
     for field, turn in turns:
         try:
             audio = read_clip(turn.audio, min(LONGEST_CLIP, left))
+            audio, note = trimmed(audio)
             doubts = check_clip(audio, turn.text, SHORTEST if field == "ref_audio" else 0.0)  # "Yes." is short
+            if not (turn.text or "").strip():
+                turn.text = hear(audio)
+                heard.append(turn.text)
         except ValueError as e:
             more = f" (the clips of a request may last {seconds:.0f} s together)" if left < LONGEST_CLIP else ""
             raise Refused(f"{field}: {e}{more}", field) from None
         left -= len(audio) / RATE
         segments.append(csm.Segment(turn.speaker, turn.text, audio))
-        warnings += [f"{field}: {doubt}" for doubt in doubts]
-    return segments, warnings
+        warnings += [f"{field}: {doubt}" for doubt in (note, *doubts) if doubt]
+    return segments, warnings, heard
+
+
+def hear(audio):
+    """transcribe.transcribe, for few at once: it keeps a thread and the processor busy."""
+    if not ears.acquire(blocking=False):
+        raise Refused("other clips are being transcribed", None, 429, "rate_limit_exceeded", {"Retry-After": "5"})
+    try:
+        return transcribe(audio)
+    finally:
+        ears.release()
 
 
 def read_request(body, voices, generator, longest):
-    """A request's bytes -> Request, Speech, doubts about it. Raises Refused.
+    """A request's bytes -> Request, Speech, doubts about it, what was heard in its clips. Raises Refused.
 
     longest: an input's characters.
     """
@@ -170,29 +249,29 @@ def read_request(body, voices, generator, longest):
     known = voices.table()
     if r.voice is not None and r.voice not in known:
         raise Refused(f"unknown voice {r.voice[:80]!r}; there are: {', '.join(known)}", "voice")
-    if (r.ref_audio is None) != (not (r.ref_text or "").strip()):
-        raise Refused("`ref_audio` and `ref_text` go together: a clip needs its transcript", "ref_audio")
+    if r.ref_audio is None and r.ref_text is not None:
+        raise Refused("`ref_audio` and `ref_text` go together: a transcript is that of a clip", "ref_audio")
     turns = [(f"context.{i}.audio", turn) for i, turn in enumerate(r.context)]
     if r.ref_audio is not None:
-        clip = Turn.model_construct(speaker=r.speaker, text=r.ref_text, audio=r.ref_audio)
+        clip = Turn.model_construct(speaker=r.speaker, text=r.ref_text or None, audio=r.ref_audio)
         turns.insert(0, ("ref_audio", clip))
     seconds = generator.max_positions / generator.mimi.config.frame_rate
-    context, warnings = read_clips(turns, seconds)
+    context, warnings, heard = read_clips(turns, seconds)
     if context and r.speaker not in {turn.speaker for turn in context}:
         warnings.append(f"no clip is of speaker {r.speaker}, who has the voice of another or none")
-    return r, Speech(parts, r.speaker, known.get(r.voice), context, r.seed, sampling), warnings
+    return r, Speech(parts, r.speaker, known.get(r.voice), context, r.seed, sampling), warnings, heard
 
 
 def read_form(content_type, body):
     """A NewVoice as JSON or as multipart/form-data. Raises Refused."""
-    header = Message()
+    header = email.message.Message()
     header["content-type"] = content_type
     if header.get_content_type() == "application/json":
         return parse(NewVoice, body)
     fields, mark = {}, f"--{header.get_boundary()}".encode()
     for part in (b"\r\n" + body).split(b"\r\n" + mark)[1:-1]:
         head, _, value = part.removeprefix(b"\r\n").partition(b"\r\n\r\n")
-        of_part = Message()
+        of_part = email.message.Message()
         for line in head.decode("utf-8", "replace").splitlines():
             name, _, rest = line.partition(":")
             of_part[name] = rest.strip()

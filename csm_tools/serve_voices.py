@@ -10,7 +10,8 @@ import soundfile
 
 import csm
 import mimi as codec
-from csm_tools.audio import RATE, check_clip
+from csm_tools import transcribe
+from csm_tools.audio import RATE, check_clip, trimmed
 from csm_tools.serve_files import read_clip
 
 OPENAI_VOICES = "alloy ash ballad cedar coral echo fable marin nova onyx sage shimmer verse".split()
@@ -44,11 +45,19 @@ class Voices:
     def read(self, path):
         """A clip with its transcript beside it -> Segment."""
         if not path.with_suffix(".txt").is_file():
-            raise ValueError(f"it needs its transcript beside it, {path.stem}.txt")
+            if transcribe.package() is None:
+                raise ValueError(f"it needs its transcript beside it, {path.stem}.txt; {transcribe.GET_IT}")
+            segment = self.segment(read_clip(path.read_bytes()), None, transcribe.transcribe)
+            log.info("%s: heard: %s", path.name, segment.text)
+            return segment
         return self.segment(read_clip(path.read_bytes()), csm.read_text(f"@{path.with_suffix('.txt')}"))
 
-    def segment(self, audio, text):
-        """A clip, checked to leave room for speech -> Segment."""
+    def segment(self, audio, text, hear=None):
+        """A clip, checked to leave room for speech -> Segment. text None: what `hear` makes of it."""
+        audio, note = trimmed(audio)
+        doubts = check_clip(audio, text)
+        if text is None:
+            text = hear(audio)
         if not text.strip():
             raise ValueError("its transcript is empty")
         g = self.generator
@@ -56,8 +65,9 @@ class Voices:
         if n > g.max_positions * 3 // 4:
             seconds = g.max_positions / g.mimi.config.frame_rate
             raise ValueError(f"it takes {n} of the model's {g.max_positions} positions ({seconds:.0f} s of sound)")
-        for doubt in check_clip(audio, text):
-            log.warning("voice: %s", doubt)
+        for doubt in (note, *doubts):
+            if doubt:
+                log.warning("voice: %s", doubt)
         return csm.Segment(0, text, audio)
 
     def names(self):
@@ -70,14 +80,16 @@ class Voices:
         voices = {name: own[i % len(own)] for i, name in enumerate(OPENAI_VOICES)}
         return voices | {name: name for name in (*self.presets, "none")} | self.kept
 
-    def add(self, name, data, text):
-        """Keep a clip, the bytes of an audio file, under a name. Raises ValueError."""
+    def add(self, name, data, text, hear):
+        """Keep a clip, the bytes of an audio file, under a name -> its transcript. Raises ValueError.
+
+        text: the transcript; None or empty: what `hear` makes of the sound.
+        """
         if not NAME.fullmatch(name) or name == "none" or name != name.strip(" ."):
             raise ValueError("a voice's name is 1 to 64 letters, digits, spaces or _ - . ', and no path")
-        text = " ".join(text.split())
-        audio = read_clip(data)
-        segment, sound = self.segment(audio, text), io.BytesIO()
-        soundfile.write(sound, codec.to_pcm16(audio), RATE, format="WAV")
+        segment = self.segment(read_clip(data), " ".join((text or "").split()) or None, hear)
+        text, sound = segment.text, io.BytesIO()
+        soundfile.write(sound, codec.to_pcm16(segment.audio), RATE, format="WAV")
         with self.lock:
             if name in self.kept or name in self.presets:
                 raise ValueError(f"there is a voice {name!r} already")
@@ -88,6 +100,7 @@ class Voices:
             with codec.replacing(self.folder / f"{name}.wav") as file:  # last, since it makes the pair a voice
                 file.write(sound.getvalue())
             self.kept[name] = segment
+        return text
 
     def remove(self, name):
         """Forget a kept voice and its files -> whether there was one."""

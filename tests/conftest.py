@@ -227,6 +227,11 @@ def generator(folder):
     return csm.load(folder, dtype=DTYPE)
 
 
+@pytest.fixture(scope="session")
+def tiny():
+    return csm.load("tiny")
+
+
 def same_codes(ours, theirs):
     """Whether (F, K) and (F, K) agree, as far as they can be asked to."""
     ours, theirs = np.array(ours), np.array(theirs)

@@ -32,6 +32,8 @@ HERE = Path(__file__).resolve().parents[1]
 JSON = {"Content-Type": "application/json"}
 TEXT = "Hello there, how are you today?"
 LONG = "The cat sat on the mat. " * 8
+CLIP = HERE / "tiny/prompts/calm.wav"
+SAID = CLIP.with_suffix(".txt").read_text().strip()
 
 
 @contextmanager
@@ -60,11 +62,6 @@ def running(*arguments, env=None):
 def address():
     with running() as (address, _):
         yield address
-
-
-@pytest.fixture(scope="module")
-def tiny():
-    return csm.load("tiny")
 
 
 def client(address, key="none"):

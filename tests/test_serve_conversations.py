@@ -16,16 +16,9 @@ import csm  # before mlx
 httpx, starlette = (pytest.importorskip(name) for name in ("httpx", "starlette"))
 serve = pytest.importorskip("csm_tools.serve")
 from csm_tools import serve_conversations, serve_engine, serve_voices
-from test_serve import ARGUMENTS, HERE, ask, collector, same, samples
+from test_serve import ARGUMENTS, CLIP, SAID, ask, collector, same, samples
 
-CLIP = HERE / "tiny/prompts/calm.wav"
-SAID = CLIP.with_suffix(".txt").read_text().strip()
 SOUND = base64.b64encode(CLIP.read_bytes()).decode()
-
-
-@pytest.fixture(scope="module")
-def tiny():
-    return csm.load("tiny")
 
 
 def during(tiny, scenario, voices=None, **arguments):
@@ -260,7 +253,7 @@ def test_what_fails_on_the_way_is_logged_with_its_reason(tiny, monkeypatch, capl
 @pytest.mark.parametrize("format", ["pcm", "wav"])
 def test_a_first_piece_of_no_length_begins_the_answer_once(tiny, monkeypatch, format):
     async def scenario(client, engine):
-        def submit(speech):
+        def submit(speech, first):
             for piece in (np.zeros(0, np.int16), np.ones(1920, np.int16), None):
                 engine.give(speech, piece)
 

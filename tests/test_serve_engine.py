@@ -12,15 +12,7 @@ import csm  # before mlx
 
 serve = pytest.importorskip("csm_tools.serve")
 from csm_tools import serve_engine, serve_files, watermark
-from test_serve import ARGUMENTS, HERE, LONG, TEXT, ask, collector, samples
-
-CLIP = HERE / "tiny/prompts/calm.wav"
-SAID = CLIP.with_suffix(".txt").read_text().strip()
-
-
-@pytest.fixture(scope="module")
-def tiny():
-    return csm.load("tiny")
+from test_serve import ARGUMENTS, CLIP, LONG, SAID, TEXT, ask, collector, samples
 
 
 def speech():

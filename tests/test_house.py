@@ -23,32 +23,27 @@ FLOORS = {  # a module may import those on lower floors
     "csm_tools.epub": 3,
     "csm_tools.gguf": 3,
     "csm_tools.text": 3,
+    "csm_tools.transcribe": 4,
     "csm_tools.checkpoints": 4,
     "csm_tools.adapters": 5,
     "csm_tools.command": 6,
-    "csm_tools": 7,  # the programs
+    "csm_tools": 7,  # the programs, and their parts
     "convert": 7,
+    "csm_tools.finetune": 8,
+    "csm_tools.serve_engine": 8,
+    "csm_tools.serve_files": 8,
+    "csm_tools.doctor": 9,
+    "csm_tools.serve_requests": 9,
+    "csm_tools.serve_voices": 9,
+    "csm_tools.bench": 10,
+    "csm_tools.serve_socket": 10,
+    "csm_tools.serve": 11,
 }
 ALLOWED = {  # besides
     ("csm.py", "csm_tools.speak"),  # in its last lines: see test_csm_py_hands_over_in_its_last_lines
     ("mimi.py", "csm_tools.checkpoints"),  # late, for all that is not a folder in our own layout
     ("csm_tools/checkpoints.py", "csm_tools.adapters"),  # late, for csm.load(adapter=...)
     ("csm_tools/command.py", "csm_tools.watermark"),  # late, for --watermark
-    ("csm_tools/serve.py", "csm_tools.serve_engine"),  # its other parts
-    ("csm_tools/serve.py", "csm_tools.serve_conversations"),
-    ("csm_tools/serve.py", "csm_tools.serve_files"),
-    ("csm_tools/serve.py", "csm_tools.serve_network"),
-    ("csm_tools/serve.py", "csm_tools.serve_requests"),
-    ("csm_tools/serve.py", "csm_tools.serve_voices"),
-    ("csm_tools/serve_engine.py", "csm_tools.serve_conversations"),
-    ("csm_tools/serve_requests.py", "csm_tools.serve_engine"),
-    ("csm_tools/serve_requests.py", "csm_tools.serve_files"),
-    ("csm_tools/serve_voices.py", "csm_tools.serve_files"),
-    ("csm_tools/serve_files.py", "csm_tools.watermark"),  # the mark, for many streams
-    ("csm_tools/finetune.py", "csm_tools.tuning_data"),  # its other half
-    ("csm_tools/finetune.py", "csm_tools.transcribe"),  # late, to hear what the codec loses
-    ("csm_tools/bench.py", "csm_tools.doctor"),  # late, for --doctor
-    ("csm_tools/doctor.py", "csm_tools.serve_engine"),  # which it checks
 }
 TOOLS = [f"csm_tools/{name}.py" for name in ("command", "speak", "narrate", "serve", "finetune")]
 

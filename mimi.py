@@ -510,10 +510,16 @@ def read_audio(path: str | Path, sample_rate: int = 24_000) -> np.ndarray:
     if not path.is_file():
         raise ValueError(f"no such file: {path}")
     try:
-        audio, rate = soundfile.read(path, dtype="float32", always_2d=True)  # (samples, channels)
-        audio = audio.mean(axis=1)
+        with soundfile.SoundFile(path) as file:
+            rate, blocks = file.samplerate, [np.zeros(0, np.float32)]
+            # in blocks, for a header may claim any length
+            while len(block := file.read(2**20, dtype="float32", always_2d=True)):
+                blocks.append(block.mean(axis=1))  # (samples, channels) -> (samples,)
+        audio = np.concatenate(blocks)
     except (soundfile.LibsndfileError, TypeError):  # TypeError: a .raw file
-        audio, rate = read_by_ffmpeg(path, sample_rate), sample_rate
+        audio = None
+    if audio is None or (not len(audio) and shutil.which("ffmpeg")):  # a killed recorder leaves
+        audio, rate = read_by_ffmpeg(path, sample_rate), sample_rate  # a length of 0
     if not np.isfinite(audio).all():
         raise ValueError(f"{path} contains NaN or infinite samples")
     if rate != sample_rate:

@@ -186,6 +186,7 @@ def bad_inputs(d):
         ([], ref("long.wav"), "positions, and the model has 512"),
         ([], ["--ref-audio", d / "ok.wav"], "--ref-text"),
         ([], ["--ref-text", "hello"], "--ref-audio"),
+        ([], ["--ref-audio", "", "--ref-text", "hello"], "--ref-audio is empty"),
         ([], ["--voice", "bob"], "unknown voice 'bob'; this model has: conversational_a, other"),
         ([], ["--speaker", "-1"], "speaker must be 0 or more"),
         ([], ["--speaker", 10**30], "speaker must be 0 or more"),

@@ -389,6 +389,26 @@ def test_written_in_pieces_and_read_back(tmp_path, suffix):
     assert len(list(tmp_path.iterdir())) == 2
 
 
+@pytest.mark.parametrize("suffix, claimed", [("flac", 0), ("wav", 0), ("wav", 2**32 - 1)])
+def test_a_length_that_a_header_claims_is_not_believed(tmp_path, suffix, claimed):
+    """A stream's FLAC has none; a recorder that was killed leaves 0, or the most there is, in a WAV."""
+    file, audio = tmp_path / f"a.{suffix}", np.random.default_rng(0).standard_normal(24_000) * 0.1
+    soundfile.write(file, audio, 24_000)
+    data, length = bytearray(file.read_bytes()), claimed.to_bytes(4, "little")
+    if suffix == "flac":
+        data[21] &= 0xF0  # of 36 bits in STREAMINFO
+        data[22:26] = length
+    else:
+        at = data.index(b"data") + 4
+        data[4:8], data[at : at + 4] = length, length
+    file.write_bytes(data)
+    if claimed or suffix == "flac" or shutil.which("ffmpeg"):
+        np.testing.assert_allclose(mimi.read_audio(file), audio, atol=2**-15)
+    else:
+        with pytest.raises(ValueError, match="no sound"):
+            mimi.read_audio(file)
+
+
 def test_what_libsndfile_does_not_know_is_read_by_ffmpeg(tmp_path, monkeypatch):
     x = np.sin(np.arange(48_000) * 2 * np.pi * 440 / 48_000).astype(np.float32) * 0.5
     soundfile.write(tmp_path / "a.wav", x, 48_000)

@@ -112,6 +112,8 @@ def read_options(args, speaker=None):
 
     The context is the clip of --ref-audio, or that of --voice, which is then the `speaker`'s (None: --speaker's).
     """
+    if args.ref_audio == "":
+        raise ValueError("--ref-audio is empty: it must name a clip")
     if args.ref_audio is None and args.ref_text is not None:
         raise ValueError("--ref-audio and --ref-text go together: a transcript is that of a clip")
     as_speaker(args.speaker)

@@ -167,13 +167,13 @@ def some_text(r, most=6):
     return " ".join(r.choice(WORDS) for _ in range(r.randint(1, most)))
 
 
-def some_turn(r, w):
-    """A Segment, and the same as (speaker, text, codes)."""
+def some_turn(r, w, most=12):
+    """A Segment of at most so many frames, and the same as (speaker, text, codes)."""
     speaker, text, g, K = r.randrange(3), some_text(r), w.generator, w.judge.K
     if r.random() < 0.3:
         audio = clip(r.uniform(0.1, 1.0), seed=r.randrange(99))
         return csm.Segment(speaker, text, audio), (speaker, text, encoded(g, audio))
-    shape = r.randint(1, 12), r.randint(w.judge.n, K)
+    shape = r.randint(1, most), r.randint(w.judge.n, K)
     codes = np.random.default_rng(r.randrange(2**32)).integers(0, w.judge.n_codes, shape)
     return csm.Segment(speaker, text, codes=codes), (speaker, text, codes)
 
@@ -482,10 +482,10 @@ def conversation(r, w):
         return
     ours = g.conversation(speaker=first, voice_match=match, **arguments)
     talk = Talk(w, turns, clip)
-    for _ in range(r.randint(2, 9)):
+    for _ in range(r.randint(2, 14)):
         kind = r.choice(["say", "say", "stream", "hear", "hear", "left", "fails"])
         if kind == "hear":
-            segment, turn = some_turn(r, w)
+            segment, turn = some_turn(r, w, 40)
             rows = w.judge.turn(*turn)
             if talk.size(talk.n_context) + len(rows) >= w.judge.limit:
                 with pytest.raises(ValueError, match="positions"):

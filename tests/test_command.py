@@ -13,7 +13,7 @@ from pathlib import Path
 
 import csm  # before mlx
 import mimi
-from csm_tools import checkpoints, narrate, speak
+from csm_tools import checkpoints, narrate, speak, transcribe
 from csm_tools.text import parts_of
 
 import mlx.core as mx  # isort: skip

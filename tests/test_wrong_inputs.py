@@ -96,7 +96,10 @@ DATA = {
     "an empty folder": (lambda here: (here / "f").mkdir() or here / "f", "has no clips, and no folders of clips"),
     "a clip without text": (folder_of("a.wav"), "a.wav has no .txt beside it"),
     "a conversation without speakers": (folder_of("talk/a.wav", "talk/a.txt"), "no speaker0, speaker1"),
-    "preferences": (content("d.json", json.dumps([{"chosen": [GOOD], "rejected": [GOOD]}])), "item 1: expected"),
+    "preferences": (
+        content("d.json", json.dumps([{"chosen": [GOOD], "rejected": [GOOD]}])),
+        "item 1: 'text' is missing",
+    ),
 }
 
 

@@ -124,7 +124,7 @@ def adapter_to_native(config, settings, tensors):
 
     config: the model's, native. settings: the adapter_config.json beside `tensors`. Raises ValueError.
     """
-    if "r" in settings:
+    if "r" in settings or "peft_type" in settings:
         return peft_to_native(config, settings, tensors)
     from_mlx = settings.get("lora_parameters")  # as mlx-lm writes them
     parameters = from_mlx or settings
@@ -157,7 +157,9 @@ def split_heads(name, w):
 
 def peft_to_native(config, settings, tensors):
     """adapter_to_native for PEFT's form."""
-    native = {}
+    native, kind = {}, settings.get("peft_type") or "LORA"
+    if kind != "LORA":
+        raise ValueError(f"peft_type = {kind}: of PEFT's methods only LORA is read")
     how = str(settings.get("init_lora_weights")).lower()
     if how.startswith(("pissa", "olora", "corda", "loftq")):
         raise ValueError(f"init_lora_weights = {how} changes the base, too: let PEFT merge it, or convert it to a LoRA")

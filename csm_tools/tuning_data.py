@@ -78,8 +78,10 @@ def read_data(path, command="train", skip_bad=False, speakers=None):
             if isinstance(item, ValueError):
                 raise item
             found += examples_of(item, command, path.parent, speakers)
-        except (KeyError, TypeError, AttributeError) as e:
-            faults.append(f"{place}: expected {EXPECTED[command]} ({type(e).__name__}: {e})")
+        except KeyError as e:
+            faults.append(f"{place}: {e} is missing: expected {EXPECTED[command]}")
+        except (TypeError, AttributeError) as e:
+            faults.append(f"{place}: expected {EXPECTED[command]} ({e})")
         except ValueError as e:
             faults.append(f"{place}: {e}")
     report(faults, len(items), skip_bad)
@@ -130,12 +132,13 @@ def segments_of(talk, folder, speakers):
         if not any(files):
             raise KeyError("audio_path")
         if not isinstance(text, str) or not text.strip():
-            raise ValueError(f"{place}its text is empty")
+            raise ValueError(f"{place}its text is empty, or no text")
         for file in files:
             if file and not file.is_file():
                 raise ValueError(f"{place}no such file: {file}")
         try:
-            number = speakers[speaker] if speaker in speakers else command.as_speaker(speaker)
+            named = isinstance(speaker, str) and speaker in speakers
+            number = speakers[speaker] if named else command.as_speaker(speaker)
         except (ValueError, TypeError) as e:
             raise ValueError(f"{place}{e}") from None
         out.append(csm.Segment(number, text.strip().removeprefix("\ufeff"), *files))
@@ -423,10 +426,13 @@ def made_codes(generator, segment):
     if segment.codes:
         try:
             codes = np.load(segment.codes)
+        except (OSError, EOFError, ValueError):  # of text that advises allow_pickle
+            raise ValueError(f"{segment.codes} is not an .npy file") from None
+        try:
             if codes.dtype.kind not in "iu":
                 raise ValueError(f"{codes.dtype} in place of integers")
             generator.audio_rows(replace(segment, codes=codes))  # raises for what the model does not have
-        except (OSError, EOFError, ValueError) as e:
+        except ValueError as e:
             raise ValueError(f"{segment.codes} is not an .npy of codes: {e}") from None
         return codes, []
     file, notes = segment.audio, []

@@ -204,4 +204,4 @@ def test_codes_that_the_model_does_not_have_are_named(folder, tmp_path, capfd):
     err = capfd.readouterr().err.splitlines()
     assert e.value.code == 2 and len(err) == 6
     for name, line in zip(names, err):
-        assert f"{name}.npy is not an .npy of codes: " in line
+        assert f"{name}.npy is not an .npy" in line

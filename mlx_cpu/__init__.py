@@ -274,6 +274,7 @@ with suppress(AttributeError, OSError, TypeError):  # glibc alone: keep freed me
 # ---------------------------------------------------------------------------------------------------- primitives
 
 installed = False  # whether MLX's operations call primitives.cpp
+operations = None  # that library, then
 background = None  # the thread that waits for the compiler, while it is at work
 
 
@@ -288,8 +289,13 @@ def primitives():
 
 def install(library):
     """Make MLX's operations call this library from now on."""
-    global installed
-    installed = bool(library.mlx_cpu_install(pointer(products.mlx_cpu_run), pointer(sgemm), n_threads()))
+    global installed, operations
+    functions = pointer(products.mlx_cpu_run), pointer(sgemm), n_threads(), pointer(products.mlx_cpu_redirect)
+    norm = mx.fast.rms_norm  # as nanobind made it
+    kind = type(norm)
+    size = kind.__basicsize__ + kind.__itemsize__ if kind.__name__ == "nb_func" else 0
+    installed = bool(library.mlx_cpu_install(*functions, ctypes.c_void_p(id(norm)), ctypes.c_size_t(size)))
+    operations = library if installed else None
     return installed
 
 
@@ -304,6 +310,15 @@ def check(path):
             for rows in (1, 7, 50):
                 packed = mx.quantize(w, 64, bits, stream=mx.cpu)
                 yield mx.quantized_matmul(w[:rows] * 0.1, *packed, group_size=64, bits=bits, stream=mx.cpu)
+        yield mx.softmax(w, axis=-1, stream=mx.cpu)
+        yield mx.fast.rms_norm(w, w[0], 1e-5, stream=mx.cpu)
+        heads = w[:64].reshape(2, 4, 8, 256)
+        options = {"traditional": True, "base": 10000.0, "scale": 1.0, "offset": 7, "stream": mx.cpu}
+        yield mx.fast.rope(heads, 256, **options)
+        for x in (heads, heads[:, :, :1]):
+            yield mx.fast.scaled_dot_product_attention(
+                x, heads[:, :2], heads[:, 2:], scale=0.1, mask="causal", stream=mx.cpu
+            )
 
     expected = list(results())
     mx.eval(expected)
@@ -401,123 +416,38 @@ if products and ON_CPU and not PLAIN:
 
 # ---------------------------------------------------------------------------------------------------- functions
 
-LARGE = 2**10  # scores from which on blocks are quicker
-FLOOR = mx.finfo(mx.float32).min  # the score of what is masked: as in MLX, no infinity, so that a row of them is no NaN
-BLOCK = 2**17  # scores of attention at a time
-tracing = threading.local()  # .shapeless: a function that is to serve all shapes is being traced
-
 if ON_CPU and not PLAIN and "MLX_DISABLE_COMPILE" not in os.environ:
     with suppress(OSError, AttributeError):  # set_compile_mode(no_fuse), which has no name in Python
         ctypes.CDLL(str(MLX / "lib/libmlx.so"))._ZN3mlx4core16set_compile_modeENS0_11CompileModeE(2)
 
 
-def in_place(module, name):
-    """A decorator that puts a function, made from MLX's own, in the place of module.name unless CSM_PLAIN=1."""
-
-    def replace(make):
-        plain = getattr(module, name)
-        function = wraps(plain)(make(plain))
-        if not PLAIN:
-            setattr(module, name, function)
-        return function
-
-    return replace
-
-
-def attend(q, k, v, scale, mask):
-    """softmax(q k' scale) v where mask is true: q (B, H, T, d), k (B, n, S, d), v (B, n, S, e) -> (B, H, T, e).
-
-    Done for some rows and heads at a time, so that what they need stays in the cache of the CPU, and causally for no
-    more keys than the rows may see.
-    """
-    (B, H, T, d), (_, n, S, e), causal = q.shape, v.shape, isinstance(mask, str)
-    q = (q * scale).reshape(B, n, H // n, T, d)
-    bias = None
-    if mask is not None and not causal:
-        mask = mask.reshape(*(1,) * (4 - mask.ndim), *mask.shape)
-        bias = mx.broadcast_to(mx.where(mask, 0, FLOOR), (*mask.shape[:2], T, S))
-        bias = bias[:, :, None] if mask.shape[1] == 1 else bias.reshape(-1, n, H // n, T, S)
-    rows = min(T, -(-BLOCK // S))
-    heads = min(n, -(-BLOCK // (B * (H // n) * rows * S)))
-    blocks = []
-    for t in range(0, T, rows):
-        end = min(t + rows, T)
-        seen = S - T + end if causal else S
-        if causal:
-            bias = mx.where(mx.arange(S - T + t, seen)[:, None] >= mx.arange(seen), 0, FLOOR)
-        groups = []
-        for i in range(0, n, heads):
-            part = slice(i, min(i + heads, n))
-            x = q[:, part, :, t:end].reshape(B, -1, H // n * (end - t), d) @ k[:, part, :seen].swapaxes(-1, -2)
-            x = x.reshape(B, -1, H // n, end - t, seen)
-            if bias is not None:
-                x = x + (bias if causal else bias[:, part if bias.shape[1] > 1 else slice(None), :, t:end])
-            x = mx.exp(x - mx.stop_gradient(x.max(axis=-1, keepdims=True)))
-            y = x.reshape(B, -1, H // n * (end - t), seen) @ v[:, part, :seen]
-            groups.append(y.reshape(B, -1, H // n, end - t, e) / x.sum(axis=-1, keepdims=True))
-        blocks.append(mx.concatenate(groups, axis=1))
-    return mx.concatenate(blocks, axis=3).reshape(B, H, T, e)
-
-
-def in_blocks(q, k, v, mask):
-    """Whether attention of these is for `attend`: large, on a CPU, of one shape, and of arguments that MLX takes."""
-    arrays = q, k, v
-    if getattr(tracing, "shapeless", False) or mx.default_device() != mx.cpu:
-        return False
-    if not all(isinstance(x, mx.array) and x.dtype == mx.float32 and x.ndim == 4 for x in arrays):
-        return False
-    (B, H, T, d), (_, n, S, _) = q.shape, k.shape
-    if k.shape != (B, n, S, d) or v.shape[:3] != (B, n, S) or n == 0 or H % n or B * H * T * S < LARGE:
-        return False
-    if isinstance(mask, mx.array):
-        sizes = (1,) * (4 - mask.ndim) + mask.shape
-        return mask.dtype == mx.bool_ and len(sizes) == 4 and all(m in (1, s) for m, s in zip(sizes, (B, H, T, S)))
-    return mask is None or (mask == "causal" and S >= T)
-
-
-@in_place(mx.fast, "scaled_dot_product_attention")
-def scaled_dot_product_attention(plain):
-    def either(q, k, v, *, scale, mask=None, **others):
-        if not others and in_blocks(q, k, v, mask):
-            return attend(q, k, v, scale, mask)
-        return plain(q, k, v, scale=scale, mask=mask, **others)
-
-    return either
-
-
-def for_all_shapes(fun):
-    """`fun` without `attend`, which depends on the shapes: for MLX to trace once for all of them."""
+def plain_when_exported(fun):
+    """`fun` of MLX's own operations: MLX writes no others to a file."""
 
     @wraps(fun)
     def traced(*args, **kwargs):
-        before, tracing.shapeless = getattr(tracing, "shapeless", False), True
+        library = operations
+        if library:
+            library.mlx_cpu_plain(1)
         try:
             return fun(*args, **kwargs)
         finally:
-            tracing.shapeless = before
+            if library:
+                library.mlx_cpu_plain(0)
 
     return traced
 
 
-@in_place(mx, "compile")
-def compile_function(plain):
-    def either(fun, inputs=None, outputs=None, shapeless=False):
-        return plain(for_all_shapes(fun) if shapeless else fun, inputs, outputs, shapeless)
+def replace_export(name):
+    plain = getattr(mx, name)
 
-    return either
+    @wraps(plain)
+    def export(file, fun, *args, **kwargs):
+        return plain(file, plain_when_exported(fun), *args, **kwargs)
 
-
-@in_place(mx, "export_function")
-def export_function(plain):
-    def either(file, fun, *args, shapeless=False, **kwargs):
-        return plain(file, for_all_shapes(fun) if shapeless else fun, *args, shapeless=shapeless, **kwargs)
-
-    return either
+    setattr(mx, name, export)
 
 
-@in_place(mx, "exporter")
-def exporter(plain):
-    def either(file, fun, *, shapeless=False):
-        return plain(file, for_all_shapes(fun) if shapeless else fun, shapeless=shapeless)
-
-    return either
+if LINUX and not PLAIN:
+    replace_export("export_function")
+    replace_export("exporter")

@@ -181,38 +181,51 @@ API void mlx_cpu_sgemm(int order, int ta, int tb, int m, int n, int k, float alp
 
 // ------------------------------------------------------------------------------------------------- in MLX's place
 
-// Write `function` into the slot through which the library calls the function `name`. Returns the number of slots.
-static int redirect(const struct dl_phdr_info *library, const char *name, void *function) {
-  const ElfW(Rela) *relocations = NULL;
+typedef struct wanted {
+  const char *library, *name;
+  void *function;
+} wanted;
+
+// Write `function` into the slots through which the library calls the function `name`. Returns their number.
+static int redirect(struct dl_phdr_info *library, size_t size, void *a_wanted) {
+  const wanted *w = a_wanted;
+  const char *file = strrchr(library->dlpi_name, '/');
+  if (!file || strncmp(file, w->library, strlen(w->library)) || !strstr(library->dlpi_name, "mlx"))
+    return 0;
+  const ElfW(Rela) *relocations[2] = {NULL, NULL}; // of calls, and of addresses
   const ElfW(Sym) *symbols = NULL;
   const char *names = NULL, *base = (const char *)library->dlpi_addr;
-  size_t size = 0, page = sysconf(_SC_PAGESIZE);
+  size_t sizes[2] = {0, 0}, page = sysconf(_SC_PAGESIZE);
   int found = 0;
   for (int i = 0; i < library->dlpi_phnum; i++)
     if (library->dlpi_phdr[i].p_type == PT_DYNAMIC)
       for (const ElfW(Dyn) *d = (const void *)(base + library->dlpi_phdr[i].p_vaddr); d->d_tag; d++) {
         const char *address = (d->d_un.d_ptr < library->dlpi_addr ? base : NULL) + d->d_un.d_ptr; // musl: an offset
         switch (d->d_tag) {
-        case DT_JMPREL: relocations = (const void *)address; break;
-        case DT_PLTRELSZ: size = d->d_un.d_val; break;
+        case DT_JMPREL: relocations[0] = (const void *)address; break;
+        case DT_PLTRELSZ: sizes[0] = d->d_un.d_val; break;
+        case DT_RELA: relocations[1] = (const void *)address; break;
+        case DT_RELASZ: sizes[1] = d->d_un.d_val; break;
         case DT_SYMTAB: symbols = (const void *)address; break;
         case DT_STRTAB: names = address; break;
         }
       }
-  for (size_t i = 0; relocations && symbols && names && i < size / sizeof *relocations; i++)
-    if (!strcmp(names + symbols[relocations[i].r_info >> 32].st_name, name)) {
-      void **slot = (void **)(library->dlpi_addr + relocations[i].r_offset);
-      void *start = (void *)((size_t)slot & ~(page - 1)); // read-only where the library was linked with -z now
-      if (!mprotect(start, page, PROT_READ | PROT_WRITE))
-        __atomic_store_n(slot, function, __ATOMIC_RELEASE), found++;
-    }
+  for (int kind = 0; kind < 2; kind++)
+    for (size_t i = 0; relocations[kind] && symbols && names && i < sizes[kind] / sizeof **relocations; i++)
+      if (!strcmp(names + symbols[relocations[kind][i].r_info >> 32].st_name, w->name)) {
+        void **slot = (void **)(library->dlpi_addr + relocations[kind][i].r_offset);
+        void *start = (void *)((size_t)slot & ~(page - 1)); // read-only where the library was linked with -z now
+        if (!mprotect(start, page, PROT_READ | PROT_WRITE))
+          __atomic_store_n(slot, w->function, __ATOMIC_RELEASE), found++;
+      }
+  (void)size;
   return found;
 }
 
-static int redirect_mlx(struct dl_phdr_info *library, size_t size, void *function) {
-  const char *file = strrchr(library->dlpi_name, '/');
-  (void)size;
-  return file && !strcmp(file, "/libmlx.so") ? redirect(library, "cblas_sgemm", function) : 0;
+// Make the library of MLX whose file's name begins like this, "/libmlx.so" or "/core.", call this function in the place
+// of another one. Returns 0 where this cannot be done.
+API int mlx_cpu_redirect(const char *library, const char *name, void *function) {
+  return dl_iterate_phdr(redirect, &(wanted){library, name, function});
 }
 
 // Compute MLX's products, which is loaded by now, from here on: with this library's sgemm, and on so many threads.
@@ -221,5 +234,5 @@ API int mlx_cpu_start(sgemm *library, int n_threads) {
   if (!blas) // once
     pthread_atfork(NULL, NULL, forked);
   blas = library, threads = n_threads;
-  return dl_iterate_phdr(redirect_mlx, (void *)mlx_cpu_sgemm);
+  return mlx_cpu_redirect("/libmlx.so", "cblas_sgemm", (void *)mlx_cpu_sgemm);
 }

@@ -55,7 +55,7 @@ class Speech:
     parts: list  # [(text, seconds of silence after it)]
     speaker: int
     voice: csm.Segment | str | None  # a clip, or as of Generator.generate; of no account where there is a context
-    context: list  # csm.Segments
+    context: list  # csm.Segments, and (voice, speaker)
     seed: int  # of the first part; the others' are the next ones, as narrate has them
     sampling: csm.Sampling
     pieces: asyncio.Queue = field(default_factory=asyncio.Queue)  # (samples,) int16; at the end None or an exception
@@ -316,16 +316,15 @@ class Engine:
 
     def set_context(self, speech):
         """Find and encode what a Speech is said after, if there is room for that and for all parts."""
-        turns = speech.context
-        if not turns and isinstance(speech.voice, csm.Segment):
-            turns = [speech.voice]
-        elif not turns:
-            turns = self.generator.voice_prompt(speech.voice, speech.speaker)
-        self.check_room(speech, turns)
-        for turn in turns:
+        turns = []  # (Segment, its speaker)
+        for item in speech.context or [(speech.voice, speech.speaker)]:
+            voice, speaker = (item, item.speaker) if isinstance(item, csm.Segment) else item
+            found = [voice] if isinstance(voice, csm.Segment) else self.generator.voice_prompt(voice, speaker)
+            turns += [(turn, speaker) for turn in found]
+        self.check_room(speech, [turn for turn, _ in turns])
+        for turn, _ in turns:
             yield from self.encode(turn)
-        voiced = turns and turns[0] is speech.voice
-        speech.context = [replace(speech.voice, speaker=speech.speaker)] if voiced else turns
+        speech.context = [replace(turn, speaker=speaker) for turn, speaker in turns]
 
     def check_room(self, speech, turns):
         """Raise ValueError if the turns leave no room for a part, each of which is said after them."""

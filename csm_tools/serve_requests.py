@@ -10,7 +10,7 @@ import secrets
 import threading
 from typing import Annotated, Literal
 
-from pydantic import BaseModel, BeforeValidator, Field, ValidationError, model_validator
+from pydantic import BaseModel, BeforeValidator, Discriminator, Field, Tag, ValidationError, model_validator
 
 import csm
 from csm_tools.audio import RATE, SHORTEST, check_clip, trimmed
@@ -71,11 +71,25 @@ Sound = Annotated[bytes, BeforeValidator(read_base64)]
 
 
 class Turn(BaseModel):
-    """What was said before."""
+    """What was said before: a clip."""
 
     speaker: int = Field(0, ge=0, le=LAST_SPEAKER)
     text: str | None = Field(None, min_length=1)  # None: what is heard in the clip
     audio: Sound
+
+
+class Voiced(BaseModel):
+    """A voice that a speaker of a context has."""
+
+    speaker: int = Field(0, ge=0, le=LAST_SPEAKER)
+    voice: Annotated[str, BeforeValidator(read_voice)]
+
+
+def which_turn(x):
+    return "~voice" if isinstance(x, dict) and x.get("voice") and "audio" not in x else "~clip"
+
+
+AnyTurn = Annotated[Annotated[Turn, Tag("~clip")] | Annotated[Voiced, Tag("~voice")], Discriminator(which_turn)]
 
 
 class Request(BaseModel):
@@ -100,7 +114,7 @@ class Request(BaseModel):
     min_p: float | None = None
     ref_audio: Sound | None = None  # a clip of the voice to speak with
     ref_text: str | None = None  # what that clip says; None: what is heard in it
-    context: list[Turn] = Field([], max_length=MOST_CLIPS)  # what was said since
+    context: list[AnyTurn] = Field([], max_length=MOST_CLIPS)  # what was said since, and voices of speakers
     conversation: str | None = Field(None, min_length=1, max_length=200)  # a name: this is said after all said there
     after_turns: int | None = Field(None, ge=0)  # how many turns it must have, so that a lost one is noticed
 
@@ -190,7 +204,9 @@ def parse(kind, body):
         return kind.model_validate_json(body)
     except ValidationError as e:
         error = e.errors(include_url=False, include_context=False)[0]
-        field = ".".join(map(str, error["loc"]))
+        field = ".".join(
+            str(name) for name in error["loc"] if name not in ("clip", "voice") or name == error["loc"][-1]
+        )
         message = error["msg"].removeprefix("Value error, ")
         raise Refused(f"{field}: {message}" if field else message, field or None) from None
 
@@ -251,13 +267,20 @@ def read_request(body, voices, generator, longest):
         raise Refused(f"unknown voice {r.voice[:80]!r}; there are: {', '.join(known)}", "voice")
     if r.ref_audio is None and r.ref_text is not None:
         raise Refused("`ref_audio` and `ref_text` go together: a transcript is that of a clip", "ref_audio")
-    turns = [(f"context.{i}.audio", turn) for i, turn in enumerate(r.context)]
+    for i, turn in enumerate(r.context):
+        if isinstance(turn, Voiced) and turn.voice not in known:
+            raise Refused(f"unknown voice {turn.voice[:80]!r}; there are: {', '.join(known)}", f"context.{i}.voice")
+    turns = [(f"context.{i}.audio", turn) for i, turn in enumerate(r.context) if isinstance(turn, Turn)]
     if r.ref_audio is not None:
         clip = Turn.model_construct(speaker=r.speaker, text=r.ref_text or None, audio=r.ref_audio)
         turns.insert(0, ("ref_audio", clip))
     seconds = generator.max_positions / generator.mimi.config.frame_rate
-    context, warnings, heard = read_clips(turns, seconds)
-    if context and r.speaker not in {turn.speaker for turn in context}:
+    clips, warnings, heard = read_clips(turns, seconds)
+    n = int(r.ref_audio is not None)
+    context, rest = clips[:n], iter(clips[n:])
+    context += [next(rest) if isinstance(turn, Turn) else (known[turn.voice], turn.speaker) for turn in r.context]
+    speakers = {turn.speaker for turn in (*clips, *r.context)}
+    if context and r.speaker not in speakers:
         warnings.append(f"no clip is of speaker {r.speaker}, who has the voice of another or none")
     return r, Speech(parts, r.speaker, known.get(r.voice), context, r.seed, sampling), warnings, heard
 

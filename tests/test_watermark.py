@@ -111,6 +111,16 @@ def marked(small):
     return small.embed(speech())
 
 
+def test_a_gpu_is_waited_for_every_16_frames(small, marked, monkeypatch):
+    sound, counts, evaluate = speech()[:72_000], [], mx.eval
+    monkeypatch.setattr(mx, "eval", lambda *x: counts.append(0) or evaluate(*x))
+    plain, n_plain = small.embed(sound), len(counts)
+    counts.clear()
+    monkeypatch.setattr(mx, "default_device", lambda: mx.gpu)  # its convolution and its steps, on this device
+    np.testing.assert_allclose(small.embed(sound), plain, atol=1e-5)
+    assert 0 < len(counts) < n_plain / 8
+
+
 # ---- Sony's package
 
 

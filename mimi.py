@@ -406,8 +406,7 @@ def check_fields(kind, values):
 
 def from_weights(weights, config=None, n_codebooks=None):
     """A Mimi, in float32, from weights of our layout. config: fields of MimiConfig."""
-    known = MimiConfig.__dataclass_fields__
-    config = {name: value for name, value in (config or {}).items() if name in known}
+    config = {f.name: config[f.name] for f in fields(MimiConfig) if f.name in (config or {})}
     check_fields(MimiConfig, config)
     c = MimiConfig(**config)
     if c.dim % c.n_heads:
@@ -464,10 +463,7 @@ def read_weights(path):
 def read_json(path):
     """The object in a JSON file, {} if there is no file. Raises ValueError."""
     path = Path(path)
-    try:
-        return as_object(path.read_bytes() if path.is_file() else "{}", path)
-    except OSError as e:
-        raise ValueError(f"cannot read {path}: {e.strerror}") from None
+    return as_object(path.read_bytes() if path.is_file() else "{}", path)
 
 
 def as_object(text, path):
@@ -509,17 +505,14 @@ def read_audio(path: str | Path, sample_rate: int = 24_000) -> np.ndarray:
     path = Path(path)
     if not path.is_file():
         raise ValueError(f"no such file: {path}")
+    blocks = []  # a header may claim any length
     try:
         with soundfile.SoundFile(path) as file:
-            rate, blocks = file.samplerate, [np.zeros(0, np.float32)]
-            # in blocks, for a header may claim any length
             while len(block := file.read(2**20, dtype="float32", always_2d=True)):
                 blocks.append(block.mean(axis=1))  # (samples, channels) -> (samples,)
-        audio = np.concatenate(blocks)
-    except (soundfile.LibsndfileError, TypeError):  # TypeError: a .raw file
-        audio = None
-    if audio is None or (not len(audio) and shutil.which("ffmpeg")):  # a killed recorder leaves
-        audio, rate = read_by_ffmpeg(path, sample_rate), sample_rate  # a length of 0
+        audio, rate = np.concatenate(blocks), file.samplerate
+    except (soundfile.LibsndfileError, TypeError, ValueError):  # a .raw file; no blocks
+        audio, rate = read_by_ffmpeg(path, sample_rate), sample_rate
     if not np.isfinite(audio).all():
         raise ValueError(f"{path} contains NaN or infinite samples")
     if rate != sample_rate:
@@ -574,12 +567,9 @@ def audio_file(path, sample_rate=24_000):
 def replacing(path):
     """A binary file that replaces the one at `path` once all is written. Raises ValueError."""
     path = Path(os.path.realpath(path))  # follow a link instead of replacing it
-    try:
-        from csm_layouts import unfinished
-
-        part = unfinished(path)  # it also removes what dead processes left
-    except ModuleNotFoundError:
-        part = path.with_name(f".{secrets.token_hex(8)}.part")
+    part = path.with_name(f".{secrets.token_hex(8)}.part")
+    with suppress(ValueError):  # mimi.py stands alone
+        part = checkpoints(path).unfinished(path)  # it also removes what dead processes left
     try:
         with open(part, "wb") as file:
             yield file

@@ -17,6 +17,7 @@ from urllib.request import getproxies, proxy_bypass
 import csm_layouts
 import mimi  # before mlx
 from csm_layouts import CONTAINER_FILES, DEFAULT_MODEL, DEFAULT_PROMPTS, DEFAULT_TOKENIZER, MIMI_FILES, TOKENIZER
+from csm_layouts import unfinished as unfinished  # for mimi.replacing
 
 from mlx.utils import tree_flatten  # isort: skip
 

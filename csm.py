@@ -660,7 +660,7 @@ class Generator:
         self.codec_stream = mx.new_thread_local_stream(mx.default_device())
         self.context_caches = {}  # rows.tobytes() -> KVCache, the last used at the end
         self.n_context_caches = 4
-        self._voice_prompts = {}  # name -> Segment with codes
+        self._voice_prompts = {}  # name, times of its files -> Segment with codes
 
     def __repr__(self):
         c, voices = self.model.config.backbone, ", ".join(sorted(self.voices)) or "none"
@@ -825,7 +825,7 @@ class Generator:
 
     def text_rows(self, text, speaker):
         """(T, K + 1) int32 for a turn's text."""
-        if not isinstance(speaker, (int, np.integer)) or speaker < 0:
+        if type(speaker) is bool or not isinstance(speaker, (int, np.integer)) or speaker < 0:
             raise ValueError(f"speaker must be 0 or more, not {speaker!r}")
         if not isinstance(text, str) or not text.strip():
             raise ValueError(f"the text is empty, or no text: {text!r}")
@@ -891,14 +891,16 @@ class Generator:
             return []
         name = str(voice or min(self.voices, key=lambda name: (name != "conversational_a", name)))
         try:
-            if name not in self._voice_prompts:
-                self._voice_prompts[name] = self.encode(self._read_voice(name))
+            files = Path(name), Path(name).with_suffix(".txt")  # a clip that changes is read again
+            key = name, *(file.stat().st_mtime_ns for file in files if file.is_file())
+            if key not in self._voice_prompts:
+                self._voice_prompts[key] = self.encode(self._read_voice(name))
         except (ValueError, FileNotFoundError) as e:
             if voice:
                 raise ValueError(str(e)) from None
             log.warning("speaking without the default voice %s: %s", name, e)
             return []
-        return [replace(self._voice_prompts[name], speaker=speaker)]
+        return [replace(self._voice_prompts[key], speaker=speaker)]
 
     def _read_voice(self, name):
         """A voice's clip and transcript, as a Segment."""

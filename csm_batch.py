@@ -147,9 +147,14 @@ class Batch:
 
     def _next_frame(self):
         codes, errors = self._step()
-        results, leaving = [], [self.live[i].uid for i in errors]
+        results, leaving = [], []
         for i, (utterance, frame) in enumerate(zip(self.live, np.array(codes))):
+            if i not in errors and not frame.any() and not mx.isfinite(self.h[i]).all():
+                errors[i] = ValueError(
+                    f"the model computes NaN or infinite numbers in {self.model.dtype}"
+                )
             if i in errors:
+                leaving.append(utterance.uid)
                 errors[i].uid = utterance.uid
                 self.errors.append(errors[i])
                 continue

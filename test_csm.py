@@ -131,7 +131,8 @@ def test_the_codec_in_chunks_is_the_whole(generator, frames):
 
 def test_mistakes_are_value_errors(generator):
     for args, options, words in (
-        (("",), {}, "empty"), (("hello", -1), {}, "speaker"), (("hello",), {"temperature": -1}, "temperature"),
+        (("",), {}, "empty"), (("hello", -1), {}, "speaker"), (("hello", True), {}, "speaker"),
+        (("hello",), {"temperature": -1}, "temperature"),
         (("hello",), {"voice": "bob"}, "bob"), (("hello", 0, [csm.Segment(0, "yes")]), {}, "no audio"),
         (("hello", 0, [csm.Segment(0, "yes", np.array([0, np.nan]))]), {}, "NaN"), (("hello" * 99,), {}, "positions"),
     ):  # fmt: skip

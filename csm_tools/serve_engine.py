@@ -184,7 +184,11 @@ class Engine:
                 self.steps.append((len(frames), time.perf_counter() - start))
             ended = [self.live.pop(uid) for uid, codes in said if codes is None]
             out += [(speech, piece) for speech in ended for piece in self.after(speech)]
-        except Exception as e:  # and with it all that was being said
+        except Exception as e:
+            if (uid := getattr(e, "uid", None)) in self.live:  # it failed alone, and has left the batch
+                speech = self.live.pop(uid)
+                return [*out, (speech, self.undo(speech, failed(e)))]
+            # and with it all that was being said
             out += [(speech, self.undo(speech, failed(e))) for speech in self.live.values()]
             self.batch, self.live, self.decoded = csm_batch.Batch(self.generator), {}, []
         for speech, piece in out:

@@ -127,20 +127,17 @@ class Layer:
         r = len(self.weight) // 2
         edge = mx.zeros_like(frames[0])
         near = [edge] * r + [frames.pop(0) for _ in range(r)]
-        out, means, variances, pending = [], [], [], []
-        at_once = 16 if mx.default_device() == mx.gpu else 1  # frames; each eval costs a GPU a wait, and a CPU nothing
+        out, means, variances = [], [], []
+        step = 16 if mx.default_device() == mx.gpu else 1  # frames: a GPU idles at each evaluation
         for _ in range(len(frames) + r):
             near.append(frames.pop(0) if frames else edge)
             value, gate = mx.split(convolve(near, self.weight, self.bias), 2, axis=-1)
             out.append(value * mx.sigmoid(gate))
             means.append(mx.mean(out[-1], axis=0))
             variances.append(mx.var(out[-1], axis=0))
-            pending += [out[-1], means[-1], variances[-1]]
-            if len(pending) == 3 * at_once:
-                mx.eval(pending)
-                pending = []
+            if len(out) % step == 0:
+                mx.eval(out[-step:], means[-step:], variances[-step:])
             near.pop(0)
-        mx.eval(pending)
         means = mx.stack(means)
         mean, variance = mx.mean(means, axis=0), mx.mean(mx.stack(variances), axis=0) + mx.var(means, axis=0)
         return [(y - mean) * (self.scale * mx.rsqrt(variance + 1e-5)) + self.shift for y in out]

@@ -1,8 +1,9 @@
 """Small random models, made on the spot, for all the tests.
 
-They compute in float32, whatever the device; CSM_TEST_DTYPE=bfloat16 or float16 is for a GPU. Codes are identical, and
-logits within 1e-4, on a CPU in float32. Elsewhere (a GPU adds up in other orders) the bounds are wider, and
-of codes the first frame has to agree in most: after that one other code changes all that follow.
+They compute in float32, whatever the device; with CSM_TEST_DTYPE=bfloat16 or float16 in that, also where a test names
+no type, as on a GPU. Codes are identical, and logits within 1e-4, on a CPU in float32. Elsewhere (a GPU adds up in
+other orders) the bounds are wider, and of codes the first frame has to agree in most: after that one other code changes
+all that follow.
 """
 
 import inspect
@@ -27,6 +28,9 @@ signal.signal(signal.SIGINT, signal.default_int_handler)  # which a shell's back
 DTYPE = os.environ.get("CSM_TEST_DTYPE", "float32")
 EXACT = DTYPE == "float32" and mx.default_device() == mx.cpu
 LOGITS = 1e-4 if EXACT else 0.02 if DTYPE == "float32" else 0.3  # how far they may be off; their spread is about 3
+
+if DTYPE != "float32":
+    csm.as_dtype = lambda dtype, own=csm.as_dtype: own(dtype or DTYPE)
 
 # ------------------------------------------------------------------- what a bare `pytest` leaves out
 

@@ -127,6 +127,24 @@ def test_a_clip_in_many_contexts_is_encoded_once(generator, monkeypatch):
     np.testing.assert_allclose(said[1], alone, atol=1e-5)
 
 
+def test_numbers_that_are_not_finite_are_named(generator, monkeypatch):
+    """And not told as speech that ended at once; the others speak on."""
+    rows = generator.text_rows("hello", 0)
+    batch, own = csm_batch.Batch(generator), csm.CSM.__call__
+    uids = [batch.insert(rows, 4, seed) for seed in range(2)]
+    first = batch.next()
+
+    def broken(self, *args):
+        h = own(self, *args)
+        return mx.where(mx.arange(len(h))[:, None, None] == 1, mx.nan, h) if len(h) == 2 else h
+
+    monkeypatch.setattr(csm.CSM, "__call__", broken)
+    assert [uid for uid, _ in first] == uids == [uid for uid, _ in batch.next()]
+    with pytest.raises(ValueError, match="NaN") as error:
+        batch.next()
+    assert error.value.uid == uids[1] and [uid for uid, _ in batch.next()] == uids[:1]
+
+
 def test_what_is_removed_says_nothing_more(generator):
     rows = generator.text_rows("hello", 0)
     for order in ((0, 1), (1, 0)):

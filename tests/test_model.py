@@ -447,6 +447,11 @@ def test_a_voice_is_a_clip_with_its_transcript_beside_it(generator, folder, tmp_
     own = generator.generate_codes("yes", 1, voice=str(tmp_path / "me.wav"), **options)
     told = generator.generate_codes("yes", 1, [csm.Segment(1, "hello there", tmp_path / "me.wav")], **options)
     np.testing.assert_array_equal(own, told)
+    for file, new in (("me.wav", clip(0.5, 3)), ("me.txt", "how are you today?")):  # one that changes is read again
+        before = generator.segment_rows(*generator.voice_prompt(tmp_path / "me.wav"))
+        soundfile.write(tmp_path / file, new, 24000) if file == "me.wav" else (tmp_path / file).write_text(new)
+        after = generator.segment_rows(*generator.voice_prompt(tmp_path / "me.wav"))
+        assert before.shape != after.shape or (before != after).any()
     # A default voice that cannot be had is a warning and no voice.
     lost = csm.Generator(generator.model, generator.mimi, generator.tokenizer, {"conversational_a": tmp_path})
     np.testing.assert_array_equal(

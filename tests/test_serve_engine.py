@@ -9,6 +9,7 @@ import pytest
 import soundfile
 
 import csm  # before mlx
+import csm_batch
 
 serve = pytest.importorskip("csm_tools.serve")
 from csm_tools import serve_engine, serve_files, watermark
@@ -104,6 +105,25 @@ def test_a_first_part_that_leaves_no_room_is_not_the_voice_of_the_others(engine,
     e.live[0] = speech
     e.after(speech)
     assert speech.context == [] and speech.part == 1
+
+
+def test_one_that_fails_alone_ends_alone(engine, tiny, monkeypatch):
+    """As where its numbers overflow: the batch lets it go, and the others speak on."""
+    e, fails, stays = engine(), a_speech("Yes.", seed=1), a_speech("Yes.", seed=2)
+    want = all_said(engine(), a_speech("Yes.", seed=2)).popitem()[1]
+    own, raised = csm_batch.Batch.next, []
+
+    def once(self):
+        if len(self.live) == 2 and not raised:
+            error = ValueError("NaN")
+            error.uid = next(uid for uid, speech in e.live.items() if speech is fails)
+            raised.append(self.remove(error.uid))
+            raise error
+        return own(self)
+
+    monkeypatch.setattr(csm_batch.Batch, "next", once)
+    ends = all_said(e, fails, stays)
+    assert str(ends[fails]) == "NaN" and np.abs(ends[stays].astype(int) - want).max() <= 1
 
 
 def test_a_part_that_is_cut_off_is_told(engine, monkeypatch):

@@ -147,8 +147,14 @@ class Batch:
 
     def _next_frame(self):
         codes, errors = self._step()
+        codes = np.array(codes)
+        for i in np.flatnonzero(~codes.any(axis=1)).tolist():  # they end, or compute nonsense
+            if i not in errors and not mx.isfinite(self.h[i]).all():
+                errors[i] = ValueError(
+                    f"the model computes NaN or infinite numbers in {self.model.dtype}"
+                )
         results, leaving = [], [self.live[i].uid for i in errors]
-        for i, (utterance, frame) in enumerate(zip(self.live, np.array(codes))):
+        for i, (utterance, frame) in enumerate(zip(self.live, codes)):
             if i in errors:
                 errors[i].uid = utterance.uid
                 self.errors.append(errors[i])

@@ -1,7 +1,8 @@
-// exp, sigmoid, erf and products with quantized matrices for MLX on a CPU, on all cores and with the CPU's wide
-// instructions. MLX evaluates an operation by a virtual function of its class, eval_cpu. mlx_cpu_install writes ours into
-// the table of these four classes. Graphs, gradients, mx.compile and mx.vmap thus stay MLX's own, and ours hands back to
-// MLX's eval_cpu what it does not do itself.
+// What MLX computes slowly on a CPU, on all cores and with the CPU's wide instructions: exp, sigmoid, erf, softmax,
+// products with quantized matrices, and dequantizing, normalization, RoPE and attention as one operation each.
+// MLX evaluates an operation by a virtual function of its class, eval_cpu. mlx_cpu_install writes ours into the tables of
+// the first five classes; for the last four functions it makes mlx.core call ours. Graphs, gradients, mx.compile and
+// mx.vmap thus stay MLX's own, and ours hands back to MLX what it does not do itself.
 #include <cmath>
 #include <cstdint>
 #include <cstring>

@@ -1,7 +1,8 @@
-// exp, sigmoid, erf and products with quantized matrices for MLX on a CPU, on all cores and with the CPU's wide
-// instructions. MLX evaluates an operation by a virtual function of its class, eval_cpu. mlx_cpu_install writes ours into
-// the table of these four classes. Graphs, gradients, mx.compile and mx.vmap thus stay MLX's own, and ours hands back to
-// MLX's eval_cpu what it does not do itself.
+// What MLX computes slowly on a CPU, on all cores and with the CPU's wide instructions: exp, sigmoid, erf, softmax,
+// products with quantized matrices, and dequantizing, normalization, RoPE and attention as one operation each.
+// MLX evaluates an operation by a virtual function of its class, eval_cpu. mlx_cpu_install writes ours into the tables of
+// the first five classes; for the last four functions it makes mlx.core call ours. Graphs, gradients, mx.compile and
+// mx.vmap thus stay MLX's own, and ours hands back to MLX what it does not do itself.
 #include <cmath>
 #include <cstdint>
 #include <cstring>
@@ -276,34 +277,37 @@ void few_rows(const void *job, int part) {
     }
 }
 
+// Numbers `from` to `end` of row `line` of w as float32; both are borders of groups
+template <int bits>
+void to_floats(const Product &p, int64_t line, int from, int end, float *to) {
+  const uint8_t *w = p.w + (line * p.k + from) * bits / 8;
+  for (int i = from; i < end; i += p.group) {
+    const int64_t g = (line * p.k + i) / p.group;
+    const float scale = number(p.scales, p.scale_kind, g), bias = number(p.biases, p.scale_kind, g);
+    for (int l = 0; l < p.group; l += 2 * W, w += W * bits / 4, to += 2 * W) {
+      union { words all; shorts part[2]; } q;
+      if constexpr (bits == 8) {
+        q.all = widen(w);
+      } else { // a byte is two words
+        typedef unsigned char few __attribute__((vector_size(W), aligned(1), may_alias));
+        const ints pairs = __builtin_convertvector(*(const few *)w, ints);
+        q.all = (words)((pairs & 15) | (pairs >> 4 << 16));
+      }
+      *(floats *)to = __builtin_convertvector(q.part[0], floats) * scale + bias;
+      *(floats *)(to + W) = __builtin_convertvector(q.part[1], floats) * scale + bias;
+    }
+  }
+}
+
 template <int bits>
 void many_rows(const void *job, int part) {
   static thread_local std::vector<float> piece(WIDE * DEEP);
   const Product &p = *(const Product *)job;
-  const int column = part * p.step, n = min(p.step, p.n - column), groups = p.k / p.group;
+  const int column = part * p.step, n = min(p.step, p.n - column);
   for (int start = 0; start < p.k; start += DEEP) {
     const int depth = min(int(DEEP), p.k - start);
-    for (int j = 0; j < n; j++) {
-      const int64_t line = column + j;
-      const uint8_t *w = p.w + (line * p.k + start) * bits / 8;
-      float *to = piece.data() + j * depth;
-      for (int i = 0; i < depth; i += p.group) {
-        const float scale = number(p.scales, p.scale_kind, line * groups + (start + i) / p.group);
-        const float bias = number(p.biases, p.scale_kind, line * groups + (start + i) / p.group);
-        for (int l = 0; l < p.group; l += 2 * W, w += W * bits / 4, to += 2 * W) {
-          union { words all; shorts part[2]; } q;
-          if constexpr (bits == 8) {
-            q.all = widen(w);
-          } else { // a byte is two words
-            typedef unsigned char few __attribute__((vector_size(W), aligned(1), may_alias));
-            const ints pairs = __builtin_convertvector(*(const few *)w, ints);
-            q.all = (words)((pairs & 15) | (pairs >> 4 << 16));
-          }
-          *(floats *)to = __builtin_convertvector(q.part[0], floats) * scale + bias;
-          *(floats *)(to + W) = __builtin_convertvector(q.part[1], floats) * scale + bias;
-        }
-      }
-    }
+    for (int j = 0; j < n; j++)
+      to_floats<bits>(p, column + j, start, start + depth, piece.data() + j * depth);
     sgemm(ROW_MAJOR, PLAIN, TURNED, p.rows, n, depth, 1, p.x + start, p.k, piece.data(), depth, start ? 1 : 0,
           (float *)p.out + column, p.n);
   }
@@ -345,28 +349,37 @@ void to_integers(const void *x, const Product &p, int bits, short *integers, flo
 
 template <int bits>
 void multiply(Product p, std::vector<int64_t> starts) {
-  const bool few = p.rows <= FEW;
-  if (few) {
-    static thread_local std::vector<short> integers;
-    static thread_local std::vector<float> scales;
-    const int groups = p.k / p.group, stride = groups + W;
+  static thread_local std::vector<short> integers;
+  static thread_local std::vector<float> scales, wide;
+  const int groups = p.k / p.group, stride = groups + W, width = p.kind == mx::Dtype::Val::float32 ? 4 : 2;
+  const auto row = [&](int i) { return (const char *)p.x + starts[i] * width; };
+  if (p.rows <= FEW) {
     integers.resize(std::max(integers.size(), (size_t)p.rows * p.k));
     scales.resize(std::max(scales.size(), (size_t)p.rows * stride * 2));
     float *sums = scales.data() + (int64_t)p.rows * stride;
-    const int width = p.kind == mx::Dtype::Val::float32 ? 4 : 2;
     for (int64_t i = 0; i < p.rows; i++) {
       float *of_row = scales.data() + i * stride;
-      to_integers((const char *)p.x + starts[i] * width, p, bits, integers.data() + i * p.k, of_row, sums + i * stride);
+      to_integers(row(i), p, bits, integers.data() + i * p.k, of_row, sums + i * stride);
       std::memset(of_row + groups, 0, 4 * W), std::memset(sums + i * stride + groups, 0, 4 * W);
     }
     p.integers = integers.data(), p.x_scales = scales.data(), p.x_sums = sums;
     const double parts = min((double)p.n * p.k / (1 << 15), 4. * threads); // each worth handing out
     p.step = ((p.n - 1) / std::max(1, (int)parts) + BLOCK) / BLOCK * BLOCK;
-  } else {
-    p.step = std::max(16, min(int(WIDE), ((p.n - 1) / threads + 16) / 16 * 16));
+    const Part part = p.group == 32 ? few_rows<bits, 32> : p.group == 64 ? few_rows<bits, 64> : few_rows<bits, 128>;
+    return run(part, &p, (p.n + p.step - 1) / p.step);
   }
-  const Part part = !few ? many_rows<bits> : p.group == 32 ? few_rows<bits, 32> : p.group == 64 ? few_rows<bits, 64> : few_rows<bits, 128>;
-  run(part, &p, (p.n + p.step - 1) / p.step);
+  p.step = std::max(16, min(int(WIDE), ((p.n - 1) / threads + 16) / 16 * 16));
+  const Product narrow = p;
+  if (width == 2) { // the BLAS library takes float32
+    wide.resize(std::max(wide.size(), (size_t)p.rows * (p.k + p.n)));
+    for (int64_t i = 0; i < p.rows; i++)
+      for (int l = 0; l < p.k; l += W)
+        *(floats *)(wide.data() + i * p.k + l) = load(row(i), p.kind, l, p.k);
+    p.x = wide.data(), p.out = wide.data() + (int64_t)p.rows * p.k;
+  }
+  run(many_rows<bits>, &p, (p.n + p.step - 1) / p.step);
+  for (int64_t i = 0; width == 2 && i < (int64_t)p.rows * p.n; i++)
+    store(narrow.out, p.kind, i, ((const float *)p.out)[i]);
 }
 
 // ----------------------------------------------------------------------------------- normalization, RoPE, attention
@@ -381,8 +394,8 @@ class Fast final : public mx::Primitive {
 public:
   using Function = std::function<std::vector<mx::array>(const Inputs &)>;
   using Eval = std::function<void(const mx::Stream &, const Inputs &, mx::array &)>;
-  Fast(mx::Stream stream, const char *name, Function own, Eval eval)
-      : mx::Primitive(stream), own(std::move(own)), eval(std::move(eval)), label(name) {}
+  Fast(mx::Stream stream, const char *name, Function own, Eval eval, int group = 0)
+      : mx::Primitive(stream), own(std::move(own)), eval(std::move(eval)), label(name), group(group) {}
 
   void eval_cpu(const Inputs &inputs, Inputs &outputs) override { eval(stream(), inputs, outputs[0]); }
   void eval_gpu(const Inputs &, Inputs &) override { throw std::runtime_error("not on a GPU"); }
@@ -392,6 +405,8 @@ public:
     mx::Shape shape = inputs[0].shape();
     if (!std::strcmp(label, "Attention"))
       shape.back() = inputs[2].shape(-1);
+    if (!std::strcmp(label, "Dequantize"))
+      shape.back() = inputs[1].shape(-1) * group;
     return {shape};
   }
 
@@ -427,6 +442,7 @@ private:
   Function own;
   Eval eval;
   const char *label;
+  int group;
 };
 
 bool for_us(const mx::Stream &stream, std::initializer_list<mx::array> arrays) {
@@ -496,6 +512,20 @@ void eval_norm(const mx::Stream &stream, const Inputs &inputs, mx::array &out, f
       const float factor = 1 / std::sqrt((squares + total(sums)) / k + eps);
       for (l = 0; l < k; l++)
         b[l] = weight ? a[l] * factor * weight[l * along] : a[l] * factor;
+    });
+  });
+}
+
+void eval_dequantize(const mx::Stream &stream, const Inputs &inputs, mx::array &out, int group, int bits) {
+  out.set_data(mx::allocator::malloc(out.nbytes()));
+  const mx::array &w = inputs[0];
+  const int k = out.shape(-1), rows = out.size() / k;
+  const Product job = {w.data<uint8_t>(), inputs[1].data<void>(), inputs[2].data<void>(), out.data<void>(), 0, rows, k,
+                       group, 0, mx::Dtype::Val::float32, mx::Dtype::Val::float32, nullptr, nullptr, nullptr, nullptr};
+  mx::cpu::get_command_encoder(stream).dispatch([=] {
+    share(rows, k / 1e5, [&](int i) {
+      float *to = (float *)job.out + (int64_t)i * k;
+      bits == 8 ? to_floats<8>(job, i, 0, k, to) : to_floats<4>(job, i, 0, k, to);
     });
   });
 }
@@ -639,6 +669,32 @@ void eval_attention(const mx::Stream &stream, const Inputs &inputs, mx::array &o
 
 // ---- as mlx.core calls them
 
+mx::array dequantize(const mx::array &w, const mx::array &scales, const std::optional<mx::array> &biases,
+                     std::optional<int> group_size, std::optional<int> bits, const std::string &mode,
+                     const std::optional<mx::array> &global, std::optional<mx::Dtype> dtype, mx::StreamOrDevice s) {
+  const mx::Stream stream = mx::to_stream(s);
+  const int group = group_size.value_or(64), b = bits.value_or(4), n = w.ndim();
+  bool fits = mode == "affine" && biases && !global && dtype.value_or(mx::float32) == mx::float32 && n > 0 &&
+              (b == 4 || b == 8) && (group == 32 || group == 64 || group == 128) && w.dtype() == mx::uint32 &&
+              scales.shape() == biases->shape() && (int)scales.ndim() == n;
+  for (int i = 0; fits && i < n; i++)
+    fits = i < n - 1 ? scales.shape(i) == w.shape(i) : scales.shape(i) * group == w.shape(i) * 32 / b;
+  if (!fits || !for_us(stream, {scales, *biases}))
+    return mx::dequantize(w, scales, biases, group_size, bits, mode, global, dtype, s);
+  const auto own = [=](const Inputs &in) {
+    return Inputs{mx::dequantize(in[0], in[1], in[2], group, b, mode, {}, mx::float32, stream)};
+  };
+  const auto eval = [=](const mx::Stream &stream, const Inputs &in, mx::array &out) {
+    eval_dequantize(stream, in, out, group, b);
+  };
+  mx::Shape shape = w.shape();
+  shape.back() = scales.shape(-1) * group;
+  Inputs inputs;
+  for (const mx::array &x : {w, scales, *biases})
+    inputs.push_back(mx::contiguous(x, false, stream));
+  return mx::array(shape, mx::float32, std::make_shared<Fast>(stream, "Dequantize", own, eval, group), inputs);
+}
+
 mx::array rms_norm(const mx::array &x, const std::optional<mx::array> &weight, float eps, mx::StreamOrDevice s) {
   const mx::Stream stream = mx::to_stream(s);
   const bool fits = x.ndim() > 0 && (!weight || (weight->ndim() == 1 && weight->shape(0) == x.shape(-1)));
@@ -721,15 +777,12 @@ void eval_product(mx::UnaryPrimitive *self, const Inputs &inputs, mx::array &out
               x.size() > 0 && out.size() > 0 && x.strides().back() == 1;
   for (size_t i = 1; i < inputs.size(); i++)
     ours = ours && inputs[i].flags().row_contiguous;
-  if (!ours || x.dtype() == mx::float64 || (rows > FEW && (x.dtype() != mx::float32 || !x.flags().row_contiguous)))
+  if (!ours || x.dtype() == mx::float64 || (rows > FEW && x.dtype() == mx::float32 && !x.flags().row_contiguous))
     return own_product(self, inputs, out);
   out.set_data(mx::allocator::malloc(out.nbytes()));
   Product job = {w.data<uint8_t>(), inputs[2].data<void>(), inputs[3].data<void>(), out.data<void>(), rows, w.shape(0),
                  k, group, 0, x.dtype().val(), inputs[2].dtype().val(), x.data<float>(), nullptr, nullptr, nullptr};
-  std::vector<int64_t> starts;
-  for (int i = 0; i < rows && rows <= FEW; i++)
-    starts.push_back(mx::elem_to_loc(i * k, x));
-  mx::cpu::get_command_encoder(self->stream()).dispatch([job, starts = std::move(starts), bits = bits] {
+  mx::cpu::get_command_encoder(self->stream()).dispatch([job, starts = row_starts(x), bits = bits] {
     bits == 8 ? multiply<8>(job, starts) : multiply<4>(job, starts);
   });
 }
@@ -767,11 +820,13 @@ void instead(Redirect redirect, R (*own)(A...), R (*ours)(A...), void **python =
 extern "C" __attribute__((visibility("default"))) void mlx_cpu_plain(int on) { plain = on; }
 
 extern "C" __attribute__((visibility("default"))) int mlx_cpu_install(void *pool, void *blas, int n_threads,
-                                                                      Redirect redirect, void **norm, size_t bytes) {
+                                                                      Redirect redirect, void **norm, void **dequantizing,
+                                                                      size_t bytes) {
   run = (void (*)(Part, const void *, int))pool, sgemm = (Sgemm)blas, threads = n_threads;
   const mx::Device cpu = mx::Device::cpu;
   const mx::array x = mx::zeros({1, 32}, cpu), w = mx::zeros({1, 8}, mx::uint32, cpu), s = mx::zeros({1, 1}, cpu);
   instead(redirect, mx::fast::rms_norm, rms_norm, norm, bytes);
+  instead(redirect, mx::dequantize, dequantize, dequantizing, bytes);
   instead(redirect, mx::fast::rope, rope);
   instead(redirect, mx::fast::scaled_dot_product_attention, attention);
   return replace(mx::exp(x, cpu), eval_elements<exponential, own_exp>, own_exp) &&

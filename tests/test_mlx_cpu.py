@@ -232,9 +232,14 @@ def test_quantized_products_of_all_kinds_of_arrays(primitives):
         expected = np.array(view, np.float64) @ w.T
         np.testing.assert_allclose(np.array(product(view, *packed)), expected, atol=2e-3)
     expected = np.array(product(x[0, 0], *packed))
-    for dtype in (mx.float16, mx.bfloat16):  # MLX's own
-        y = product(x[0, 0].astype(dtype), packed[0], *(p.astype(dtype) for p in packed[1:]))
-        assert y.dtype == dtype and np.abs(np.array(y.astype(mx.float32)) - expected).max() < 0.1
+    for dtype, precision in ((mx.float16, 2**-11), (mx.bfloat16, 2**-8)):
+        for rows in (x[0, 0].astype(dtype), mx.random.normal((50, 256)).astype(dtype)):
+            kept = [p.astype(dtype) for p in packed[1:]]
+            y = product(rows, packed[0], *kept)
+            matrix = mx.dequantize(packed[0], *(p.astype(mx.float32) for p in kept), group_size=64, bits=4)
+            exact = np.array(rows.astype(mx.float32), np.float64) @ np.array(matrix, np.float64).T
+            error = np.abs(np.array(y.astype(mx.float32)) - exact)
+            assert y.dtype == dtype and (error <= precision * np.abs(exact) + 5e-4).all()  # only the result is rounded
     assert product(x[:0], *packed).shape == (0, 3, 5, 40)
     many = mx.random.normal((40, 512), key=mx.random.key(3))[:, ::2]  # many rows that are not one behind the other
     np.testing.assert_allclose(np.array(product(many, *packed)), np.array(many, np.float64) @ w.T, atol=2e-3)
@@ -566,6 +571,25 @@ def test_normalization(primitives, tmp_path):
     assert mx.fast.rms_norm(x[:0], weight, 1e-5).shape == (0, 5, 200)
     with pytest.raises((ValueError, RuntimeError)):
         mx.eval(mx.fast.rms_norm(x, weight[:7], 1e-5))
+
+
+def test_dequantize(primitives, tmp_path):
+    w = mx.random.normal((4, 60, 256), key=mx.random.key(0))
+    for bits, group in itertools.product((4, 8), (32, 64, 128)):
+        dequantize = partial(mx.dequantize, group_size=group, bits=bits)
+        packed = mx.quantize(w, group, bits)
+        assert "Dequantize" in names_of_operations(tmp_path, dequantize(*packed))
+        expected = mlx_cpu.plain_when_exported(dequantize)(*packed)
+        for view in (lambda x: x, lambda x: x[:, ::3], lambda x: x.swapaxes(0, 1), lambda x: x[1, 2]):
+            y = dequantize(*map(view, packed))
+            assert y.shape == view(expected).shape and mx.allclose(y, view(expected), atol=1e-6)
+        shapeless = mx.compile(lambda *x, f=dequantize: f(*x), shapeless=True)
+        assert all(mx.allclose(shapeless(*(x[:n] for x in packed)), expected[:n], atol=1e-6) for n in (4, 2))
+        slopes = (
+            mx.grad(lambda s, f=f, p=packed: (f(p[0], s, p[2]) ** 2).sum())(packed[1])
+            for f in (dequantize, mlx_cpu.plain_when_exported(dequantize))
+        )
+        assert mx.allclose(*slopes, rtol=1e-5, atol=1e-3)
 
 
 @pytest.mark.parametrize("traditional", [True, False])

@@ -251,10 +251,10 @@ def make_app(engine, args, address, mark=None, voices=None):
 
     def models(request):
         model = {"id": name, "object": "model", "created": 0, "owned_by": "csm"}
-        asked = request.path_params.get("id", name)
-        if asked != name:
+        asked = request.path_params.get("id", "").rstrip("/")  # of /v1/models/ it is empty
+        if asked not in ("", name):
             raise Refused(f"no model {asked[:80]!r}: there is {name!r}", "model", 404, "model_not_found")
-        return JSONResponse(model if "id" in request.path_params else {"object": "list", "data": [model]})
+        return JSONResponse(model if asked else {"object": "list", "data": [model]})
 
     def list_voices(request):
         known = [{"id": voice, "name": voice} for voice in (*voices.names(), "none")]

@@ -156,6 +156,8 @@ def make_app(engine, args, address, mark=None, voices=None):
                 except OSError:  # it left while something was sent to it
                     log.info("a client left after %.2f s of speech", speech.taken / rate)
                 tasks.cancel_scope.cancel()
+        except asyncio.CancelledError:  # SIGTERM, and --grace is over
+            log.error("broken off after %.2f s of speech: the server stops", speech.taken / rate)
         finally:
             speech.gone = True
             engine.changed.set()

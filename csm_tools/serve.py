@@ -156,6 +156,8 @@ def make_app(engine, args, address, mark=None, voices=None):
                 except OSError:  # it left while something was sent to it
                     log.info("a client left after %.2f s of speech", speech.taken / rate)
                 tasks.cancel_scope.cancel()
+        except asyncio.CancelledError:  # SIGTERM, and --grace is over
+            log.error("broken off after %.2f s of speech: the server stops", speech.taken / rate)
         finally:
             speech.gone = True
             engine.changed.set()
@@ -251,10 +253,10 @@ def make_app(engine, args, address, mark=None, voices=None):
 
     def models(request):
         model = {"id": name, "object": "model", "created": 0, "owned_by": "csm"}
-        asked = request.path_params.get("id", name)
-        if asked != name:
+        asked = request.path_params.get("id", "").rstrip("/")  # of /v1/models/ it is empty
+        if asked not in ("", name):
             raise Refused(f"no model {asked[:80]!r}: there is {name!r}", "model", 404, "model_not_found")
-        return JSONResponse(model if "id" in request.path_params else {"object": "list", "data": [model]})
+        return JSONResponse(model if asked else {"object": "list", "data": [model]})
 
     def list_voices(request):
         known = [{"id": voice, "name": voice} for voice in (*voices.names(), "none")]

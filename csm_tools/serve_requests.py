@@ -204,9 +204,7 @@ def parse(kind, body):
         return kind.model_validate_json(body)
     except ValidationError as e:
         error = e.errors(include_url=False, include_context=False)[0]
-        field = ".".join(
-            str(name) for name in error["loc"] if name not in ("clip", "voice") or name == error["loc"][-1]
-        )
+        field = ".".join(str(name) for name in error["loc"] if not str(name).startswith("~"))  # which is a Tag
         message = error["msg"].removeprefix("Value error, ")
         raise Refused(f"{field}: {message}" if field else message, field or None) from None
 

@@ -13,6 +13,7 @@ import time
 from contextlib import suppress
 from itertools import pairwise
 
+import anyio
 import numpy as np
 from starlette.responses import JSONResponse
 from starlette.websockets import WebSocketDisconnect, WebSocketState
@@ -104,9 +105,10 @@ class Socket:
     async def listen(self):
         """Take messages until the client leaves, or sends nothing while nothing is said."""
         while True:
-            try:
-                received = await asyncio.wait_for(self.websocket.receive(), self.options.inactivity_timeout)
-            except TimeoutError:
+            received = None
+            with anyio.move_on_after(self.options.inactivity_timeout):
+                received = await self.websocket.receive()
+            if received is None:
                 if any(text.speaking for text in self.texts.values()):
                     continue
                 return await self.close(1000, "nothing was sent for too long")
@@ -154,7 +156,8 @@ class Socket:
     async def send(self, name, **fields):
         if self.several:
             fields["contextId"] = name
-        await asyncio.wait_for(self.websocket.send_text(json.dumps(fields)), STALLED)
+        with anyio.fail_after(STALLED):
+            await self.websocket.send_text(json.dumps(fields))
 
     async def fail(self, e, name=None):
         """Tell of a mistake; one outside of a text, and in a socket for one text, closes it."""
@@ -270,10 +273,13 @@ class Text:
         except (WebSocketDisconnect, TimeoutError, OSError):  # it has left, or reads nothing
             await self.socket.close(1001)
         except (ValueError, RuntimeError, Busy, Refused) as e:
+            if not self.socket.connected():  # it is stopped in a moment
+                return
+            for speech, _ in self.said:
+                speech.gone = True
+            self.all.engine.changed.set()
             self.speaking = False
             self.socket.texts.pop(self.name, None)
-            if not self.socket.connected():
-                return
             if not isinstance(e, Refused):
                 log.error("broken off after %.2f s of speech: %s", self.sent / self.rate, in_one_line(str(e)))
                 e = Refused(str(e), None, 429 if isinstance(e, Busy) else 400 if isinstance(e, ValueError) else 500)

@@ -171,16 +171,20 @@ def test_options_exist(page):
         assert named <= own, (span, named - own)
 
 
-def test_the_servers_snippet_runs(tmp_path):
+def test_the_servers_snippets_run(tmp_path):
     pytest.importorskip("openai")
     running = pytest.importorskip("test_serve").running
-    (snippet,) = blocks(HERE / "docs/server.md", "py")
-    assert "http://127.0.0.1:8000" in snippet
+    snippets = blocks(HERE / "docs/server.md", "py")
     with running() as (address, _):
-        (tmp_path / "example.py").write_text(snippet.replace("http://127.0.0.1:8000", address))
-        done = subprocess.run([sys.executable, "example.py"], cwd=tmp_path, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
+        for snippet in snippets:
+            assert "://127.0.0.1:8000" in snippet
+            snippet = snippet.replace("127.0.0.1:8000", address.removeprefix("http://"))
+            file = tmp_path / "example.py"
+            file.write_text(f"{snippet}\nimport numpy\nnumpy.save('sound.npy', globals().get('sound', b''))")
+            done = subprocess.run([sys.executable, file], cwd=tmp_path, capture_output=True, text=True)
+            assert done.returncode == 0, done.stderr
     assert 0.5 < len(mimi.read_audio(tmp_path / "hello.wav")) / 24_000 < 4
+    assert 0.5 < len(np.load(tmp_path / "sound.npy").item()) / 48_000 < 6
 
 
 # ---------------------------------------------------------------------------------------------------- the tour

@@ -20,7 +20,7 @@ from csm_tools.text import sentences
 from test_serve import CLIP, LONG, SAID, decoded, health, running, same, samples, until
 
 SENTENCES = ["The cat sat on the mat.", "Where are you going today?", "It is a fine day, Dr. Smith."]
-PCM = "output_format=pcm_24000"
+PCM = "output_format=pcm_24000&inactivity_timeout=180"  # seconds, for a slow machine
 
 
 @pytest.fixture(scope="module")

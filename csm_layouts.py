@@ -745,6 +745,8 @@ def read_pt(path):
 
 # ---- saving -----------------------------------------------------------------------------------------------------
 
+UNFINISHED = "This folder was being written, and that was interrupted: its files may be of two models.\n"
+
 
 def join_heads(weights):
     """The model's heads, `audio_head.i.weight` (V, D), as our layout's one `audio_head` (K - 1, D, V).
@@ -779,20 +781,17 @@ def native_files(config, weights, mimi_config, mimi_weights):
     return files
 
 
-UNFINISHED = "This folder was being written, and that was interrupted: its files may be of two models.\n"
-
-
 def write_folder(folder, files, alternatives=()):
     """Write {name: a path to copy, a dict for JSON, a text, or (weights, metadata)}, all or none.
 
-    Killed in between, it leaves a folder whose configs hold UNFINISHED, which nothing loads, rather than parts of two
-    models. Folders are not swapped: one may be a mount, and has files that are not ours.
+    Killed in between, it leaves UNFINISHED in the configs, which nothing loads. Folders are not swapped: one may be a
+    mount, and has files that are not ours.
     alternatives: tuples of file patterns. Where one of `files` matches, the folder's other files that match the same
     tuple belong to another model, and are deleted. Raises ValueError.
     """
     folder = Path(os.path.realpath(folder))
     staging = unfinished(folder)
-    configs = [name for name in files if Path(name).name.endswith("config.json")]
+    configs = [name for name in files if name.endswith("config.json")]
     configs.sort(key=lambda name: name == "config.json")  # the last in place
 
     def place(staged, name):

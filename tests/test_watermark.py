@@ -260,18 +260,6 @@ def test_the_ways_of_the_devices_agree(monkeypatch):
     assert mx.allclose(products, watermark.convolve(frames, weight, bias), atol=1e-5)
 
 
-def test_a_gpu_waits_for_sixteen_frames_at_once(monkeypatch):
-    names, shapes = ("conv.weight", "gate.weight", "conv.bias", "gate.bias"), ((6, 4, 3, 3),) * 2 + ((6,),) * 2
-    keys, own, evaluated = mx.random.split(mx.random.key(0), 5), mx.eval, []
-    weights = {f"a.{n}": mx.random.normal(shape, key=key) for n, shape, key in zip(names, shapes, keys)}
-    layer = watermark.Layer(weights | {"a.bn.weight": mx.ones(6), "a.bn.bias": mx.zeros(6)}, "a")
-    frames = list(mx.random.normal((40, 7, 4), key=keys[4]))
-    one_by_one = mx.stack(layer(list(frames)))
-    monkeypatch.setattr(mx, "default_device", lambda: mx.gpu)
-    monkeypatch.setattr(mx, "eval", lambda *x: evaluated.append(x) or own(*x))
-    assert mx.allclose(mx.stack(layer(frames)), one_by_one, atol=1e-5) and len(evaluated) == 2
-
-
 # ---- pieces
 
 

@@ -19,7 +19,8 @@ import mimi  # before mlx
 from csm_layouts import CONTAINER_FILES, DEFAULT_MODEL, DEFAULT_PROMPTS, DEFAULT_TOKENIZER, MIMI_FILES, TOKENIZER
 from csm_layouts import unfinished as unfinished  # for mimi.replacing
 
-from mlx.utils import tree_flatten  # isort: skip
+import mlx.core as mx  # isort: skip
+from mlx.utils import tree_flatten
 
 log = logging.getLogger("csm")
 WEIGHTS = (  # patterns, tried in this order: the first match is loaded
@@ -124,6 +125,18 @@ def change(config, weights, adapter=None, quantize=None, group_size=64):
         weights, note = csm_layouts.quantize(weights, quantize, group_size)
         config = replace(config, quantization=note)
     return config, weights
+
+
+def check_weights(generator, name):
+    """Raise ValueError if any weight of a csm.Generator's network or codec is NaN or infinite. Reads all of them."""
+    wrong = []
+    for part in (generator.model, generator.mimi):
+        for key, w in tree_flatten(part.parameters()):
+            if mx.issubdtype(w.dtype, mx.floating) and not mx.isfinite(w).all():
+                wrong.append(key)
+    if wrong:
+        hint = ": load it as bfloat16" if generator.model.dtype == mx.float16 else ""
+        raise ValueError(f"{name} has NaN or infinite weights: {', '.join(wrong[:4])}{hint}")
 
 
 def save(generator, folder):

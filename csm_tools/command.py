@@ -82,6 +82,9 @@ def add_model_options(p):
     how = {"metavar": "DIR[=FACTOR]", "action": "append", "type": adapter}
     p.add_argument("--adapter", **how, help="an adapter of finetune, PEFT or csm-mlx; repeatable")
     p.add_argument("--codebooks", type=int, metavar="N", help="use the first N only: faster, and sounds worse")
+    p.add_argument(
+        "--check", action="store_true", help="look for NaN in all weights, not norms and heads alone"
+    )
 
 
 def add_options(p):
@@ -205,6 +208,8 @@ def load_for(args, fallback=False):
             raise
         print(f"using the small bundled model, tiny, because csm-1b is missing: {e}", file=sys.stderr)
         generator = csm.load("tiny", **options)
+    if getattr(args, "check", False):
+        checkpoints.check_weights(generator, model or "csm-1b")
     voice = getattr(args, "voice", None)
     if voice not in (None, "none", *generator.voices) and not is_clip(voice):
         generator.voice_prompt(voice)  # raises: it names the voices there are

@@ -460,6 +460,7 @@ def train(args):
         test = tuning_data.read_data(args.val_data_path, command, args.skip_bad, speakers)
     rows, texts = read_log(args.output_dir / "log.jsonl"), sample_texts(args)
     generator = csm.load(args.model, dtype=args.dtype, quantize=args.quantize)
+    checkpoints.check_weights(generator, args.model)
     args.output_dir.mkdir(parents=True, exist_ok=True)
     examples = tuning_data.encode(generator, data, args)
     if args.val_data_path:

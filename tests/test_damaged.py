@@ -10,12 +10,13 @@ from pathlib import Path
 
 import convert
 import csm  # before mlx
+import csm_batch
 
 import mlx.core as mx  # isort: skip
 import pytest
 
 from conftest import write_model
-from csm_tools import adapters, checkpoints, command
+from csm_tools import adapters, checkpoints, command, finetune, speak
 from test_adapters import our_adapter
 from test_layouts import folder
 
@@ -195,6 +196,37 @@ def test_numbers_that_are_not_finite(copied):
     for temperature in (0, 0.9):
         with pytest.raises(ValueError, match="computes NaN or infinite numbers in"):
             generator.generate("hello", voice="none", temperature=temperature, seed=1)
+        with pytest.raises(ValueError, match="computes NaN or infinite numbers in"):
+            csm_batch.generate(generator, ["hello", "there"], voice="none", temperature=temperature, seed=1)
+
+
+def test_all_weights_are_checked_if_asked(copied, capfd):
+    """--check names a weight that is neither norm nor head, of the network or the codec; training checks by itself."""
+    model = copied("ours")
+    weights = dict(mx.load(str(model / "model.safetensors")))
+    name, codec = "backbone.layers.0.mlp.up_proj.weight", dict(mx.load(str(model / "mimi.safetensors")))
+    args = ["hello", str(model.parent / "o.wav"), "--model", str(model), "--voice", "none", "--check"]
+    args += ["--max-audio-length-ms", "400"]
+    assert speak.main(args) == 0
+    mx.save_safetensors(str(model / "model.safetensors"), weights | {name: weights[name] + math.inf})
+    (model.parent / "d.json").write_text('[{"text": "hello", "audio_path": "o.wav"}]')
+    train = ["train", "--model", str(model), "--data-path", str(model.parent / "d.json"), "--output-dir"]
+    for program, given in ((speak, args), (finetune, [*train, str(model.parent / "run")])):
+        capfd.readouterr()
+        with pytest.raises(SystemExit):
+            program.main(given)
+        assert f"{model} has NaN or infinite weights: {name}" in capfd.readouterr().err
+    mx.save_safetensors(str(model / "model.safetensors"), weights | {name: weights[name] * 1e6})
+    with pytest.raises(SystemExit):
+        speak.main([*args, "--dtype", "float16"])
+    assert f"{name}: load it as bfloat16" in capfd.readouterr().err
+    mx.save_safetensors(str(model / "model.safetensors"), weights)
+    _, metadata = mx.load(str(model / "mimi.safetensors"), return_metadata=True)
+    wrong = {key: w * math.nan if key == "downsample.conv.conv.conv.weight" else w for key, w in codec.items()}
+    mx.save_safetensors(str(model / "mimi.safetensors"), wrong, metadata)
+    with pytest.raises(SystemExit):
+        speak.main(args)
+    assert "NaN or infinite weights: downsample" in capfd.readouterr().err
 
 
 def test_an_old_package_tokenizers(copied, monkeypatch):

@@ -82,9 +82,7 @@ def add_model_options(p):
     how = {"metavar": "DIR[=FACTOR]", "action": "append", "type": adapter}
     p.add_argument("--adapter", **how, help="an adapter of finetune, PEFT or csm-mlx; repeatable")
     p.add_argument("--codebooks", type=int, metavar="N", help="use the first N only: faster, and sounds worse")
-    p.add_argument(
-        "--check", action="store_true", help="look for NaN in all weights, not norms and heads alone"
-    )
+    p.add_argument("--check", action="store_true", help="look for NaN in all weights, not norms and heads alone")
 
 
 def add_options(p):

@@ -278,35 +278,45 @@ def read_folder(folder):
 def read_hub_data(folder):
     """A Hub data set's folder of .parquet or .arrow with a column of audio -> [(place, turn)].
 
-    Its sounds are written once into FOLDER/clips as files of their own, which training then reads.
+    Its sounds are written once into FOLDER/clips as files of their own, which training then reads; clips/index.json
+    lists them, so that the next start reads that alone.
     """
+    clips, files = folder / "clips", sorted([*folder.rglob("*.parquet"), *folder.rglob("*.arrow")])
+    about = [[str(file.relative_to(folder)), file.stat().st_size, file.stat().st_mtime_ns] for file in files]
+    if (clips / "index.json").is_file():
+        index = mimi.read_json(clips / "index.json")
+        if index.get("files") == about:
+            turns = index["turns"]
+            return [(f"{folder}, row {i}", from_folder(turn, clips)) for i, turn in enumerate(turns)]
     command.need("datasets", "datasets")
     import datasets
 
     if (folder / "dataset_info.json").is_file() or (folder / "dataset_dict.json").is_file():
         data = datasets.load_from_disk(str(folder))
     else:
-        files = [str(file) for file in sorted(folder.rglob("*.parquet"))]
-        data = datasets.load_dataset("parquet", data_files=files, split="train")
+        parquet = [str(file) for file in files if file.suffix == ".parquet"]
+        data = datasets.load_dataset("parquet", data_files=parquet, split="train")
     if isinstance(data, dict):  # of splits
         data = data["train"] if "train" in data else next(iter(data.values()))
     column = next((name for name, kind in data.features.items() if isinstance(kind, datasets.Audio)), "audio")
     if column not in data.features:
         raise ValueError(f"{folder} has no column of audio: {', '.join(data.features)}")
-    items, clips = [], folder / "clips"
+    turns, columns = [], {name for names in KEYS.values() for name in names} - {column}
     clips.mkdir(exist_ok=True)
     if isinstance(data.features[column], datasets.Audio):
         data = data.cast_column(column, datasets.Audio(decode=False))  # to bytes as they are
-    for i, row in enumerate(data):
+    for i, row in enumerate(tqdm(data, desc="clips", unit="clip", disable=None, leave=False, delay=2)):
         sound = row.pop(column)
-        name = Path(sound.get("path") or "clip.wav").name
+        name = f"{i:06}_{Path(sound.get('path') or 'clip.wav').name}"
         content = sound.get("bytes") or Path(sound["path"]).read_bytes()
-        clip = clips / f"{i:06}_{name}"
-        if not clip.is_file() or clip.stat().st_size != len(content):
-            with mimi.replacing(clip) as file:
+        if not (clips / name).is_file() or (clips / name).stat().st_size != len(content):
+            with mimi.replacing(clips / name) as file:
                 file.write(content)
-        items.append((f"{folder}, row {i}", row | {"audio_path": str(clip.resolve())}))
-    return items
+        turn = {key: value for key, value in row.items() if str(key).lower().strip() in columns}
+        turns.append(turn | {"audio_path": name})
+    with mimi.replacing(clips / "index.json") as file:
+        file.write(json.dumps({"files": about, "turns": turns}, default=str).encode())
+    return [(f"{folder}, row {i}", from_folder(turn, clips)) for i, turn in enumerate(turns)]
 
 
 def read_utf8(path):

@@ -9,6 +9,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import types
 from dataclasses import asdict
 from pathlib import Path
 
@@ -775,6 +776,39 @@ def test_a_hub_data_set_needs_datasets(tmp_path, monkeypatch):
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
     with pytest.raises(ValueError, match="datasets is not installed: pip install 'csm-speech"):
         tuning_data.read_data(tmp_path)
+
+
+def test_a_hub_data_set_is_unpacked_once(tmp_path, monkeypatch):
+    """By a stand-in for `datasets`; the second start reads the list of its clips alone, unless the files change."""
+
+    class Audio:
+        def __init__(self, decode=True):
+            pass
+
+    class Rows(list):
+        features = {"audio": Audio(), "text": "string", "speaker_id": "int64", "embedding": "list"}
+
+        def cast_column(self, name, kind):
+            return Rows(dict(row) for row in self)
+
+    loaded, rows = [], Rows()
+    for i in range(3):
+        soundfile.write(tmp_path / "c.wav", clip(0.5 + i / 10), 24000)
+        sound = {"path": f"hub/{i}.wav", "bytes": (tmp_path / "c.wav").read_bytes()}
+        rows.append({"audio": sound, "text": f"text {i}", "speaker_id": i, "embedding": [b"x"]})
+    stand_in = types.SimpleNamespace(Audio=Audio, load_dataset=lambda *_, **more: loaded.append(more) or rows)
+    monkeypatch.setitem(sys.modules, "datasets", stand_in)
+    monkeypatch.setattr(tuning_data.command, "need", lambda *_: None)
+    (tmp_path / "d").mkdir()
+    (tmp_path / "d/0.parquet").write_bytes(b"PAR1")
+    expected = [(f"text {i}", i, f"{i:06}_{i}.wav") for i in range(3)]
+    for starts in (1, 1):
+        assert first_turns(tmp_path / "d") == expected and len(loaded) == starts
+    assert (tmp_path / "d/clips/000002_2.wav").read_bytes() == rows[2]["audio"]["bytes"]
+    (tmp_path / "d").rename(tmp_path / "e")  # all of it may be moved
+    assert first_turns(tmp_path / "e") == expected and len(loaded) == 1
+    (tmp_path / "e/0.parquet").write_bytes(b"PAR1PAR1")
+    assert first_turns(tmp_path / "e") == expected and len(loaded) == 2
 
 
 def test_silence_is_trimmed_and_clips_that_cannot_be_right_are_bad(plain, tmp_path, capfd):

@@ -458,7 +458,8 @@ def train(args):
     test = []
     if args.val_data_path:
         test = tuning_data.read_data(args.val_data_path, command, args.skip_bad, speakers)
-    rows, texts = read_log(args.output_dir / "log.jsonl"), sample_texts(args)
+    log = args.output_dir / "log.jsonl"
+    rows, texts = read_log(log), sample_texts(args)
     generator = csm.load(args.model, dtype=args.dtype, quantize=args.quantize)
     checkpoints.check_weights(generator, args.model)
     args.output_dir.mkdir(parents=True, exist_ok=True)
@@ -486,6 +487,10 @@ def train(args):
     if first and run.n == 0:
         speak(generator, texts, samples / "step-0", args.seed, speaker)
     rows = [row for row in rows if row["step"] <= run.n]  # what followed the checkpoint is made again
+    written = len(rows)
+    if first:
+        with mimi.replacing(log) as file:
+            file.write("".join(json.dumps(r) + "\n" for r in rows).encode())
     begun, since = time.perf_counter(), 0
     with tqdm(total=run.total, initial=run.n, unit="step", disable=None if first else True) as bar:
         while run.n < run.total:
@@ -510,8 +515,9 @@ def train(args):
             if first and (last or run.n % args.ckpt_freq == 0):
                 run.save()
             if first and (last or run.n % args.log_freq == 0 or run.n % args.ckpt_freq == 0):
-                with mimi.replacing(args.output_dir / "log.jsonl") as file:
-                    file.write("".join(json.dumps(r) + "\n" for r in rows).encode())
+                with open(log, "a") as file:
+                    file.write("".join(json.dumps(r) + "\n" for r in rows[written:]))
+                written = len(rows)
             if first and (last or run.n % args.ckpt_freq == 0):
                 chart(rows, run.before, args.output_dir / "log.png")
     if first:
@@ -563,9 +569,10 @@ def same_place(a, b):
 
 
 def read_log(file):
-    """The rows of a run's log so far. Raises ValueError for what is no such log."""
+    """The rows of a run's log so far; the last line may be half written. Raises ValueError for what is no such log."""
     try:
-        rows = [json.loads(line) for line in file.read_text().splitlines()] if file.exists() else []
+        lines = file.read_text().splitlines(keepends=True) if file.exists() else []
+        rows = [json.loads(line) for line in lines if line.endswith("\n")]
         if all(isinstance(row["step"], int) and "loss" in row for row in rows):
             return rows
     except (ValueError, TypeError, KeyError, OSError):
@@ -692,7 +699,9 @@ def chart(rows, before, path):
     names = [k for k in rows[0] if k not in ("step", "rate", "frames_per_second")]
     axes = Figure(figsize=(8, 5), layout="constrained").subplots()
     for i, name in enumerate(names):
-        axes.plot([r["step"] for r in rows if name in r], [r[name] for r in rows if name in r], f"C{i}", label=name)
+        points = np.array([(r["step"], r[name]) for r in rows if name in r])
+        n = min(len(points), 500)  # means of as many steps each
+        axes.plot(*np.array([part.mean(axis=0) for part in np.array_split(points, n)]).T, f"C{i}", label=name)
         points = [(0, before)] if name == "loss" and before is not None else []
         points += [(r["step"], r[f"test_{name}"]) for r in rows if f"test_{name}" in r]
         if points:

@@ -580,6 +580,28 @@ def test_the_log_tells_the_rate_of_its_step(plain, data, tmp_path):
     assert all(mx.array_equal(before[name], after[name]) for name in before)
 
 
+def test_the_log_is_appended_to(plain, data, tmp_path, monkeypatch):
+    """What an interruption leaves behind the last checkpoint, half a line too, is made again."""
+    more = ["--batch-size", 1, "--log-freq", 2, "--ckpt-freq", 4, "--lora-rank", 2, "--epochs", 2]
+    rows = train(plain, data, tmp_path / "whole", *more)
+    assert [r["step"] for r in rows] == [*range(1, 13)]
+    step = finetune.Run.step
+
+    def interrupted(run):
+        if run.n == 6:
+            raise KeyboardInterrupt
+        return step(run)
+
+    with monkeypatch.context() as m, pytest.raises(SystemExit):
+        m.setattr(finetune.Run, "step", interrupted)
+        train(plain, data, tmp_path / "o", *more)
+    log = tmp_path / "o/log.jsonl"
+    assert len(log.read_text().splitlines()) == 6
+    log.write_text(log.read_text() + '{"step": 7, "lo')
+    again = train(plain, data, tmp_path / "o", *more)
+    assert [(r["step"], r["loss"]) for r in again] == [(r["step"], r["loss"]) for r in rows]
+
+
 def test_each_part_of_a_batch_has_its_own_dropout(plain, data, tmp_path):
     generator = csm.load(plain, dtype="float32")
     args = arguments(output_dir=tmp_path, lora_rank=2, lora_dropout=0.5, batch_size=1)

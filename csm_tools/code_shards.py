@@ -1,8 +1,9 @@
 """Codes of many clips: computed once, kept in shards on disk, read one clip at a time when they are needed.
 
     shards = Shards(folder)
-    codes = shards.get(key) or shards.add(key, computed)        # a Codes, (F, K)
-    shards.flush()                                              # what was added is on the disk
+    codes = shards.add(key, computed)       # (F, K) -> a Codes
+    shards.flush()                          # what was added is on the disk
+    codes = shards.get(key)                 # the Codes, or None
 
 A shard is a file put in place atomically, with two arrays as np.save writes them: the codes of its clips (frames, K),
 then its index (clips,) of key and frames. Its name is a hash of its keys, so processes that compute the same do not
@@ -40,12 +41,8 @@ class Codes:
     __slots__ = ("key", "n", "place", "start")
 
     def __init__(self, key, place, start, n):
-        self.key, self.place, self.start, self.n = (
-            key,
-            place,
-            start,
-            n,
-        )  # place: a Shard, or the array until it is written
+        self.key, self.start, self.n = key, start, n
+        self.place = place  # a Shard, or the array until it is written
 
     def __len__(self):
         return self.n
@@ -105,9 +102,9 @@ class Shards:
         """Add what a shard holds."""
         start = 0
         for key, n in zip(each(shard.index["key"]), shard.index["frames"].tolist()):
-            codes = self.found.get(key) or Codes(key, shard, start, n)
-            codes.place, codes.start = shard, start
-            self.found[key] = codes
+            if key not in self.found:
+                self.found[key] = Codes(key, shard, start, n)
+            self.found[key].place, self.found[key].start = shard, start
             start += n
         shard.index = None
 

@@ -608,6 +608,8 @@ def warn_of_codec(generator, examples, n):
     lost = []
     if likeness < HEARS:
         lost.append(f"spectra correlate by {likeness:.2f}; {HEARS:g} or more is well")
+    if package := transcribe.package():
+        print(f"listening to {len(some)} clips and what the codec makes of them, by {package}", file=sys.stderr)
     if found := words_wrong(pairs):
         before, after = found
         if after > before + LOST_WORDS:

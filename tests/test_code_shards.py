@@ -187,6 +187,7 @@ def test_codes_stay_on_disk(folder, tmp_path):
 def test_two_runs_at_once_share_a_folder(folder, clips, tmp_path):
     command = [sys.executable, "-m", "csm_tools.finetune", "train", "--model", folder, "--data-path", clips]
     command += ["--codes", tmp_path / "codes", "--lora-rank", 2, "--epochs", 1, "--sample-texts", "none"]
+    command += ["--codec-clips", 0]
     runs = [subprocess.Popen([*map(str, [*command, "--output-dir", tmp_path / name])], cwd=HERE) for name in "ab"]
     assert [run.wait() for run in runs] == [0, 0]
     train(folder, clips, tmp_path / "c", "--codes", tmp_path / "codes", "--lora-rank", 2, "--epochs", 1)

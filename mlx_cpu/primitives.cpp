@@ -196,84 +196,107 @@ inline float total(floats v) {
   return (u.part[0][0] + u.part[0][1]) + (u.part[0][2] + u.part[0][3]);
 }
 
-// Add to `totals` the products of R rows of x, from `row` on, and row j of w, for the groups from `start` on.
-template <int bits, int group, int R>
-inline void line(const Product &p, int row, int64_t j, int start, floats *totals) {
+// Add to `totals` the products of R rows of x, from `row` on, and C rows of w, every `apart`th from row j on, for the groups
+// from `start` on.
+template <int bits, int group, int R, int C>
+inline void lines(const Product &p, int row, int64_t j, int64_t apart, int start, floats (*totals)[R]) {
   constexpr int PAIR = SPAN > group && bits == 4 ? 2 : 1; // groups that share a register
   constexpr int STEP = bits == 4 ? SPAN : SPAN / 2;       // weights that fill one
   const int groups = p.k / group, size = min(int(GROUPS), groups - start);
   const uint8_t *w = p.w + (j * p.k + start * group) * bits / 8;
+  const int64_t next = apart * p.k * bits / 8;
   const short *x = p.integers + (int64_t)row * p.k + start * group;
-  floats sums[R];
-  float factors[R][GROUPS];
+  floats sums[C][R];
+  float factors[C][R][GROUPS];
+#pragma GCC unroll 2
+  for (int c = 0; c < C; c++) {
 #pragma GCC unroll 8
-  for (int r = 0; r < R; r++)
-    sums[r] = totals[r];
-  for (int g = 0; g < size; g += W) {
-    const floats s = load(p.scales, p.scale_kind, j * groups + start + g, (j + 1) * groups);
-    const floats b = load(p.biases, p.scale_kind, j * groups + start + g, (j + 1) * groups);
+    for (int r = 0; r < R; r++)
+      sums[c][r] = totals[c][r];
+    for (int g = 0; g < size; g += W) {
+      const int64_t at = (j + c * apart) * groups + start + g, end = (j + c * apart + 1) * groups;
+      const floats s = load(p.scales, p.scale_kind, at, end), b = load(p.biases, p.scale_kind, at, end);
 #pragma GCC unroll 8
-    for (int r = 0; r < R; r++) {
-      const int64_t at = (int64_t)(row + r) * (groups + W) + start + g; // see multiply()
-      *(floats *)(factors[r] + g) = s * *(const floats *)(p.x_scales + at);
-      sums[r] += b * *(const floats *)(p.x_sums + at);
+      for (int r = 0; r < R; r++) {
+        const int64_t of_x = (int64_t)(row + r) * (groups + W) + start + g; // see multiply()
+        *(floats *)(factors[c][r] + g) = s * *(const floats *)(p.x_scales + of_x);
+        sums[c][r] += b * *(const floats *)(p.x_sums + of_x);
+      }
     }
   }
   for (int g = 0; g < size; g += PAIR) {
-    ints dots[R] = {};
+    ints dots[C][R] = {};
 #pragma GCC unroll 16
     for (int i = 0; i < group * PAIR; i += STEP, w += 2 * W, x += STEP) {
-      const words all = widen(w), low = bits == 4 ? all & 15 : all, high = all >> 4;
+      words low[C], high[C];
+#pragma GCC unroll 2
+      for (int c = 0; c < C; c++) {
+        const words all = widen(w + c * next);
+        low[c] = bits == 4 ? all & 15 : all, high[c] = all >> 4;
+      }
 #pragma GCC unroll 8
       for (int r = 0; r < R; r++) {
-        const short *y = x + (int64_t)r * p.k;
-        dots[r] = dot(dots[r], low, *(const words *)y);
-        if constexpr (bits == 4)
-          dots[r] = dot(dots[r], high, *(const words *)(y + STEP / 2));
+        const words y = *(const words *)(x + (int64_t)r * p.k);
+#pragma GCC unroll 2
+        for (int c = 0; c < C; c++)
+          dots[c][r] = dot(dots[c][r], low[c], y);
+        if constexpr (bits == 4) {
+          const words z = *(const words *)(x + (int64_t)r * p.k + STEP / 2);
+#pragma GCC unroll 2
+          for (int c = 0; c < C; c++)
+            dots[c][r] = dot(dots[c][r], high[c], z);
+        }
       }
     }
+#pragma GCC unroll 2
+    for (int c = 0; c < C; c++) {
 #pragma GCC unroll 8
-    for (int r = 0; r < R; r++) {
-      floats factor = factors[r][g] - floats{};
+      for (int r = 0; r < R; r++) {
+        floats factor = factors[c][r][g] - floats{};
 #ifdef __AVX512BW__
-      if constexpr (PAIR == 2)
-        factor = (floats)_mm512_mask_blend_ps(0xff00, (__m512)factor, (__m512)(factors[r][g + 1] - floats{}));
+        if constexpr (PAIR == 2)
+          factor = (floats)_mm512_mask_blend_ps(0xff00, (__m512)factor, (__m512)(factors[c][r][g + 1] - floats{}));
 #endif
-      sums[r] += __builtin_convertvector(dots[r], floats) * factor;
+        sums[c][r] += __builtin_convertvector(dots[c][r], floats) * factor;
+      }
     }
   }
+#pragma GCC unroll 2
+  for (int c = 0; c < C; c++)
 #pragma GCC unroll 8
-  for (int r = 0; r < R; r++)
-    totals[r] = sums[r];
+    for (int r = 0; r < R; r++)
+      totals[c][r] = sums[c][r];
 }
 
-// R rows of x by n rows of w: all n for some groups of x at a time, which stay in the innermost cache
-template <int bits, int group, int R>
-void block(const Product &p, int row, int column, int n) {
+// R rows of x by n rows of w, every `apart`th: all n for some groups of x at a time, which stay in the innermost cache
+template <int bits, int group, int R, int C = 1>
+void block(const Product &p, int row, int column, int apart, int n) {
   floats totals[BLOCK][R] = {};
   for (int start = 0; start < p.k / group; start += GROUPS)
-    for (int j = 0; j < n; j++)
-      line<bits, group, R>(p, row, column + j, start, totals[j]);
+    for (int j = 0; j < n; j += C)
+      lines<bits, group, R, C>(p, row, column + j * apart, apart, start, totals + j);
   for (int r = 0; r < R; r++)
     for (int j = 0; j < n; j++)
-      store(p.out, p.kind, (int64_t)(row + r) * p.n + column + j, total(totals[j][r]));
+      store(p.out, p.kind, (int64_t)(row + r) * p.n + column + j * apart, total(totals[j][r]));
 }
 
 template <int bits, int group>
 void few_rows(const void *job, int part) {
   const Product &p = *(const Product *)job;
-  const int end = min((part + 1) * p.step, p.n), size = p.rows > 2 ? BLOCK : 1;
-  for (int j = part * p.step; j < end; j += size)
+  const int first = part * p.step, end = min(first + p.step, p.n), half = (end - first) / 2;
+  for (int j = first; p.rows == 1 && j < first + half; j++) // two rows of w, which memory reads as two long streams
+    block<bits, group, 1, 2>(p, 0, j, half, 2);
+  for (int j = p.rows == 1 ? first + 2 * half : first; j < end; j += BLOCK)
     for (int i = 0; i < p.rows;) {
-      const int n = min(size, end - j), left = p.rows - i;
+      const int n = min(int(BLOCK), end - j), left = p.rows - i;
       if (left >= ROWS)
-        block<bits, group, ROWS>(p, i, j, n), i += ROWS;
+        block<bits, group, ROWS>(p, i, j, 1, n), i += ROWS;
       else if (ROWS == 8 && left >= 4)
-        block<bits, group, 4>(p, i, j, n), i += 4;
+        block<bits, group, 4>(p, i, j, 1, n), i += 4;
       else if (left >= 2)
-        block<bits, group, 2>(p, i, j, n), i += 2;
+        block<bits, group, 2>(p, i, j, 1, n), i += 2;
       else
-        block<bits, group, 1>(p, i, j, n), i++;
+        block<bits, group, 1>(p, i, j, 1, n), i++;
     }
 }
 

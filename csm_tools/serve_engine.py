@@ -25,7 +25,7 @@ from mlx.utils import tree_map
 AHEAD = 30  # seconds of sound that a listener may leave untaken before the next part of its text waits for it
 KEPT = 16  # voices and contexts whose KV caches are kept
 LETTERS_A_SECOND = 15  # of speech, where it is not known how long a text takes
-PIECE = 25  # frames (2 s) of a clip that are encoded at once
+PIECE, ALONE = 8, 25  # frames (0.64 s, 2 s) of a clip that are encoded at once while others listen, or nobody does
 
 log = logging.getLogger("csm.serve")
 
@@ -357,10 +357,12 @@ class Engine:
         try:
             audio = csm.as_samples(turn.audio)
             audio = mx.array(np.pad(audio, (0, -len(audio) % g.mimi.frame_size)))[None, None]
-            state, codes, size = g.mimi.init_state(1), [], PIECE * g.mimi.frame_size
-            for i in range(0, audio.shape[2], size):
-                more, state = g.mimi.encode_step(audio[:, :, i : i + size], state)
+            state, codes, done = g.mimi.init_state(1), [], 0
+            while done < audio.shape[2]:
+                size = (PIECE if self.live else ALONE) * g.mimi.frame_size
+                more, state = g.mimi.encode_step(audio[:, :, done : done + size], state)
                 codes.append(np.array(more[0].T))
+                done += size
                 yield True
             n = min(g.mimi.n_codebooks, g.model.config.audio_num_codebooks)
             turn.codes, turn.audio = np.concatenate(codes)[:, :n], None

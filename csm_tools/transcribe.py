@@ -10,6 +10,7 @@ import threading
 import numpy as np
 
 from csm_tools.audio import RATE
+from csm_tools.text import spoken
 
 MODELS = {"mlx_whisper": "mlx-community/whisper-small.en-mlx", "faster_whisper": "small.en"}
 GET_IT = "or `pip install 'csm-speech[transcribe]'`, which hears it"
@@ -43,7 +44,7 @@ def transcribe(samples):
             f"the clip has no transcript, and Whisper's model {model} cannot hear it: give the transcript, or name a "
             f"model's folder by CSM_WHISPER ({reason})"
         ) from None
-    text = " ".join(text.split())
+    text = " ".join(spoken(text).split())  # it writes "Press 1"
     if not text:
         raise ValueError("no speech was heard in the clip: give its transcript")
     return text

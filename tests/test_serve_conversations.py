@@ -67,6 +67,24 @@ def test_a_conversation_is_the_librarys(tiny):
     assert [same(g, w) for g, w in zip(got, want)] == [True] * 3
 
 
+def test_a_context_names_the_voices_of_its_speakers(tiny, tmp_path):
+    for suffix in (".wav", ".txt"):
+        (tmp_path / f"mine{suffix}").write_bytes(CLIP.with_suffix(suffix).read_bytes())
+    voices = serve_voices.Voices(tiny, tmp_path)
+    context = [tiny.voice_prompt("deep", 0)[0], csm.Segment(1, SAID, CLIP)]
+    talk = tiny.conversation(context)
+    want = [talk.say("Hello there.", 0, seed=1), talk.say("Where are you going?", 1, seed=2)]
+
+    async def scenario(client, engine):
+        named = [{"speaker": 0, "voice": "deep"}, {"speaker": 1, "voice": "mine"}]
+        got = [await say(client, "Hello there.", context=named, seed=1)]
+        got.append(await say(client, "Where are you going?", speaker=1, seed=2))
+        assert all("x-warning" not in answer.headers for answer in got)
+        return [samples(answer.content) for answer in got]
+
+    assert all(same(g, w) for g, w in zip(during(tiny, scenario, voices), want))
+
+
 def test_a_turn_costs_its_own_rows_and_those_of_the_last(tiny, monkeypatch):
     rows, prefill = [], csm.prefill
 

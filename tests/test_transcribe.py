@@ -43,9 +43,12 @@ def with_silence(path, seconds=3):
     return path
 
 
-def test_what_a_clip_says():
+def test_what_a_clip_says(monkeypatch):
     audio, _ = soundfile.read(CLIP, dtype="float32")
     assert words(transcribe.transcribe(audio)) == words(SAID)
+    monkeypatch.setattr(transcribe, "by_ctranslate2", lambda *_: " Press 1 to go on. ")
+    assert transcribe.transcribe(audio) == "Press one to go on."
+    monkeypatch.setattr(transcribe, "by_ctranslate2", lambda *_: " ")
     with pytest.raises(ValueError, match="no speech was heard"):
         transcribe.transcribe(np.zeros(24_000, np.float32))
 
@@ -65,13 +68,17 @@ def test_without_a_recogniser_or_its_model_the_way_out_is_said(monkeypatch, tmp_
 def test_on_a_mac_it_is_mlx_whisper(monkeypatch):
     """Held to the package's signature as it is documented; it was not run on a Mac."""
 
+    given = []
+
     class Mlx:
         def transcribe(audio, *, path_or_hf_repo, **options):
-            return {"text": f" {path_or_hf_repo} {len(audio)}"}
+            given.append((len(audio), path_or_hf_repo))
+            return {"text": " Hello. "}
 
     monkeypatch.setitem(sys.modules, "mlx_whisper", Mlx)
     monkeypatch.setattr(transcribe, "package", lambda: "mlx_whisper")
-    assert transcribe.transcribe(np.zeros(24_000, np.float32)).endswith(f" {16_000 + 2 * 3_200}")
+    assert transcribe.transcribe(np.zeros(24_000, np.float32)) == "Hello."
+    assert given == [(16_000 + 2 * 3_200, str(models.get_model_path()))]
 
 
 # ------------------------------------------------------------------------------------------------------ the command

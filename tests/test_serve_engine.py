@@ -52,6 +52,11 @@ def all_said(engine, *speeches, steps=4000):
     raise AssertionError("it goes on and on")
 
 
+def alike(x, y):
+    """Whether two sounds (S,) int16 are the same but for roundings: rows of a product may be summed differently."""
+    return len(x) == len(y) and np.abs(x.astype(int) - y).max() <= 2
+
+
 def test_a_clip_is_encoded_between_the_frames_of_others(engine, tiny):
     e, audio = engine(), np.tile(speech(), 20)[: 50 * 24_000] / np.float32(32768)
     hears = a_speech(LONG)
@@ -62,8 +67,8 @@ def test_a_clip_is_encoded_between_the_frames_of_others(engine, tiny):
         frames += sum(speech is hears and len(piece) == 1920 for speech, piece in e.step([] if steps else [asks]))
         steps += 1
     assert frames == steps > 50 * 12.5 / serve_engine.PIECE  # a frame beside each piece
-    want = tiny.encode(csm.Segment(0, SAID, audio)).codes
-    np.testing.assert_array_equal(asks.context[0].codes, np.array(want))
+    want = np.array(tiny.encode(csm.Segment(0, SAID, audio)).codes)
+    assert (asks.context[0].codes == want).mean() > 0.99  # products of other sizes round differently
 
 
 def test_a_voice_is_encoded_once_for_all_who_ask_for_it(engine, monkeypatch):
@@ -75,7 +80,7 @@ def test_a_voice_is_encoded_once_for_all_who_ask_for_it(engine, monkeypatch):
     three = [a_speech("Yes.", voice=voice) for _ in range(3)]
     ends = all_said(e, *three)
     assert len(n) == -(-len(speech()) // (serve_engine.ALONE * 1920))  # nobody listens yet
-    assert all(np.array_equal(ends[s], ends[three[0]]) for s in three)
+    assert all(alike(ends[s], ends[three[0]]) for s in three)
     assert rows.count(e.generator.context_rows(three[0].context).tobytes()) == 1
 
 
@@ -199,7 +204,7 @@ def test_one_thread_marks_all_and_its_failure_reaches_the_client(engine, caplog)
 
     said = asyncio.run(scenario(Noted(), 4))
     sound = [samples(b"".join(m.get("body", b"") for m in messages)) for messages in said]
-    assert len(threads) == 1 and all(np.array_equal(x, sound[0]) for x in sound) and sound[0].any()
+    assert len(threads) == 1 and all(alike(x, sound[0]) for x in sound) and sound[0].any()
     (broken,) = asyncio.run(scenario(Broken(), 1))
     assert broken[0]["status"] == 500 or broken[-1]["more_body"]  # not as if it were whole
     assert "generation failed" in caplog.text

@@ -210,7 +210,7 @@ def load_blas(alone):
     alone: it is to take MLX's place by itself, so it has threads, and its names are put before MLX's.
     """
     # Slices come from threads of ours, so otherwise the library has none. OpenBLAS does not know that an AMD CPU can
-    # have AVX-512. Whatever is set for other copies of it, this one serves nobody else. (On Zen 4 the kernels without it
+    # have AVX-512. Whatever is set for other copies of it, this one serves nobody else. (On Zen 4 the kernels without
     # take 6 to 9 % less time for long prompts, but sum the rows of a small batch differently from a row alone.)
     avx512 = all(f" avx512{kind}" in INFO for kind in ("f", "cd", "bw", "dq", "vl"))
     variables = ({} if alone else {"OPENBLAS_NUM_THREADS": "1"}) | ({"OPENBLAS_CORETYPE": "SkylakeX"} if avx512 else {})

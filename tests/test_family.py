@@ -195,7 +195,7 @@ def test_adapters(tmp_path):
     plain = mx.dequantize(*(pack[f"{name}.{part}"] for part in ("weight", "scales", "biases")), 32, 4)
     change = (changes["a"][f"{name}.lora_a"] @ changes["a"][f"{name}.lora_b"]).T
     assert mx.allclose(model.backbone.layers[1].self_attn.k_proj.weight, plain + change, atol=1e-5)
-    (a / "adapter_config.json").write_text(json.dumps({"peft_type": "LORA"}))
+    (a / "adapter_config.json").write_text(json.dumps({"trained": "elsewhere"}))
     for wrong, match in (
         (a, "not of finetune, PEFT or csm-mlx"),
         (tmp_path / "model", "adapter_config.json and adapters.safetensors"),

@@ -213,7 +213,7 @@ def test_command(folder, tmp_path, capsys):
     assert b"<svg" in (tmp_path / "b.svg").read_bytes() and (tmp_path / "c.pdf").read_bytes()[:4] == b"%PDF"
     before = sorted(tmp_path.iterdir())
     mistakes = [("d.gif", [], ".png, .svg or .pdf"), ("d.png", ["--context", "nowhere.json"], "nowhere.json"),
-                ("d.png", ["--ref-audio", "x.wav"], "go together"), ("no/d.png", [], "cannot write")]  # fmt: skip
+                ("d.png", ["--ref-text", "yes"], "go together"), ("no/d.png", [], "cannot write")]  # fmt: skip
     for name, options, said in mistakes:
         with pytest.raises(SystemExit) as e:
             show.main([*command, str(tmp_path / name), *options])

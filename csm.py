@@ -1051,7 +1051,8 @@ def load(
     network = blank_model(config, weights)
     mimi.load_weights(network, weights)
     del weights, source  # the network holds them now
-    check_finite(network, model)
+    some = [(k, w) for k, w in tree_flatten(network.parameters()) if "norm" in k or "head" in k]
+    check_finite(some, model)  # `frames` notices others
     if not adapter and (path / "adapter_config.json").is_file():
         log.warning("%s also has an adapter, which is not applied without --adapter", path)
     return Generator(network, find_mimi(), Tokenizer(find_tokenizer()), voices, fields, codebooks)
@@ -1093,15 +1094,12 @@ def blank_model(config, weights):
     return model
 
 
-def check_finite(model, path):
-    """Raise ValueError if norms or heads have NaN or infinite weights. `frames` notices others."""
-    wrong = []
-    for name, w in tree_flatten(model.parameters()):
-        if "norm" in name or ("head" in name and w.dtype != mx.uint32):
-            if not mx.isfinite(w).all():
-                wrong.append(name)
+def check_finite(weights, path):
+    """Raise ValueError if any of [(name, array)] is NaN or infinite somewhere."""
+    floats = [(name, w) for name, w in weights if mx.issubdtype(w.dtype, mx.floating)]
+    wrong = [name for name, w in floats if not mx.isfinite(w).all()]
     if wrong:
-        hint = ": load it as bfloat16" if model.dtype == mx.float16 else ""
+        hint = ": load it as bfloat16" if any(w.dtype == mx.float16 for _, w in floats) else ""
         raise ValueError(f"{path} has NaN or infinite weights: {', '.join(wrong[:4])}{hint}")
 
 

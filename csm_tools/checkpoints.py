@@ -19,8 +19,7 @@ import mimi  # before mlx
 from csm_layouts import CONTAINER_FILES, DEFAULT_MODEL, DEFAULT_PROMPTS, DEFAULT_TOKENIZER, MIMI_FILES, TOKENIZER
 from csm_layouts import unfinished as unfinished  # for mimi.replacing
 
-import mlx.core as mx  # isort: skip
-from mlx.utils import tree_flatten
+from mlx.utils import tree_flatten  # isort: skip
 
 log = logging.getLogger("csm")
 WEIGHTS = (  # patterns, tried in this order: the first match is loaded
@@ -129,14 +128,16 @@ def change(config, weights, adapter=None, quantize=None, group_size=64):
 
 def check_weights(generator, name):
     """Raise ValueError if any weight of a csm.Generator's network or codec is NaN or infinite. Reads all of them."""
-    wrong = []
-    for part in (generator.model, generator.mimi):
-        for key, w in tree_flatten(part.parameters()):
-            if mx.issubdtype(w.dtype, mx.floating) and not mx.isfinite(w).all():
-                wrong.append(key)
-    if wrong:
-        hint = ": load it as bfloat16" if generator.model.dtype == mx.float16 else ""
-        raise ValueError(f"{name} has NaN or infinite weights: {', '.join(wrong[:4])}{hint}")
+    import csm
+
+    csm.check_finite(tree_flatten(generator.model.parameters()) + tree_flatten(generator.mimi.parameters()), name)
+
+
+def tokenizer_files(generator):
+    """{name: path} of the tokenizer and the files of settings beside it."""
+    tokenizer = generator.tokenizer.path
+    beside = [tokenizer.with_name(name) for name in TOKENIZER if name.endswith(".json")]
+    return {path.name: path for path in [*beside, tokenizer] if path.is_file()}
 
 
 def save(generator, folder):
@@ -144,9 +145,7 @@ def save(generator, folder):
     weights, sound = (dict(tree_flatten(x.parameters())) for x in (generator.model, generator.mimi))
     config = generator.config_json | asdict(generator.model.config)
     files = csm_layouts.native_files(config, weights, asdict(generator.mimi.config), sound)
-    tokenizer = generator.tokenizer.path
-    beside = [tokenizer.with_name(name) for name in TOKENIZER if name.endswith(".json")]
-    files |= {path.name: path for path in [*beside, tokenizer] if path.is_file()}
+    files |= tokenizer_files(generator)
     clips = [
         place / f"{name}{suffix}" for name, place in generator.voices.items() if place for suffix in (".wav", ".txt")
     ]

@@ -46,6 +46,7 @@ import csm_batch
 import csm_layouts
 import mimi
 from csm_tools import adapters, checkpoints, command, transcribe, tuning_data
+from csm_tools.transcribe import word_errors
 from csm_tools.tuning_data import choose, collate
 
 import mlx.core as mx  # isort: skip
@@ -413,9 +414,7 @@ def model_files(generator):
     config |= {"model_type": "csm", "layout": "native", "use_default_voice_prompt": False}
     sound = dict(tree_flatten(generator.mimi.parameters()))
     files = csm_layouts.native_files(None, None, asdict(generator.mimi.config), sound)
-    place = generator.tokenizer.path
-    beside = [place, *(place.with_name(name) for name in csm_layouts.TOKENIZER if name.endswith(".json"))]
-    return config, files | {path.name: path for path in beside if path.is_file()}
+    return config, files | checkpoints.tokenizer_files(generator)
 
 
 def base_from(model, folder):
@@ -651,16 +650,6 @@ def hear(samples):
 
 def words(text):
     return re.findall(r"[\w']+", text.lower())
-
-
-def word_errors(said, heard):
-    """Words replaced, left out and put in, at least: [str], [str] -> int"""
-    row = np.arange(len(heard) + 1)
-    for i, word in enumerate(said, 1):
-        above, row = row, np.full_like(row, i)
-        for j, other in enumerate(heard, 1):
-            row[j] = min(above[j] + 1, row[j - 1] + 1, above[j - 1] + (word != other))
-    return int(row[-1])
 
 
 def likeness_of(samples, back):

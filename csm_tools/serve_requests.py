@@ -92,8 +92,26 @@ def which_turn(x):
 AnyTurn = Annotated[Annotated[Turn, Tag("~clip")] | Annotated[Voiced, Tag("~voice")], Discriminator(which_turn)]
 
 
-class Request(BaseModel):
-    """OpenAI's fields (platform.openai.com/docs/api-reference/audio/createSpeech), and from `speaker` on our own.
+class Speaking(BaseModel):
+    """How something is said: our own fields, the same over HTTP and by a WebSocket."""
+
+    speaker: int = Field(0, ge=0, le=LAST_SPEAKER)
+    seed: int = Field(default_factory=lambda: secrets.randbits(32), ge=0, lt=2**64)
+    temperature: float | None = None
+    top_k: int | None = None
+    top_p: float | None = None
+    min_p: float | None = None
+    conversation: str | None = Field(None, min_length=1, max_length=200)  # a name: this is said after all said there
+    after_turns: int | None = Field(None, ge=0)  # how many turns it must have, so that a lost one is noticed
+
+    def sampling(self, generator):
+        """A csm.Sampling. Raises ValueError."""
+        which = {"temperature", "top_k", "top_p", "min_p"}
+        return generator.read_options(self.seed, self.model_dump(include=which))[1]
+
+
+class Request(Speaking):
+    """OpenAI's fields (platform.openai.com/docs/api-reference/audio/createSpeech), and from `captions` on our own.
 
     `model` and `instructions` are taken and change nothing, and other programs' fields too. What is null is absent.
     """
@@ -106,17 +124,9 @@ class Request(BaseModel):
     normalize: bool = True  # say numbers, signs and markdown in words
     captions: bool = False  # with sse: an event for each part that was said, with its times
     stream: bool = False  # a short WAV or FLAC too: at once, not with its length in the header
-    speaker: int = Field(0, ge=0, le=LAST_SPEAKER)
-    seed: int = Field(default_factory=lambda: secrets.randbits(32), ge=0, lt=2**64)
-    temperature: float | None = None
-    top_k: int | None = None
-    top_p: float | None = None
-    min_p: float | None = None
     ref_audio: Sound | None = None  # a clip of the voice to speak with
     ref_text: str | None = None  # what that clip says; None: what is heard in it
     context: list[AnyTurn] = Field([], max_length=MOST_CLIPS)  # what was said since, and voices of speakers
-    conversation: str | None = Field(None, min_length=1, max_length=200)  # a name: this is said after all said there
-    after_turns: int | None = Field(None, ge=0)  # how many turns it must have, so that a lost one is noticed
 
     @model_validator(mode="before")
     @classmethod
@@ -157,21 +167,13 @@ STREAMS = {  # ElevenLabs' output_format -> the format, its samples a second, bi
 }
 
 
-class Stream(BaseModel):
-    """What the address of a WebSocket says: the voice, ElevenLabs' options, and from `conversation` on our own."""
+class Stream(Speaking):
+    """What the address of a WebSocket says: the voice and ElevenLabs' options."""
 
     voice: str
     output_format: Literal[tuple(STREAMS)] = "mp3_44100_128"
     apply_text_normalization: Literal["auto", "on", "off"] = "auto"
     inactivity_timeout: float = Field(20, gt=0, le=180)  # seconds
-    conversation: str | None = Field(None, min_length=1, max_length=200)
-    after_turns: int | None = Field(None, ge=0)
-    speaker: int = Field(0, ge=0, le=LAST_SPEAKER)
-    seed: int = Field(default_factory=lambda: secrets.randbits(32), ge=0, lt=2**64)
-    temperature: float | None = None
-    top_k: int | None = None
-    top_p: float | None = None
-    min_p: float | None = None
 
 
 class VoiceSettings(BaseModel):
@@ -242,6 +244,11 @@ def hear(audio):
         ears.release()
 
 
+def check_voice(voice, known, field):
+    if voice not in known:
+        raise Refused(f"unknown voice {voice[:80]!r}; there are: {', '.join(known)}", field)
+
+
 def read_request(body, voices, generator, longest):
     """A request's bytes -> Request, Speech, doubts about it, what was heard in its clips. Raises Refused.
 
@@ -249,7 +256,7 @@ def read_request(body, voices, generator, longest):
     """
     r = parse(Request, body)
     try:
-        sampling = generator.read_options(r.seed, r.model_dump(include={"temperature", "top_k", "top_p", "min_p"}))[1]
+        sampling = r.sampling(generator)
     except ValueError as e:
         raise Refused(str(e)) from None
     if not r.input.strip():
@@ -261,13 +268,13 @@ def read_request(body, voices, generator, longest):
     except ValueError as e:
         raise Refused(f"`input`: {e}", "input") from None
     known = voices.table()
-    if r.voice is not None and r.voice not in known:
-        raise Refused(f"unknown voice {r.voice[:80]!r}; there are: {', '.join(known)}", "voice")
+    if r.voice is not None:
+        check_voice(r.voice, known, "voice")
     if r.ref_audio is None and r.ref_text is not None:
         raise Refused("`ref_audio` and `ref_text` go together: a transcript is that of a clip", "ref_audio")
     for i, turn in enumerate(r.context):
-        if isinstance(turn, Voiced) and turn.voice not in known:
-            raise Refused(f"unknown voice {turn.voice[:80]!r}; there are: {', '.join(known)}", f"context.{i}.voice")
+        if isinstance(turn, Voiced):
+            check_voice(turn.voice, known, f"context.{i}.voice")
     turns = [(f"context.{i}.audio", turn) for i, turn in enumerate(r.context) if isinstance(turn, Turn)]
     if r.ref_audio is not None:
         clip = Turn.model_construct(speaker=r.speaker, text=r.ref_text or None, audio=r.ref_audio)

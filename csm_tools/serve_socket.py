@@ -22,7 +22,7 @@ import csm
 from csm_tools.serve_engine import Busy, Speech
 from csm_tools.serve_files import Encoder
 from csm_tools.serve_network import Connection
-from csm_tools.serve_requests import STREAMS, Message, Refused, Stream, in_one_line, parse
+from csm_tools.serve_requests import STREAMS, Message, Refused, Stream, check_voice, in_one_line, parse
 from csm_tools.text import PAUSES, parts_of, sentences
 
 MOST_TEXTS = 5  # at once in a socket
@@ -66,15 +66,13 @@ class Sockets:
             asked = dict(websocket.query_params) | {"voice": websocket.path_params["voice"]}
             options = parse(Stream, json.dumps(asked))
             known = self.voices.table()
-            if options.voice not in known:
-                raise Refused(f"unknown voice {options.voice[:80]!r}; there are: {', '.join(known)}", "voice")
+            check_voice(options.voice, known, "voice")
             allowed = not self.args.api_key
             if not allowed and {"xi-api-key", "authorization"} & {*websocket.headers}:  # or the first message has it
                 self.check_key(websocket)
                 allowed = True
             try:
-                which = {"temperature", "top_k", "top_p", "min_p"}
-                sampling = self.engine.generator.read_options(options.seed, options.model_dump(include=which))[1]
+                sampling = options.sampling(self.engine.generator)
             except ValueError as e:
                 raise Refused(str(e)) from None
         except Refused as e:

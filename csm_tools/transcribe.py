@@ -50,6 +50,16 @@ def transcribe(samples):
     return text
 
 
+def word_errors(said, heard):
+    """Words replaced, left out and put in, at least: [str], [str] -> int"""
+    row = np.arange(len(heard) + 1)
+    for i, word in enumerate(said, 1):
+        above, row = row, np.full_like(row, i)
+        for j, other in enumerate(heard, 1):
+            row[j] = min(above[j] + 1, row[j - 1] + 1, above[j - 1] + (word != other))
+    return int(row[-1])
+
+
 def by_mlx(audio, model):
     import mlx_whisper
 

@@ -67,7 +67,7 @@ def cpu_info():
     text = ""
     with suppress(OSError):
         text = Path("/proc/cpuinfo").read_text().partition("\n\n")[0]
-    kept = ("vendor_id", "cpu family", "model name", "flags", "Features", "CPU implementer", "CPU part")
+    kept = ("vendor_id", "model name", "flags", "Features", "CPU implementer", "CPU part")
     return "\n".join(line for line in text.splitlines() if line.split("\t")[0].strip() in kept)
 
 

@@ -26,6 +26,7 @@ sys.path[:0] = [str(HERE.parent), str(HERE)]
 
 import csm  # before torch: it puts a fast BLAS in place
 import mimi
+from csm_tools.transcribe import word_errors
 
 import mlx.core as mx  # isort: skip
 import codes
@@ -52,16 +53,6 @@ def plain(text):
         r"\b\d{1,6}\b", lambda m: f" {teacher.number(int(m[0]))} ", re.sub(r"(\d),(\d)", r"\1\2", text.lower())
     )
     return re.sub(r"[^a-z' ]", " ", text).split()
-
-
-def word_errors(said, heard):
-    """Words replaced, left out and put in, at least: [str], [str] -> int"""
-    row = np.arange(len(heard) + 1)
-    for i, word in enumerate(said, 1):
-        above, row = row, np.full_like(row, i)
-        for j, other in enumerate(heard, 1):
-            row[j] = min(above[j] + 1, row[j - 1] + 1, above[j - 1] + (word != other))
-    return int(row[-1])
 
 
 class Score(NamedTuple):

@@ -22,7 +22,7 @@ from codes import NO_WORD, PARTS
 
 HERE = Path(__file__).resolve().parent
 WORDNET = Path("/usr/share/wordnet")  # of Debian's wordnet-base
-PROSE = 0.6  # of the turns, the others are single sentences
+PROSE = 0.45  # of the turns, the others are single sentences
 RATE, FRAME = 24_000, 1_920  # samples a second, and a frame
 
 # ---------------------------------------------------------------------------------------------------- texts
@@ -533,12 +533,13 @@ def utterance(r):
 def conversation(r):
     """[(text, speaker, (voice, speed), whether it is trained on)], for the language model"""
     own, kind = ((0, 1.0), (1, 1.0)), r.random()
-    if kind < 0.5:  # one turn of a speaker with a voice of its own; the ids from 2 share those of 0 and 1
+    if kind < 0.42:  # one turn of a speaker with a voice of its own; the ids from 2 share those of 0 and 1
         speaker = r.randrange(2, 10) if r.random() < 0.08 else r.randrange(2)
         return [(text(r), speaker, own[speaker % 2], True)]
-    if kind < 0.62:
-        speakers = [r.randrange(2) for _ in range(r.choice((2, 2, 3, 4)))]
-        return [(text(r, 120), speaker, own[speaker], True) for speaker in speakers]
+    if kind < 0.6:
+        n = r.choice((2, 2, 3, 4, 6))
+        speakers = [r.randrange(2) for _ in range(n)]
+        return [(text(r, 120 if n < 6 else 60), speaker, own[speaker], True) for speaker in speakers]
     ids = r.sample(range(10), r.choice((1, 1, 1, 2)))
     voice = {speaker: other(r) for speaker in ids}
     if len(ids) == 2 and ids[1] < 2 and r.random() < 0.5:

@@ -1,9 +1,9 @@
-"""Any published CSM or Mimi checkpoint -> one folder in our own layout, and back to the layouts that others read.
+"""Convert any published CSM or Mimi checkpoint to a folder in our layout, and back to the layouts of others.
 
     python convert.py unsloth/csm-1b my-csm --quantize 8
     python convert.py my-csm for-transformers --dequantize --to transformers
 
-csm_layouts.py knows the layouts. Arrays are lazy: each tensor is read and converted when it is written.
+csm_layouts.py knows the layouts. Arrays are lazy: a tensor is read and converted when it is written.
 """
 
 import json
@@ -20,9 +20,9 @@ import mlx.core as mx  # isort: skip
 
 
 def read(source):
-    """A folder or file -> config, weights, and (config, weights) of the Mimi beside or inside it, or None.
+    """A folder or file -> (config, weights, (config, weights) of the Mimi beside or inside it, or None).
 
-    config and weights are None for a Mimi alone.
+    If it holds only a Mimi, the first two are None.
     """
     file = checkpoints.weights_file(source)
     beside = checkpoints.first_match(source if source.is_dir() else source.parent, *csm_layouts.MIMI_FILES)
@@ -41,7 +41,7 @@ def read_mimi(source):
 
 
 def text_files(source, folder, tokenizer):
-    """The tokenizer's files and the voices: {name in the destination: path}"""
+    """The files of the tokenizer and the voices: {name in the destination: path}."""
     place = Path(tokenizer) if tokenizer else folder
     if not place.exists():
         place = checkpoints.download(str(tokenizer), *csm_layouts.TOKENIZER)
@@ -58,7 +58,7 @@ def text_files(source, folder, tokenizer):
 
 
 def for_transformers(files):
-    """tokenizer.json and its settings as a CsmProcessor needs them -> {name: content}, ids for the config"""
+    """The tokenizer as a CsmProcessor needs it: ({name: content}, ids for the config)."""
     names = "tokenizer.json", "tokenizer_config.json"
     marks = csm.Tokenizer(files[names[0]])
     tokenizer, settings = (codec.read_json(files.get(name, "")) for name in names)
@@ -71,24 +71,24 @@ def convert(
     tokenizer: str | Path | None = None, dequantize: bool = False, quantize: int | str | None = None,
     group_size: int = 64, dtype=None, to: str | None = None,
 ) -> list[str]:  # fmt: skip
-    """Write `source` (a folder, file or Hub repository) as the folder `destination`; returns the names of its files.
+    """Convert `source` (a folder, file or Hub repository) to the folder `destination`; returns its files' names.
 
-    mimi, tokenizer: sources of these, if `source` lacks them or others are wanted. dequantize: make a quantized CSM
-    plain (before quantize). quantize: 4, 6 or 8 bits, in groups of group_size, or one of csm_layouts.MODES. dtype: cast
-    the CSM (None: as stored). to: None for our layout, or "sesame" or "transformers". Raises ValueError.
+    mimi, tokenizer: take these from elsewhere. dequantize: undo the source's quantization, before quantize. quantize:
+    4, 6 or 8 bits in groups of group_size, or one of csm_layouts.MODES. dtype: cast the CSM (None: as stored). to: None
+    for our layout, or "sesame" or "transformers". Raises ValueError.
     """
     source, destination = checkpoints.find(source), Path(destination).resolve()
     folder = source if source.is_dir() else source.parent
     if destination == folder.resolve() or destination.is_file():
-        raise ValueError(f"the destination must be another folder than the source, and no file: {destination}")
+        raise ValueError(f"the destination must be a folder, and another folder than the source: {destination}")
     if to not in (None, "sesame", "transformers"):
         raise ValueError(f"to must be sesame or transformers, not {to}")
     config, weights, sound = read(source)
     sound_config, sound = read_mimi(mimi) if mimi else sound or (None, None)
     if to == "transformers" and sound is None:
-        raise ValueError("transformers stores the Mimi inside, and this source has none: give one with --mimi")
+        raise ValueError("transformers' layout includes a Mimi, and this source has none: give one with --mimi")
     if weights is None and (quantize or dequantize or dtype or tokenizer):
-        raise ValueError(f"{source} is a Mimi alone: quantize, dequantize, dtype and tokenizer are for a CSM")
+        raise ValueError(f"{source} holds only a Mimi: quantize, dequantize, dtype and tokenizer are for a CSM")
 
     files = {}  # name in the destination: content, as csm_layouts.write_folder takes it
     if sound:
@@ -102,7 +102,7 @@ def convert(
             weights = csm_layouts.join_heads(adapters.dequantize_weights(sizes, weights))
             config.pop("quantization", None)
         if to and (quantize or any(name.endswith(".scales") for name in weights)):
-            raise ValueError("a quantized CSM can be written in our own layout only: --dequantize makes it plain")
+            raise ValueError("a quantized CSM can only be written in our own layout: add --dequantize")
         if dtype:
             cast = csm.as_dtype(dtype)
             for name, w in weights.items():
@@ -121,7 +121,7 @@ def convert(
             config, weights = csm_layouts.to_sesame(config, weights, asdict(csm.CSMConfig()))
             files |= {"config.json": config, "model.safetensors": (weights, {"format": "pt"})}
         if sound:
-            note = {"format": "pt", "config": json.dumps(sound_config)}  # since shapes do not tell the heads
+            note = {"format": "pt", "config": json.dumps(sound_config)}  # shapes do not show the heads
             files[codec.DEFAULT_FILE] = csm_layouts.to_kyutai(sound_config, sound), note
     else:
         files |= csm_layouts.native_files(config, weights, sound_config, sound)
@@ -135,7 +135,7 @@ def main(argv=None):
     p.add_argument("destination", help="the folder to write")
     p.add_argument("--mimi", help="where to take the Mimi from, if not from SOURCE")
     p.add_argument("--tokenizer", help="where to take the text tokenizer from, if not from SOURCE")
-    p.add_argument("--dequantize", action="store_true", help="make a quantized CSM plain")
+    p.add_argument("--dequantize", action="store_true", help="undo a CSM's quantization")
     p.add_argument("--quantize", **command.QUANTIZE)
     p.add_argument("--group-size", type=int, choices=(32, 64, 128), default=64, help="for --quantize 4, 6, 8")
     p.add_argument("--dtype", choices=("float32", "bfloat16", "float16"), help="cast the CSM (default: as stored)")

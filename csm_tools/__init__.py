@@ -1,4 +1,4 @@
-"""Programs on top of csm.py, each `python -m csm_tools.NAME`, and what they share."""
+"""Programs on top of csm.py, each `python -m csm_tools.NAME`, and their shared modules."""
 
 import importlib.util
 import sys
@@ -6,7 +6,7 @@ from pathlib import Path
 
 
 def problem():
-    """Why no program can start, in one line; None if nothing is wrong. Imports nothing."""
+    """One line that says why no program can start, or None. Imports nothing."""
     spec = None if "csm" in sys.modules else importlib.util.find_spec("csm")
     if spec and not (spec.origin and Path(spec.origin).with_name("csm_layouts.py").is_file()):
         return "`import csm` finds another project; this one is csm-speech. Run: pip uninstall csm"
@@ -19,7 +19,7 @@ def problem():
 
 if wrong := problem():
     called = Path(sys.argv[0]).name
-    if not called.startswith("csm") and called != "-m":  # no program: somebody's import
+    if not called.startswith("csm") and called != "-m":  # an import, not a program
         raise ImportError(wrong)
     print(f"{called}: error: {wrong}", file=sys.stderr)
     sys.exit(2)

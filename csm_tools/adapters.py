@@ -1,8 +1,8 @@
-"""Adapters: trained changes of a model's matrices, in the forms of our finetune, PEFT and csm-mlx.
+"""Adapters: trained changes of a model's matrices, in the formats of our finetune, PEFT and csm-mlx.
 
-A LoRA adds (a @ b).T to a matrix (out, in). A DoRA (Liu et al. 2402.09353) then scales the rows to the lengths m. In
-our form an adapter is {name.lora_a (in, r), name.lora_b (r, out), name.lora_m (out,)}, and name.weight for a matrix
-that was trained as a whole. PEFT's adapters are for transformers' CSM: other names, and half-split RoPE (csm_layouts).
+LoRA adds (a @ b).T to a matrix (out, in). DoRA (Liu et al. 2402.09353) then scales the rows to norms m. Our format is
+{name.lora_a (in, r), name.lora_b (r, out), name.lora_m (out,)}, or name.weight for a matrix that was trained whole.
+PEFT's adapters are for transformers' CSM, with other names and half-split RoPE (csm_layouts).
 """
 
 import math
@@ -23,16 +23,16 @@ FILES = (  # ours and csm-mlx's, PEFT's, a checkpoint of csm-mlx
 )  # fmt: skip
 PEFT_PARTS = {  # the ending of PEFT's name -> ours; PEFT's shapes
     "lora_A.weight": "lora_a", "lora_B.weight": "lora_b",  # (r, in), (out, r)
-    "lora_embedding_A": "lora_b", "lora_embedding_B": "lora_a",  # (r, out), (in, r); an embedding is (out, in)
+    "lora_embedding_A": "lora_b", "lora_embedding_B": "lora_a",  # (r, out), (in, r) of an embedding (out, in)
     "lora_magnitude_vector": "lora_m", "weight": "weight",
 }  # fmt: skip
 
 
 def adapted(config, weights, adapters):
-    """A model's config and weights {name: array}, each head a matrix, with adapters applied. Raises ValueError.
+    """Apply adapters to a model's config and weights {name: array}, where each head is a matrix. Raises ValueError.
 
-    adapters: a folder or Hub repository, or a list of these and of (folder, factor), which scales the change. Quantized
-    matrices that change become plain.
+    adapters: a folder or Hub repository, or a list of these or of (folder, factor); the factor scales the change.
+    Quantized matrices that change are dequantized.
     """
     for adapter in adapters if isinstance(adapters, list) else [adapters]:
         folder, factor = adapter if isinstance(adapter, tuple) else (adapter, 1.0)
@@ -43,7 +43,7 @@ def adapted(config, weights, adapters):
             changes = adapter_to_native(asdict(config), settings, mimi.read_weights(file)[0])
             plain = dequantize_weights(config, weights, {name.rpartition(".")[0] for name in changes})
             weights = apply_adapter(plain, changes, factor)
-            if "use_default_voice_prompt" in settings:  # what was trained without a voice speaks without one
+            if "use_default_voice_prompt" in settings:  # if trained without a voice, speak without
                 config = replace(config, use_default_voice_prompt=bool(settings["use_default_voice_prompt"]))
         except ValueError as e:
             raise ValueError(f"the adapter {folder}: {e}") from None
@@ -53,9 +53,9 @@ def adapted(config, weights, adapters):
 
 
 def find_adapter(folder):
-    """A folder or Hub repository -> what its adapter_config.json holds, {} if there is none, and its weights or None.
+    """A folder or Hub repository -> (its adapter_config.json or {}, the path of its weights or None).
 
-    csm-mlx's checkpoints, step_N/latest.safetensors, have the adapter_config.json of the folder above.
+    csm-mlx's checkpoints, step_N/latest.safetensors, use the adapter_config.json of the parent folder.
     """
     place = checkpoints.find_or_download(folder, FILES, beside=("adapter_config.json",))
     file = checkpoints.first_match(place, *FILES)
@@ -66,9 +66,9 @@ def find_adapter(folder):
 
 
 def base_model(folder):
-    """The model that an adapter's config names as its base, as csm.load takes it, or None. Raises ValueError.
+    """The base model that an adapter's config names, as csm.load takes it, or None. Raises ValueError.
 
-    A path may be relative to the adapter's folder.
+    The config's path may be relative to the adapter's folder.
     """
     settings, _ = find_adapter(folder)
     base = settings.get("model") or settings.get("base_model_name_or_path")
@@ -82,7 +82,7 @@ def base_model(folder):
 
 
 def dequantize_weights(config, weights, names=None):
-    """{name: array} with the quantized matrices, or only those in `names`, made plain."""
+    """Dequantize the quantized matrices of {name: array}, or only those in `names`."""
     weights, plain = dict(weights), dict(csm.CSM(config).named_modules())
     for name, module in csm.blank_model(config, weights).named_modules():
         if "scales" in module and (names is None or name in names):
@@ -93,9 +93,9 @@ def dequantize_weights(config, weights, names=None):
 
 
 def apply_adapter(weights, changes, factor=1.0):
-    """{name: array} of a model, each head a matrix, with `factor` times the changes of adapter_to_native.
+    """Add `factor` times the changes of adapter_to_native to a model's {name: array}, where each head is a matrix.
 
-    The matrices that change must be plain. Raises ValueError for changes that do not fit the model.
+    The matrices that change must not be quantized. Raises ValueError if the changes do not fit the model.
     """
     weights, wrong = dict(weights), []
     for name in dict.fromkeys(key.rpartition(".")[0] for key in changes):
@@ -116,17 +116,17 @@ def apply_adapter(weights, changes, factor=1.0):
     return weights
 
 
-# ---- any form -> ours -------------------------------------------------------------------------------------------
+# ---- any format -> ours -----------------------------------------------------------------------------------------
 
 
 def adapter_to_native(config, settings, tensors):
-    """An adapter of finetune, PEFT or csm-mlx -> {name: array} in our form, with its scale multiplied in.
+    """An adapter of finetune, PEFT or csm-mlx -> {name: array} in our format, multiplied by its scale.
 
-    config: the model's, native. settings: the adapter_config.json beside `tensors`. Raises ValueError.
+    config: the model's, in our layout. settings: the adapter_config.json of `tensors`. Raises ValueError.
     """
     if "r" in settings or "peft_type" in settings:
         return peft_to_native(config, settings, tensors)
-    from_mlx = settings.get("lora_parameters")  # as mlx-lm writes them
+    from_mlx = settings.get("lora_parameters")  # mlx-lm's format
     parameters = from_mlx or settings
     if "scale" in parameters or settings.get("fine_tune_type") == "full":
         scale = parameters.get("scale", 1.0)
@@ -138,7 +138,7 @@ def adapter_to_native(config, settings, tensors):
     for name, w in tensors.items():
         stem, _, part = name.rpartition(".")
         if stem.endswith((".linear", ".embedding")):
-            continue  # the base matrix, which training left unchanged
+            continue  # the unchanged base matrix
         w = w * scale if part == "lora_b" else w
         if from_mlx and "embeddings" in stem and part in ("lora_a", "lora_b"):
             w, part = w.T, "lora_a" if part == "lora_b" else "lora_b"  # mlx-lm adds a @ b, not its transpose
@@ -149,25 +149,25 @@ def adapter_to_native(config, settings, tensors):
 
 
 def split_heads(name, w):
-    """A trained audio_head (K - 1, D, V) of our layout as the model's heads, `audio_head.i.weight` (V, D)."""
+    """Split an audio_head (K - 1, D, V) of our layout into the model's heads, `audio_head.i.weight` (V, D)."""
     if name != "audio_head":
         return {name: w}
     return {f"audio_head.{i}.weight": head.T for i, head in enumerate(w)}
 
 
 def peft_to_native(config, settings, tensors):
-    """adapter_to_native for PEFT's form."""
+    """adapter_to_native for PEFT's format."""
     native, kind = {}, settings.get("peft_type") or "LORA"
     if kind != "LORA":
-        raise ValueError(f"peft_type = {kind}: of PEFT's methods only LORA is read")
+        raise ValueError(f"peft_type = {kind}: only PEFT's LORA is supported")
     how = str(settings.get("init_lora_weights")).lower()
     if how.startswith(("pissa", "olora", "corda", "loftq")):
-        raise ValueError(f"init_lora_weights = {how} changes the base, too: let PEFT merge it, or convert it to a LoRA")
+        raise ValueError(f"init_lora_weights = {how} changes the base too: merge or convert it to a LoRA with PEFT")
     for key, w in tensors.items():
         m = re.fullmatch(r"base_model\.model\.(.+?)\.(base_layer\.weight|lora_.+|weight)", key)
         module, ending = m.groups() if m else ("", "")
         if ending == "base_layer.weight" or module.startswith("codec_model."):
-            continue  # unchanged: the base matrix, and Mimi, which no gradient reaches
+            continue  # unchanged: the base matrix, and Mimi, which gets no gradient
         if ending not in PEFT_PARTS:
             raise ValueError(f"{key} is of an unknown kind")
         part = PEFT_PARTS[ending]
@@ -186,13 +186,13 @@ def peft_to_native(config, settings, tensors):
         new = split_heads(name, w.T if ending in ("lora_A.weight", "lora_B.weight") else w)
         for name in new.keys() & native.keys():
             if new[name].shape != native[name].shape or not mx.array_equal(new[name], native[name]):
-                raise ValueError(f"it has two different {name}, which backbone and decoder of a CSM share")
+                raise ValueError(f"it has two different {name}, which a CSM's backbone and decoder share")
         native |= new
     return native
 
 
 def peft_setting(settings, module, patterns, default):
-    """The rank or alpha of a module: by the first pattern that matches its name, or the default."""
+    """A module's rank or alpha: from the first pattern that matches its name, or the default."""
     for pattern, value in (settings.get(patterns) or {}).items():
         if len(re.findall(r"[*+?{]", pattern)) > 2 or re.search(r"\)[*+?{]", pattern):
             raise ValueError(f"{patterns} has {pattern!r:.80}, a regular expression that may take for ever")
@@ -202,10 +202,10 @@ def peft_setting(settings, module, patterns, default):
 
 
 def peft_heads(config, w, is_a):
-    """lora_A or lora_B of PEFT's target_parameters, which joins all heads -> each head's lora_a or lora_b.
+    """Split lora_A or lora_B of PEFT's target_parameters, which joins all heads, into the heads' lora_a or lora_b.
 
-    A has one head's rows below the other's, ((K - 1) r, ...); B interleaves the heads' columns, (out, r (K - 1)).
-    Versions of PEFT differ in which side is in and which is out, so the sizes decide.
+    A stacks the heads' rows, ((K - 1) r, ...). B interleaves the heads' columns, (out, r (K - 1)). PEFT's versions
+    differ in which of the two is the input side, so the sizes decide.
     """
     n = config["audio_num_codebooks"] - 1
     heads = w.reshape(n, -1, w.shape[1]) if is_a else w.reshape(len(w), -1, n).transpose(2, 0, 1)
@@ -217,9 +217,9 @@ def peft_heads(config, w, is_a):
 
 
 def adapter_to_peft(config, settings, tensors):
-    """An adapter of ours -> adapter_config.json and the tensors of adapter_model.safetensors, for transformers' CSM.
+    """Our adapter -> PEFT's (adapter_config.json, tensors of adapter_model.safetensors) for transformers' CSM.
 
-    config: the model's, native. A LoRA of audio_head becomes one of target_parameters (PEFT 0.18 and later).
+    config: the model's, in our layout. A LoRA of audio_head uses target_parameters, which needs PEFT 0.18 or later.
     """
     theirs, modules, saved, heads = {}, set(), set(), {}
     endings = {ours: ending for ending, ours in PEFT_PARTS.items() if "embedding" not in ending}
@@ -237,7 +237,7 @@ def adapter_to_peft(config, settings, tensors):
     if heads:
         n = config["audio_num_codebooks"] - 1
         if heads.keys() != {(i, part) for i in range(n) for part in ("lora_a", "lora_b")}:
-            raise ValueError("PEFT has no form for an audio_head that was trained in part, or by DoRA")
+            raise ValueError("PEFT has no format for an audio_head that was trained in part, or by DoRA")
         stem = "base_model.model.depth_decoder.codebooks_head"
         theirs[f"{stem}.lora_A.weight"] = mx.concatenate([heads[i, "lora_b"] for i in range(n)])
         both = mx.stack([heads[i, "lora_a"] for i in range(n)], axis=2)  # (D, r, K - 1)

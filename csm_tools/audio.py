@@ -1,4 +1,4 @@
-"""Sound that comes in and goes out: clips that are checked; sound written as it is generated, to files or live."""
+"""Check and trim clips of voices; write sound to files or live, as it is generated."""
 
 import struct
 import sys
@@ -9,17 +9,16 @@ import numpy as np
 
 import mimi
 
-RATE = 24_000  # samples a second, of what is read here
-# Seconds: shorter clips are refused; of these lengths models take the voice well (docs/voices.md).
-SHORTEST, SHORT, LONG = 0.5, 1.5, 30.0
-LETTERS_A_SECOND = 7.0, 26.0  # speech has 10 to 20; beyond these a text is hardly what the clip says
-MUCH_SILENCE, SILENCE_KEPT = 0.5, 0.2  # seconds at an end of a clip: from where it is trimmed, and to what
+RATE = 24_000  # Hz, of clips
+SHORTEST, SHORT, LONG = 0.5, 1.5, 30.0  # s: shorter clips are an error; shorter or longer ones a warning
+LETTERS_A_SECOND = 7.0, 26.0  # speech has 10 to 20; outside this range the text is hardly the clip's
+MUCH_SILENCE, SILENCE_KEPT = 0.5, 0.2  # s: longer silence at a clip's end is cut to the second
 
 # ---- clips ------------------------------------------------------------------------------------------------------
 
 
 def loud(samples):
-    """(n,) bool: which of the windows of 20 ms are no silence, that is above -40 dB of the loudest."""
+    """(n,) bool: which windows of 20 ms are not silent, that is within 40 dB of the loudest."""
     size = RATE // 50
     windows = np.pad(samples, (0, -len(samples) % size)).reshape(-1, size)
     rms = np.sqrt((windows.astype(np.float64) ** 2).mean(axis=1))
@@ -27,7 +26,7 @@ def loud(samples):
 
 
 def trim_silence(samples):
-    """(samples,) with SILENCE_KEPT s of silence at an end that has more than MUCH_SILENCE; if all is silent, itself."""
+    """Cut silence of more than MUCH_SILENCE s at either end to SILENCE_KEPT s. A silent clip stays as it is."""
     found = np.flatnonzero(loud(samples))
     if not len(found):
         return samples
@@ -39,16 +38,16 @@ def trim_silence(samples):
 
 
 def trimmed(samples):
-    """`trim_silence`, and a note on what it has left out, or None."""
+    """(trim_silence(samples), a note if it cut something or None)."""
     kept = trim_silence(samples)
     seconds = (len(samples) - len(kept)) / RATE
     return kept, f"{seconds:.1f} s of silence at its ends are left out" if seconds else None
 
 
 def check_clip(samples, text=None, shortest=SHORTEST):
-    """What may be wrong with a clip of a voice, (samples,) at 24 kHz, and its transcript -> warnings.
+    """Warnings about a clip of a voice, (samples,) at 24 kHz, and its transcript: [str].
 
-    Raises ValueError for a clip that cannot be right: silence throughout, or less than `shortest` seconds of sound.
+    Raises ValueError if the clip is silent or has less than `shortest` seconds of sound.
     """
     found = np.flatnonzero(loud(samples))
     if not len(found):
@@ -73,10 +72,10 @@ def check_clip(samples, text=None, shortest=SHORTEST):
 
 @contextmanager
 def audio_writer(path, sample_rate=RATE):
-    """A function that writes pieces of audio, (samples,) float, to a file in the format of its suffix.
+    """Yields a function that writes pieces of audio, (samples,) float, to a file in the format of its suffix.
 
-    A file is put in place once it is complete. "-" (standard output), a pipe and a device get a WAV while it is
-    generated. Raises ValueError for an unknown suffix, and if the file cannot be written.
+    A file appears once it is complete. "-" (standard output), a pipe or a device gets a WAV as it is generated. Raises
+    ValueError for an unknown suffix, or if the file cannot be written.
     """
     live = path == "-" or (Path(path).exists() and not Path(path).is_file())
     if Path(path).is_dir() or not (live or Path(path).suffix.lower() == ".wav"):
@@ -92,7 +91,7 @@ def audio_writer(path, sample_rate=RATE):
 
         def write(audio):
             nonlocal started
-            if not started:  # not earlier, since the model may fail to load
+            if not started:  # write nothing before the first audio: the model may fail to load
                 out.write(wav_head(sample_rate))
                 started = True
             out.write(mimi.to_pcm16(audio).tobytes())
@@ -107,7 +106,7 @@ def audio_writer(path, sample_rate=RATE):
 
 
 def wav_head(sample_rate, n_bytes=None):
-    """The 44 bytes before 16-bit mono samples. n_bytes None, or above 4 GB: the largest number that fits."""
+    """The 44-byte header of 16-bit mono samples. If n_bytes is None or above 4 GB, it states the largest size."""
     if n_bytes is None or n_bytes + 36 >= 2**32:
         sizes = 2**32 - 1, 2**32 - 1
     else:

@@ -1,14 +1,13 @@
-"""Codes of many clips: computed once, kept in shards on disk, read one clip at a time when they are needed.
+"""A cache of clips' codes: shards on disk, from which clips are read one at a time.
 
     shards = Shards(folder)
     codes = shards.add(key, computed)       # (F, K) -> a Codes
-    shards.flush()                          # what was added is on the disk
+    shards.flush()                          # write what was added to the disk
     codes = shards.get(key)                 # the Codes, or None
 
-A shard is a file put in place atomically, with two arrays as np.save writes them: the codes of its clips (frames, K),
-then its index (clips,) of key and frames. Its name is a hash of its keys, so processes that compute the same do not
-disturb each other. files.npy remembers the key of each file by its path, size and times: a file that has not changed
-is not read again.
+A shard is a file, written atomically, with two arrays of np.save: the codes of its clips (frames, K), then its index
+(clips,) of keys and numbers of frames. It is named by a hash of its keys, so processes that compute the same shard do
+not disturb each other. files.npy maps a file's path, size and times to its key, so unchanged files are not read again.
 """
 
 import hashlib
@@ -21,14 +20,14 @@ import numpy as np
 
 import mimi
 
-N_CLIPS, SECONDS = 1024, 60  # a shard is written after so many clips or so much time: a kill loses no more
+N_CLIPS, SECONDS = 1024, 60  # a shard is written after so many clips or seconds; a kill loses no more than that
 KEY = np.dtype("V16")
 INDEX = np.dtype([("key", KEY), ("frames", "<i4")])
 FILES = np.dtype([("stamp", KEY), ("key", KEY)])
 
 
 def hashed(*parts):
-    """bytes ... -> 16 bytes."""
+    """Hash parts (bytes) to 16 bytes."""
     mark = hashlib.sha256()
     for part in parts:
         mark.update(len(part).to_bytes(8, "little") + part)
@@ -36,13 +35,13 @@ def hashed(*parts):
 
 
 class Codes:
-    """A clip's codes (F, K) int32, which np.array(codes) reads from the disk. key: 16 bytes, the same for the same."""
+    """A clip's codes (F, K) int32; np.array(codes) reads them from the disk. key: 16 bytes that identify them."""
 
     __slots__ = ("key", "n", "place", "start")
 
     def __init__(self, key, place, start, n):
         self.key, self.start, self.n = key, start, n
-        self.place = place  # a Shard, or the array until it is written
+        self.place = place  # a Shard, or the array itself until it is written
 
     def __len__(self):
         return self.n
@@ -54,24 +53,24 @@ class Codes:
 
 
 class Shard:
-    """A file of codes: where its array begins, and of what kind it is. Raises ValueError or OSError if damaged."""
+    """A shard's file: the offset and dtype of its codes. Raises ValueError or OSError if it is damaged."""
 
     def __init__(self, path):
         self.path = str(path)
         with open(path, "rb") as file:
             if np.lib.format.read_magic(file) != (1, 0):
-                raise ValueError("of a newer NumPy")
+                raise ValueError("a newer NumPy's format")
             shape, by_columns, self.dtype = np.lib.format.read_array_header_1_0(file)
             if len(shape) != 2 or by_columns or self.dtype.kind != "i":
-                raise ValueError("no codes")
+                raise ValueError("not codes")
             self.offset, self.K = file.tell(), shape[1]
             file.seek(self.offset + shape[0] * self.K * self.dtype.itemsize)
             self.index = np.load(file)
         if self.index.dtype != INDEX or self.index["frames"].sum() != shape[0]:
-            raise ValueError("its index is another's")
+            raise ValueError("its index does not fit")
 
     def read(self, start, n):
-        """n frames (n, K) from frame `start` on."""
+        """Read n frames (n, K) from frame `start` on."""
         offset = self.offset + start * self.K * self.dtype.itemsize
         codes = np.fromfile(self.path, self.dtype, n * self.K, offset=offset)
         if len(codes) < n * self.K:
@@ -80,7 +79,7 @@ class Shard:
 
 
 class Shards:
-    """All shards of a folder; keys are 16 bytes."""
+    """All shards in a folder. Keys are 16 bytes."""
 
     def __init__(self, folder):
         self.folder, self.found, self.waiting, self.since = Path(folder), {}, [], time.monotonic()
@@ -95,11 +94,11 @@ class Shards:
             table = np.load(self.folder / "files.npy")
             self.files = dict(zip(each(table["stamp"]), each(table["key"])))
         except (ValueError, OSError, EOFError, IndexError):
-            pass  # all files are read
+            pass  # read all files again
         self.n_files = len(self.files)
 
     def take(self, shard):
-        """Add what a shard holds."""
+        """Add a shard's clips."""
         start = 0
         for key, n in zip(each(shard.index["key"]), shard.index["frames"].tolist()):
             if key not in self.found:
@@ -109,7 +108,7 @@ class Shards:
         shard.index = None
 
     def key_of(self, path, *more):
-        """The key of what a file holds, of a codec and the like, `more` bytes. Raises OSError."""
+        """The key for a file's content and `more` bytes, such as a codec's. Raises OSError."""
         about = os.stat(path)
         times = f"{os.path.abspath(path)}\0{about.st_size} {about.st_mtime_ns} {about.st_ctime_ns}"
         stamp = hashed(times.encode("utf-8", "surrogateescape"), *more)
@@ -122,7 +121,7 @@ class Shards:
         return self.found.get(key)
 
     def add(self, key, codes):
-        """Codes (F, K) of any integers -> Codes."""
+        """Add integers (F, K); returns their Codes."""
         codes = np.asarray(codes)
         kind = np.int16 if codes.max(initial=0) < 2**15 else np.int32
         self.found[key] = new = Codes(key, codes.astype(kind), 0, len(codes))
@@ -132,7 +131,7 @@ class Shards:
         return new
 
     def flush(self):
-        """Write what was added, and what is known of the files."""
+        """Write what was added, and files.npy."""
         by_width = {}
         for codes in self.waiting:
             by_width.setdefault(codes.place.shape[1], []).append(codes)
@@ -147,7 +146,7 @@ class Shards:
             self.n_files = len(self.files)
 
     def write(self, some):
-        """Write Codes of the same K, which are in memory, as a shard."""
+        """Write Codes of the same K that are in memory as a shard."""
         index = np.empty(len(some), INDEX)
         index["key"] = np.frombuffer(b"".join(codes.key for codes in some), KEY)
         index["frames"] = [len(codes) for codes in some]
@@ -161,6 +160,6 @@ class Shards:
 
 
 def each(keys):
-    """(n,) of KEY -> [bytes]"""
+    """Keys (n,) of type KEY -> [bytes]."""
     raw = np.ascontiguousarray(keys).tobytes()
     return [raw[i : i + KEY.itemsize] for i in range(0, len(raw), KEY.itemsize)]

@@ -1,4 +1,4 @@
-"""What the commands share: options, the texts and contexts that they name, and errors of one line."""
+"""Shared by the commands: options, reading the texts and clips that these name, and one-line errors."""
 
 import argparse
 import importlib.util
@@ -29,7 +29,7 @@ QUANTIZE = {  # keywords of add_argument("--quantize")
 
 
 def parser_for(name, **options):
-    """An ArgumentParser that reports a mistake in one line, under the name of the installed command if it is one."""
+    """An ArgumentParser with one-line errors. Its name is that of the installed command, if started as such."""
     called = Path(sys.argv[0]).name.removesuffix(".exe")
     installed = called == "csm" or called.startswith("csm-")
     p = argparse.ArgumentParser(prog=called if installed else name, **options)
@@ -39,15 +39,15 @@ def parser_for(name, **options):
 
 
 def run(p, function, args, interrupted="interrupted: no file was written"):
-    """function(args) as the program of the parser `p`; a mistake ends in one line and exit status 2."""
+    """Run function(args) for the parser `p`. ValueError and OSError become one line and exit status 2."""
     if threading.current_thread() is threading.main_thread():
         for name in ("SIGTERM", "SIGHUP"):
             number = getattr(signal, name, None)
             if number and signal.getsignal(number) == signal.SIG_DFL:  # nohup ignores SIGHUP
-                signal.signal(number, lambda n, _: sys.exit(128 + n))  # an exception: temporary files are removed
+                signal.signal(number, lambda n, _: sys.exit(128 + n))  # raise, so temporary files are removed
     try:
         return function(args)
-    except BrokenPipeError:  # the program that reads OUT - has ended
+    except BrokenPipeError:  # the program that reads standard output has ended
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 1
     except (ValueError, OSError) as e:
@@ -57,7 +57,7 @@ def run(p, function, args, interrupted="interrupted: no file was written"):
 
 
 def as_typed(message, args):
-    """The message with the names of options as users type them: --top-k, not top_k."""
+    """Write options in a message as users type them: --top-k, not top_k."""
     for name in vars(args):
         if "_" in name:
             message = re.sub(rf"(?<![\w/-]){name}\b", f"--{name.replace('_', '-')}", message)
@@ -65,7 +65,7 @@ def as_typed(message, args):
 
 
 def peak_memory():
-    """Bytes: the peak of MLX (which counts a GPU's memory) or of the process, whichever is larger."""
+    """The peak of MLX's memory (a GPU's too) or of the process, whichever is larger, in bytes."""
     unit = 1 if sys.platform == "darwin" else 1024
     return max(mx.get_peak_memory(), resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit)
 
@@ -81,8 +81,8 @@ def add_model_options(p):
     p.add_argument("--dtype", choices=("float32", "bfloat16", "float16"), help="default: bfloat16 on a GPU, or float32")
     how = {"metavar": "DIR[=FACTOR]", "action": "append", "type": adapter}
     p.add_argument("--adapter", **how, help="an adapter of finetune, PEFT or csm-mlx; repeatable")
-    p.add_argument("--codebooks", type=int, metavar="N", help="use the first N only: faster, and sounds worse")
-    p.add_argument("--check", action="store_true", help="look for NaN in all weights, not norms and heads alone")
+    p.add_argument("--codebooks", type=int, metavar="N", help="use only the first N: faster, but sounds worse")
+    p.add_argument("--check", action="store_true", help="look for NaN in all weights, not only in norms and heads")
 
 
 def add_options(p):
@@ -91,13 +91,13 @@ def add_options(p):
     p.add_argument("--speaker", type=int, default=0, help="speaker id of the text (default 0)")
     p.add_argument("--voice", help="a preset, clip.wav with clip.txt beside it, or none (default: the model's own)")
     p.add_argument("--ref-audio", metavar="F", help="a clip to speak with, 3 to 12 s long, instead of the voice")
-    p.add_argument("--ref-text", metavar="T", help="its transcript (without it: what Whisper hears, if there is one)")
+    p.add_argument("--ref-text", metavar="T", help="its transcript (default: transcribed by Whisper, if installed)")
     p.add_argument("--temperature", type=float, help="0 is greedy (default 0.9)")
     p.add_argument("--top-k", type=int, help="0 is off (default 50)")
     p.add_argument("--top-p", type=float, help="1 is off (default)")
     p.add_argument("--min-p", type=float, help="0 is off (default)")
-    p.add_argument("--seed", type=int, help="for the same speech again (default: a random one, which is printed)")
-    p.add_argument("--verbatim", action="store_true", help="say the text as it is, not numbers and signs in words")
+    p.add_argument("--seed", type=int, help="repeats the same speech (default: a random one, which is printed)")
+    p.add_argument("--verbatim", action="store_true", help="keep the text: do not write numbers and signs in words")
     p.add_argument("--max-audio-length-ms", type=float, metavar="MS", help="limit of a turn (default: by its text)")
     p.add_argument("--watermark", action="store_true", help="mark the speech as generated (csm_tools.watermark)")
 
@@ -109,14 +109,14 @@ def adapter(argument):
 
 
 def read_options(args, speaker=None):
-    """The options of add_options -> the context, and arguments of `generate`; checked before a model is loaded.
+    """The options of add_options -> (context, arguments of `generate`). Checks them before a model is loaded.
 
-    The context is the clip of --ref-audio, or that of --voice, which is then the `speaker`'s (None: --speaker's).
+    The context is the clip of --ref-audio, or the one of --voice, which then belongs to `speaker` (None: --speaker).
     """
     if args.ref_audio == "":
         raise ValueError("--ref-audio is empty: it must name a clip")
     if args.ref_audio is None and args.ref_text is not None:
-        raise ValueError("--ref-audio and --ref-text go together: a transcript is that of a clip")
+        raise ValueError("--ref-audio and --ref-text go together: a transcript needs its clip")
     as_speaker(args.speaker)
     context = []
     if args.ref_audio is not None:
@@ -131,29 +131,29 @@ def read_options(args, speaker=None):
 
 
 def has_context(args):
-    """Whether the context comes from --ref-audio or --context, so that --voice does not count."""
+    """Whether the context comes from --ref-audio or --context, which override --voice."""
     return bool(args.ref_audio or getattr(args, "context", None))
 
 
 def is_clip(voice):
-    """Whether --voice names a file; the name of a preset has no suffix."""
+    """Whether --voice names a file. Presets' names have no suffix."""
     return voice not in (None, "none") and bool(Path(voice).suffix) and Path(voice).is_file()
 
 
 def clip_text(voice):
-    """What the clip of --voice says; None: that is to be heard. Raises ValueError."""
+    """The transcript of the clip of --voice; None: transcribe it. Raises ValueError."""
     file = Path(voice).with_suffix(".txt")
     if file.is_file():
         return read_text(f"@{file}")
     if transcribe.package() is None:
-        raise ValueError(f"{voice} has no transcript: write what it says into {file} ({transcribe.GET_IT})")
+        raise ValueError(f"{voice} has no transcript: write what it says to {file} ({transcribe.GET_IT})")
     return None
 
 
 def read_clip(speaker, text, file):
-    """A clip without the silence at its ends, and its transcript: a Segment. Raises ValueError if it cannot be right.
+    """A Segment of a clip without the silence at its ends. Raises ValueError if the clip is unusable.
 
-    text None: what is heard in it. That, and what is left out, is said on standard error.
+    text None: transcribe it. Prints the transcript and what was cut to standard error.
     """
     samples, note = audio.trimmed(csm.as_samples(file))
     try:
@@ -169,28 +169,30 @@ def read_clip(speaker, text, file):
 
 
 def warn(args, context, speakers):
-    """Say on standard error what may be wrong with the clips of a context. speakers: of the texts to be said."""
+    """Print warnings about the clips of a context to standard error. speakers: of the texts to speak."""
     if has_context(args) and args.voice not in (None, "none"):
-        print("warning: --voice is not used: the clips of --ref-audio or --context are", file=sys.stderr)
+        print("warning: --voice is not used, because --ref-audio or --context is given", file=sys.stderr)
     for segment in context:
         for warning in audio.check_clip(segment.audio, segment.text):
             print(f"warning: {segment.text[:30]!r}: {warning}", file=sys.stderr)
     if context and not {segment.speaker for segment in context} & set(speakers):
         others = ", ".join(str(n) for n in dict.fromkeys(segment.speaker for segment in context))
-        print(f"warning: no clip is of speaker {speakers[0]}, but of {others}, whose voice it takes", file=sys.stderr)
+        print(f"warning: no clip is of speaker {speakers[0]}; it takes the voice of speaker {others}", file=sys.stderr)
 
 
 def check_out(out, args, *more):
-    """Raise ValueError if OUT is one of the files that are read."""
+    """Raise ValueError if OUT is one of the input files."""
     clip = [args.voice, Path(args.voice).with_suffix(".txt")] if is_clip(args.voice) else []
     for file in [args.ref_audio, *clip, *more]:
         if file and Path(file).exists() and Path(out).exists() and os.path.samefile(file, out):
-            raise ValueError(f"{out} would be overwritten, and is read: give another OUT")
+            raise ValueError(f"{out} is also an input: give another OUT")
 
 
 def load_for(args, fallback=False):
-    """The Generator for the options. Without --model: the base that an adapter names; else $CSM_MODEL; else csm-1b,
-    or, as a `fallback`, tiny if csm-1b cannot be downloaded. args.model is then what was taken.
+    """Load the Generator for the options, and set args.model to its model.
+
+    Without --model it is the base that an adapter names, else $CSM_MODEL, else csm-1b. fallback: take tiny if csm-1b
+    cannot be downloaded.
     """
     options = {name: getattr(args, name) for name in ("dtype", "quantize", "adapter", "codebooks")}
     model = args.model
@@ -210,7 +212,7 @@ def load_for(args, fallback=False):
         checkpoints.check_weights(generator, model or "csm-1b")
     voice = getattr(args, "voice", None)
     if voice not in (None, "none", *generator.voices) and not is_clip(voice):
-        generator.voice_prompt(voice)  # raises: it names the voices there are
+        generator.voice_prompt(voice)  # raises an error that lists the voices
     return generator
 
 
@@ -222,7 +224,7 @@ def watermark():
 
 
 def need(extra, *modules):
-    """Raise ValueError unless the modules of an extra are installed."""
+    """Raise ValueError if a module of an extra is not installed."""
     for module in modules:
         if importlib.util.find_spec(module) is None:
             raise ValueError(f"{module} is not installed: pip install 'csm-speech[{extra}]'")
@@ -232,10 +234,10 @@ def need(extra, *modules):
 
 
 def as_speaker(value):
-    """A speaker's number, from a number or its digits. Raises ValueError."""
+    """A speaker's number from an int or its digits. Raises ValueError."""
     number = int(value) if isinstance(value, str) and value.isdecimal() and len(value) < 10 else value
     if isinstance(number, bool) or not isinstance(number, int) or not 0 <= number <= LAST_SPEAKER:
-        raise ValueError(f"speaker must be 0 or more, a whole number up to {LAST_SPEAKER}, not {str(value)[:40]!r}")
+        raise ValueError(f"speaker must be a whole number from 0 to {LAST_SPEAKER}, not {str(value)[:40]!r}")
     return number
 
 
@@ -244,7 +246,7 @@ def is_name(speaker):
 
 
 def number_speakers(speakers, known=None):
-    """Speakers, numbers and names -> {name: number}: those of `known`, then the lowest that are free."""
+    """Number the names among `speakers` (numbers and names): {name: number}, as in `known`, else the lowest free."""
     numbers = dict(known or {})
     used = {*numbers.values()} | {int(s) for s in speakers if not is_name(s) and str(s).isdecimal()}
     free = (n for n in itertools.count() if n not in used)
@@ -255,7 +257,7 @@ def number_speakers(speakers, known=None):
 
 
 def say_speakers(numbers):
-    """Say on standard error which number a name has got."""
+    """Print the number of each name to standard error."""
     if numbers:
         print("speakers: " + ", ".join(f"{name} is {n}" for name, n in numbers.items()), file=sys.stderr)
 
@@ -264,14 +266,14 @@ def say_speakers(numbers):
 
 
 def check_text(text):
-    """A TEXT argument that is no file's name. Raises ValueError."""
+    """Return a TEXT argument. Raises ValueError if it is the name of a file."""
     if re.search(r"[./\\]", text) and not re.search(r"\s", text) and len(text) < 256 and Path(text).is_file():
-        raise ValueError(f"{text} is a file: write @{text} to say what is in it")
+        raise ValueError(f"{text} is a file: write @{text} to speak its text")
     return text
 
 
 def read_dialogue(path):
-    """A file of lines "0: Hello." or "Ann: Hello." -> [(speaker, text)], the names as they are. Raises ValueError."""
+    """A file of lines "0: Hello." or "Ann: Hello." -> [(speaker, text)]. Names stay names. Raises ValueError."""
     turns = []
     for n, line in enumerate(read_text(f"@{path}").splitlines(), 1):
         if m := re.match(r"\s*\[?(?:(\d+)\]?\s*:|([^\s\[\]:][^\[\]:]{0,39}?)\]?\s*:(?=\s))\s*(\S.*)", line):
@@ -287,9 +289,9 @@ def read_dialogue(path):
 
 
 def read_turns(path):
-    """A JSON list of {"speaker", "text", "audio": path beside the JSON} -> [(speaker, text, path)]. Raises ValueError.
+    """A JSON list of {"speaker", "text", "audio"} -> [(speaker, text, path)]. Raises ValueError.
 
-    Speakers are numbers or names. A text that is missing is None.
+    Speakers are numbers or names, paths are relative to the JSON, a missing text is None.
     """
     expected = '[{"speaker": 0, "text": "...", "audio": "file.wav"}, ...]'
     try:
@@ -305,7 +307,7 @@ def read_turns(path):
             file = str(turn.get("audio") or turn["audio_path"])
             text = turn.get("text")
             if not isinstance(text, str | None):
-                raise TypeError("text is no text")
+                raise TypeError("text is not a string")
         except (KeyError, TypeError, AttributeError) as e:
             raise ValueError(f"{path}, turn {i}: expected {expected} ({type(e).__name__}: {e})") from None
         try:
@@ -318,7 +320,7 @@ def read_turns(path):
 
 
 def read_context(args, turns=()):
-    """The Segments of --context, and turns [(speaker, text)] with numbers for the names of both, which are said."""
+    """(Segments of --context, turns [(speaker, text)]), with the names of both numbered. Prints these numbers."""
     before = read_turns(args.context) if args.context else []
     numbers = number_speakers([turn[0] for turn in (*before, *turns)])
     say_speakers(numbers)

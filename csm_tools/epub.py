@@ -1,4 +1,4 @@
-"""The chapters of an EPUB: XHTML files in a zip, in the order that its package document gives (w3.org/TR/epub)."""
+"""Read the chapters of an EPUB: XHTML files in a zip, in the order of its package document (w3.org/TR/epub)."""
 
 import posixpath
 import re
@@ -8,20 +8,20 @@ from html.parser import HTMLParser
 from urllib.parse import unquote
 from xml.etree import ElementTree
 
-LARGEST = 64 * 2**20  # bytes of a file in it, uncompressed
+LARGEST = 64 * 2**20  # bytes of a file in the zip, uncompressed
 BLOCKS = frozenset(
     "address article aside blockquote body br dd div dl dt figcaption figure footer h1 h2 h3 h4 h5 h6 header hr li main"
     " nav ol p pre section table td th tr ul".split()
 )
-UNSAID = frozenset("audio head math rp rt script style svg video".split())  # and notes, by `unsaid`
-DAMAGED = (  # what a file raises that is no EPUB, lacks something, or is encrypted
+UNSAID = frozenset("audio head math rp rt script style svg video".split())  # and notes, see Text
+DAMAGED = (  # raised if a file is not an EPUB, is incomplete or encrypted
     zipfile.BadZipFile, zlib.error, ElementTree.ParseError, KeyError, AttributeError, TypeError, NotImplementedError,
     RuntimeError, UnicodeError,
 )  # fmt: skip
 
 
 def chapters(path):
-    """A path -> [text] of each file that has words, its paragraphs separated by blank lines. Raises ValueError."""
+    """A path -> [text], one for each file that has words; blank lines separate paragraphs. Raises ValueError."""
     try:
         with zipfile.ZipFile(path) as book:
             texts = [text_of(read(book, name)) for name in spine(book)]
@@ -37,7 +37,7 @@ def read(book, name):
 
 
 def spine(book):
-    """The names of the files of the text, in reading order, without the table of contents."""
+    """Yield the names of the text's files in reading order, without the table of contents."""
     container = ElementTree.fromstring(read(book, "META-INF/container.xml"))
     package_name = container.find(".//{*}rootfile").get("full-path")
     package = ElementTree.fromstring(read(book, package_name))
@@ -57,11 +57,11 @@ def text_of(xhtml):
 
 
 class Text(HTMLParser):
-    """Collects in `pieces` what is read, with a zero byte where a block begins or ends."""
+    """Collects the text in `pieces`, with a zero byte where a block begins or ends."""
 
     def __init__(self):
         super().__init__()
-        self.pieces, self.unsaid = [], []  # the tags that are open and not said
+        self.pieces, self.unsaid = [], []  # unsaid: open tags whose text is left out
 
     def handle_starttag(self, tag, attributes):
         if tag in BLOCKS:

@@ -3,30 +3,29 @@
     python -m csm_tools.finetune dataset clips/ data.json        # clips + .txt, metadata.csv, JSON lines ... -> JSON
     python -m csm_tools.finetune train --data-path data.json --output-dir run --lora-rank 8
     python csm.py "In the new voice." out.wav --adapter run
-    python -m csm_tools.finetune fuse run my-csm                 # a folder with the adapter in its weights
-    python -m csm_tools.finetune pairs --texts texts.txt --out pairs          # a good and a bad sampling of each line
+    python -m csm_tools.finetune fuse run my-csm                 # merge the adapter into a model folder
+    python -m csm_tools.finetune pairs --texts texts.txt --out pairs          # a good and a bad reading of each line
     python -m csm_tools.finetune dpo --data-path pairs/pairs.json --output-dir run --lora-rank 8         # or kto
     mlx.launch -n 2 -m csm_tools.finetune train ...              # several processes or machines, one result
 
-The data are conversations, each a list of turns {"text", "audio_path", "speaker"}, in any form that
-tuning_data.read_items takes. A conversation is one sequence, without a voice before it, and what is trained speaks
-without one. Of every frame of its speech, the frame of zeros at the end included, codebook 0 is learned, and codebooks
-1.. of a random fraction of the frames alone (--depth-fraction), which is what makes it affordable: Sesame's
-amortization.
-With all frames the gradient of `train` is that of transformers' CsmForConditionalGeneration.
+The data are conversations, lists of turns {"text", "audio_path", "speaker"}, in any form that tuning_data.read_items
+reads. A conversation is one sequence without a voice prompt, so the trained model speaks without one. Codebook 0 is
+learned in every frame of its speech, including the frame of zeros at the end. Codebooks 1.. are learned in a random
+fraction of the frames (--depth-fraction), which makes training affordable: Sesame's compute amortization. With all
+frames, the gradient of `train` equals that of transformers' CsmForConditionalGeneration.
 
-One loop has three losses. L is a conversation's cross-entropy: of each codebook the mean over its frames, and the mean
-of the codebooks; r = beta (L of the model before training - L) its reward, in nats a code, so that a long speech weighs
-no more than a short one (Meng et al. 2405.14734).
-    train  L, codebooks 1.. together counting as much as codebook 0
+Three losses share one loop. L is a conversation's cross-entropy, the mean over its frames and then over codebooks. Its
+reward is r = beta (L before training - L), in nats per code, so that long speech weighs no more than short speech
+(Meng et al. 2405.14734).
+    train  L, where codebooks 1.. together weigh as much as codebook 0
     dpo    -log sigmoid(r of the chosen - r of the rejected)                              (Rafailov et al. 2305.18290)
-    kto    w (1 - sigmoid(+-(r - KL))), + where the speech is wanted, KL = max(0, mean r of texts with the speech of
-           others), which has no gradient                                                 (Ethayarajh et al. 2402.01306)
---sft-weight adds so much of the L of what is chosen or wanted (Pang et al. 2404.19733), lest all become unlikely.
-The L of the model before training is computed once, frame by frame, and kept in the run's folder.
+    kto    w (1 - sigmoid(+-(r - KL))), + if the speech is wanted. KL = max(0, mean r of the texts paired with other
+           speech), without gradient                                                      (Ethayarajh et al. 2402.01306)
+--sft-weight adds a multiple of the chosen or wanted speech's L (Pang et al. 2404.19733), so that it stays likely.
+L before training is computed once, frame by frame, and stored in the run's folder.
 
-A run continues where it stopped, to the very weights that it would have reached: the order of the data and every random
-choice come from the seed and the number of the step, and a checkpoint is one file that is put in place whole.
+An interrupted run resumes and reaches the same weights: the order of the data and all randomness follow from the seed
+and the step, and a checkpoint is one file, replaced atomically.
 Shapes: B conversations, T positions, N frames, K codebooks, D hidden size.
 """
 
@@ -61,20 +60,20 @@ TARGETS = {
     "mlp": ("gate_proj", "up_proj", "down_proj"),
     "head": ("codebook0_head", "audio_head"),
 }
-RESULT = ("adapters.safetensors", "adapter_config.json", "model.safetensors", "config.json")  # of Run.write
-SAMPLE_TEXTS = ["How are you today?", "The boat came home before the rain."]  # said before and after training
-LOST_WORDS = 0.25  # of all, by the codec, are too many
-MOST_HELD_OUT = 20  # conversations, where --validation is not given
-HEARS = 0.9  # codec_likeness; tiny's own voices have 0.93 to 0.98, those that it does not hear 0.72 to 0.88
+RESULT = ("adapters.safetensors", "adapter_config.json", "model.safetensors", "config.json")  # files of Run.write
+SAMPLE_TEXTS = ["How are you today?", "The boat came home before the rain."]  # spoken before and after training
+LOST_WORDS = 0.25  # warn if the codec adds more word errors than this
+MOST_HELD_OUT = 20  # conversations, without --validation
+HEARS = 0.9  # least likeness_of; tiny's own voices have 0.93 to 0.98, voices that it loses 0.72 to 0.88
 OPTIMIZERS = {"adamw": optim.AdamW, "adam": optim.Adam, "sgd": optim.SGD}
 
 # ---------------------------------------------------------------------------------------------------- losses
 
 
 def frame_losses(model, rows, first, some):
-    """Cross-entropy of codebook 0 in the rows `first` (N,), and of the others, summed, in the rows `some` (N',).
+    """Cross-entropy of codebook 0 in the rows `first` (N,), and summed over the others in the rows `some` (N',).
 
-    rows (B, T, K + 1); first, some: indices into the B * T rows, each predicted from the row before it.
+    rows (B, T, K + 1). first, some: indices into the B * T rows; the row before each predicts it.
     """
     K = model.config.audio_num_codebooks
     h = model(rows)
@@ -86,7 +85,7 @@ def frame_losses(model, rows, first, some):
 
 
 def talk_losses(model, rows, first, some, weights):
-    """(B, 2) of each conversation: the sums of codebook 0 and of the others, times weights (B, 2)."""
+    """Sum frame_losses by conversation, times weights (B, 2). Returns (B, 2): codebook 0, the others."""
     B, T = rows.shape[:2]
     sums = [((at // T == mx.arange(B)[:, None]) * x).sum(axis=1)
             for at, x in zip((first, some), frame_losses(model, rows, first, some))]  # fmt: skip
@@ -94,18 +93,18 @@ def talk_losses(model, rows, first, some, weights):
 
 
 def weighted(args, losses):
-    """(B, 2) of codebook 0 and of the others -> (B,)."""
+    """Losses (B, 2) of codebook 0 and of the others -> their weighted sum (B,)."""
     return args.first_codebook_weight_multiplier * losses[:, 0] + losses[:, 1]
 
 
 def objective(args, losses, reference, wanted, kl):
-    """What is made small, of each example, from talk_losses (B, 2) and `reference`, the same before training.
+    """The loss to minimize, by example, from talk_losses (B, 2) and `reference`, the same before training.
 
-    wanted (B,): 1 or -1; kl: beta times the divergence.
+    wanted: 1 or -1 by example. kl: beta times the divergence.
     """
     if args.command == "train":
         return weighted(args, losses)
-    r = args.beta * weighted(args, reference - losses)  # of dpo the chosen and the rejected in turn
+    r = args.beta * weighted(args, reference - losses)  # dpo: chosen and rejected alternate
     own = args.sft_weight * weighted(args, losses)
     if args.command == "dpo":
         return mx.logaddexp(0, r[1::2] - r[::2]) + own[::2]
@@ -117,9 +116,9 @@ def objective(args, losses, reference, wanted, kl):
 
 
 class LoRALinear(nn.Module):
-    """y = linear(x) + alpha / rank * dropout(x) a b. a (in, rank) is random at first, b (rank, out) zero.
+    """y = linear(x) + alpha / rank * dropout(x) a b. a (in, rank) starts random, b (rank, out) at zero.
 
-    DoRA (Liu et al. 2402.09353): y * m / |row of the changed weight|, m (out,) at first that of the unchanged.
+    DoRA (Liu et al. 2402.09353): y * m / |row of the changed weight|. m (out,) starts at the unchanged rows' norms.
     """
 
     def __init__(self, linear, n_in, args, key):
@@ -144,22 +143,22 @@ class LoRALinear(nn.Module):
             z = x * mx.random.bernoulli(1 - self._dropout, x.shape, key=self._key) / (1 - self._dropout)
         y = self.linear(x) + self._scale * (z @ self.lora_a @ self.lora_b)
         if "lora_m" in self:
-            y = y * (self.lora_m / mx.stop_gradient(self._norms()))  # as the paper has it: cheaper, and no worse
+            y = y * (self.lora_m / mx.stop_gradient(self._norms()))  # no gradient, as in the paper: cheaper, no worse
         return y.astype(x.dtype)
 
 
 def add_lora(model, args):
-    """Freeze the model and put a LoRALinear around each target; returns them."""
+    """Freeze the model and wrap each target in a LoRALinear. Returns these."""
     names = {n for target in args.target_modules for n in TARGETS.get(target, (target,))}
     model.freeze()
     found, key = [], mx.random.key(args.seed)
-    plain = dict(csm.CSM(model.config).named_modules())  # whose weights, never computed, tell what goes in
+    plain = dict(csm.CSM(model.config).named_modules())  # never evaluated: only for shapes
     for name, module in model.named_modules():
         if isinstance(module, csm.Linear) and names & set(name.split(".")) and not frozen(name, args):
             key, own = mx.random.split(key)
             found.append((name, LoRALinear(module, plain[name].weight.shape[1], args, own)))
     if not found:
-        raise ValueError(f"no module is called {' or '.join(sorted(names))}; known sets: {', '.join(TARGETS)}")
+        raise ValueError(f"no module is called {' or '.join(sorted(names))}; sets of modules: {', '.join(TARGETS)}")
     model.update_modules(tree_unflatten(found))
     if args.train_embeddings:
         for part in (model.text_embeddings, model.audio_embeddings):
@@ -174,7 +173,7 @@ def frozen(name, args):
 
 
 class CheckpointedLayer(csm.Layer):
-    """A layer whose activations are computed again on the way back, in place of being kept."""
+    """A layer that recomputes its activations in the backward pass instead of storing them."""
 
     def __call__(self, x, *rest):
         return nn.utils.checkpoint(self, lambda x: csm.Layer.__call__(self, x, *rest))(x)
@@ -184,7 +183,7 @@ class CheckpointedLayer(csm.Layer):
 
 
 class Run:
-    """A model, its optimizer and where they are in the data; `step` is one update."""
+    """A model, its optimizer and the position in the data; `step` makes one update."""
 
     def __init__(self, generator, examples, test, args):
         self.model, self.examples, self.test, self.args = generator.model, examples, test, args
@@ -199,15 +198,15 @@ class Run:
                 if frozen(f"{name}.", args):
                     module.freeze()
         if not tree_flatten(self.model.trainable_parameters()):
-            raise ValueError("everything is frozen: nothing to learn")
+            raise ValueError("all weights are frozen: nothing to train")
         if args.gradient_ckpt:
             for layer in [*self.model.backbone.layers, *self.model.decoder.layers]:
                 layer.__class__ = CheckpointedLayer
         decay = {"weight_decay": args.weight_decay} if args.optimizer != "adam" else {}
         self.optimizer = OPTIMIZERS[args.optimizer](learning_rate=args.learning_rate, **decay)
         self.optimizer.init(self.model.trainable_parameters())
-        self.n, self.best = 0, None  # updates made; the best loss on the test data, and when
-        self.kept = []  # the steps whose folders --keep keeps
+        self.n, self.best = 0, None  # steps made; [best loss on the test data, its step]
+        self.kept = []  # steps whose folders --keep holds
         self.before = None  # the loss on the test data before training
         self.data = data_mark(examples + test)
         self.batch = args.batch_size * args.gradient_accumulation_steps * self.group.size()
@@ -216,7 +215,7 @@ class Run:
         self.gradient = nn.value_and_grad(self.model, self.loss)
 
     def remember(self):
-        """Give each Talk its `reference`: made by all processes together, kept in OUTPUT/reference.safetensors."""
+        """Set each Talk's `reference`. The processes share the work and store it in OUTPUT/reference.safetensors."""
         talks = [t for e in self.examples + self.test for t in [*e.talks, e.other] if t]
         rank, size = self.group.rank(), self.group.size()
         mark = hashlib.sha256()
@@ -244,16 +243,17 @@ class Run:
         return scale * objective(self.args, losses, *more).sum(), losses
 
     def passes(self, talks, chosen, wanted, kl=0.0, key=None):
-        """The model over the talks of a whole batch, this process's share of it, in parts of --batch-size examples.
+        """Run this process's share of a whole batch, --batch-size examples at a time.
 
-        chosen: of each the rows whose codebooks 1.. count; wanted: of each example; key: the gradient is wanted, with
-        this dropout. Returns talk_losses and their reference (B, 2) of all, and this process's gradient, or None.
+        chosen: by talk, the rows whose codebooks 1.. count. wanted: by example, 1 or -1. key: compute the gradient,
+        with this dropout. Returns the whole batch's talk_losses and reference (B, 2), and this process's gradient or
+        None.
         """
         size, K, n = self.group.size(), self.model.config.audio_num_codebooks, len(talks) // len(wanted)
         counts = np.array([[len(t.learned), len(c)] for t, c in zip(talks, chosen)], np.float32)
-        if self.args.command == "train":  # the mean over all frames of the batch
+        if self.args.command == "train":  # mean over the batch's frames
             weights, scale = np.broadcast_to(1 / counts.sum(axis=0) / [1, K - 1], counts.shape), size
-        else:  # over those of a conversation, and the codebooks
+        else:  # mean over a conversation's frames and codebooks
             weights, scale = 1 / (counts * K), size / len(wanted)
         reference = np.zeros((len(talks), 2), np.float32)
         for i, (t, c) in enumerate(zip(talks, chosen)):
@@ -279,13 +279,13 @@ class Run:
         return mx.distributed.all_sum(losses, group=self.group), reference, total
 
     def set_dropout(self, key, example=0):
-        """A key for each LoRA, drawn from `key` and the first example that passes, so that each part has its own."""
+        """Give each LoRA a key that depends on `key` and a part's first example, so that each part has its own."""
         for j, lora in enumerate(self.loras):
             seed = None if key is None else np.random.SeedSequence([*key, example, j]).generate_state(1, np.uint64)
             lora._key = None if seed is None else mx.random.key(int(seed[0]))
 
     def measure(self, examples, fraction, *seed, key=None):
-        """A batch -> what is logged of it, and the gradient of this process if there is a `key`."""
+        """A batch -> its row of the log, and this process's gradient if there is a `key`."""
         talks, wanted = [t for e in examples for t in e.talks], [e.wanted for e in examples]
         args, kl = self.args, mx.array(0.0)
         if args.command == "kto":
@@ -313,17 +313,17 @@ class Run:
         return row | {"accuracy": float(right.mean())}, gradient
 
     def rate(self):
-        """The learning rate of this step: warm-up, then half a cosine, if asked for."""
+        """The learning rate of this step: warm-up, then constant, or half a cosine with --cosine."""
         warm = min(1, (self.n + 1) / max(1, self.args.warmup_steps))
         done = max(0, self.n - self.args.warmup_steps) / max(1, self.total - self.args.warmup_steps)
         return self.args.learning_rate * warm * (0.5 + 0.5 * math.cos(math.pi * done) if self.args.cosine else 1)
 
     def step(self):
-        """One update: returns what is logged, and the frames learned."""
+        """Make one update. Returns its row of the log and the number of frames learned."""
         rate = self.rate()
         epoch, i = divmod(self.n, self.per_epoch)
         order = np.random.default_rng([self.args.seed, epoch]).permutation(len(self.examples))
-        # Every process knows the whole batch, so each can weigh its own part as a part of the mean over all.
+        # Every process has the whole batch, so each can weigh its part by the mean over all.
         batch = [self.examples[int(e)] for e in order[i * self.batch : (i + 1) * self.batch]]
         seed = self.args.seed, self.n
         row, total = self.measure(batch, self.args.depth_fraction, *seed, key=seed)
@@ -339,11 +339,11 @@ class Run:
         return row | {"rate": rate}, sum(len(t.learned) for e in batch for t in e.talks)
 
     def evaluate(self):
-        """What is logged of the test data, all frames of it."""
+        """The log's entries for the test data, over all of its frames."""
         return {f"test_{k}": v for k, v in self.measure(self.test, 1)[0].items()}
 
     def save(self):
-        """OUTPUT/checkpoint.safetensors: trained weights, optimizer and where the run is; put in place whole."""
+        """Write OUTPUT/checkpoint.safetensors atomically: trained weights, optimizer, the run's position."""
         arrays = dict(tree_flatten({"model": self.model.trainable_parameters(), "optimizer": self.optimizer.state}))
         old = []
         if self.args.keep:
@@ -357,18 +357,18 @@ class Run:
             self.remove(self.args.output_dir / f"step-{n}")
 
     def settings(self):
-        """What must be the same for a run to go on."""
+        """What must not change when a run resumes."""
         return settings(self.args, self.group) | {"data": self.data}
 
     def remove(self, folder):
-        """Delete what `write` put into a folder, and the folder if that was all."""
+        """Delete the files of `write` in a folder, and the folder if it is empty then."""
         for name in (*RESULT, *self.beside):
             (folder / name).unlink(missing_ok=True)
         if folder.is_dir() and not any(folder.iterdir()):
             folder.rmdir()
 
     def resume(self):
-        """Go on from OUTPUT's checkpoint, if there is one."""
+        """Load OUTPUT's checkpoint, if there is one."""
         file = self.args.output_dir / "checkpoint.safetensors"
         if not file.exists():
             return
@@ -376,7 +376,7 @@ class Run:
         where = json.loads(metadata["run"])
         then = where["settings"]
         if other := [k for k, now in self.settings().items() if now != then.get(k)]:
-            raise ValueError(f"{file} is of another {', '.join(other)}: give the same, or another --output-dir")
+            raise ValueError(f"{file} has a different {', '.join(other)}: use the same, or another --output-dir")
         held = tree_unflatten(list(arrays.items()))
         self.model.update(held["model"])
         self.optimizer.state = held["optimizer"]
@@ -385,7 +385,7 @@ class Run:
         mx.eval(self.model.trainable_parameters(), self.optimizer.state)
 
     def write(self, folder):
-        """The result: adapters.safetensors and adapter_config.json; or all that a model's folder has."""
+        """Write the result: adapters.safetensors and adapter_config.json, or a whole model folder."""
         folder.mkdir(parents=True, exist_ok=True)
         trained = self.model.trainable_parameters() if self.loras else self.model.parameters()
         weights = dict(tree_flatten(trained))
@@ -409,7 +409,7 @@ class Run:
 
 
 def model_files(generator):
-    """The config and the other files of a model's folder, but for the weights and the voices, for Run.write."""
+    """For Run.write: the config and the other files of a model folder, without weights and voices."""
     config = generator.config_json | asdict(generator.model.config)
     config |= {"model_type": "csm", "layout": "native", "use_default_voice_prompt": False}
     sound = dict(tree_flatten(generator.mimi.parameters()))
@@ -418,14 +418,14 @@ def model_files(generator):
 
 
 def base_from(model, folder):
-    """What `folder` calls its base: a name as it is, a path as it is seen from the folder."""
+    """The base model to name in `folder`'s config: a name as it is, a path relative to the folder."""
     if model in ("csm-1b", "tiny") or not Path(model).exists():
         return str(model)
     return os.path.relpath(model, folder)
 
 
 def data_mark(examples):
-    """A hash of all that is learned from."""
+    """A hash of the training data."""
     mark = hashlib.sha256()
     for talk in (t for e in examples for t in e.talks):
         mark.update(talk.mark())
@@ -433,16 +433,16 @@ def data_mark(examples):
 
 
 def settings(args, group):
-    """Of the options, what must be the same for a run to go on."""
+    """The options that must not change when a run resumes."""
     other = ["output_dir", "codes", "codec_clips", "ckpt_freq", "log_freq", "keep", "sample_texts", "function"]
     other += [] if args.cosine else ["epochs"]
     shared = {k: v if isinstance(v, (int, float, list, type(None))) else str(v) for k, v in vars(args).items()}
-    shared["batch_size"] *= group.size()  # however it is spread
+    shared["batch_size"] *= group.size()  # the number of processes may change
     return {k: v for k, v in shared.items() if k not in other}
 
 
 def save(path, arrays, metadata=None):
-    """A .safetensors file, put in place whole, after it is on the disk."""
+    """Write a .safetensors file atomically, flushed to the disk."""
     with mimi.replacing(path) as file:
         mx.save_safetensors(file, arrays, {"format": "mlx", **(metadata or {})})
         file.flush()
@@ -452,11 +452,11 @@ def save(path, arrays, metadata=None):
 def train(args):
     check(args)
     check_output(args)
-    command, speakers = args.command, {}
-    data = tuning_data.read_data(args.data_path, command, args.skip_bad, speakers)
+    kind, speakers = args.command, {}
+    data = tuning_data.read_data(args.data_path, kind, args.skip_bad, speakers)
     test = []
     if args.val_data_path:
-        test = tuning_data.read_data(args.val_data_path, command, args.skip_bad, speakers)
+        test = tuning_data.read_data(args.val_data_path, kind, args.skip_bad, speakers)
     log = args.output_dir / "log.jsonl"
     rows, texts = read_log(log), sample_texts(args)
     generator = csm.load(args.model, dtype=args.dtype, quantize=args.quantize)
@@ -467,7 +467,7 @@ def train(args):
         test = tuning_data.encode(generator, test, args)
     else:
         examples, test = split(examples, args)
-    if command == "kto":
+    if kind == "kto":
         tuning_data.mismatch(generator, examples + test, args)
     run = Run(generator, examples, test, args)
     run.resume()
@@ -485,7 +485,7 @@ def train(args):
         run.before = run.evaluate()["test_loss"]
     if first and run.n == 0:
         speak(generator, texts, samples / "step-0", args.seed, speaker)
-    rows = [row for row in rows if row["step"] <= run.n]  # what followed the checkpoint is made again
+    rows = [row for row in rows if row["step"] <= run.n]  # steps after the checkpoint are made again
     written = len(rows)
     if first:
         with mimi.replacing(log) as file:
@@ -525,42 +525,42 @@ def train(args):
         if test and run.before is not None:
             say_learned(run, rows[-1]["test_loss"])
         if texts:
-            print(f"what it said before and after: {samples}", file=sys.stderr)
+            print(f"samples from before and after: {samples}", file=sys.stderr)
 
 
 def split(examples, args):
-    """The examples to learn from, and those of --validation."""
+    """Split the examples into (training, validation) by --validation."""
     if args.validation is None:
         n = min(MOST_HELD_OUT, len(examples) // 10)
     else:
         n = max(1, round(args.validation * len(examples))) if args.validation else 0
     if n >= len(examples):
-        raise ValueError(f"{len(examples)} conversations cannot be split in training and validation")
+        raise ValueError(f"{len(examples)} conversations cannot be split into training and validation")
     order = np.random.default_rng([args.seed, 1]).permutation(len(examples))
     test, rest = ([examples[i] for i in part] for part in (order[:n], order[n:]))
     return rest, test
 
 
 def say_learned(run, after):
-    """Say the loss on what was held out, before and after training, and what to do if it has not fallen."""
+    """Print the held-out loss before and after training, and advice if it has not fallen."""
     best, at = run.best
     print(f"held out: loss {run.before:.4f} before training, {after:.4f} now", file=sys.stderr)
     if after >= run.before:
-        lower = "try fewer --epochs, a lower --learning-rate, or more data"
-        print(f"warning: it has learned nothing that helps with clips it has not seen: {lower}", file=sys.stderr)
+        advice = "try fewer --epochs, a lower --learning-rate, or more data"
+        print(f"warning: it has learned nothing that helps with unseen clips: {advice}", file=sys.stderr)
     elif best < after:
         where = run.args.output_dir / "best"
-        print(f"the loss was lowest at step {at}, {best:.4f}, which is kept in {where}", file=sys.stderr)
+        print(f"the loss was lowest at step {at} ({best:.4f}); {where} holds that model", file=sys.stderr)
 
 
 def check_output(args):
-    """Raise ValueError if the run would overwrite the model that it trains, or what is not its own."""
+    """Raise ValueError if the run would overwrite the model that it trains, or files that it did not write."""
     out, base = args.output_dir, Path(args.model)
     if base.exists() and same_place(base if base.is_dir() else base.parent, out):
         raise ValueError(f"--output-dir {out} is the folder of the model itself: give another")
     kept = [name for name in RESULT if (out / name).exists()]
     if kept and not (out / "checkpoint.safetensors").exists():
-        raise ValueError(f"{out} holds a {kept[0]} that is of no run with a checkpoint: give another --output-dir")
+        raise ValueError(f"{out} holds a {kept[0]} but no run's checkpoint: give another --output-dir")
 
 
 def same_place(a, b):
@@ -568,7 +568,7 @@ def same_place(a, b):
 
 
 def read_log(file):
-    """The rows of a run's log so far; the last line may be half written. Raises ValueError for what is no such log."""
+    """The rows of a run's log, without a half-written last line. Raises ValueError if the file is no such log."""
     try:
         lines = file.read_text().splitlines(keepends=True) if file.exists() else []
         rows = [json.loads(line) for line in lines if line.endswith("\n")]
@@ -580,7 +580,7 @@ def read_log(file):
 
 
 def sample_texts(args):
-    """The texts to say before and after training, or after each epoch."""
+    """The texts to speak before and after training, or after each epoch."""
     if args.sample_texts is None:
         return SAMPLE_TEXTS
     if args.sample_texts == "none":
@@ -589,7 +589,7 @@ def sample_texts(args):
 
 
 def say_speakers(speakers, folder):
-    """Say which numbers the names of speakers have got, and write it to FOLDER/speakers.json."""
+    """Print the numbers given to the speakers' names, and write them to FOLDER/speakers.json."""
     if speakers:
         command.say_speakers(speakers)
         with mimi.replacing(folder / "speakers.json") as file:
@@ -597,7 +597,7 @@ def say_speakers(speakers, folder):
 
 
 def warn_of_codec(generator, examples, n):
-    """Send n of the clips through the codec and back, and warn if their sound or their words are lost."""
+    """Send n of the clips through the codec, and warn if it loses their sound or their words."""
     said = [s for e in examples for t in e.talks for s in t.segments if s.audio]
     some = [(s.text, mimi.read_audio(s.audio)[:240_000]) for s in said[:: max(1, len(said) // n)][:n]]
     if not some:
@@ -606,30 +606,30 @@ def warn_of_codec(generator, examples, n):
     likeness = float(np.median([likeness_of(sound, back) for _, sound, back in pairs]))
     lost = []
     if likeness < HEARS:
-        lost.append(f"spectra correlate by {likeness:.2f}; {HEARS:g} or more is well")
+        lost.append(f"spectra correlate by {likeness:.2f}; {HEARS:g} or more is good")
     if package := transcribe.package():
-        print(f"listening to {len(some)} clips and what the codec makes of them, by {package}", file=sys.stderr)
+        print(f"transcribing {len(some)} clips before and after the codec with {package}", file=sys.stderr)
     if found := words_wrong(pairs):
         before, after = found
         if after > before + LOST_WORDS:
-            lost.append(f"a recogniser gets {before:.0%} of the words wrong in the clips, {after:.0%} behind the codec")
+            lost.append(f"a recogniser gets {before:.0%} of the words wrong in the clips, {after:.0%} after the codec")
     if lost:
         print(
-            f"warning: the model's codec loses much of these voices ({len(some)} clips there and back: "
-            f"{'; '.join(lost)}): what it does not hear, training cannot teach, and the model may unlearn to speak; "
-            "rather give a clip as --voice or --ref-audio (docs/fine-tuning.md)",
+            f"warning: the model's codec loses much of these voices ({len(some)} clips: {'; '.join(lost)}). Training "
+            "cannot teach what the codec loses, and may make the model speak worse. Instead, give a clip as --voice or "
+            "--ref-audio (docs/fine-tuning.md)",
             file=sys.stderr,
         )
 
 
 def through_codec(generator, samples):
-    """(samples,) -> the same there and back."""
+    """Encode and decode a sound (samples,)."""
     codes = generator.mimi.encode(mx.array(samples)[None, None])
     return np.array(generator.mimi.decode(codes)[0, 0])[: len(samples)]
 
 
 def words_wrong(pairs):
-    """[(text, sound, the same behind the codec)] -> the word error rates of both, or None without a recogniser."""
+    """[(text, sound, sound after the codec)] -> the word error rates of both sounds; None without a recogniser."""
     errors, n = np.zeros(2), 0
     for text, *sounds in pairs:
         heard = [words(hear(sound)) for sound in sounds]
@@ -641,7 +641,7 @@ def words_wrong(pairs):
 
 
 def hear(samples):
-    """What a recogniser hears in (samples,) at 24 kHz; "" if it is nothing, or none is installed."""
+    """Transcribe (samples,) at 24 kHz; "" if nothing is heard or no recogniser is installed."""
     try:
         return transcribe.transcribe(samples)
     except ValueError:
@@ -653,15 +653,15 @@ def words(text):
 
 
 def likeness_of(samples, back):
-    """The correlation of the spectrogram of a sound with that of what the codec gives back, which may be late."""
+    """The correlation of a sound's spectrogram with that after the codec, at the best delay up to 200 ms."""
     before, after = log_spectrum(samples), log_spectrum(back)
-    lags = [(before[: len(before) - n], after[n:]) for n in range(min(11, len(before)))]  # up to 200 ms
+    lags = [(before[: len(before) - n], after[n:]) for n in range(min(11, len(before)))]
     found = [np.corrcoef(x.ravel(), y.ravel())[0, 1] if x.std() and y.std() else 0.0 for x, y in lags]
     return float(max(found, default=0.0))
 
 
 def log_spectrum(samples):
-    """(samples,) -> (windows of 20 ms, bands): dB in some 24 bands of 80 to 7600 Hz, no less than 40 below the most."""
+    """(samples,) -> (steps of 20 ms, about 24 mel bands of 80 to 7600 Hz) in dB, at least the maximum - 40."""
     size, low, high = 1024, 80, 7600
     windows = np.lib.stride_tricks.sliding_window_view(np.pad(samples, (0, size)), size)[::480]
     power = np.abs(np.fft.rfft(windows * np.hanning(size))) ** 2
@@ -672,17 +672,17 @@ def log_spectrum(samples):
 
 
 def speak(generator, texts, folder, seed, speaker):
-    """What the model says by now, without a voice: FOLDER/0.wav, 1.wav ..., of each text."""
+    """Speak each text with the current weights and without a voice: FOLDER/0.wav, 1.wav ..."""
     if not texts:
         return
     folder.mkdir(parents=True, exist_ok=True)
-    generator.context_caches.clear()  # of the weights before
+    generator.context_caches.clear()  # the weights have changed
     for i, audio in enumerate(csm_batch.generate(generator, texts, speaker, voice="none", seed=seed)):
         mimi.write_audio(folder / f"{i}.wav", audio)
 
 
 def chart(rows, before, path):
-    """A picture of the log, where matplotlib is installed. before: the loss on the test data before training."""
+    """Plot the log if matplotlib is installed. before: the loss on the test data before training."""
     try:
         from matplotlib.figure import Figure
     except ImportError:
@@ -691,7 +691,7 @@ def chart(rows, before, path):
     axes = Figure(figsize=(8, 5), layout="constrained").subplots()
     for i, name in enumerate(names):
         points = np.array([(r["step"], r[name]) for r in rows if name in r])
-        n = min(len(points), 500)  # means of as many steps each
+        n = min(len(points), 500)  # points in the plot, each a mean
         axes.plot(*np.array([part.mean(axis=0) for part in np.array_split(points, n)]).T, f"C{i}", label=name)
         points = [(0, before)] if name == "loss" and before is not None else []
         points += [(r["step"], r[f"test_{name}"]) for r in rows if f"test_{name}" in r]
@@ -705,7 +705,7 @@ def chart(rows, before, path):
 
 
 def fuse(args):
-    """A model folder with what was trained in its weights, in the base's type; whole, or not there at all."""
+    """Write a model folder with the run's result merged, in the base's type."""
     if not args.run.is_dir():
         raise ValueError(f"no such folder: {args.run}")
     adapter = (args.run / "adapter_config.json").is_file()
@@ -727,7 +727,7 @@ def fuse(args):
 
 
 def trained_from(run):
-    """The base that a run's folder names, of an adapter or of all weights."""
+    """The base model that a run's folder names."""
     if base := adapters.base_model(run):
         return base
     checkpoint = run / "checkpoint.safetensors"
@@ -737,10 +737,10 @@ def trained_from(run):
 
 
 def export(args):
-    """An adapter of ours as PEFT's, for transformers' CSM."""
+    """Write a run's adapter in PEFT's format, for transformers' CSM."""
     adapter = mimi.read_json(args.run / "adapter_config.json")
     if not adapter:
-        raise ValueError(f"{args.run} has no adapter_config.json: what trained all weights is converted by convert.py")
+        raise ValueError(f"{args.run} has no adapter_config.json: convert a run that trained all weights by convert.py")
     if same_place(args.run, args.destination):
         raise ValueError(f"{args.destination} is the folder of the run itself: give another")
     base = args.model or adapters.base_model(args.run)
@@ -760,27 +760,25 @@ def main(argv=None):
     commands = p.add_subparsers(dest="command", required=True)
     kinds = {
         "train": "train on conversations",
-        "dpo": "train on pairs of a chosen and a rejected speech",
-        "kto": "train on speech that is wanted or not",
+        "dpo": "train on pairs of chosen and rejected speech",
+        "kto": "train on speech marked as wanted or unwanted",
     }
     for name, what in kinds.items():
         add_training(commands.add_parser(name, help=what, formatter_class=ShowDefaults), name)
     g = commands.add_parser(
-        "pairs", help="make preference data: say each text several times, keep the best and the worst"
+        "pairs", help="make preference data: speak each text several times, keep the best and the worst"
     )
-    g.add_argument("--texts", required=True, help="a file, a text a line")
-    g.add_argument("--out", type=Path, required=True, help="folder of pairs.json")
-    g.add_argument("--samples", type=int, default=4, help="of each text (default 4)")
-    g.add_argument("--batch", type=int, default=16, help="samplings at once (default 16)")
-    g.add_argument(
-        "--margin", type=float, default=0.1, help="of the scores, above which they make a pair (default 0.1)"
-    )
-    g.add_argument("--judge", metavar="COMMAND", help='such as "judge {audio} {text}": prints a number, more is better '
+    g.add_argument("--texts", required=True, help="a file with one text per line")
+    g.add_argument("--out", type=Path, required=True, help="folder for pairs.json")
+    g.add_argument("--samples", type=int, default=4, help="samples of each text (default 4)")
+    g.add_argument("--batch", type=int, default=16, help="samples generated at once (default 16)")
+    g.add_argument("--margin", type=float, default=0.1, help="least difference of a pair's scores (default 0.1)")
+    g.add_argument("--judge", metavar="COMMAND", help='such as "judge {audio} {text}": prints a score, more is better '
                    "(default: length against the text, silence, repetition, no end)")  # fmt: skip
     command.add_options(g)
     g.set_defaults(seed=0)
     g.set_defaults(function=tuning_data.pairs)
-    f = commands.add_parser("fuse", help="write a model folder with what was trained")
+    f = commands.add_parser("fuse", help="write a model folder with a run's result merged")
     f.set_defaults(function=fuse)
     e = commands.add_parser("export", help="write an adapter for other programs")
     e.add_argument("--to", choices=("peft",), default="peft")
@@ -788,20 +786,20 @@ def main(argv=None):
     for parser in (f, e):
         parser.add_argument("run", type=Path, metavar="RUN")
         parser.add_argument("destination", type=Path, metavar="DEST")
-        parser.add_argument("--model", help="what was trained, if it is elsewhere now")
+        parser.add_argument("--model", help="the base model, if it has moved")
     d = commands.add_parser("dataset", aliases=["convert"], help="data of any form -> JSON")
-    d.add_argument("folder", type=Path, metavar="DATA", help="as of train --data-path")
+    d.add_argument("folder", type=Path, metavar="DATA", help="as for train --data-path")
     d.add_argument("out", type=Path, metavar="OUT.json")
-    d.add_argument("--skip-bad", action="store_true", help="leave bad items out, in place of stopping")
+    d.add_argument("--skip-bad", action="store_true", help="skip bad items instead of stopping")
     d.set_defaults(function=dataset)
     for parser in commands.choices.values():
         parser.error = p.error
     args = p.parse_args(argv)
-    return command.run(p, args.function, args, "interrupted: the same command goes on from what is finished")
+    return command.run(p, args.function, args, "interrupted: the same command continues from here")
 
 
 def dataset(args):
-    """Data of any form as the JSON that lists it."""
+    """Write data of any form as JSON."""
     speakers, talks = {}, []
     for example in tuning_data.read_data(args.folder, "train", args.skip_bad, speakers):
         turns = [{"text": s.text, "audio_path": str(s.audio.resolve()), "speaker": s.speaker} for s in example.talks[0]]
@@ -822,73 +820,74 @@ class ShowDefaults(argparse.HelpFormatter):
         return f"{said} (default: %(default)s)"
 
 
-def add_training(t, command):
-    forms = ": JSON list or lines, metadata.csv, a folder of clips, a Hub data set" if command == "train" else ": JSON"
-    t.add_argument("--data-path", type=Path, required=True, help=f"what to learn from{forms}")
-    t.add_argument("--val-data-path", type=Path, help="the same, for a test after each epoch")
-    t.add_argument("--output-dir", type=Path, required=True, help="folder of the run; the same command goes on from it")
-    codes = "folder for the codes of the clips, which runs may share (default: OUTPUT_DIR/codes)"
+def add_training(t, kind):
+    forms = ": JSON list or lines, metadata.csv, a folder of clips, a Hub data set" if kind == "train" else ": JSON"
+    t.add_argument("--data-path", type=Path, required=True, help=f"training data{forms}")
+    t.add_argument("--val-data-path", type=Path, help="data for a test after each epoch")
+    t.add_argument("--output-dir", type=Path, required=True, help="folder of the run; the same command resumes it")
+    codes = "folder for the clips' codes, which runs may share (default: OUTPUT_DIR/codes)"
     t.add_argument("--codes", type=Path, metavar="DIR", help=codes)
     base = os.environ.get("CSM_MODEL") or "csm-1b"
-    t.add_argument("--model", "--pretrained-path", default=base, help="as csm.py has it")
+    t.add_argument("--model", "--pretrained-path", default=base, help="as for csm.py")
     types = ("float32", "bfloat16", "float16")
-    t.add_argument("--dtype", choices=types, help="default: float32, or with LoRA what suits the device")
+    t.add_argument("--dtype", choices=types, help="default: float32; with LoRA, as csm.py chooses by device")
     t.add_argument("--quantize", type=int, choices=(4, 6, 8), help="bits of the frozen weights under LoRA")
-    t.add_argument("--epochs", type=int, default=10, help="times through the data")
+    t.add_argument("--epochs", type=int, default=10, help="passes over the data")
     t.add_argument("--batch-size", type=int, default=4, help="examples at once, in each process")
-    t.add_argument("--gradient-accumulation-steps", type=int, default=1, help="batches to a step")
-    usual = "default: 5e-4 with LoRA, 1e-5 without; a tenth of it for dpo and kto"
+    t.add_argument("--gradient-accumulation-steps", type=int, default=1, help="batches per step")
+    usual = "default: 5e-4 with LoRA, 1e-5 without; a tenth of that for dpo and kto"
     t.add_argument("--learning-rate", "--lr", type=float, help=usual)
-    t.add_argument("--warmup-steps", type=int, default=0, help="in which the learning rate rises")
+    t.add_argument("--warmup-steps", type=int, default=0, help="steps over which the learning rate rises")
     t.add_argument("--cosine", action="store_true", help="let the learning rate fall to 0 as half a cosine")
-    t.add_argument("--optimizer", choices=OPTIMIZERS, default="adamw", help="how a gradient becomes a step")
-    t.add_argument("--weight-decay", "--wd", type=float, default=1e-4, help="of adamw and sgd")
-    t.add_argument("--max-norm", type=float, default=1.0, help="of the gradient; 0: not clipped")
-    t.add_argument("--lora-rank", type=int, default=0, help="0: train all weights")
+    t.add_argument("--optimizer", choices=OPTIMIZERS, default="adamw", help="optimizer")
+    t.add_argument("--weight-decay", "--wd", type=float, default=1e-4, help="weight decay of adamw and sgd")
+    t.add_argument("--max-norm", type=float, default=1.0, help="clip the gradient to this norm; 0: do not")
+    t.add_argument("--lora-rank", type=int, default=0, help="rank of LoRA; 0: train all weights")
     t.add_argument("--lora-alpha", type=float, default=16.0, help="the change is scaled by alpha / rank")
-    t.add_argument("--lora-dropout", type=float, default=0.0, help="fraction of inputs that LoRA misses in training")
-    t.add_argument("--dora", action="store_true", help="with LoRA: learn how long the rows of the weights are, too")
+    t.add_argument("--lora-dropout", type=float, default=0.0, help="fraction of LoRA's inputs to drop in training")
+    t.add_argument("--dora", action="store_true", help="with LoRA: also learn the norms of the weights' rows")
     modules = "attn, mlp, projection, head or names (default: attn mlp)"
     t.add_argument("--target-modules", nargs="+", default=["attn", "mlp"], help=modules)
-    t.add_argument("--train-embeddings", action="store_true", help="with LoRA: the embeddings too, as they are")
-    t.add_argument("--freeze-backbone", action="store_true", help="train the depth decoder alone")
-    t.add_argument("--freeze-decoder", action="store_true", help="train the backbone alone")
-    t.add_argument("--depth-fraction", type=float, default=1 / 16, help="of the frames whose codebooks 1.. are learned")
+    t.add_argument("--train-embeddings", action="store_true", help="with LoRA: also train the whole embeddings")
+    t.add_argument("--freeze-backbone", action="store_true", help="train only the depth decoder")
+    t.add_argument("--freeze-decoder", action="store_true", help="train only the backbone")
+    t.add_argument("--depth-fraction", type=float, default=1 / 16, help="fraction of frames that train codebooks 1..")
     t.add_argument("--first-codebook-weight-multiplier", type=float, default=1.0, help="weight of codebook 0's loss")
     ids = {"type": lambda s: [int(x) for x in s.split(",")], "default": [], "metavar": "IDS"}
-    t.add_argument("--mask-speaker-ids", **ids, help="speakers who are heard but not learned: 0,2")
-    t.add_argument("--max-audio-length-ms", type=float, default=90_000, help="longer clips are bad ones")
-    t.add_argument("--skip-bad", action="store_true", help="leave bad items out, in place of stopping")
+    t.add_argument("--mask-speaker-ids", **ids, help="speakers that are context only: 0,2")
+    t.add_argument("--max-audio-length-ms", type=float, default=90_000, help="leave out longer clips")
+    t.add_argument("--skip-bad", action="store_true", help="skip bad items instead of stopping")
     held_out = f"fraction held out for a test after each epoch (default: a tenth, at most {MOST_HELD_OUT}; 0: none)"
     t.add_argument("--validation", type=float, help=held_out)
-    clips = "send N clips through the codec first, and warn if it loses their sound or words; 0: do not"
+    clips = "first send N clips through the codec, and warn if it loses their sound or words; 0: do not"
     t.add_argument("--codec-clips", type=int, default=8, metavar="N", help=clips)
     t.add_argument("--gradient-ckpt", action="store_true", help="less memory, more time")
     t.add_argument("--ckpt-freq", type=int, default=100, help="steps between checkpoints")
-    t.add_argument("--log-freq", type=int, default=10, help="steps between writings of log.jsonl")
-    keep = "the last N checkpoints as folders: adapters to speak with, or models"
+    t.add_argument("--log-freq", type=int, default=10, help="steps between writes to log.jsonl")
+    keep = "also keep the last N checkpoints as folders of adapters or models that speak"
     t.add_argument("--keep", type=int, default=0, metavar="N", help=keep)
     texts = (
-        "say each line of F before training and after each epoch (default: two sentences, before and after; or none)"
+        "speak each line of F before training and after each epoch; none: do not (default: two sentences, before and "
+        "after training)"
     )
     t.add_argument("--sample-texts", metavar="F", help=texts)
-    t.add_argument("--seed", type=int, default=0, help="of the data's order and all that is random")
-    if command != "train":
-        t.add_argument("--beta", type=float, default=0.1, help="more holds the model closer to itself")
-        t.add_argument("--sft-weight", type=float, default=0.0, help="of the L of what is chosen, beside")
-    t.set_defaults(reference_free=command == "train", function=train)
-    if command == "dpo":
-        t.add_argument("--reference-free", action="store_true", help="as if all speech were as likely at first")
-    if command == "kto":
-        t.add_argument("--desirable-weight", type=float, default=1.0, help="of what is wanted")
-        t.add_argument("--undesirable-weight", type=float, default=1.0, help="of what is not")
+    t.add_argument("--seed", type=int, default=0, help="seed of the data's order and all randomness")
+    if kind != "train":
+        t.add_argument("--beta", type=float, default=0.1, help="a higher one keeps the model closer to the original")
+        t.add_argument("--sft-weight", type=float, default=0.0, help="weight of the chosen speech's cross-entropy")
+    t.set_defaults(reference_free=kind == "train", function=train)
+    if kind == "dpo":
+        t.add_argument("--reference-free", action="store_true", help="take all speech as equally likely at first")
+    if kind == "kto":
+        t.add_argument("--desirable-weight", type=float, default=1.0, help="weight of wanted speech")
+        t.add_argument("--undesirable-weight", type=float, default=1.0, help="weight of unwanted speech")
 
 
 def check(args):
     usual = (5e-4 if args.lora_rank else 1e-5) * (1 if args.command == "train" else 0.1)
     args.learning_rate = usual if args.learning_rate is None else args.learning_rate
     if not args.lora_rank or args.train_embeddings:
-        args.dtype = args.dtype or "float32"  # bfloat16 would round most updates of a weight to nothing
+        args.dtype = args.dtype or "float32"  # bfloat16 would round most updates away
     for name, good in (
         ("depth-fraction", 0 < args.depth_fraction <= 1), ("validation", 0 <= (args.validation or 0) < 1),
         ("batch-size", args.batch_size > 0), ("gradient-accumulation-steps", args.gradient_accumulation_steps > 0),

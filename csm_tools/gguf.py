@@ -1,14 +1,14 @@
-"""GGUF files of a CSM, as four programs write them -> the names and arrays of a layout that csm_layouts.py converts.
+"""Read a CSM's GGUF files, as four programs write them, into names and arrays that csm_layouts.py converts.
 
   csm.rs     cartesia/sesame-csm-1b-gguf: Sesame's names and row order
   CrispASR   cstr/csm-1b-GGUF: transformers' row order; Mimi and the tokenizer inside
-  llama.cpp  ggml-org/sesame-csm-1b-GGUF (pull request 12648): backbone, decoder and Mimi in a file each; Sesame's order
-  codec.cpp  hans00/CSM-1B-GGUF: llama.cpp's file of a Llama for the backbone, and a second file with everything else,
-             in transformers' order
+  llama.cpp  ggml-org/sesame-csm-1b-GGUF (pull request 12648): one file each for backbone, decoder, Mimi; Sesame's order
+  codec.cpp  hans00/CSM-1B-GGUF: the backbone as llama.cpp's file of a Llama, everything else in a second file, in
+             transformers' order
 
-The tensors' names tell them apart. Matrices in Q4_0, Q4_1 and Q8_0 stay quantized: MLX computes with the same numbers
-in groups of 32. Other quantized tensors become plain; the package gguf reads them. The header is read here, since that
-package takes a minute for Llama's vocabulary.
+The tensors' names tell them apart. Matrices in Q4_0, Q4_1 and Q8_0 stay quantized, since MLX has the same numbers in
+groups of 32. The package gguf dequantizes other types. Our own code reads the header, because that package takes a
+minute for Llama's vocabulary.
 """
 
 import json
@@ -28,7 +28,7 @@ from csm_layouts import numbers, reorder, reorder_csm
 # ---- tables -----------------------------------------------------------------------------------------------------
 # fmt: off
 
-# Regular expressions on names, applied in turn. A name that becomes empty is skipped: the tensor repeats another one.
+# Regular expressions on names, applied in turn. A name that becomes empty is skipped: its tensor duplicates another.
 LAYER = (
     (r"\.(?:attn_)?([qkv])\.", r".self_attn.\1_proj."), (r"\.(?:attn_output|o)\.", ".self_attn.o_proj."),
     (r"\.ffn_(gate|up|down)\.", r".mlp.\1_proj."), (r"\.attn_norm\.", ".input_layernorm."),
@@ -78,7 +78,7 @@ CODEC_CPP = (
     (r"\.cb\.init$", ".codebook.initialized"), (r"\.ip\.w$", ".input_proj.weight"),
     (r"\.op\.w$", ".output_proj.weight"), (r"\.w$", ".weight"), (r"\.b$", ".bias"),
 )
-TABLES = (  # a tensor that only such files have, and their table. Names of csm.rs, and of others, stay as they are
+TABLES = (  # a tensor that identifies the files, and their table. Other names, such as csm.rs', stay as they are
     ("backbone.blk.0.attn_q.weight", CRISPASR), ("audio_head.weight", LLAMA_DECODER),
     ("token_embd.weight", LLAMA_BACKBONE), ("enc.l0.conv.w", CODEC_CPP),
     (MIMI_NAME := "quantizer.semantic_rvq.layers.0.codebook", LLAMA_MIMI),
@@ -93,8 +93,8 @@ STRING, ARRAY = 8, 9
 PLAIN = {0: mx.float32, 1: mx.float16, 30: mx.bfloat16}  # types of a tensor
 Q4_0, Q4_1, Q8_0 = 2, 3, 8
 TEMPORARY = []  # folders
-BLOCK_BYTES = {Q4_0: 18, Q4_1: 20, Q8_0: 34}  # for 32 weights
-LLAMA3_WORDS = (  # where Llama 3's tokenizer cuts a text
+BLOCK_BYTES = {Q4_0: 18, Q4_1: 20, Q8_0: 34}  # per 32 weights
+LLAMA3_WORDS = (  # how Llama 3's tokenizer splits a text
     r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|"
     r"\s+(?!\S)|\s+"
 )
@@ -104,14 +104,14 @@ LLAMA3_WORDS = (  # where Llama 3's tokenizer cuts a text
 
 
 class Tensor(NamedTuple):
-    """A tensor that is still in the file."""
+    """A tensor in the file, not read yet."""
 
     kind: int
     shape: tuple
-    data: memoryview  # from its first byte to the end of the file
+    data: memoryview  # from the tensor's first byte to the end of the file
 
     def blocks(self, n, size):
-        """(..., blocks, size) bytes: blocks of n weights."""
+        """The data as blocks of n weights: (..., blocks, size) bytes."""
         n_bytes = math.prod(self.shape) // n * size
         if not self.shape or self.shape[-1] % n or n_bytes > len(self.data):
             raise ValueError("the file is truncated, or the tensor's shape is wrong")
@@ -130,7 +130,7 @@ class Tensor(NamedTuple):
         return mx.array(q.reshape(*self.shape[:-1], -1).view(np.uint32)), scales, biases
 
     def read(self):
-        """The weights in one array, plain."""
+        """The weights as one dequantized array."""
         if dtype := PLAIN.get(self.kind):
             flat = self.blocks(1, dtype.size).reshape(-1).view(f"u{dtype.size}")
             return mx.array(flat).view(dtype).reshape(self.shape)
@@ -141,16 +141,16 @@ class Tensor(NamedTuple):
         try:
             import gguf
         except ImportError:
-            raise ValueError("the package gguf reads this kind of quantization: pip install gguf") from None
+            raise ValueError("this kind of quantization needs the package gguf: pip install gguf") from None
         kind = gguf.GGMLQuantizationType(self.kind)
         blocks = self.blocks(*gguf.GGML_QUANT_SIZES[kind])
-        if kind.name == "Q4_K" and (blocks[..., 3] & 128).any():  # the sign of a number that ggml has positive
-            raise ValueError("its Q4_K is not ggml's: csm.rs' script loses the groups' minima. Take the Q8_0 file")
+        if kind.name == "Q4_K" and (blocks[..., 3] & 128).any():  # the sign bit of a number that is positive in ggml
+            raise ValueError("its Q4_K is not ggml's: csm.rs' script loses the groups' minima. Use the Q8_0 file")
         return mx.array(gguf.dequantize(blocks.reshape(*self.shape[:-1], -1), kind))
 
 
 def read_header(data):
-    """The bytes of a file -> its fields {name: value} and its tensors {name: Tensor}. Arrays of numbers stay bytes."""
+    """A file's bytes -> (fields {name: value}, tensors {name: Tensor}). Arrays of numbers stay bytes."""
     position = 0
 
     def take(n):
@@ -174,7 +174,7 @@ def read_header(data):
         kind, n = unpack("IQ")
         return [text() for _ in range(n)] if kind == STRING else take(n * struct.calcsize(NUMBERS[kind]))
 
-    def described():  # a tensor: its shape, kind and place
+    def described():  # a tensor's shape, kind and offset
         (n_dims,) = unpack("I")
         return unpack(f"{min(n_dims, 4)}Q")[::-1], *unpack("IQ")
 
@@ -188,7 +188,7 @@ def read_header(data):
 
 
 def open_file(path):
-    """read_header of a file, mapped. Raises ValueError."""
+    """read_header of a memory-mapped file. Raises ValueError."""
     try:
         with open(path, "rb") as file:
             return read_header(memoryview(mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)))
@@ -202,7 +202,7 @@ def open_file(path):
 
 
 def open_model(path):
-    """A file and the others of its model, which must lie beside it -> {path: (fields, tensors)}. Raises ValueError."""
+    """Open a file and its model's other files in the same folder: {path: (fields, tensors)}. Raises ValueError."""
     path = Path(path)
     files = {path: open_file(path)}
     names = files[path][1]
@@ -216,13 +216,13 @@ def open_model(path):
     halves = {file: parts for file, parts in beside.items() if other in parts[1]}
     if len(halves) != 1:
         there = f"there are {', '.join(file.name for file in halves)}" if halves else "there is none"
-        raise ValueError(f"{path} is half of a CSM: one file with {other} must lie beside it, and {there}")
+        raise ValueError(f"{path} is half of a CSM and needs one file with {other} beside it, but {there}")
     mimis = {file: parts for file, parts in beside.items() if MIMI_NAME in parts[1]}
     return files | halves | (mimis if len(mimis) == 1 else {})
 
 
 def read_gguf(path):
-    """A file of a CSM, or of half a CSM -> {name: mx.array} and fields of config.json. Raises ValueError."""
+    """A file of a CSM or of half a CSM -> ({name: mx.array}, fields of config.json). Raises ValueError."""
     weights, config = {}, {}
     for file, (fields, tensors) in open_model(path).items():
         table = next((table for name, table in TABLES if name in tensors), ())
@@ -243,16 +243,16 @@ def read_gguf(path):
         config |= read_fields(fields, "decoder" if table is LLAMA_DECODER else "backbone")
         if table is CODEC_CPP and "decoder" in config:
             part = reorder_csm(part, config, split=False)
-        if table is LLAMA_MIMI:  # interleaved rows of Mimi's 8 heads, where transformers has half-split ones
+        if table is LLAMA_MIMI:  # interleaved rows of Mimi's 8 heads; transformers has them half-split
             part = {k: reorder(w, 8, split=True) if re.search(r"\.[qk]_proj\.", k) else w for k, w in part.items()}
         weights |= part
     return as_layout(weights), config
 
 
 def read_fields(fields, part):
-    """What a file's fields say of heads and RoPE, as fields of our config or of transformers' codec_config.
+    """A file's fields about heads and RoPE, as fields of our config or of transformers' codec_config.
 
-    part: "backbone" or "decoder", which the fields in llama.cpp's words describe.
+    part: "backbone" or "decoder", whichever llama.cpp's fields describe.
     """
     config = {}
     for prefix, of, column in (
@@ -262,22 +262,22 @@ def read_fields(fields, part):
         for row in FIELDS:
             told = fields.get(prefix + row[column])
             if isinstance(told, (int, float)):
-                told = float(f"{told:.7g}") if isinstance(told, float) else told  # as it was before float32
+                told = float(f"{told:.7g}") if isinstance(told, float) else told  # undo float32's rounding
                 config.setdefault(of, {})[row[0]] = told
     heads = fields.get("csm.mimi.n_heads", fields.get("codec.num_attention_heads"))
     return config | ({"codec_config": {"num_attention_heads": heads}} if isinstance(heads, int) else {})
 
 
 def as_layout(weights):
-    """The arrays of all four programs in the shapes that the layouts have."""
+    """Give the arrays of all four programs the layouts' shapes."""
     out = {}
     for name, w in weights.items():
         stem, _, kind = name.rpartition(".")
-        if name == "audio_heads.weight":  # (K, V, D), of which the first is zeros
+        if name == "audio_heads.weight":  # (K, V, D), the first of zeros
             out |= {f"audio_head.{i}.weight": head for i, head in enumerate(w[1:])}
         elif stem.endswith(".qkv_proj"):
             out |= zip((f"{stem[:-8]}{x}_proj.weight" for x in "qkv"), mx.split(w, 3))
-        elif name == "codec_model.upsample.conv.weight" and w.ndim == 3 and w.shape[1] > 1:  # of a depthwise one
+        elif name == "codec_model.upsample.conv.weight" and w.ndim == 3 and w.shape[1] > 1:  # depthwise
             out[name] = mx.diagonal(w).T[:, None]  # (D, D, taps) -> (D, 1, taps)
         else:
             out[name] = w.reshape(-1) if stem.endswith(".conv") and kind == "bias" else w
@@ -285,13 +285,16 @@ def as_layout(weights):
     for kind in ("weight", "scales", "biases"):
         if each := [out.pop(f"audio_embeddings.{i}.{kind}") for i in books if f"audio_embeddings.{i}.{kind}" in out]:
             out[f"audio_embeddings.{kind}"] = mx.concatenate(each)
-    for name in [name for name in out if name.endswith(".embed_sum")]:  # divided by it, where it is not there
+    for name in [name for name in out if name.endswith(".embed_sum")]:  # without it, embed_sum is the codebook
         out.setdefault(name.replace("embed_sum", "cluster_usage"), mx.ones(out[name].shape[:1]))
     return out
 
 
 def extract_tokenizer(path):
-    """The tokenizer in a file or its other half as a tokenizer.json in a temporary folder, or None. ValueError."""
+    """Write the tokenizer in a model's files to a temporary tokenizer.json; returns its path or None.
+
+    Raises ValueError.
+    """
     if (tokenizer := read_tokenizer(path)) is None:
         return None
     TEMPORARY.append(tempfile.TemporaryDirectory(prefix="csm-"))  # deleted when the process ends
@@ -301,7 +304,7 @@ def extract_tokenizer(path):
 
 
 def read_tokenizer(path):
-    """What tokenizer.json holds, from a file's fields; None: it has no tokenizer like Llama 3's."""
+    """The content of a tokenizer.json from the files' fields, or None if they have no tokenizer like Llama 3's."""
     for fields, _ in open_model(path).values():
         tokens, merges, kinds = (fields.get(f"tokenizer.ggml.{x}") for x in ("tokens", "merges", "token_type"))
         if not (isinstance(tokens, list) and isinstance(merges, list)):

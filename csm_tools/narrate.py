@@ -1,16 +1,16 @@
-"""Long text to one sound file: sentences side by side, in one voice, joined with pauses; as it goes, and resumable.
+"""Long texts to sound files: sentences in batches, in one voice, joined with pauses, resumable.
 
     python -m csm_tools.narrate book.txt book.mp3 --batch 16
     python -m csm_tools.narrate chapters/*.txt --out-dir spoken
     python -m csm_tools.narrate book.epub --out-dir spoken --captions
     mlx.launch -n 2 -m csm_tools.narrate book.txt book.mp3       # several processes or machines, the same file
 
-Interrupted, by Ctrl-C or worse, the same command goes on where it stopped: the sentences that are finished wait in
-OUT.part, and OUT.part.json has a line for each. They are known by their words, so that a text may be mended meanwhile.
-Sentence i is drawn with seed + i, whatever the batch and the processes.
+After an interruption the same command continues: finished sentences are in OUT.part, and OUT.part.json has a line for
+each. A sentence is identified by its words, so the text may be edited in between. Sentence i has the seed seed + i,
+whatever the batch and the number of processes.
 
-Processes share the sentences out a quarter of a second at a time: each says how many more it takes and hands over the
-codes of those that have ended; process 0 makes sound of them and writes.
+Processes share the sentences. Every quarter of a second each reports how many more it can take and sends the codes of
+those that have ended; process 0 decodes and writes them.
 """
 
 import fcntl
@@ -45,11 +45,11 @@ def narrate(
     generator, text, speaker=0, context=(), *, voice=None, batch=8, done=(), seed=None, max_audio_length_ms=None,
     verbatim=False, **sampling,
 ):  # fmt: skip
-    """Speak `text`: yields (number of the sentence from 1, of how many, (samples,) float32), its pause included.
+    """Speak `text`: yields (number of the sentence from 1, number of sentences, (samples,) float32 with its pause).
 
-    text: also what `plan` made of it. context, voice, sampling: as of Generator.generate; without a voice the first
-    sentence sets that of the others. verbatim: the text as it is, not as text.spoken has it. done: sentences, from 0,
-    that are left out. Of several processes the first alone yields. ValueError comes at once.
+    text: a text, or the result of `plan`. context, voice, sampling: as for Generator.generate; without a voice, the
+    first sentence sets it for the others. verbatim: skip text.spoken. done: indices from 0 of sentences to leave out.
+    Only process 0 yields. Raises ValueError at the call, not at the first sentence.
     """
     if batch < 1:
         raise ValueError(f"batch must be 1 or more, not {batch}")
@@ -67,7 +67,7 @@ def narrate(
         cache = generator.context_cache(generator.prompt(parts[0][0], speaker, context, "none")[0])
 
         def job(i, again):
-            own = generator.prompt(parts[i][0], speaker, context, "none")[1]  # which may continue the voice's clip
+            own = generator.prompt(parts[i][0], speaker, context, "none")[1]  # may continue the voice's clip
             return own, frames[i], (seed + i + again * 2**32) % 2**64, sampling, cache
 
         return spoken(generator, todo, job, batch, group)
@@ -98,14 +98,14 @@ def narrate(
     return pieces(context)
 
 
-# ---- what is said at once ---------------------------------------------------------------------------------------
+# ---- parts that fit the model -----------------------------------------------------------------------------------
 
 
 def plan(generator, text, speaker=0, context=(), verbatim=False):
-    """A text -> its parts (text, seconds of silence), cut until each fits with speech of a sensible length.
+    """Cut a text into parts [(text, seconds of silence after it)], each short enough for the model with its speech.
 
-    context: encoded Segments; if there is none, the first part becomes the context of the others, and the two have half
-    of the positions each. Raises ValueError that names what cannot be cut.
+    context: encoded Segments. Without any, the first part becomes the context of the others, and each gets half of the
+    positions. Raises ValueError that names a part that cannot be cut.
     """
     parts = parts_of(text, verbatim, generator.model.config.max_part_characters)
     half, rate = generator.max_positions // 2, generator.mimi.config.frame_rate
@@ -132,7 +132,7 @@ def plan(generator, text, speaker=0, context=(), verbatim=False):
 
 
 def prompt_sizes(generator, parts, speaker, context, start=0):
-    """Positions that the prompt of each part takes; without a context, those of its own text."""
+    """The positions that each part's prompt takes; without a context, those of its text."""
     turns, clip = generator.opening(speaker, context, "none")
     before, sizes = len(generator.context_rows(turns)), []
     for i, (part, _) in enumerate(parts, start + 1):
@@ -143,20 +143,20 @@ def prompt_sizes(generator, parts, speaker, context, start=0):
     return sizes
 
 
-# ---- by several processes ---------------------------------------------------------------------------------------
+# ---- several processes ------------------------------------------------------------------------------------------
 
 
 def spoken(generator, todo, job, size, group):
-    """Yields (i, codes (F, K)) of each i in `todo`, by all processes of the group, as they end; all yield the same.
+    """Speak each i in `todo` with all processes of the group; yields (i, codes (F, K)) as they end, the same in all.
 
-    job(i, again): what Batch.insert takes; `again` counts how often it has ended at once, three times at most. size:
-    how many a process says at once.
+    job(i, again): the arguments of Batch.insert; `again` counts earlier attempts that gave no frames, at most 3. size:
+    sentences that a process speaks at once.
     """
     todo, mine, batch, running = deque(todo), deque(), csm_batch.Batch(generator), {}
     n, K = len(todo), generator.codebooks
-    wanted = [2 * size] * group.size()  # by each process: what it says next waits with it
+    wanted = [2 * size] * group.size()  # by process: sentences it can take, running and queued
     while n:
-        while todo and max(wanted) > 0:  # one each in turn, so that the last ones are spread
+        while todo and max(wanted) > 0:  # deal them out in turn, to spread the last ones evenly
             for rank in range(len(wanted)):
                 if todo and wanted[rank] > 0:
                     i, wanted[rank] = todo.popleft(), wanted[rank] - 1
@@ -176,7 +176,7 @@ def spoken(generator, todo, job, size, group):
                     ended.append((i, np.array(frames, np.int32).reshape(-1, K)))
                 else:
                     mine.appendleft((i, again + 1))
-        # To all: a row of how many more it takes, then of each that has ended [i, codes], or [i, -1 ...] for silence.
+        # Send a row with how many more it can take, then rows [i, codes] of each that ended, [i, -1 ...] if empty.
         rows = [np.pad([2 * size - len(mine) - len(running)], (0, K))[None]]
         for i, codes in ended:
             codes = codes if len(codes) else np.full((1, K), -1)
@@ -191,7 +191,7 @@ def spoken(generator, todo, job, size, group):
 
 
 def gather(group, rows):
-    """(n, C) int, n each process's own -> [(n, C)] of all of them."""
+    """Collect the processes' rows (n, C) int, where n may differ, as a list by process."""
     sizes = mx.distributed.all_gather(mx.array([len(rows)]), group=group).tolist()
     padded = np.pad(rows, [(0, max(sizes) - len(rows)), (0, 0)]).astype(np.int32)
     every = np.array(mx.distributed.all_gather(mx.array(padded), group=group)).reshape(len(sizes), max(sizes), -1)
@@ -202,7 +202,7 @@ def gather(group, rows):
 
 
 def keys_of(parts):
-    """What a sentence is known by: its words, its pause, and how often the same came before."""
+    """The sentences' keys: a hash of its words, its pause and how many equal ones came before."""
     keys, seen = [], {}
     for part, pause in parts:
         n = seen[part, pause] = seen.get((part, pause), -1) + 1
@@ -212,16 +212,16 @@ def keys_of(parts):
 
 @contextmanager
 def resumed(out, mark, seed):
-    """OUT.part, locked, and OUT.part.json, to be written on; the sentences they hold, {key: (start, end)}; the seed.
+    """Lock and open OUT.part and OUT.part.json to append. Yields both, their sentences {key: (start, end)}, the seed.
 
-    A line of OUT.part.json has the key of a sentence and the byte where it ends.
+    A line of OUT.part.json has a sentence's key and the byte of OUT.part where it ends.
     """
     part, state = (Path(f"{out}.part{x}") for x in ("", ".json"))
     with open(part, "ab") as file:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError:
-            raise ValueError(f"another narrate is at work on {out}") from None
+            raise ValueError(f"another narrate is writing {out}") from None
         lines = state.read_text().splitlines(keepends=True) if state.exists() else []
         try:
             lines = [json.loads(line) for line in lines if line.endswith("\n")]  # the last may be half a line
@@ -233,9 +233,9 @@ def resumed(out, mark, seed):
                 if end <= file.tell():  # else lost in a crash
                     said[key], start = (start, end), end
         except (ValueError, TypeError, KeyError, AttributeError):
-            raise ValueError(f"{state} does not say what {part} holds: remove both first") from None
+            raise ValueError(f"{state} does not match {part}: remove both first") from None
         if other:
-            raise ValueError(f"{part} holds {len(said)} sentences that were said with other options: remove it first")
+            raise ValueError(f"{part} holds {len(said)} sentences that were spoken with other options: remove it first")
         try:
             file.truncate(start)
             file.seek(start)
@@ -251,14 +251,14 @@ def resumed(out, mark, seed):
 
 
 def write(generator, parts, out, mark, seed, args, options):
-    """Narrate into `out` by way of OUT.part, but for what it holds -> seconds of sound, seed.
+    """Narrate into `out`, continuing OUT.part. Returns (seconds of sound, seed).
 
-    args: of the command; options: of `narrate`.
+    args: the command's; options: those of `narrate`.
     """
     group = mx.distributed.init()
 
     def shared(done, seed):
-        """What process 0 gives: the sentences that are done, and the seed."""
+        """Share process 0's finished sentences and seed with all processes."""
         flags = [int(i in done) for i in range(len(parts))]
         numbers = mx.array([*divmod(seed, 2**32), *flags], mx.uint32)
         high, low, *flags = mx.distributed.all_sum(numbers * (group.rank() == 0), group=group).tolist()
@@ -269,7 +269,7 @@ def write(generator, parts, out, mark, seed, args, options):
             pass
         return 0, seed
     part, rate, keys = Path(f"{out}.part"), generator.sample_rate, keys_of(parts)
-    # What the watermark lacks is said before an hour of work.
+    # Load the watermark's weights now, so that an error comes before hours of work.
     mark_sound = command.watermark().embed_stream if args.watermark else lambda blocks, rate: blocks
     with resumed(out, mark, seed) as (file, state, said, seed):
         done = {i for i, key in enumerate(keys) if key in said}
@@ -302,14 +302,14 @@ def write(generator, parts, out, mark, seed, args, options):
 
 
 def read_chapters(path):
-    """[text]: those of an EPUB's chapters, or the whole file's."""
+    """An EPUB's chapters, or the whole file as one: [text]."""
     if path.lower().endswith(".epub"):
         return epub.chapters(path) or [""]
     return [command.read_text("-" if path == "-" else f"@{path}")]
 
 
 def captions(parts, lengths):
-    """The .srt file of parts that take so many seconds each, pauses included."""
+    """An .srt file for the parts; lengths: their seconds, with pauses."""
     entries, start = [], 0.0
     for n, ((part, pause), length) in enumerate(zip(parts, lengths), 1):
         entries.append(caption(n, start, start + length - pause, part))
@@ -318,7 +318,7 @@ def captions(parts, lengths):
 
 
 def caption(n, start, end, text):
-    """An entry of an .srt file."""
+    """One entry of an .srt file."""
     start, end = (
         f"{ms // 3_600_000:02}:{ms // 60_000 % 60:02}:{ms // 1000 % 60:02},{ms % 1000:03}"
         for ms in (round(seconds * 1000) for seconds in (start, end))
@@ -330,7 +330,7 @@ def program(args):
     begun, seconds, seed, group = time.perf_counter(), 0, args.seed, mx.distributed.init()
     if not args.out_dir and len(args.paths) != 2:
         raise ValueError("give TEXT and OUT, or several TEXTs and --out-dir")
-    jobs, texts = [], []  # (path, OUT), and what is said there
+    jobs, texts = [], []  # (path, OUT) and its text
     for path in args.paths if args.out_dir else args.paths[:1]:
         chapters = read_chapters(path)
         if not args.out_dir:
@@ -351,7 +351,7 @@ def program(args):
         if not args.out_dir and not out.absolute().parent.is_dir():
             raise ValueError(f"cannot write {out}: there is no such folder")
     if len({out for _, out in jobs}) < len(jobs):
-        raise ValueError("two texts have the same name, and would be one file")
+        raise ValueError("two texts have the same name and would be written to one file")
     context, options = command.read_options(args)
     for path, out in jobs:
         command.check_out(out, args, path)
@@ -359,7 +359,7 @@ def program(args):
     options |= {"speaker": args.speaker, "voice": args.voice, "batch": args.batch}
     options["context"] = [generator.encode(s) for s in context]
     before = options["context"] or generator.voice_prompt(args.voice, args.speaker)
-    plans = []  # of every text before the first is said
+    plans = []  # plan all texts first, so that errors come early
     for (path, _), text in zip(jobs, texts):
         try:
             plans.append(plan(generator, text, args.speaker, before, args.verbatim))
@@ -377,9 +377,9 @@ def program(args):
     for (_, out), parts in zip(jobs, plans):
         there = args.out_dir is not None and group.rank() == 0 and out.exists()
         if mx.distributed.all_sum(mx.array(int(there)), group=group).item():  # as process 0 sees it
-            print(f"{out} is there already, and stays", file=sys.stderr)
+            print(f"{out} exists already and is kept", file=sys.stderr)
             continue
-        voice = b"" if before else parts[0][0].encode()  # without one the first sentence is that of all
+        voice = b"" if before else parts[0][0].encode()  # without a voice, the first sentence sets it
         own = hashlib.sha256(mark + voice).hexdigest()
         more, seed = write(generator, parts, out, own, args.seed, args, options)
         seconds += more
@@ -393,22 +393,22 @@ def program(args):
 
 
 def main(argv=None):
-    p = command.parser_for("narrate", description="A book to one sound file, resumable; or many texts, one each.")
+    p = command.parser_for("narrate", description="A book to one sound file, or many texts to one each; resumable.")
     p.add_argument(
         "paths", nargs="+", metavar="TEXT OUT", help="a text, .md or .epub (-: standard input); a sound file"
     )
     p.add_argument(
-        "--out-dir", type=Path, metavar="D", help="every path is a text: write D/NAME.wav of each, or of each chapter"
+        "--out-dir", type=Path, metavar="D", help="every path is a text: write D/NAME.wav for each, or for each chapter"
     )
-    p.add_argument("--format", default="wav", help="of the files in D: wav (default), flac, mp3, ogg, opus")
+    p.add_argument("--format", default="wav", help="format of the files in D: wav (default), flac, mp3, ogg, opus")
     p.add_argument("--batch", type=int, default=8, metavar="N", help="sentences at once (default 8)")
-    p.add_argument("--captions", action="store_true", help="write OUT.srt too: what is said, with its times")
+    p.add_argument("--captions", action="store_true", help="also write OUT.srt: the sentences with their times")
     command.add_options(p)
     args = p.parse_intermixed_args(argv)
     group = mx.distributed.init()
     if group.size() > 1:
         p.prog += f", process {group.rank()} of {group.size()}"
-    return command.run(p, program, args, "interrupted: the same command goes on from here")
+    return command.run(p, program, args, "interrupted: the same command continues from here")
 
 
 if __name__ == "__main__":

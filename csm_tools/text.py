@@ -1,4 +1,4 @@
-"""Text as people type it: into words as they are said, and into sentences with the silence after each.
+"""Normalize typed text into the words to speak, and split it into sentences with pauses.
 
     spoken(text) -> text                       # numbers, signs, markdown and emoji in words; English
     sentences(text, longest=240) -> [(part, seconds of silence after it)]
@@ -23,9 +23,8 @@
 | # Title, **bold**, `code`, [link](url), - item, > quote, tables, rules | their words, each on its line |
 | emoji, :-), HTML tags and entities | nothing (or, by an option, the emoji's name); their characters |
 
-spoken() is idempotent, and takes time proportional to the text's length: every quantifier in a pattern that may start
-anywhere is bounded or ends at a character that starts the pattern again. What it does not know it leaves alone, and
-so it does with lines that are mostly in another script.
+spoken() is idempotent. It takes linear time: every quantifier in a pattern that may start anywhere is bounded, or ends
+at a character that starts the pattern again. It keeps what it does not know, and lines mostly in another script.
 """
 
 import html
@@ -49,7 +48,7 @@ ORDINALS = {
 
 
 def cardinal(n):
-    """123 -> one hundred twenty-three; what has no name up to trillions is spelled."""
+    """123 -> one hundred twenty-three. Numbers beyond trillions are read digit by digit."""
     if n < 20:
         return ONES[n]
     if n < 100:
@@ -74,12 +73,12 @@ def plural(word):
 
 
 def digits(text):
-    """Each digit alone, whatever stands between them."""
+    """The text's digits one by one; other characters are dropped."""
     return " ".join(ONES[int(c)] for c in text if c in "0123456789")
 
 
 def year(n):
-    """1984 in two halves, 1905 with an `oh`, 2000 to 2009 in full."""
+    """1984 in two halves, 1905 with an "oh", 2000 to 2009 in full."""
     high, low = divmod(n, 100)
     if high % 10 == 0 and low < 10:
         return cardinal(n)
@@ -87,17 +86,17 @@ def year(n):
 
 
 def number(text):
-    """1,234.50 -> one thousand two hundred thirty-four point five zero; 007 by its digits."""
+    """1,234.50 -> one thousand two hundred thirty-four point five zero; 007 digit by digit."""
     whole, point, decimals = text.replace(",", "").partition(".")
     if (len(whole) > 1 and whole[0] == "0") or (len(whole) > 9 and whole in text and not whole.endswith("000")):
-        said = digits(whole)  # of a code, not of an amount
+        said = digits(whole)  # a code, not an amount
     else:
         said = cardinal(int(whole)) if whole else ""
     return f"{said} point {digits(decimals)}".strip() if point else said
 
 
 def year_or_number(text):
-    """A number of four digits between 1100 and 2099 is said as a year is."""
+    """Numbers from 1100 to 2099 are read as years."""
     return year(int(text)) if re.fullmatch("1[1-9][0-9]{2}|20[0-9]{2}", text) else number(text)
 
 
@@ -108,7 +107,7 @@ def fraction(over, under):
     return f"one {name}" if over == 1 else f"{cardinal(over)} {many}"
 
 
-# ---------------------------------------------------------------------------------- what stands in patterns
+# ------------------------------------------------------------------------------------- patterns and tables
 
 MONTHS = """
 January February March April May June July August September October November December
@@ -147,7 +146,7 @@ LARGE = {
     "billion": "billion", "trillion": "trillion",
 }  # fmt: skip
 LARGE_ = "|".join(sorted(LARGE, key=len, reverse=True))
-# abbreviation -> one of it; a space may stand before it
+# abbreviation -> singular; a space may precede it
 UNITS = {
     "km": "kilometer", "m": "meter", "cm": "centimeter", "mm": "millimeter", "nm": "nanometer", "µm": "micrometer",
     "mi": "mile", "ft": "foot", "yd": "yard", "yds": "yard", "kg": "kilogram", "g": "gram", "mg": "milligram",
@@ -169,7 +168,7 @@ UNITS = {
     "m2": "square meter", "km2": "square kilometer", "m3": "cubic meter", "°": "degree", "Å": "angstrom", "Ω": "ohm",
     "in.": "inch", "″": "inch", "′": "foot",
 }  # fmt: skip
-# the same, where nothing is added for many; the letters C and F only without a space
+# the same, without a plural
 FIXED = {
     "mph": "miles per hour", "km/h": "kilometers per hour", "kph": "kilometers per hour", "kmh": "kilometers per hour",
     "m/s": "meters per second", "m/s²": "meters per second squared", "kbps": "kilobits per second",
@@ -178,7 +177,7 @@ FIXED = {
     "ppm": "parts per million",
     "psi": "P S I", "dpi": "D P I", "mpg": "miles per gallon",
 }  # fmt: skip
-TEMPERATURES = {"C": "Celsius", "F": "Fahrenheit"}
+TEMPERATURES = {"C": "Celsius", "F": "Fahrenheit"}  # without a degree sign, 20C but not 20 C
 PER = (
     r"(?:/(second|sec|s|minute|min|hour|hr|h|day|night|week|wk|month|mo|year|yr|person|user|seat"
     r"|bbl|kg|km|lb|l|L|mile|mi|m)\b(?:\.(?=[,;:)]| [a-z]))?)?"
@@ -239,7 +238,7 @@ py md txt json yaml yml toml html htm css js ts jsx tsx xml csv tsv pdf png jpg 
 opus zip gz tar exe dll sh bat ini cfg conf log sql php rs cpp java ipynb docx xlsx pptx doc xls ppt epub safetensors
 gguf
 """
-# Words of three letters or more without a vowel are spelled, so they stay in capitals; these as well.
+# These stay in capitals. So do words of three letters or more without a vowel, which are spelled out.
 ACRONYMS = """
 USA UK EU UN FBI CIA NASA TV PC AI OK ID IT UI API GPU CPU URL HTML USB NATO UNESCO UNICEF IBM UFO EPA IRS AM PM IQ LA
 """.split()
@@ -257,14 +256,14 @@ POWERS = {"²": " squared", "³": " cubed", "2": " squared", "3": " cubed"}
 
 # ------------------------------------------------------------------------------------- rules
 
-ADDRESSES, RULES = [], []  # applied in this order; between the two, markdown's signs go
+ADDRESSES, RULES = [], []  # applied in this order; markdown's signs are removed in between
 DIGITS = "0123456789"
 
 
 def rule(pattern, needs="", flags=0, rules=RULES):
-    """Append to `rules`: what the pattern matches becomes what the function makes of the match; None leaves it.
+    """Decorate a function that replaces each match of the pattern; if it returns None, the match stays.
 
-    needs: characters of which a match has one, so that most texts need not be searched.
+    needs: each match has one of these characters, so texts without any are not searched.
     """
 
     def add(function):
@@ -274,7 +273,7 @@ def rule(pattern, needs="", flags=0, rules=RULES):
     return add
 
 
-compiled = cache(re.compile)  # at first use: the import is quick
+compiled = cache(re.compile)  # compile at first use, so that the import is fast
 
 
 def apply(rules, text):
@@ -288,7 +287,7 @@ def apply(rules, text):
 
 
 def capitalized(m, said):
-    """`said` in place of m, with a capital where a sentence begins; None leaves m."""
+    """The replacement for the match m: `said`, with a capital at the start of a sentence; m itself if said is None."""
     if said is None:
         return m[0]
     if not said[:1].islower() or m[0][:1].islower():
@@ -299,7 +298,7 @@ def capitalized(m, said):
 
 
 def before(m, n=1):
-    """The n characters before a match, fewer at the start: never a slice as long as the text."""
+    """The n characters before a match, fewer at the start of the text. A longer slice would take quadratic time."""
     return m.string[max(m.start() - n, 0) : m.start()]
 
 
@@ -308,12 +307,12 @@ def after(m, n=1):
 
 
 def words_of(table):
-    """A pattern of a table's keys, the longest first."""
+    """A pattern that matches a table's keys, the longest first."""
     return "|".join(re.escape(key) for key in sorted(table, key=len, reverse=True))
 
 
 def full_stop(m):
-    """The dot that an abbreviation at the end of `m` shares with the sentence."""
+    """Return "." if the dot of an abbreviation at the end of `m` also ends the sentence, else ""."""
     ends = m[0].endswith(".") and re.match(r"""["'”’)\]]*(?:\s+["'“‘(]?[A-Z]|\s*$|\n)""", after(m, 8))
     return "." if ends else ""
 
@@ -386,7 +385,7 @@ def at_sign(m):
     return "at" if after(m) == " " else "at "
 
 
-# Abbreviations that say what a number is
+# Abbreviations before a number
 
 
 @rule(rf"(?<![\w.])(?<![0-9] )({'|'.join(BEFORE_NUMBERS)})\.[ \n]?(?=[0-9])", DIGITS, re.IGNORECASE)
@@ -533,7 +532,7 @@ def hour(m):
 
 
 def clock(hours, minutes, half=None, seconds=False):
-    """`half`: a or p, '' where it is said elsewhere, None on a clock of 24 hours"""
+    """A time of day in words. half: "a" or "p", "" if it is said elsewhere, None on a 24-hour clock."""
     h, m = int(hours), int(minutes or 0)
     letters = f" {half.upper()} M" if half else ""
     if m:
@@ -822,7 +821,7 @@ def roman(text):
 
 @rule(r"(?<![\w.])(?:[A-Z]\.){2,3}(?!\w)|(?<![\w.])Ph\.D\.(?!\w)", ".")
 def joined(m):
-    if m[0] in JOINED:  # a name may follow, or the next sentence: at the end of a paragraph alone is it sure
+    if m[0] in JOINED:  # only at the end of a paragraph does the dot surely end a sentence
         return JOINED[m[0]] + ("." if not after(m, 9).strip("\"'”’) \n") else "")
 
 
@@ -1085,7 +1084,7 @@ CLOSERS = "*_~`\"'”’)] \t"
 
 
 def plain(text):
-    """Markdown, line by line: without its signs, and headings, items and rows of tables end like sentences."""
+    """Remove Markdown's signs line by line; end headings, list items and table rows like sentences."""
     lines, out = text.split("\n"), []
     fence, open_item = "", False
 
@@ -1105,7 +1104,7 @@ def plain(text):
         if bare.startswith(">"):
             line = line[QUOTED.match(line).end() :]
             bare = line.strip()
-        if len(bare) > 2 and not bare.strip("-=_*~|:+ \t"):  # a rule, or what stands below the head of a table
+        if len(bare) > 2 and not bare.strip("-=_*~|:+ \t"):  # a rule, or the line below a table's header
             open_item = True if bare[0] in "=-" and "|" not in bare and out and out[-1].strip() else open_item
             end()
             open_item = False
@@ -1145,20 +1144,20 @@ def plain(text):
 
 
 def in_table(lines, i):
-    """Whether the next line, or one above with nothing else between, is a table's line of dashes."""
+    """Whether the line above or below is a table's line of dashes."""
     near = lines[i + 1 : i + 2] + lines[max(i - 1, 0) : i]
     return any("-" in line and "|" in line and not line.strip("-|: \t") for line in near)
 
 
 def ended(line):
-    """The line with a full stop, where it ends without any mark."""
+    """Add a full stop to a line that ends without a mark."""
     words = line.rstrip()
     last = words.rstrip(CLOSERS)[-1:]
     return line if not last or last in ".!?…:;,。！？؟۔।" else f"{words}."
 
 
 def emphasis(m):
-    """Stars and underscores are dropped, but those between words of a name are spaces, and 2 * 3 is a product."""
+    """Drop stars and underscores, but make an underscore inside a name a space, and keep the star of 2 * 3."""
     left, right = before(m), after(m)
     if m[0] == "*" and (left == right == " " or (left.isdigit() and right.isdigit())):
         return m[0]
@@ -1180,7 +1179,7 @@ def emoji_name(m):
 
 
 def lowered(m):
-    """A shouted sentence in small letters; what has small letters, or is a name in capitals, is none."""
+    """Lower a shouted sentence: one without lower-case letters that is more than names in capitals."""
     words = re.findall(r"[A-Z]+['’]?[A-Z]+", m[0])
     if len(words) < 2 or any(c.islower() for c in m[0]):
         return m[0]
@@ -1211,8 +1210,8 @@ SIMPLE = re.compile(r"[^\w\s.,;:!?'\"-]|[0-9_]")
 
 
 def spoken(text, emoji=False):
-    """What is said for `text`. emoji: whether their names are."""
-    for _ in range(5):  # what signs hid from a rule: spoken(spoken(text)) is spoken(text)
+    """The words to speak for `text`. emoji: speak the emoji's names, too."""
+    for _ in range(5):  # repeat for what signs hid from the rules, so that spoken() is idempotent
         out, start = [], 0
         for m in PAUSE.finditer(text):
             out += [said(text[start : m.start()], emoji), m[0]]
@@ -1238,7 +1237,7 @@ def said(text, emoji):
 
 
 def said_block(block, emoji):
-    """A paragraph; what is changed is tidied as well."""
+    """spoken() of a paragraph. Tidies spaces and commas if anything changed."""
     old = block
     for _ in range(2):  # a link's text may be an image
         block = IMAGE_OR_LINK.sub(r"\1", block)
@@ -1251,7 +1250,7 @@ def said_block(block, emoji):
     letters = LETTER.findall(block)
     if 2 * len(LATIN.findall(block)) >= len(letters):
         block = re.sub(r"[^.!?\n]+", lowered, block)
-        block = apply(ADDRESSES, block)  # before the markdown: their underscores are said
+        block = apply(ADDRESSES, block)  # before the Markdown, because their underscores are spoken
         block = re.sub(r"\\(?=[*_`#\[\]()~>|.!+-])", "", block)
         block = re.sub(r"\*+|_+|~~+|`+", emphasis, block)
         block = EMOJI.sub(emoji_name if emoji else " ", block)
@@ -1273,20 +1272,20 @@ def said_block(block, emoji):
 log = logging.getLogger("csm")
 
 PAUSES = {"paragraph": 0.7, "sentence": 0.25, "part": 0.05}  # seconds after each
-LONGEST = 240  # characters that are said at once; longer sentences are cut at commas, or between words
-SHORTEST = 20  # bytes; shorter ones join the next, since a word alone is said less well
-NARROW = 40  # characters; no prose is wrapped at fewer, so a line break between shorter lines is meant
-NEAR = 40  # characters before a mark that are looked at
-# No sentence ends after these, nor after an initial,
+LONGEST = 240  # characters spoken at once; longer sentences are cut at commas, or between words
+SHORTEST = 20  # bytes; shorter sentences join the next, because single words are spoken less well
+NARROW = 40  # characters; prose is never wrapped so narrowly, so shorter lines have meant breaks
+NEAR = 40  # characters to look at around a mark
+# A sentence does not end after these or an initial,
 ABBREVIATIONS = """
 mr mrs ms dr messrs mme mlle prof rev fr st sr jr esq gen col maj capt cmdr adm lt sgt hon pres gov sen rep univ mt ft
 ave blvd rd vs cf al ca approx dept est inc ltd co corp bros ed eds viz e.g i.e eg ie aka a.k.a
 """.split()
 NUMBERED = "no nos art fig sec vol ch p pp".split()  # nor after these before a number,
-DATES = "jan feb mar apr jun jul aug sep sept oct nov dec mon tue wed thu fri sat sun".split()  # or these, capital
-ALWAYS = "。！？।॥؟۔։።။៕"  # end a sentence whatever follows
+DATES = "jan feb mar apr jun jul aug sep sept oct nov dec mon tue wed thu fri sat sun".split()  # or these, capitalized
+ALWAYS = "。！？।॥؟۔։።။៕"  # always end a sentence
 END = re.compile(rf"""(?:(?<![.!?…])(?:\.(?: \.)+|[.!?…]+)['"’”)\]]*(?:\[\d+\])*(?=\s)|[{ALWAYS}]+[」』”’"')\]]*)\s*""")
-WORD = re.compile(r"[^\W_]")  # what has none is not said
+WORD = re.compile(r"[^\W_]")  # parts without any are not spoken
 ITEM = re.compile(r"[ \t]*(?:#{1,6}[ \t]|[-*+•◦▪●–][ \t]|[0-9]{1,3}[.)][ \t])")
 WHOLE_PREFIXES = """
 self well non ex half high low all cross long short full ill so two three four five six seven eight nine ten twenty
@@ -1295,9 +1294,9 @@ thirty forty fifty sixty seventy eighty ninety old new first second third last m
 
 
 def parts_of(text, verbatim=False, longest=LONGEST, together=0):
-    """What a program says of a text: its `sentences`, with silence after the last only where a pause is written.
+    """Normalize a text and split it into `sentences`, without silence at the end unless a pause is written there.
 
-    verbatim: of the text as it is, without `spoken`. Raises ValueError if there is nothing to say.
+    verbatim: skip `spoken`. Raises ValueError if there is nothing to say.
     """
     if not verbatim:
         text = spoken(text)
@@ -1314,8 +1313,8 @@ def parts_of(text, verbatim=False, longest=LONGEST, together=0):
 def sentences(text, longest=LONGEST, together=0):
     """Text -> [(a sentence or a part of one, the seconds of silence after it)]. A blank line ends a paragraph.
 
-    longest: the characters of a part. together: the characters up to which what stands between two pauses is one part.
-    [pause:1.5] and <break time="1.5s"/> are that much silence; in front of all words they are nothing.
+    longest: characters in a part. together: text between two pauses stays one part up to so many characters.
+    [pause:1.5] and <break time="1.5s"/> add that much silence, but nothing before the first word.
     """
     out, start = [], 0
     for m in [*PAUSE.finditer(text), None]:
@@ -1329,13 +1328,13 @@ def sentences(text, longest=LONGEST, together=0):
         if m is None:
             return out
         if out:
-            held = 0 if parts else out[-1][1]  # of another pause, right before this one
+            held = 0 if parts else out[-1][1]  # adjacent pauses add up
             out[-1] = out[-1][0], min(held + pause_length(m), LONGEST_PAUSE)
         start = m.end()
 
 
 def pause_length(m):
-    """Seconds of a match of PAUSE; <break/> alone is as long as between paragraphs."""
+    """Seconds of a match of PAUSE; <break/> without a time is as long as between paragraphs."""
     for length, name in ((m[1], m[2]), (m[3], m[4])):
         if length:
             return min(float(length) / (1000 if (name or "").lower() == "ms" else 1), LONGEST_PAUSE)
@@ -1348,7 +1347,7 @@ def paragraph_parts(paragraph, longest):
         fresh = True
         for part in block_sentences(block):
             if said and len(said[-1].strip().encode()) < SHORTEST:
-                # Lines are separate sentences: an end mark between them is said as a pause.
+                # A line is a sentence of its own: the end mark between them becomes a pause.
                 joint = ". " if fresh and said[-1].strip()[-1:].isalnum() else " " if fresh else ""
                 said[-1] += joint + part
             else:
@@ -1364,7 +1363,7 @@ def paragraph_parts(paragraph, longest):
 
 
 def blocks(paragraph):
-    """The lines of a paragraph, those joined that belong together: what stands between two breaks that are meant."""
+    """Join the lines of a paragraph that were wrapped; keep the breaks that are meant."""
     lines = [line for line in paragraph.split("\n") if line.strip()]
     width = max((len(line.strip()) for line in lines), default=0)
     block, out = "", []
@@ -1385,12 +1384,13 @@ def joined_lines(first, second):
 
 
 def breaks(line, following, width):
-    """Whether the break between two lines is meant: a list's, a heading's, or the next word had room, and some more.
+    """Whether the break between two lines is meant: at a list item or heading, or if the next word had ample room.
 
-    width: of the longest line. What starts small, or with a number, goes on with the sentence, unless lines are short.
+    width: of the longest line. A line that starts in lower case or with a number continues the sentence, unless the
+    line before is short.
     """
     line, start = line.strip(), following.split()[0]
-    if line[-1] == "-" and start[0].islower():  # a word goes on
+    if line[-1] == "-" and start[0].islower():  # a hyphenated word
         return False
     room = width < NARROW or len(line) + 1 + len(start) <= 0.85 * width
     if m := ITEM.match(following):
@@ -1401,7 +1401,7 @@ def breaks(line, following, width):
 
 
 def block_sentences(text):
-    """Text without line breaks -> its sentences, with the space behind them."""
+    """Text without line breaks -> its sentences, with the space after them."""
     start, seen, cased = 0, 0, False
     for end in END.finditer(text):
         chunk = text[seen : end.start()]
@@ -1416,9 +1416,9 @@ def block_sentences(text):
 
 
 def ends_here(before, mark, after, cased):
-    """Whether the sentence ends with `mark`, which may also be an abbreviation's or belong to what is quoted.
+    """Whether `mark` ends the sentence, instead of an abbreviation or a quotation inside it.
 
-    before, after: the characters near it. cased: whether the sentence has capitals.
+    before, after: the text near it. cased: whether the sentence has capitals.
     """
     if not after or mark[0] in ALWAYS:
         return True
@@ -1441,7 +1441,7 @@ def ends_here(before, mark, after, cased):
 
 
 def cut(sentence, longest=LONGEST):
-    """A sentence in parts of at most `longest` characters, the last of them no word alone where that can be had."""
+    """Cut a sentence into parts of at most `longest` characters, if possible without a single word at the end."""
     parts, start, few = [], 0, longest // 8
     while (left := len(sentence) - start) > longest:
         head = sentence[start : start + longest]

@@ -1,6 +1,6 @@
-"""What a clip says, heard by Whisper: the extra [transcribe], mlx-whisper on a Mac and faster-whisper elsewhere.
+"""Transcribe clips with Whisper: the extra [transcribe], mlx-whisper on a Mac and faster-whisper elsewhere.
 
-CSM_WHISPER names another model than MODELS has: a folder, or one that the package knows or finds on the Hub.
+CSM_WHISPER names another model than MODELS: a folder, or a name that the package knows or finds on the Hub.
 """
 
 import importlib.util
@@ -13,7 +13,7 @@ from csm_tools.audio import RATE
 from csm_tools.text import spoken
 
 MODELS = {"mlx_whisper": "mlx-community/whisper-small.en-mlx", "faster_whisper": "small.en"}
-GET_IT = "or `pip install 'csm-speech[transcribe]'`, which hears it"
+GET_IT = "or `pip install 'csm-speech[transcribe]'` to have it transcribed"
 WHISPERS_RATE = 16_000  # Hz
 
 one_at_a_time = threading.Lock()
@@ -21,15 +21,15 @@ loaded = {}  # name -> faster_whisper.WhisperModel
 
 
 def package():
-    """The name of the recogniser that is installed, or None."""
+    """The name of the installed recogniser, or None."""
     return next((name for name in MODELS if importlib.util.find_spec(name)), None)
 
 
 def transcribe(samples):
-    """(n,) at 24 kHz, mono -> what is said in it. Raises ValueError; one clip at a time, from any thread."""
+    """(n,) at 24 kHz, mono -> its text. Raises ValueError. Threads take turns."""
     name = package()
     if name is None:
-        raise ValueError(f"a clip needs its transcript; {GET_IT}")
+        raise ValueError(f"a clip needs its transcript, {GET_IT}")
     import soxr
 
     audio = soxr.resample(np.asarray(samples, np.float32), RATE, WHISPERS_RATE)
@@ -38,20 +38,20 @@ def transcribe(samples):
     try:
         with one_at_a_time:
             text = (by_mlx if name == "mlx_whisper" else by_ctranslate2)(audio, model)
-    except Exception as e:  # of the package, the Hub or the files
+    except Exception as e:  # from the package, the Hub or the files
         reason = " ".join(f"{type(e).__name__}: {e}".split())[:200]
         raise ValueError(
-            f"the clip has no transcript, and Whisper's model {model} cannot hear it: give the transcript, or name a "
-            f"model's folder by CSM_WHISPER ({reason})"
+            f"the clip has no transcript, and Whisper's model {model} does not run: give the transcript, or set "
+            f"CSM_WHISPER to a model's folder ({reason})"
         ) from None
-    text = " ".join(spoken(text).split())  # it writes "Press 1"
+    text = " ".join(spoken(text).split())  # Whisper writes "Press 1"
     if not text:
         raise ValueError("no speech was heard in the clip: give its transcript")
     return text
 
 
 def word_errors(said, heard):
-    """Words replaced, left out and put in, at least: [str], [str] -> int"""
+    """The edit distance of two lists of words: replaced, deleted and inserted ones."""
     row = np.arange(len(heard) + 1)
     for i, word in enumerate(said, 1):
         above, row = row, np.full_like(row, i)

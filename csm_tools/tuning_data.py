@@ -1,8 +1,8 @@
-"""What finetune.py learns from: conversations and preferences as files, as rows of a model, and made by a model.
+"""finetune.py's data: reads conversations and preferences from files, makes rows of them, and generates preferences.
 
 A conversation is a list of turns {"text", "audio_path", "speaker"}. `train` takes conversations or single turns in the
 forms of `read_items`; `dpo` takes a list of {"chosen", "rejected"}, `kto` one of {"segments", "preference": 1 or -1}.
-`pairs` makes such data: each text said several times, the best and the worst of them by a judge.
+`pairs` makes such data: it speaks each text several times, and a judge picks the best and the worst.
 """
 
 import csv
@@ -34,7 +34,7 @@ AUDIO = (".wav", ".mp3", ".flac", ".ogg", ".m4a", ".aac", ".opus", ".aiff")
 
 # ---------------------------------------------------------------------------------------------------- files
 
-KEYS = {  # ours -> what data sets call it, in small letters; the first that is there counts
+KEYS = {  # our key -> the keys of other data sets, in lower case; the first one found counts
     "text": ("text", "normalized_text", "transcription", "transcript", "sentence"),
     "audio": ("audio_path", "audio", "audio_filepath", "audio_file", "file_name", "path"),
     "speaker": ("speaker", "speaker_id", "speaker_name"),
@@ -48,24 +48,24 @@ EXPECTED = {
 
 
 class TooLong(ValueError):
-    """A clip or conversation is longer than is wanted, or than the model holds: left out, and no mistake."""
+    """A clip or conversation exceeds --max-audio-length-ms or the model's context. It is left out; not an error."""
 
 
 @dataclass
 class Example:
-    """What counts as one in a batch."""
+    """One example of a batch."""
 
-    talks: list  # one Talk; of dpo the chosen and the rejected
-    wanted: int = 1  # of kto: 1 or -1
-    given: int = 0  # turns that a chosen and a rejected conversation both begin with: they are not learned
-    other: "Talk | None" = None  # of kto: its texts with the speech of another
+    talks: list  # one Talk; dpo: the chosen and the rejected
+    wanted: int = 1  # kto: 1 or -1
+    given: int = 0  # turns that chosen and rejected conversation share; they are context only
+    other: "Talk | None" = None  # kto: the same texts with another example's speech
 
 
 def read_data(path, command="train", skip_bad=False, speakers=None):
-    """A file or a folder -> [Example], their Talks still conversations [Segment], audio and codes as paths.
+    """A file or folder -> [Example], whose talks are lists of Segments with paths as audio and codes.
 
-    speakers: {name: number}; names that it lacks are added. kto takes the data of dpo, too. A turn may have
-    "codes_path", an .npy of (F, K), in place of "audio_path" or beside it. Raises ValueError.
+    speakers: {name: number}; new names are added. kto also takes dpo's data. A turn may have "codes_path", an .npy of
+    (F, K), instead of "audio_path" or beside it. Raises ValueError.
     """
     path = Path(path).expanduser()
     if not path.exists():
@@ -91,9 +91,9 @@ def read_data(path, command="train", skip_bad=False, speakers=None):
 
 
 def report(faults, n, skip_bad):
-    """Print what is wrong with items of the data, a line each, and raise ValueError, or go on without these."""
+    """Print a line for each bad item. Raises ValueError if there is one and skip_bad is false."""
     if len(faults) == 1 and not skip_bad:
-        raise ValueError(f"{faults[0]} (--skip-bad leaves out what is bad)")
+        raise ValueError(f"{faults[0]} (--skip-bad leaves out bad items)")
     for fault in faults:
         print(f"skipped: {fault}" if skip_bad else fault, file=sys.stderr)
     if faults and not skip_bad:
@@ -101,7 +101,7 @@ def report(faults, n, skip_bad):
 
 
 def examples_of(item, command, folder, speakers):
-    """An item of the data -> its Examples. Raises an error for one of another form."""
+    """An item of the data -> its Examples. Raises KeyError, TypeError, AttributeError or ValueError if it is bad."""
     if command == "train":
         return [Example([segments_of(item, folder, speakers)])]
     if command == "kto" and "segments" in item:
@@ -119,7 +119,7 @@ def examples_of(item, command, folder, speakers):
 
 
 def segments_of(talk, folder, speakers):
-    """A conversation, or one turn, as the files have it -> [Segment]. Raises ValueError that names the turn."""
+    """A conversation or single turn of the data -> [Segment]. ValueErrors name the turn."""
     talk = [talk] if isinstance(talk, dict) else talk
     if not talk:
         raise TypeError("a conversation without turns")
@@ -132,7 +132,7 @@ def segments_of(talk, folder, speakers):
         if not any(files):
             raise KeyError("audio_path")
         if not isinstance(text, str) or not text.strip():
-            raise ValueError(f"{place}its text is empty, or no text")
+            raise ValueError(f"{place}its text is empty or not a string")
         for file in files:
             if file and not file.is_file():
                 raise ValueError(f"{place}no such file: {file}")
@@ -146,7 +146,7 @@ def segments_of(talk, folder, speakers):
 
 
 def with_our_keys(turn):
-    """A turn's {key: value}, the keys in any case and of any of KEYS, with ours; what is None is left out."""
+    """A turn's {key: value} with our keys in place of any of KEYS, in any case; None values are left out."""
     low = {str(key).lower().strip(): value for key, value in turn.items() if value is not None}
     out = {}
     for ours, names in KEYS.items():
@@ -156,13 +156,13 @@ def with_our_keys(turn):
 
 
 def file_of(name, folder):
-    """A path of the data: relative to the file that names it, with the slashes of any system."""
+    """A path in the data, relative to the file that names it. Windows' backslashes work everywhere."""
     path = folder / Path(str(name)).expanduser()
     return path if path.is_file() else folder / Path(str(name).replace("\\", "/")).expanduser()
 
 
 def turns_of(item):
-    """All turns in an item of the data, as far as it has a known form."""
+    """All turns in an item of the data, if its form is known."""
     if isinstance(item, list):
         return [turn for turn in item if isinstance(turn, dict)]
     if not isinstance(item, dict):
@@ -172,17 +172,17 @@ def turns_of(item):
 
 
 def number_speakers(turns, speakers):
-    """Add to {name: number} the names of speakers among the turns, in order of appearance."""
+    """Add the turns' speakers to {name: number}, in order of appearance."""
     said = [with_our_keys(turn).get("speaker") for turn in turns]
     speakers |= command.number_speakers([s for s in said if isinstance(s, (str, int))], speakers)
 
 
 def read_items(path):
-    """The data in any form -> [(place, item)]: a conversation, a turn or a preference as the JSON has it, or its fault.
+    """Data in any form -> [(place, item)]. An item is a conversation, turn or preference as in JSON, or a ValueError.
 
-    A file: a JSON list, JSON lines, or a table (.csv, .tsv, LJSpeech's metadata.csv); a folder: of a Hub data set (by
-    the package datasets), with a metadata.csv or metadata.jsonl, with a folder of clips for each conversation, or of
-    clips and their texts. Raises ValueError.
+    A file may be a JSON list, JSON lines, or a table (.csv, .tsv, LJSpeech's metadata.csv). A folder may hold a Hub
+    data set (read by the package datasets), a metadata.csv or metadata.jsonl, a folder of clips for each conversation,
+    or clips with their texts. Raises ValueError.
     """
     if not path.is_dir():
         return read_table(path) if path.suffix.lower() in (".csv", ".tsv") else read_lines(path)
@@ -195,7 +195,7 @@ def read_items(path):
 
 
 def from_folder(turn, folder):
-    """A turn of a table in `folder` with an absolute path."""
+    """A turn whose audio path is relative to `folder`, with that path absolute."""
     for key in KEYS["audio"]:
         if isinstance(turn, dict) and key in turn:
             turn = turn | {key: str(file_of(turn[key], folder.resolve()))}
@@ -203,12 +203,12 @@ def from_folder(turn, folder):
 
 
 def read_lines(path):
-    """A JSON list, or a JSON value a line."""
+    """Read a JSON list, or one JSON value per line."""
     text = read_utf8(path)
     try:
         items = json.loads(text)
         if not isinstance(items, list) and "\n" in text.strip():
-            raise ValueError(f"{path}: a JSON list is expected, or a JSON value a line")
+            raise ValueError(f"{path}: expected a JSON list, or one JSON value per line")
         return [(f"{path}, item {i}", item) for i, item in enumerate(items if isinstance(items, list) else [items], 1)]
     except json.JSONDecodeError as e:
         error = e
@@ -217,14 +217,14 @@ def read_lines(path):
         try:
             items += [(f"{path}, line {n}", json.loads(line))] if line.strip() else []
         except json.JSONDecodeError as e:
-            if not items:  # not even the first line: no JSON lines
+            if not items:  # the first line is no JSON, so these are no JSON lines
                 raise ValueError(f"{path} is neither a JSON list ({error}) nor JSON lines") from None
             items.append((f"{path}, line {n}", ValueError(f"{e}")))
     return items
 
 
 def read_table(path):
-    """LJSpeech's `id|text|normalized text`, clips in wavs/ beside it; or columns with names, by ",", "|" or tab."""
+    """Read LJSpeech's `id|text|normalized text` with clips in wavs/, or named columns split by ",", "|" or tab."""
     text = read_utf8(path)
     first = text.partition("\n")[0]
     delimiter = next((c for c in "|\t," if c in first), ",")
@@ -250,10 +250,10 @@ def read_table(path):
 
 
 def read_folder(folder):
-    """A folder of clips, each with its text beside it -> [(place, conversation)].
+    """Clips with their texts beside them -> [(place, conversation)].
 
-    FOLDER/conversation/001_speaker0_hello.wav: a folder is a conversation. FOLDER/hello.wav: a conversation each, of
-    speaker 0, or as the name has it (speaker1_hello.wav).
+    A subfolder is a conversation: FOLDER/conversation/001_speaker0_hello.wav. A clip right in FOLDER is one of its own,
+    by speaker 0 unless its name says otherwise: FOLDER/speaker1_hello.wav.
     """
     folder = folder.resolve()
     talks, clips = {}, [p for depth in ("*/*", "*") for p in folder.glob(depth) if p.suffix.lower() in AUDIO]
@@ -276,10 +276,10 @@ def read_folder(folder):
 
 
 def read_hub_data(folder):
-    """A Hub data set's folder of .parquet or .arrow with a column of audio -> [(place, turn)].
+    """A Hub data set's folder of .parquet or .arrow with an audio column -> [(place, turn)].
 
-    Its sounds are written once into FOLDER/clips as files of their own, which training then reads; clips/index.json
-    lists them, so that the next start reads that alone.
+    Writes its clips once as files into FOLDER/clips, and lists them in clips/index.json, which is all that the next
+    start reads.
     """
     clips, files = folder / "clips", sorted([*folder.rglob("*.parquet"), *folder.rglob("*.arrow")])
     about = [[str(file.relative_to(folder)), file.stat().st_size, file.stat().st_mtime_ns] for file in files]
@@ -300,11 +300,11 @@ def read_hub_data(folder):
         data = data["train"] if "train" in data else next(iter(data.values()))
     column = next((name for name, kind in data.features.items() if isinstance(kind, datasets.Audio)), "audio")
     if column not in data.features:
-        raise ValueError(f"{folder} has no column of audio: {', '.join(data.features)}")
+        raise ValueError(f"{folder} has no audio column: {', '.join(data.features)}")
     turns, columns = [], {name for names in KEYS.values() for name in names} - {column}
     clips.mkdir(exist_ok=True)
     if isinstance(data.features[column], datasets.Audio):
-        data = data.cast_column(column, datasets.Audio(decode=False))  # to bytes as they are
+        data = data.cast_column(column, datasets.Audio(decode=False))  # keep the files' bytes
     for i, row in enumerate(tqdm(data, desc="clips", unit="clip", disable=None, leave=False, delay=2)):
         sound = row.pop(column)
         name = f"{i:06}_{Path(sound.get('path') or 'clip.wav').name}"
@@ -320,7 +320,7 @@ def read_hub_data(folder):
 
 
 def read_utf8(path):
-    """The text of a file, without the mark that Windows puts before it. Raises ValueError."""
+    """The text of a file, without a byte order mark. Raises ValueError."""
     try:
         return path.read_bytes().decode("utf-8-sig")
     except (OSError, UnicodeDecodeError) as e:
@@ -331,11 +331,10 @@ def read_utf8(path):
 
 
 class Talk:
-    """A conversation as rows (T, K + 1), and the indices of those that are learned: the frames of its speech.
+    """A conversation as rows (T, K + 1), and the indices of the learned rows: the frames of its speech.
 
-    The first `given` turns are not learned; what follows `limit` rows is cut off. Rows are made whenever they are asked
-    for, so that codes may stay on disk. reference: (N, 2), what the model before training loses on each of the learned
-    frames: in codebook 0, and in the others together.
+    The first `given` turns are not learned. At most `limit` rows are kept. Rows are made on access, so that codes can
+    stay on disk. reference (N, 2): each learned frame's loss before training, in codebook 0 and in the others together.
     """
 
     def __init__(self, generator, segments, masked=(), given=0, limit=None):
@@ -363,13 +362,13 @@ class Talk:
         return np.concatenate([np.arange(start, end) for start, end in self.spans]).astype(np.int32)
 
     def mark(self):
-        """16 bytes, the same for the same rows and learned."""
+        """16 bytes that identify the rows and which of them are learned."""
         said = [(s.text, s.speaker, s.codes.key.hex()) for s in self.segments]
         return code_shards.hashed(json.dumps([said, self.spans, self.n_rows]).encode())
 
 
 def encode(generator, examples, args):
-    """What read_data gave, with Talks. Codes are kept in --codes by what a file holds. Bad clips: --skip-bad."""
+    """Encode the Examples of read_data into Talks. --codes caches the codes by a file's content."""
     shards, codec = code_shards.Shards(args.codes or args.output_dir / "codes"), codec_mark(generator)
     out, faults, notes = [], [], []
     try:
@@ -384,7 +383,7 @@ def encode(generator, examples, args):
                     if (n := talks[-1].n_rows) > generator.max_positions:
                         name, rate = segments[0].audio or segments[0].text, generator.mimi.config.frame_rate
                         limit = f"{generator.max_positions / rate:.0f} s of sound and text"
-                        raise TooLong(f"{name} ...: takes as much as {n / rate:.0f} s, and the model holds {limit}")
+                        raise TooLong(f"{name} ...: takes {n / rate:.0f} s, and the model holds {limit}")
                 if all(talk.spans for talk in talks):
                     out.append(replace(example, talks=talks))
             except TooLong as e:
@@ -397,14 +396,14 @@ def encode(generator, examples, args):
     for note in notes[:5]:
         print(note, file=sys.stderr)
     if len(notes) > 5:
-        print(f"... and {len(notes) - 5} more such notes on clips", file=sys.stderr)
+        print(f"... and {len(notes) - 5} more such notes", file=sys.stderr)
     if not out:
-        raise ValueError("nothing is left to learn from")
+        raise ValueError("nothing is left to train on")
     return out
 
 
 def codec_mark(generator):
-    """Bytes that tell a codec, and how clips are prepared for it: another's codes are others."""
+    """Bytes that identify the codec and how clips are trimmed for it; part of the key of a clip's codes."""
     mark = hashlib.sha256(f"{SILENCE_KEPT} {MUCH_SILENCE} {generator.model.config.audio_num_codebooks}".encode())
     for name, w in tree_flatten(generator.mimi.parameters()):
         mark.update(f"{name} {w.shape}".encode() + np.array(w.reshape(-1)[:64].astype(mx.float32)).tobytes())
@@ -412,7 +411,7 @@ def codec_mark(generator):
 
 
 def with_codes(generator, shards, codec, segment, args):
-    """A Segment of paths -> the Segment with its code_shards.Codes, and notes on its clip. Raises ValueError."""
+    """A Segment of paths -> (the Segment with its code_shards.Codes, notes on its clip). Raises ValueError."""
     file, notes = segment.codes or segment.audio, []
     try:
         key = shards.key_of(file, codec, b"codes" if segment.codes else b"sound")
@@ -423,25 +422,25 @@ def with_codes(generator, shards, codec, segment, args):
         made, notes = made_codes(generator, segment)
         codes = shards.add(key, made)
     n_frames, rate = generator.max_frames(args.max_audio_length_ms), generator.mimi.config.frame_rate
-    if not 0 < len(codes) <= n_frames and not segment.codes:  # an empty or endless sampling is one to reject
+    if not 0 < len(codes) <= n_frames and not segment.codes:  # `pairs` rejects empty or endless ones
         raise TooLong(f"{file}: {len(codes) / rate:.1f} s, and at most {n_frames / rate:.1f} s are wanted")
     return replace(segment, codes=codes), notes
 
 
 def made_codes(generator, segment):
-    """A Segment of paths -> its codes (F, K), and notes on its clip. Raises ValueError.
+    """A Segment of paths -> (its codes (F, K), notes on its clip). Raises ValueError.
 
-    They are read from the .npy of `codes`, or else made of the clip, without the silence at its ends.
+    Reads the .npy of `codes`, or encodes the clip without the silence at its ends.
     """
     if segment.codes:
         try:
             codes = np.load(segment.codes)
-        except (OSError, EOFError, ValueError):  # of text that advises allow_pickle
+        except (OSError, EOFError, ValueError):  # NumPy's own message advises allow_pickle
             raise ValueError(f"{segment.codes} is not an .npy file") from None
         try:
             if codes.dtype.kind not in "iu":
-                raise ValueError(f"{codes.dtype} in place of integers")
-            generator.audio_rows(replace(segment, codes=codes))  # raises for what the model does not have
+                raise ValueError(f"{codes.dtype} instead of integers")
+            generator.audio_rows(replace(segment, codes=codes))  # raises if the model does not have these codes
         except ValueError as e:
             raise ValueError(f"{segment.codes} is not an .npy of codes: {e}") from None
         return codes, []
@@ -459,7 +458,7 @@ def made_codes(generator, segment):
 
 
 def mismatch(generator, examples, args):
-    """Give each Example its texts with the speech of the next one that says something else, turn by turn."""
+    """Set each Example's `other`: its texts with the speech of the next example with other texts, turn by turn."""
     texts = [[s.text for s in e.talks[0].segments] for e in examples]
     for i, e in enumerate(examples):
         following = [*range(i + 1, len(examples)), *range(i)]
@@ -472,16 +471,19 @@ def mismatch(generator, examples, args):
 
 
 def collate(talks, chosen):
-    """Talks and the rows of each whose codebooks 1.. are learned -> rows (B, T, K + 1), first (N,), some (N',)."""
+    """Pad Talks to a batch: rows (B, T, K + 1), first (N,), some (N',), as frame_losses takes them.
+
+    chosen: by talk, the rows whose codebooks 1.. are learned.
+    """
     T = max(t.n_rows for t in talks)
-    rows = [np.pad(t.rows, [(0, T - t.n_rows), (0, 0)]) for t in talks]  # causal: padding behind changes nothing
+    rows = [np.pad(t.rows, [(0, T - t.n_rows), (0, 0)]) for t in talks]  # causal, so padding after it is harmless
     first = [t.learned + b * T for b, t in enumerate(talks)]
     some = [c + b * T for b, c in enumerate(chosen)]
     return mx.array(np.stack(rows)), mx.array(np.concatenate(first)), mx.array(np.concatenate(some))
 
 
 def choose(talk, fraction, *seed):
-    """A random fraction of a Talk's frames, one at least."""
+    """A random fraction of a Talk's learned frames, at least one."""
     n = max(1, round(fraction * len(talk.learned)))
     return np.sort(np.random.default_rng(seed).choice(talk.learned, n, replace=False))
 
@@ -490,9 +492,9 @@ def choose(talk, fraction, *seed):
 
 
 def pairs(args):
-    """Each text said --samples times, the best and the worst of them as OUT/pairs.json has them for dpo and kto.
+    """Speak each text --samples times, and write the best and the worst to OUT/pairs.json, for dpo and kto.
 
-    A text that is done is a line of OUT/scores.jsonl; what was interrupted goes on behind the last one.
+    Each finished text is a line of OUT/scores.jsonl, where an interrupted run resumes.
     """
     texts = [t.strip() for t in command.read_text(f"@{args.texts}").splitlines() if t.strip()]
     if not texts:
@@ -500,9 +502,9 @@ def pairs(args):
     if args.samples < 2 or args.batch < 1:
         raise ValueError("--samples is 2 or more, --batch 1 or more")
     if args.watermark:
-        raise ValueError("a model must not learn the mark: no --watermark")
+        raise ValueError("a model must not learn the watermark: leave out --watermark")
     if args.codebooks:
-        raise ValueError("dpo and kto learn all codebooks: no --codebooks")
+        raise ValueError("dpo and kto learn all codebooks: leave out --codebooks")
     context, options = command.read_options(args)
     args.out.mkdir(parents=True, exist_ok=True)
     done = scores_so_far(args, texts)
@@ -546,29 +548,29 @@ def pairs(args):
 
 
 def extremes(scores, margin):
-    """The indices of the best and the worst, or none where they are as good."""
+    """The indices of the best and the worst score, or none if they differ by at most `margin`."""
     best, worst = int(np.argmax(scores)), int(np.argmin(scores))
     return [best, worst] if scores[best] - scores[worst] > margin else []
 
 
 def scores_so_far(args, texts):
-    """The lines of OUT/scores.jsonl, each the scores of a text, behind a first one that tells what they are of."""
+    """The scores in OUT/scores.jsonl, a line for each text. The first line holds the options and must match."""
     file = args.out / "scores.jsonl"
     mark = {k: str(v) for k, v in vars(args).items() if k not in ("out", "batch", "command", "function")}
     mark["texts"] = hashlib.sha256("\n".join(texts).encode()).hexdigest()
     lines = file.read_text().splitlines(keepends=True) if file.exists() else []
     first, *done = [json.loads(line) for line in lines if line.endswith("\n")] or [mark]  # the last may be half a line
     if other := [k for k in mark if mark[k] != first.get(k)]:
-        raise ValueError(f"{file} is of another {', '.join(other)}: give the same, or another --out")
+        raise ValueError(f"{file} has a different {', '.join(other)}: use the same, or another --out")
     with mimi.replacing(file) as f:
         f.write("".join(json.dumps(line) + "\n" for line in (mark, *done)).encode())
     return done
 
 
 def samplings(generator, texts, start, args, context, options):
-    """Yields (i, [(codes (F, K), whether it ended by itself)] * --samples) of each text from `start` on, in order.
+    """Yield (i, [(codes (F, K), whether it ended by itself)] * --samples) for each text from `start` on, in order.
 
-    Sampling j of text i is drawn with seed + i * samples + j, whatever the batch.
+    Sample j of text i has the seed seed + i * samples + j, whatever the batch.
     """
     K, longest = generator.model.config.audio_num_codebooks, options.pop("max_audio_length_ms")
     seed, sampling = generator.read_options(args.seed, options)
@@ -597,7 +599,7 @@ def samplings(generator, texts, start, args, context, options):
 
 
 def judged(text, codes, audio, ended):
-    """How bad a sampling is, below 0: its length beside the text's, silence, repetition, no end. 0: nothing is odd."""
+    """Score a sample: 0 is good, lower is worse. Counts length against the text, silence, repetition, a missing end."""
     if not len(codes):
         return -5.0
     seconds, usual = 0.08 * len(codes), 0.4 + 0.07 * len(text.encode())  # 14 letters a second
@@ -610,7 +612,7 @@ def judged(text, codes, audio, ended):
 
 
 def asked(command, wav, text):
-    """The number that is the last word of what `command` prints, {audio} and {text} put in."""
+    """Run `command` with {audio} and {text} filled in; the last word that it prints is the score."""
     words = [w.replace("{audio}", str(wav)).replace("{text}", text) for w in shlex.split(command)]
     done = subprocess.run(words, capture_output=True, text=True)
     try:

@@ -1,18 +1,19 @@
-"""SilentCipher, the inaudible mark that Sesame's own code puts into all that CSM says, on MLX.
+"""SilentCipher on MLX: the inaudible watermark that Sesame's code adds to all of CSM's speech.
 
     python -m csm_tools.watermark embed speech.wav marked.wav    # and: detect marked.wav
 
 Source: Singh et al., "SilentCipher: Deep Audio Watermarking" (2024, arXiv 2406.03822), and Sony's package
-`silentcipher` 1.0.5 (MIT), which finds our marks as we find its. The weights are Sony's, on the Hub at
-sony/silentcipher; no licence is stated for them.
+`silentcipher` 1.0.5 (MIT); each finds the other's marks. The weights are Sony's, on the Hub at sony/silentcipher; no
+licence is stated for them.
 
-How: sound at 44.1 kHz becomes a spectrogram. The message, five bytes, becomes twenty symbols of two bits and one for
-the end: one a frame, again every 21 frames (0.975 s). Two networks look at both and say by how much to lower each
-magnitude, on the whole `sdr` decibels below the sound; the phase is kept. A third reads a symbol off each frame.
+The message of five bytes becomes twenty symbols of two bits and an end symbol. Each frame of the spectrogram at
+44.1 kHz carries one symbol, so the message repeats every 21 frames (0.975 s). From both, two networks compute how much
+to lower each magnitude, `sdr` decibels below the sound on the whole; the phase stays. A third network reads a symbol
+from each frame.
 
-Each normalization takes the mean and variance of the clip at hand, as in the original, whose BatchNorm never goes into
-evaluation. So up to 31 s are marked as one; what is longer in pieces of so many, a stream in pieces of one mark, and
-the symbols run on from piece to piece. Glossary: T frames, F bins, I and O channels.
+The normalizations use the mean and variance of the clip, because the original's BatchNorm is never set to evaluation.
+So a clip is marked in pieces of 31 s and a stream in pieces of one mark; the symbols continue from piece to piece.
+Glossary: T frames, F bins, I and O channels.
 """
 
 import sys
@@ -31,38 +32,38 @@ import numpy as np
 REPO, FOLDER = "sony/silentcipher", "44_1_khz/73999_iteration"
 FILES = ("enc_c.ckpt", "dec_c.ckpt", "dec_m_0.ckpt")
 SESAME = (212, 211, 146, 56, 201)  # the message in CSM's speech
-RATE = 44_100  # Hz: the network's
-HOP = 2048  # samples from frame to frame; a frame is two hops long
-BAND = 1024  # bins that carry the message, of HOP + 1
-LEAST = 0.5  # of the symbols must agree: of symbols drawn at random, in four marks or more, fewer do
-PERIOD = 21  # frames a mark: twenty symbols and an end
-MARK = PERIOD * HOP  # samples: 0.975 s
-WHOLE = 32  # marks (31 s) that are taken as a whole: 0.5 GB
+RATE = 44_100  # Hz, of the networks
+HOP = 2048  # samples between frames; a frame is two hops long
+BAND = 1024  # bins, of HOP + 1, that carry the message
+LEAST = 0.5  # share of symbols that must agree; random symbols, in four marks or more, do not
+PERIOD = 21  # frames in a mark: twenty symbols and the end
+MARK = PERIOD * HOP  # samples in a mark: 0.975 s
+WHOLE = 32  # marks (31 s) that are processed at once, with 0.5 GB of memory
 WINDOW = np.hanning(2 * HOP + 1)[:-1].astype(np.float32)  # periodic Hann
 POWER = 0.002837200844477648  # the mean square that the network was trained on
 
 
 class Detection(NamedTuple):
     message: tuple  # five bytes
-    confidence: float  # share of the symbols that agree with their repetitions; 1.0 where there are none (below 1.95 s)
+    confidence: float  # share of symbols that agree with their repetitions; 1.0 without any (below 1.95 s)
 
 
 def stft(audio):
-    """(n,) -> (T, F) complex: frames centred on every HOP-th sample, the ends reflected."""
+    """(n,) -> (T, F) complex: frames centred on every HOP-th sample, with reflected ends."""
     audio = np.pad(audio, (0, 2 * HOP - len(audio) % (2 * HOP)))
     frames = np.lib.stride_tricks.sliding_window_view(np.pad(audio, HOP, mode="reflect"), 2 * HOP)[::HOP]
     return np.fft.rfft(frames * WINDOW).astype(np.complex64)
 
 
 def istft(spectrum, n):
-    """(T, F) complex -> (n,): between the centres of two frames lie the second half of one, the first of the next."""
+    """(T, F) complex -> (n,): each frame's second half overlaps the next one's first."""
     frames = np.fft.irfft(spectrum).astype(np.float32) * WINDOW
     envelope = WINDOW[HOP:] ** 2 + WINDOW[:HOP] ** 2
     return ((frames[:-1, HOP:] + frames[1:, :HOP]) / envelope).reshape(-1)[:n]
 
 
 def resample(pieces, old, new):
-    """Pieces (samples,) at one rate -> pieces at another, a second each at most, rounded up to whole samples in all."""
+    """Resample pieces (samples,) to pieces of at most a second. Their total length is rounded up."""
     import soxr
 
     stream, taken, given = soxr.ResampleStream(old, new, 1, dtype="float32", quality="HQ"), 0, 0
@@ -80,7 +81,7 @@ def resample(pieces, old, new):
 
 
 def cut(pieces, size):
-    """Pieces (samples,) -> pieces of `size` and what is left."""
+    """Pieces (samples,) -> pieces of `size`, and the remainder."""
     held = np.zeros(0, np.float32)
     for piece in pieces:
         held = np.concatenate([held, piece])
@@ -95,26 +96,26 @@ def cut(pieces, size):
 
 
 def to_symbols(message):
-    """Five bytes -> a mark's 21 symbols: two bits each, the high ones first, counted from 1; then the end, 0."""
+    """Five bytes -> a mark's 21 symbols: 1 + two bits each, high bits first, then the end, 0."""
     if len(message) != 5 or not all(0 <= byte < 256 for byte in message):
         raise ValueError(f"a watermark's message is five numbers from 0 to 255, not {message}")
     return [(byte >> shift & 3) + 1 for byte in message for shift in (6, 4, 2, 0)] + [0]
 
 
 def convolve(frames, weight, bias):
-    """Frames [(F, I)] * k, weight (bins k, frames k, I, O) -> the middle one's (F, O), zeros beyond the bins."""
+    """Convolve frames [(F, I)] * k with weight (bins k, frames k, I, O) to the middle frame (F, O), zero-padded."""
     k, n = len(weight), len(frames[0])
     x = mx.pad(mx.concatenate(frames, axis=1), ((k // 2, k // 2), (0, 0)))  # (F + k - 1, k I)
     if mx.default_device() == mx.gpu:
         return mx.conv2d(x.reshape(1, len(x), k, -1), weight.transpose(3, 0, 1, 2))[0, :, 0] + bias
-    y = bias  # MLX's convolution is slow on a CPU, its products are not: one for each tap of the bins
+    y = bias  # MLX's convolution is slow on a CPU: use a matrix product for each tap of the bins
     for i in range(k):
         y = mx.addmm(y, x[i : i + n], weight[i].flatten(0, 1))
     return y
 
 
 class Layer:
-    """BatchNorm(conv(x) * sigmoid(gate(x))), by the statistics of x itself."""
+    """BatchNorm(conv(x) * sigmoid(gate(x))), normalized by the clip's own statistics."""
 
     def __init__(self, weights, name):
         conv, gate = (weights[f"{name}.{part}.weight"] for part in ("conv", "gate"))  # (O, I, bins, frames)
@@ -123,12 +124,12 @@ class Layer:
         self.scale, self.shift = weights[f"{name}.bn.weight"], weights[f"{name}.bn.bias"]
 
     def __call__(self, frames):
-        """[(F, I)] * T -> [(F, O)] * T. Takes from the list as it goes: memory holds one layer of a clip."""
+        """[(F, I)] * T -> [(F, O)] * T. Empties the list as it goes, so memory holds one layer of a clip."""
         r = len(self.weight) // 2
         edge = mx.zeros_like(frames[0])
         near = [edge] * r + [frames.pop(0) for _ in range(r)]
         out, means, variances = [], [], []
-        step = 16 if mx.default_device() == mx.gpu else 1  # frames: a GPU idles at each evaluation
+        step = 16 if mx.default_device() == mx.gpu else 1  # frames between evaluations, at which a GPU idles
         for _ in range(len(frames) + r):
             near.append(frames.pop(0) if frames else edge)
             value, gate = mx.split(convolve(near, self.weight, self.bias), 2, axis=-1)
@@ -144,13 +145,13 @@ class Layer:
 
 
 class Watermark:
-    """The networks. encoder, decoder, detector: the tensors of enc_c, dec_c and dec_m_0, in PyTorch's shapes."""
+    """The networks. encoder, decoder, detector: tensors of enc_c, dec_c and dec_m_0, in PyTorch's shapes."""
 
     def __init__(self, encoder, decoder, detector):
         self.encoder = [Layer(encoder, f"main.{i}") for i in range(3)]
         self.symbols = encoder["linear.weight"].T + encoder["linear.bias"]  # (5, BAND)
         self.decoder = [Layer(decoder, f"main.{i}") for i in range(4)]
-        # a third of the channels that go in are the encoder's, a third the carrier, a third the message, repeated
+        # The input's channels are the encoder's, the carrier repeated, and the message repeated. Pass these two once.
         encoded, carrier, message = mx.split(self.decoder[0].weight, 3, axis=2)
         once = [w.sum(axis=2, keepdims=True) for w in (carrier, message)]
         self.decoder[0].weight = mx.concatenate([encoded, *once], axis=2)  # (3, 3, 32 + 2, O)
@@ -158,11 +159,11 @@ class Watermark:
         self.bins, self.bias = detector["linear.weight"][0], detector["linear.bias"]  # (BAND,), (1,)
 
     def embed(self, audio, sample_rate=24_000, message=SESAME, sdr=36.0):
-        """(samples,) -> (samples,) float32 NumPy, marked; silence stays silence. sdr: dB from the sound to the mark."""
+        """Mark (samples,); returns float32 NumPy. Silence stays silent. sdr: dB from the sound down to the mark."""
         return np.concatenate([np.zeros(0, np.float32), *self.embed_stream([audio], sample_rate, message, sdr, WHOLE)])
 
     def embed_stream(self, pieces, sample_rate=24_000, message=SESAME, sdr=36.0, marks=1):
-        """Pieces (samples,) of any length -> pieces, as many samples in all, about `marks` * 0.975 s behind."""
+        """Mark a stream of pieces (samples,), with a delay of about `marks` * 0.975 s. The total length is the same."""
         symbols = to_symbols(message)
         taken = given = 0
 
@@ -174,13 +175,13 @@ class Watermark:
 
         clips = cut(resample(counted(), sample_rate, RATE), marks * MARK)
         for marked in resample((self.mark(clip, symbols, sdr) for clip in clips), RATE, sample_rate):
-            marked = marked[: taken - given]  # two roundings up can make one sample too many
+            marked = marked[: taken - given]  # rounding up twice can add a sample
             given += len(marked)
             if len(marked):
                 yield marked
 
     def mark(self, clip, symbols, sdr):
-        """(n,) at 44.1 kHz -> the same, marked from its first sample on."""
+        """Mark (n,) at 44.1 kHz from its first sample on."""
         power = np.mean(clip**2)
         if power == 0:
             return clip
@@ -202,9 +203,9 @@ class Watermark:
         return istft(spectrum, len(clip)) * np.sqrt(power / POWER)
 
     def detect(self, audio, sample_rate=24_000):
-        """(samples,) -> the Detection, or None where there is no mark.
+        """(samples,) -> the Detection, or None if there is no mark.
 
-        It is read from the first sample on; where that fails, other beginnings of a frame are tried on two seconds.
+        Reads from the first sample on. If that fails, tries other offsets of the frames on two seconds of the sound.
         """
         audio = np.concatenate([*resample([audio], sample_rate, RATE)])
         if len(audio) < MARK:
@@ -222,20 +223,20 @@ class Watermark:
         return other if clearer > clarity else found
 
     def read(self, audio):
-        """(n,) at 44.1 kHz, a frame beginning at its first sample -> Detection or None; how clear the symbols are."""
+        """(n,) at 44.1 kHz, starting with a frame -> (Detection or None, how clear the symbols are)."""
         logits = np.concatenate([self.logits(clip)[: WHOLE * PERIOD] for clip in cut([audio], WHOLE * MARK)])
-        logits = logits[: len(logits) // PERIOD * PERIOD].reshape(-1, PERIOD, 5)  # a row for each mark
+        logits = logits[: len(logits) // PERIOD * PERIOD].reshape(-1, PERIOD, 5)  # a row per mark
         clarity = mx.softmax(mx.array(logits), axis=-1).mean(axis=0).max(axis=-1).mean().item()
         rows = logits.argmax(axis=-1)
         mode = (rows[:, :, None] == np.arange(5)).sum(axis=0).argmax(axis=-1)  # (PERIOD,)
         confidence = float(np.mean(rows == mode))
         if (mode == 0).sum() != 1 or confidence < LEAST:
             return None, clarity
-        pairs = np.roll(mode, -1 - mode.argmin())[:-1] - 1  # from after the end
+        pairs = np.roll(mode, -1 - mode.argmin())[:-1] - 1  # the symbols after the end
         return Detection(tuple((pairs.reshape(5, 4) @ [64, 16, 4, 1]).tolist()), confidence), clarity
 
     def logits(self, clip):
-        """(n,) at 44.1 kHz -> (T, 5), of the symbols."""
+        """(n,) at 44.1 kHz -> logits of the symbols (T, 5)."""
         clip = clip * np.sqrt(POWER / max(np.mean(clip**2), 1e-30))
         frames = [*mx.array(np.abs(stft(clip))[:, :BAND, None])]
         for layer in self.detector:
@@ -244,7 +245,7 @@ class Watermark:
 
 
 def load(path_or_repo=REPO):
-    """The networks, from a folder or a Hub repository with SilentCipher's 44.1 kHz model. Raises ValueError."""
+    """Load the networks from a folder or Hub repository with SilentCipher's 44.1 kHz model. Raises ValueError."""
 
     folder = Path(path_or_repo)
     try:
@@ -266,7 +267,7 @@ def program(args):
     import soundfile
 
     if (args.action == "embed") != (args.output is not None):
-        raise ValueError("it is `embed IN OUT` and `detect IN`")
+        raise ValueError("expected `embed IN OUT` or `detect IN`")
     mark = load(args.weights)
     if args.action == "detect":
         found = mark.detect(codec.read_audio(args.input, RATE), RATE)
@@ -278,7 +279,7 @@ def program(args):
         return 0
     try:
         rate = soundfile.info(args.input).samplerate
-    except soundfile.LibsndfileError:  # no such file, or one for ffmpeg: read_audio says
+    except soundfile.LibsndfileError:  # read_audio raises an error, or needs ffmpeg
         rate = 24_000
     audio = codec.read_audio(args.input, rate)
     with audio_writer(args.output, rate) as write:
@@ -288,7 +289,7 @@ def program(args):
 
 
 def main(argv=None):
-    p = command.parser_for("watermark", description="Mark speech inaudibly, or find a mark (exit status 1: none).")
+    p = command.parser_for("watermark", description="Mark speech inaudibly, or detect a mark (exit status 1: none).")
     p.add_argument("action", choices=("embed", "detect"))
     p.add_argument("input", metavar="IN", help="an audio file")
     p.add_argument("output", metavar="OUT", nargs="?", help="embed: a .wav, .flac, .mp3, .ogg or .opus file, mono")

@@ -188,14 +188,14 @@ def bad_inputs(d):
         ([], ["--ref-text", "hello"], "--ref-audio"),
         ([], ["--ref-audio", "", "--ref-text", "hello"], "--ref-audio is empty"),
         ([], ["--voice", "bob"], "unknown voice 'bob'; this model has: conversational_a, other"),
-        ([], ["--speaker", "-1"], "speaker must be 0 or more"),
-        ([], ["--speaker", 10**30], "speaker must be 0 or more"),
+        ([], ["--speaker", "-1"], "speaker must be a whole number from 0"),
+        ([], ["--speaker", 10**30], "speaker must be a whole number from 0"),
         ([], ["--voice", "bob", *ref("ok.wav")], "unknown voice 'bob'"),
         ([], ["--voice", d / "ok.wav"], "write what it says into"),
         ([], ref("short.wav"), "short.wav: the clip has 0.08 s of sound"),
         ([], ref("silent.wav"), "silent.wav: the clip is silent throughout"),
-        ([], ["--context", d / "number.json"], "number.json, turn 1: speaker must be 0 or more"),
-        ([], ["--context", d / "half.json"], "half.json, turn 2: speaker must be 0 or more"),
+        ([], ["--context", d / "number.json"], "number.json, turn 1: speaker must be a whole number from 0"),
+        ([], ["--context", d / "half.json"], "half.json, turn 2: speaker must be a whole number from 0"),
         ([d / "script.txt"], [], "script.txt is a file: write @"),
         (["..."], [], "empty"),
         ([], ["--context", d / "none.json"], "none.json"),
@@ -345,7 +345,7 @@ def test_a_clip_of_another_speaker_is_said_once(folder, tmp_path, capfd):
     args = ["hello", tmp_path / "a.wav", "--model", folder, "--speaker", 1, "--context", tmp_path / "turns.json"]
     assert speak.main([str(a) for a in [*args, *SHORT]]) == 0
     said = [line for line in capfd.readouterr().err.splitlines() if line.startswith("warning: ")]
-    assert len(said) == 1 and "no clip is of speaker 1, but of 0, whose voice it takes" in said[0]
+    assert len(said) == 1 and "no clip is of speaker 1; it takes the voice of speaker 0" in said[0]
 
 
 def test_what_is_read_is_never_overwritten(folder, tmp_path, capfd):
@@ -360,7 +360,7 @@ def test_what_is_read_is_never_overwritten(folder, tmp_path, capfd):
         args = [tmp_path / a if a == "turns.json" else a for a in args]
         with pytest.raises(SystemExit) as e:
             speak.main([str(a) for a in ["hello", out, "--model", folder, *args]])
-        assert e.value.code == 2 and "would be overwritten, and is read" in capfd.readouterr().err
+        assert e.value.code == 2 and "is also an input" in capfd.readouterr().err
     assert sound.read_bytes() == before
 
 

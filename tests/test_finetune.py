@@ -371,7 +371,7 @@ def test_what_a_run_leaves(plain, data, tmp_path, capfd):
     more = ["--keep", 2, "--ckpt-freq", 1, "--sample-texts", tmp_path / "say.txt", "--lora-rank", 4]
     rows = train(plain, data, tmp_path / "o", *more, "--val-data-path", data)
     assert [("test_loss" in r) for r in rows] == [False, False, True] * 2
-    assert f"what it said before and after: {tmp_path / 'o/samples'}" in capfd.readouterr().err
+    assert f"samples from before and after: {tmp_path / 'o/samples'}" in capfd.readouterr().err
     assert sorted(f.name for f in (tmp_path / "o").glob("step-*")) == ["step-5", "step-6"]
     for folder in ("step-6", "."):
         a, b = (mx.load(str(tmp_path / "o" / f / "adapters.safetensors")) for f in (folder, "step-6"))
@@ -545,7 +545,7 @@ def test_nothing_is_overwritten_that_should_stay(plain, data, tmp_path, capfd):
     (tmp_path / "other/model.safetensors").write_bytes(b"of somebody")
     (tmp_path / "log").mkdir()
     (tmp_path / "log/log.jsonl").write_text("an entry\n")
-    for out, message in (("other", "is of no run with a checkpoint"), ("log", "is not the log of a run")):
+    for out, message in (("other", "but no run's checkpoint"), ("log", "is not the log of a run")):
         with pytest.raises(SystemExit):
             train(plain, data, tmp_path / out)
         err = capfd.readouterr().err
@@ -570,7 +570,7 @@ def test_a_file_with_new_content_is_other_data(plain, tmp_path, capfd):
     soundfile.write(tmp_path / "d/1_0.wav", clip(0.9, seed=77), 24000)
     with pytest.raises(SystemExit):
         train(plain, data, tmp_path / "o", "--lora-rank", 2)
-    assert "is of another data" in capfd.readouterr().err
+    assert "has a different data" in capfd.readouterr().err
 
 
 def test_the_log_tells_the_rate_of_its_step(plain, data, tmp_path):
@@ -631,7 +631,7 @@ def test_a_codec_that_loses_a_voice_is_said(tmp_path, capfd, monkeypatch):
     soundfile.write(tmp_path / "noise.wav", clip(2), 24000)
     for clips, warned in ((own, False), ([tmp_path / "noise.wav"], True)):
         finetune.warn_of_codec(tiny, said_in(*clips), 8)
-        assert ("spectra correlate by" in (err := capfd.readouterr().err)) == warned == ("rather give a clip" in err)
+        assert ("spectra correlate by" in (err := capfd.readouterr().err)) == warned == ("Instead, give a clip" in err)
     texts = {len(mimi.read_audio(c)): c.with_suffix(".txt").read_text() for c in own}
     heard = []
 
@@ -641,7 +641,7 @@ def test_a_codec_that_loses_a_voice_is_said(tmp_path, capfd, monkeypatch):
 
     monkeypatch.setattr(finetune, "hear", hear)
     finetune.warn_of_codec(tiny, said_in(*own), 8)
-    assert "gets 0% of the words wrong in the clips, 100% behind the codec" in (err := capfd.readouterr().err)
+    assert "gets 0% of the words wrong in the clips, 100% after the codec" in (err := capfd.readouterr().err)
     assert len(heard) == 2 * len(own) and "spectra" not in err
 
 
@@ -937,7 +937,7 @@ def test_pairs(folder, tmp_path, capfd, monkeypatch):
     capfd.readouterr()
     with pytest.raises(SystemExit):
         finetune.main([*args, str(tmp_path / "b"), "--temperature", "0.5"])
-    assert "is of another temperature" in capfd.readouterr().err
+    assert "has a different temperature" in capfd.readouterr().err
     for command in ("dpo", "kto"):
         more = ["--lora-rank", 4, "--lr", 1e-3, "--batch-size", 8, "--epochs", 1]
         (row,) = train(folder, tmp_path / "a/pairs.json", tmp_path / command, *more, command=command)

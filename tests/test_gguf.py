@@ -366,7 +366,7 @@ def test_refusals(tmp_path, monkeypatch):
     )
     file = codec_cpp(tmp_path / "half", config, weights, "F16")
     (tmp_path / "half/codec.gguf").rename(tmp_path / "half/codec.other")
-    refused("one file with lm.c0_head.weight must lie beside it, and there is none", file)
+    refused("needs one file with lm.c0_head.weight beside it, but there is none", file)
     for name in ("a.gguf", "b.gguf"):
         (tmp_path / "half" / name).write_bytes((tmp_path / "half/codec.other").read_bytes())
     refused("there are a.gguf, b.gguf", file)

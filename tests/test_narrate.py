@@ -228,7 +228,7 @@ def test_many_texts(folder, tmp_path, capfd):
     before = (tmp_path / "out/0.ogg").read_bytes()
     narrate.main(args)
     assert (tmp_path / "out/1.ogg").exists() and (tmp_path / "out/0.ogg").read_bytes() == before
-    assert "0.ogg is there already" in capfd.readouterr().err
+    assert "0.ogg exists already" in capfd.readouterr().err
 
 
 def test_a_mistake_loses_nothing_of_what_is_finished(folder, tmp_path, monkeypatch, capfd):
@@ -241,7 +241,7 @@ def test_a_mistake_loses_nothing_of_what_is_finished(folder, tmp_path, monkeypat
     monkeypatch.undo()
     part = tmp_path / "a.wav.part"
     before = part.read_bytes()
-    assert any(before) and "goes on from here" in capfd.readouterr().err
+    assert any(before) and "continues from here" in capfd.readouterr().err
     for wrong in (
         ["--voice", "typo"],
         ["--batch", "0"],
@@ -256,7 +256,7 @@ def test_a_mistake_loses_nothing_of_what_is_finished(folder, tmp_path, monkeypat
         fcntl.flock(other, fcntl.LOCK_EX)
         with pytest.raises(SystemExit):
             narrate.main(args)
-    assert "another narrate is at work" in capfd.readouterr().err and part.read_bytes() == before
+    assert "another narrate is writing" in capfd.readouterr().err and part.read_bytes() == before
     (tmp_path / "book.txt").write_text(TEXT)
     part.write_bytes(before[:1000])  # what a crash may leave: begun anew
     narrate.main(args)

@@ -80,7 +80,7 @@ DATA = {
     "too deep": (content("d.json", json.dumps([[[GOOD]]])), "item 1: expected"),
     "no text": (item(text=None), "'text' is missing: expected"),
     "an empty text": (item(text=" \n"), "its text is empty"),
-    "a number as text": (item(text=3), "its text is empty, or no text"),
+    "a number as text": (item(text=3), "its text is empty or not a string"),
     "no clip": (item(audio_path=None), "'audio_path' is missing: expected"),
     "a clip that is not there": (item(audio_path="none.wav"), "no such file: .*none.wav"),
     "a folder as clip": (item(audio_path="."), "no such file"),
@@ -343,7 +343,7 @@ ADAPTERS = {
     "PiSSA in steps": (peft(init_lora_weights="pissa_niter_16"), "pissa_niter_16 changes the base"),
     "OLoRA": (peft(init_lora_weights="olora"), "init_lora_weights = olora changes the base"),
     "an endless pattern": (peft(rank_pattern={r"([\w.]+)+!": 2}), "may take for ever"),
-    "another method of PEFT": (peft(peft_type="ADALORA"), "peft_type = ADALORA: of PEFT's methods only LORA"),
+    "another method of PEFT": (peft(peft_type="ADALORA"), "peft_type = ADALORA: only PEFT's LORA"),
 }  # fmt: skip
 
 

@@ -1,38 +1,38 @@
-"""What the codes of tiny mean. Real codecs leave theirs to training; here each codebook holds what the teacher knows.
+"""What tiny's codes mean. Other codecs learn their codes; here each codebook holds something that the teacher knows.
 
-    codebooks 0 to 3   the phoneme in each quarter of the frame, 20 ms
-    4 and 5            the pitch of what is voiced in its first half, in its second, in steps of 1.2 %; 0: nothing is
-    6                  the loudness of its halves
-    7                  the voice: one of 512 mixes of the teacher's
-So a language model has to learn nothing that the text does not tell but melody and timing, the decoder speaks from a
-recipe, and the encoder is a recogniser. Each codebook has dimensions of its own in the latents, and therefore
-residual quantization finds each code by itself. F frames, K codebooks.
+    codebooks 0 to 3   the phoneme in each quarter of the frame (20 ms)
+    4 and 5            the pitch of the first and the second half, in steps of 1.2 %; 0: unvoiced
+    6                  the loudness of both halves
+    7                  the voice: one of 512 mixes of the teacher's voices
+So the language model only adds melody and timing to the text, the decoder follows a recipe, and the encoder is a
+recogniser. Each codebook has its own dimensions of the latents, so residual quantization finds each code independently.
+F frames, K codebooks.
 """
 
 import numpy as np
 
 K, N_CODES, CODE_DIM = 8, 512, 128
-PARTS = 4  # of a frame, each with its phoneme
+PARTS = 4  # phonemes in a frame
 NO_WORD = 255
 PHONEMES = "bdfhijklmnopstuvwzɑɔæðəɛɜɡɪŋɹɾʃʊʌʒʤʧθAIOWYɒɐaeᵊᵻʔ"  # Kokoro's letters for English
-SILENCE = 1  # code 0 of codebook 0 is in no speech, since it ends the speech
+SILENCE = 1  # not 0: code 0 of codebook 0 ends the speech
 PITCHES, LEVELS = 192, 22
 LOWEST, HIGHEST = 50, 500  # Hz
 PITCH_STEP = np.log(HIGHEST / LOWEST) / (PITCHES - 1)  # nepers
-QUIETEST, LEVEL_STEP = -9, 0.86  # in Kokoro's measure of loudness, LEVEL nepers each
-LEVEL = 0.45
-STEPS_APART = 6  # levels whose vectors are 1 apart
-VOICES = ("jm_kumo", "jf_alpha", "jf_gongitsune", "jf_nezumi", "jf_tebukuro")  # Kokoro's, which are mixed
-SPANS = ((0, 32), (0, 32), (32, 64), (64, 96), (96, 107), (107, 118), (118, 120), (120, 125))  # of the dimensions
-USED = (*[2 + len(PHONEMES)] * 4, PITCHES, PITCHES, LEVELS**2, N_CODES)  # how many codes a codebook has
-SPARE = CODE_DIM - 1  # the dimension in which unused codes are far from everything
+QUIETEST, LEVEL_STEP = -9, 0.86  # in Kokoro's unit of loudness
+LEVEL = 0.45  # nepers in that unit
+STEPS_APART = 6  # the vectors of levels this many steps apart have distance 1
+VOICES = ("jm_kumo", "jf_alpha", "jf_gongitsune", "jf_nezumi", "jf_tebukuro")  # Kokoro's voices that are mixed
+SPANS = ((0, 32), (0, 32), (32, 64), (64, 96), (96, 107), (107, 118), (118, 120), (120, 125))  # dimensions by codebook
+USED = (*[2 + len(PHONEMES)] * 4, PITCHES, PITCHES, LEVELS**2, N_CODES)  # codes in use by codebook
+SPARE = CODE_DIM - 1  # unused codes lie far out in this dimension, so nothing is quantized to them
 
 
 def encode(phonemes, pitch, level, voice):
     """Labels -> codes (F, K) int16.
 
-    phonemes: letters of PHONEMES and others, which are silence; pitch in Hz, 0 for none; level: each (PARTS * F,).
-    voice: int.
+    phonemes, pitch, level: (PARTS * F,) each. A phoneme not in PHONEMES is silence; pitch in Hz, 0: unvoiced.
+    voice: int, the code of codebook 7.
     """
     index = {letter: 2 + i for i, letter in enumerate(PHONEMES)}
     out = np.zeros((len(pitch) // PARTS, K), np.int16)
@@ -49,17 +49,17 @@ def encode(phonemes, pitch, level, voice):
 
 
 def hertz(code):
-    """What a code of codebooks 4 and 5 stands for; below LOWEST for code 0."""
+    """The pitch in Hz that a code of codebooks 4 and 5 means; below LOWEST for code 0."""
     return LOWEST * np.exp((code - 0.5) * PITCH_STEP)
 
 
 def vectors(voices):
-    """The codebooks (K, N_CODES, CODE_DIM) float32; voices: what code i of the last one is, {name: share}."""
+    """The codebooks (K, N_CODES, CODE_DIM) float32. voices[i]: the mix {name: share} for code i of codebook 7."""
     out, r = np.zeros((K, N_CODES, CODE_DIM), np.float32), np.random.default_rng(0)
     sounds = r.normal(size=(USED[0], 32))
     sounds *= 2 / np.linalg.norm(sounds, axis=1, keepdims=True)
     hz = hertz(np.arange(1, PITCHES))
-    turns = 2 * np.pi * np.outer(hz, (0.0025, 0.005, 0.01, 0.02))  # how far a period comes in these seconds
+    turns = 2 * np.pi * np.outer(hz, (0.0025, 0.005, 0.01, 0.02))  # phase after so many seconds
     waves = np.stack([np.cos(turns), np.sin(turns)], 2).reshape(len(hz), -1)
     high = np.log(hz / 160)[:, None]
     level = (np.arange(LEVELS) - (LEVELS - 1) / 2) / STEPS_APART
@@ -75,9 +75,9 @@ def vectors(voices):
 
 
 def pointer(rows, words, spans):
-    """Which token each frame speaks (F,), -1: none. Tokens and phonemes of a word are taken to go along evenly.
+    """The token that each frame speaks (F,); -1: none. Assumes that a word's phonemes spread evenly over its tokens.
 
-    rows (F, K); words (F,): of each frame; spans: [(first token, end)] of each word.
+    rows: codes (F, K); words: the word that each frame speaks (F,); spans: [(first token, end)] by word.
     """
     sounds, out = np.pad(rows[:, :PARTS].reshape(-1), (1, 0)), np.full(len(rows), -1)
     begun = np.cumsum((sounds[1:] != sounds[:-1]) & (sounds[1:] != SILENCE))  # phonemes so far

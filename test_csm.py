@@ -1,8 +1,8 @@
-"""The tests that go along with a copy of csm.py and mimi.py: nothing else is needed, but numpy and pytest.
+"""Tests to copy along with csm.py and mimi.py. They need only numpy and pytest.
 
     pytest test_csm.py
 
-A small model with random weights, made here. That csm.py says what transformers and moshi say, tests/ shows.
+They use a small random model. tests/ compares csm.py with transformers and moshi.
 """
 
 from pathlib import Path
@@ -29,7 +29,7 @@ SHORT = {"max_audio_length_ms": 20 * 1000 / CODEC.frame_rate}  # 20 frames
 
 
 class Letters:
-    """A tokenizer: a text's characters between two marks."""
+    """A tokenizer whose tokens are a text's characters, between two marks."""
 
     def encode(self, text):
         return [1, *(ord(c) % TEXT for c in text), 2]

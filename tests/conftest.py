@@ -1,9 +1,9 @@
-"""Small random models, made on the spot, for all the tests.
+"""Small random models for all tests.
 
-They compute in float32, whatever the device; with CSM_TEST_DTYPE=bfloat16 or float16 in that, also where a test names
-no type, as on a GPU. Codes are identical, and logits within 1e-4, on a CPU in float32. Elsewhere (a GPU adds up in
-other orders) the bounds are wider, and of codes the first frame has to agree in most: after that one other code changes
-all that follow.
+They compute in float32 on any device. With CSM_TEST_DTYPE=bfloat16 or float16 they use that type wherever a test names
+none, as on a GPU. On a CPU in float32, codes must be identical and logits within 1e-4. Elsewhere (a GPU adds in another
+order) the bounds are wider, and only most codes of the first frame must agree, because one different code changes all
+that follow.
 """
 
 import inspect
@@ -14,7 +14,7 @@ import re
 import signal
 from pathlib import Path
 
-os.environ.setdefault("MLX_ENABLE_TF32", "0")  # or a GPU rounds the factors of float32 products to 10 bits
+os.environ.setdefault("MLX_ENABLE_TF32", "0")  # otherwise GPUs round factors of float32 products to 10 bits
 import csm  # before mlx
 import csm_layouts
 import mimi
@@ -24,10 +24,10 @@ import numpy as np
 import pytest
 import soundfile
 
-signal.signal(signal.SIGINT, signal.default_int_handler)  # which a shell's background job ignores, and tests send
+signal.signal(signal.SIGINT, signal.default_int_handler)  # tests send it, and background jobs ignore it
 DTYPE = os.environ.get("CSM_TEST_DTYPE", "float32")
 EXACT = DTYPE == "float32" and mx.default_device() == mx.cpu
-LOGITS = 1e-4 if EXACT else 0.02 if DTYPE == "float32" else 0.3  # how far they may be off; their spread is about 3
+LOGITS = 1e-4 if EXACT else 0.02 if DTYPE == "float32" else 0.3  # allowed error; their spread is about 3
 
 if DTYPE != "float32":
     csm.as_dtype = lambda dtype, own=csm.as_dtype: own(dtype or DTYPE)
@@ -42,13 +42,13 @@ def pytest_addoption(parser):
 
 
 def runs_all(config):
-    """Whether --all was given, or a file was named: then it runs whole."""
+    """Whether to run slow tests too: with --all, or if a file is named."""
     named = config.args_source is pytest.Config.ArgsSource.ARGS
     return config.getoption("--all") or (named and any(Path(arg.split("::")[0]).is_file() for arg in config.args))
 
 
 def pytest_ignore_collect(collection_path, config):
-    """Leave out a file that cannot be imported without another package."""
+    """Leave out a file that needs another package at import."""
     if collection_path.suffix != ".py" or runs_all(config):
         return None
     if not re.search(r"^\S.*importorskip\(", collection_path.read_text(encoding="utf-8"), re.M):
@@ -58,7 +58,7 @@ def pytest_ignore_collect(collection_path, config):
 
 
 def needs_a_package(item):
-    """Whether the test, or a fixture of it, skips where a package is missing."""
+    """Whether the test or one of its fixtures skips without a package."""
     fixtures = [f.func for fs in item._fixtureinfo.name2fixturedefs.values() for f in fs]
     return any("importorskip" in inspect.getsource(f) for f in (item.function, *fixtures))
 
@@ -118,7 +118,7 @@ def write_tokenizer(folder):
 
 
 def native_config(shape, text_vocab):
-    """The config.json of our own layout for one of SHAPES."""
+    """config.json in our layout for one of SHAPES."""
     K, n_codes, *parts = SHAPES[shape]
     names = ("n_layers", "dim", "n_heads", "n_kv_heads", "head_dim", "ffn_dim")
     llamas = [
@@ -131,7 +131,7 @@ def native_config(shape, text_vocab):
 
 
 def random_weights(config, seed=0):
-    """{name: array} of our layout."""
+    """Random weights {name: array} in our layout."""
     from mlx.utils import tree_flatten
 
     model = csm.CSM(csm.CSMConfig.from_dict(config))
@@ -144,7 +144,7 @@ def random_weights(config, seed=0):
 
 
 def random_mimi(K, n_codes, seed=0):
-    """A small Mimi's {name: array} in kyutai's names, which are ours, and its config."""
+    """A small Mimi: ({name: array} with kyutai's names, which are ours, its config)."""
     c = {"n_filters": 4, "dim": 32, "n_layers": 1, "n_heads": 2, "ffn_dim": 64, "codebook_size": n_codes,
          "codebook_dim": 16, "n_codebooks": K, "kernel_size": 7, "ratios": [8, 6, 5, 4]}  # fmt: skip
     key, w = mx.random.key(seed), {}
@@ -192,7 +192,7 @@ def random_mimi(K, n_codes, seed=0):
 
 
 def write_model(folder, shape="k8", weights=None, voices=True):
-    """A whole model folder in our own layout, with two voices."""
+    """Write a complete model folder in our layout, with two voices."""
     folder.mkdir(parents=True, exist_ok=True)
     config = native_config(shape, write_tokenizer(folder))
     (folder / "config.json").write_text(json.dumps(config))
@@ -216,7 +216,7 @@ def clip(seconds, seed=0):
 
 @pytest.fixture(autouse=True)
 def loggers():
-    """Programs that run inside a test may set a level; the next test has the usual one."""
+    """Reset the log level, which programs inside a test may set."""
     yield
     logging.getLogger("csm").setLevel(logging.NOTSET)
 
@@ -237,7 +237,7 @@ def tiny():
 
 
 def same_codes(ours, theirs):
-    """Whether (F, K) and (F, K) agree, as far as they can be asked to."""
+    """Assert that codes (F, K) agree, exactly where the device allows it."""
     ours, theirs = np.array(ours), np.array(theirs)
     if EXACT:
         np.testing.assert_array_equal(ours, theirs)
@@ -246,7 +246,7 @@ def same_codes(ours, theirs):
 
 
 def stand_in_hub(cache):
-    """A Hugging Face cache with small random models in the place of the default downloads; returns the environment."""
+    """Make a Hugging Face cache with small random models for the default downloads; returns its environment."""
     write_model(cache / "made")
     repos = {
         "senstella/csm-1b-mlx": {"ckpt.safetensors": "model.safetensors", "config.json": "config.json"},

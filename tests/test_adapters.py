@@ -1,4 +1,4 @@
-"""Adapters: PEFT's, csm-mlx's and ours give what their own programs compute, and ours exported gives ours in PEFT."""
+"""Adapters of PEFT, csm-mlx and ours give what their own programs compute; ours work in PEFT after export."""
 
 import copy
 import json
@@ -39,12 +39,12 @@ PEFT = {
 
 @pytest.fixture
 def theirs():
-    """transformers' CSM at random, and its native config and weights."""
+    """A random CSM of transformers, and its config and weights in our layout."""
     torch, transformers = pytest.importorskip("torch"), pytest.importorskip("transformers")
     torch.manual_seed(0)
     model = transformers.CsmForConditionalGeneration(transformers.CsmConfig(**copy.deepcopy(CONFIG | ROPE))).eval()
     for w in model.parameters():
-        w.data.mul_(10 if w.ndim > 1 else 1)  # else all logits are nearly equal
+        w.data.mul_(10 if w.ndim > 1 else 1)  # otherwise all logits are nearly equal
     weights = {name: mx.array(w.numpy()) for name, w in model.state_dict().items() if "codec_model" not in name}
     config, weights, _ = csm_layouts.csm_to_native(CONFIG | ROPE, weights, CSM_1B)
     return model, config, csm.split_heads(weights)
@@ -57,7 +57,7 @@ def network(config, weights):
 
 
 def greedy(config, weights, ids, n=5):
-    """n frames (n, K) after a text, by our model."""
+    """Our model's first n frames (n, K) after a text."""
     model, K = network(config, weights), config["audio_num_codebooks"]
     rows = mx.zeros((1, len(ids), K + 1), mx.int32)
     rows[0, :, K], frames = mx.array(ids), []
@@ -68,7 +68,7 @@ def greedy(config, weights, ids, n=5):
 
 
 def train(torch, model):
-    """A few steps on random frames, large ones."""
+    """Train for a few large steps on random frames."""
     parameters = [w for w in model.parameters() if w.requires_grad]
     optimizer = torch.optim.AdamW(parameters, lr=0.05)
     for _ in range(3):
@@ -108,7 +108,7 @@ def test_peft(kind, theirs, tmp_path):
 
 
 def our_adapter(config, parts=("self_attn", "mlp", "projection", "codebook0_head", "audio_head"), dora=False):
-    """An adapter as finetune writes it, at random: (adapter_config.json, tensors)"""
+    """A random adapter as finetune writes it: (adapter_config.json, tensors)."""
     model, tensors, key = csm.CSM(csm.CSMConfig.from_dict(config)), {}, mx.random.key(3)
     for name, m in model.named_modules():
         if isinstance(m, csm.Linear) and set(parts) & set(name.split(".")):
@@ -121,11 +121,11 @@ def our_adapter(config, parts=("self_attn", "mlp", "projection", "codebook0_head
 
 @pytest.mark.parametrize("dora", [False, True])
 def test_ours_in_peft(dora, theirs, tmp_path):
-    """What `finetune export --to peft` writes gives our codes in PEFT, and is read back."""
+    """An adapter of `finetune export --to peft` gives our codes in PEFT, and can be read back."""
     torch, peft = pytest.importorskip("torch"), pytest.importorskip("peft")
     base, config, weights = theirs
     adapter, tensors = our_adapter(config, dora=dora)
-    if dora:  # PEFT has it for modules alone
+    if dora:  # PEFT supports it for modules only
         with pytest.raises(ValueError, match="audio_head"):
             adapters.adapter_to_peft(config, adapter, tensors)
         tensors = {name: w for name, w in tensors.items() if "audio_head" not in name}
@@ -145,7 +145,7 @@ def test_ours_in_peft(dora, theirs, tmp_path):
 
 @pytest.mark.parametrize("kind", ["lora", "dora"])
 def test_csm_mlx(kind, tmp_path):
-    """mlx-lm's own layers, which csm-mlx puts in place of a model's, and what they are fused to."""
+    """mlx-lm's layers, which csm-mlx substitutes in a model, and the matrices they are fused to."""
     lora, dora = pytest.importorskip("mlx_lm.tuner.lora"), pytest.importorskip("mlx_lm.tuner.dora")
     weights, keys = csm.split_heads(random_weights(NATIVE)), ("self_attn.q_proj", "mlp.down_proj", "codebook0_head")
     linear, embedding = {"lora": (lora.LoRALinear, lora.LoRAEmbedding), "dora": (dora.DoRALinear, dora.DoRAEmbedding)}[
@@ -163,7 +163,7 @@ def test_csm_mlx(kind, tmp_path):
             layer.m = layer.m * 1.5
         tensors |= {f"{name}.{part}": w for part, w in layer.parameters().items() if isinstance(w, mx.array)}
         expected[f"{name}.weight"] = layer.fuse().weight
-    tensors["audio_head"] = mx.stack([weights[f"audio_head.{i}.weight"].T + 1 for i in range(3)])  # trained as it is
+    tensors["audio_head"] = mx.stack([weights[f"audio_head.{i}.weight"].T + 1 for i in range(3)])  # trained as a whole
     expected |= {f"audio_head.{i}.weight": weights[f"audio_head.{i}.weight"] + 1 for i in range(3)}
     settings = {"lora_parameters": {"rank": 2, "scale": 0.7, "dropout": 0.0, "keys": keys}, "fine_tune_type": kind}
     for form in (settings, {"lora_parameters": {"rank": 2, "alpha": 1.4}}):
@@ -175,7 +175,7 @@ def test_csm_mlx(kind, tmp_path):
 
 
 def test_parts_and_sums_of_adapters():
-    """Half of an adapter and half of it again are all of it; a DoRA in part lies between; misfits are named."""
+    """Two halves of an adapter add up to it; part of a DoRA lies between; errors name what does not fit."""
     weights = csm.split_heads(random_weights(NATIVE))
     adapter, tensors = our_adapter(NATIVE)
     changes = adapters.adapter_to_native(NATIVE, adapter, tensors)

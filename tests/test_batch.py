@@ -1,4 +1,4 @@
-"""csm_batch against csm.frames: utterances that join and leave a batch give the codes that they give alone."""
+"""csm_batch against csm.frames: utterances that join and leave a batch give the same codes as alone."""
 
 import _thread
 import threading
@@ -24,7 +24,7 @@ OPTIONS = (
 
 
 def alone(generator, rows, frames, seed, sampling, cache=None):
-    """What csm.frames gives: (F, K)."""
+    """The frames of csm.frames: (F, K)."""
     config, dtype = generator.model.config, generator.model.dtype
     cache = cache.copy() if cache else csm.KVCache(config.backbone, dtype)
     said = list(csm.frames(generator.model, rows, cache, frames, seed, sampling))
@@ -32,7 +32,7 @@ def alone(generator, rows, frames, seed, sampling, cache=None):
 
 
 def prompts(generator):
-    """(rows, cache, their own frames) of very different lengths."""
+    """(rows, cache, expected frames) of very different lengths."""
     texts = ["yes", "hello there, how are you today?", "i am fine", "no " * 30]
     context = generator.segment_rows(csm.Segment(0, "hello", clip(1.2)))
     for i, text in enumerate(texts):
@@ -128,7 +128,7 @@ def test_a_clip_in_many_contexts_is_encoded_once(generator, monkeypatch):
 
 
 def test_numbers_that_are_not_finite_are_named(generator, monkeypatch):
-    """And not told as speech that ended at once; the others speak on."""
+    """They are an error, not an empty speech; the other utterances continue."""
     rows = generator.text_rows("hello", 0)
     batch, own = csm_batch.Batch(generator), csm.CSM.__call__
     uids = [batch.insert(rows, 4, seed) for seed in range(2)]
@@ -157,7 +157,7 @@ def test_what_is_removed_says_nothing_more(generator):
 
 
 def test_a_function_that_raises_costs_nobody_else_a_frame(generator):
-    """Its utterance leaves; the others, of which some have functions too, say what they say alone."""
+    """Its utterance leaves; the others, some with functions too, give the same codes as alone."""
     rows, calls = generator.text_rows("hello there", 0), []
 
     def third(ids, logits):
@@ -239,7 +239,7 @@ def test_threads_while_the_loop_is_compiled(tmp_path, monkeypatch):
 
 def test_an_interrupted_trace_leaves_the_model_as_it_was(tmp_path, monkeypatch):
     monkeypatch.setenv("CSM_COMPILE", "1")
-    monkeypatch.setattr(csm, "COMPILED", {})  # so that it is traced here
+    monkeypatch.setattr(csm, "COMPILED", {})  # to trace it here
     generator = csm.load(write_model(tmp_path))
     plain = csm.load(tmp_path)
     own, calls = csm.CSM.next_frame, []

@@ -1,4 +1,4 @@
-"""Codes of clips in shards on disk: nothing is computed twice, read needlessly, or lost."""
+"""Codes of clips in shards on disk: none are computed twice, read needlessly, or lost."""
 
 import json
 import os
@@ -25,7 +25,7 @@ def codes(n, K=4, seed=0):
 
 
 def test_what_is_added_is_read_again(tmp_path, monkeypatch):
-    """Of several lengths, 0 too, from memory and from the disk, in either order of the array's axes."""
+    """Codes of several lengths, including 0, from memory and disk, from arrays in C and Fortran order."""
     monkeypatch.setattr(code_shards, "N_CLIPS", 3)
     made = {bytes([i]) * 16: codes(n, seed=i) for i, n in enumerate((3, 0, 125, 1, 7))}
     shards = code_shards.Shards(tmp_path)
@@ -85,7 +85,7 @@ def test_a_key_is_of_the_content_and_of_the_codec(tmp_path):
     b.write_bytes(b"sound")
     assert shards.key_of(a, b"codec") == shards.key_of(b, b"codec") != shards.key_of(a, b"another")
     before = shards.key_of(a, b"codec")
-    a.write_bytes(b"noise")  # as long
+    a.write_bytes(b"noise")  # the same length
     os.utime(a, ns=(1, 1))
     assert shards.key_of(a, b"codec") != before
     with pytest.raises(OSError):
@@ -94,7 +94,7 @@ def test_a_key_is_of_the_content_and_of_the_codec(tmp_path):
 
 @pytest.fixture
 def clips(tmp_path):
-    """Five conversations of one clip each, two clips the same."""
+    """Five conversations of one clip each; two clips are the same."""
     (tmp_path / "d").mkdir()
     items = []
     for i in range(5):
@@ -106,7 +106,7 @@ def clips(tmp_path):
 
 
 def test_clips_are_encoded_and_read_once(folder, clips, tmp_path, monkeypatch):
-    """A second start encodes nothing and reads no clip; a clip that was touched is read, a new text changes nothing."""
+    """A second start encodes and reads nothing; a touched clip is read again; a new text changes nothing."""
     generator, args = csm.load(folder, dtype="float32"), arguments(output_dir=tmp_path / "o")
     encoded, read = [], []
     encode, read_bytes = csm.Generator.encode, Path.read_bytes
@@ -161,7 +161,7 @@ def test_another_codec_has_other_codes(folder, clips, tmp_path):
 
 
 def test_codes_stay_on_disk(folder, tmp_path):
-    """2 000 conversations of 10 s hold less memory than their codes, 2 MB; all that is learned is what was given."""
+    """2 000 conversations of 10 s take less memory than their codes, 2 MB, and give the right rows."""
     generator, args = csm.load(folder, dtype="float32"), arguments(output_dir=tmp_path / "o")
     items, made = [], {}
     for i in range(20):
@@ -171,7 +171,7 @@ def test_codes_stay_on_disk(folder, tmp_path):
         items.append({"text": "hello there " * 9 + str(i), "codes_path": f"{i % 20}.npy", "speaker": 0})
     (tmp_path / "d.jsonl").write_text("\n".join(map(json.dumps, items)))
     data = tuning_data.read_data(tmp_path / "d.jsonl")
-    tuning_data.encode(generator, data[:20], args)  # what is done once
+    tuning_data.encode(generator, data[:20], args)  # one-time work
     tracemalloc.start()
     before = tracemalloc.get_traced_memory()[0]
     examples = tuning_data.encode(generator, data, args)

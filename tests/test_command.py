@@ -1,4 +1,4 @@
-"""The command of csm.py, the default downloads, and the real weights for who has them."""
+"""The command of csm.py, the default downloads, and the real weights if you have them."""
 
 import importlib.util
 import itertools
@@ -28,7 +28,7 @@ SHORT = ["--max-audio-length-ms", "400"]
 
 
 def run(*args, input=None, **env):
-    """`python csm.py ARGS` in a process of its own."""
+    """Run `python csm.py ARGS` in a process."""
     command = [sys.executable, str(HERE / "csm.py"), *map(str, args)]
     return subprocess.run(command, input=input, capture_output=True, env={**os.environ, "HF_HUB_OFFLINE": "1", **env})
 
@@ -57,7 +57,7 @@ def test_command_and_library_say_the_same(folder, generator, tmp_path):
         done = run(text, "-", "--model", folder, "--seed", 7, *SHORT, input=stdin)
         head, pcm = done.stdout[:44], np.frombuffer(done.stdout[44:], "<i2")
         assert head[:4] == b"RIFF" and head[8:16] == b"WAVEfmt "
-        assert np.abs(pcm.astype(int) - expected).max() <= 1  # a stream's pieces are rounded apart
+        assert np.abs(pcm.astype(int) - expected).max() <= 1  # a stream rounds each piece
 
 
 def test_command_with_context(folder, generator, tmp_path):
@@ -155,7 +155,7 @@ def test_a_pause_is_silence(folder, tmp_path):
 
 
 def bad_inputs(d):
-    """(arguments, part of the message) of everything that a user can get wrong."""
+    """Users' mistakes: (arguments, part of the message)."""
     d.joinpath("text.wav").write_text("not audio")
     d.joinpath("empty.txt").write_text("\n")
     d.joinpath("bad.json").write_text('[{"speaker": 0}]')
@@ -224,7 +224,7 @@ def bad_inputs(d):
 
 def test_bad_input_gets_one_line_and_loses_nothing(folder, tmp_path, capfd, monkeypatch):
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
-    monkeypatch.setattr(transcribe, "package", lambda: None)  # which could hear what a clip says
+    monkeypatch.setattr(transcribe, "package", lambda: None)  # which could transcribe a clip
     out = tmp_path / "out.wav"
     out.write_bytes(b"what was there before")
     for text, args, message in bad_inputs(tmp_path):
@@ -271,7 +271,7 @@ def test_gated_and_unknown_repositories(tmp_path, monkeypatch, capfd):
     from huggingface_hub import errors
 
     for kind, message in ((errors.GatedRepoError, "is gated"), (errors.RepositoryNotFoundError, "no such")):
-        error = kind.__new__(kind)  # whose constructor wants an answer from the Hub
+        error = kind.__new__(kind)  # its constructor needs a response from the Hub
 
         def refuse(*args, error=error, **kwargs):
             raise error
@@ -304,7 +304,7 @@ def test_a_reader_that_leaves_is_no_error(folder):
 
 
 def test_speakers_by_name(folder, generator, tmp_path, capfd):
-    """In --context and --dialogue: the same name is the same number, which is said."""
+    """--context and --dialogue give a name the same number, which is printed."""
     soundfile.write(tmp_path / "me.wav", clip(1), 24000, subtype="FLOAT")
     turn = {"text": "hello there", "audio": r".\me.wav"}
     (tmp_path / "turns.json").write_text(json.dumps([turn | {"speaker": "Ann"}, turn | {"speaker": 0}]))
@@ -366,7 +366,7 @@ def test_what_is_read_is_never_overwritten(folder, tmp_path, capfd):
 
 @pytest.mark.parametrize("program", ["speak", "narrate", "dialogue"])
 def test_the_clip_of_the_voice_is_read_once(folder, generator, tmp_path, monkeypatch, program):
-    """And sounds as by the library, where the first speaker of a dialogue has it."""
+    """And sounds as in the library, where a dialogue's first speaker gets it."""
     read, own = [], mimi.read_audio
     monkeypatch.setattr(mimi, "read_audio", lambda path, *rest: read.append(path) or own(path, *rest))
     soundfile.write(tmp_path / "me.wav", clip(0.8), 24000, subtype="FLOAT")
@@ -383,7 +383,7 @@ def test_the_clip_of_the_voice_is_read_once(folder, generator, tmp_path, monkeyp
 
 
 def test_names_and_modes_of_files(folder, tmp_path):
-    """A name of 251 bytes; the mode of the file that was there."""
+    """A file name of 251 bytes works, and OUT keeps the mode of the file it replaces."""
     long = tmp_path / ("ä" * 123 + "a.wav")
     assert speak.main(["hello", str(long), "--model", str(folder), *SHORT]) == 0
     long.chmod(0o640)
@@ -415,7 +415,7 @@ csm_layouts.write_folder(place, files)
 
 
 def test_a_save_that_is_killed_leaves_no_mixture(tmp_path):
-    """Killed before each of its steps: what is left is the old model, or the new one, or does not load at all."""
+    """Killed before any of its steps, it leaves the old model, the new one, or one that does not load."""
     old, new, place = (write_model(tmp_path / name, f"k{K}") for name, K in (("old", 4), ("new", 8), ("m", 4)))
     states, step, code = [], 12, 1
     while code:
@@ -436,7 +436,7 @@ def test_a_save_that_is_killed_leaves_no_mixture(tmp_path):
 
 
 def test_what_dead_processes_left_is_removed(folder, generator, tmp_path):
-    """Beside folders and files, but for what living processes are writing."""
+    """Temporary folders and files of dead processes go, those of running processes stay."""
     dead = subprocess.Popen([sys.executable, "-c", ""])
     dead.wait()
     for pid in (dead.pid, os.getpid()):
@@ -502,7 +502,7 @@ command.run(p, lambda args: os.kill(os.getpid(), signal.SIGHUP) or print("went o
 
 
 def test_without_a_network_it_is_said_at_once(tmp_path, monkeypatch):
-    """No retries: the connection is tried first, and what is in the cache is taken."""
+    """No retries: the connection is tried first, and cached files are used."""
     import huggingface_hub
 
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", False)
@@ -590,7 +590,7 @@ def test_without_csm_1b_the_model_in_the_box_speaks(tmp_path):
     assert done.returncode == 0, done.stderr
     said = [line for line in done.stderr.decode().splitlines() if "tiny" in line]
     assert len(said) == 1 and "csm-1b" in said[0] and len(wav(tmp_path / "a.wav")) > 0
-    done = run("hello", tmp_path / "b.wav", "--model", "csm-1b", **nowhere)  # one that was named is never replaced
+    done = run("hello", tmp_path / "b.wav", "--model", "csm-1b", **nowhere)  # a named model is never replaced
     assert done.returncode == 2 and b"cannot download" in done.stderr and not (tmp_path / "b.wav").exists()
 
 

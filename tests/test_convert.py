@@ -1,4 +1,4 @@
-"""convert.py: every layout in, the same bytes back out; the references load what it writes; errors are one line."""
+"""convert.py: round trips give the same bytes, the references load its output, errors are one line."""
 
 import copy
 import json
@@ -99,11 +99,11 @@ def test_sesame_there_and_back(tmp_path, native, dtype, how):
 def test_transformers_loads_what_we_write_back(tmp_path, dtype, rope):
     torch, transformers = pytest.importorskip("torch"), pytest.importorskip("transformers")
     torch.manual_seed(0)
-    config = transformers.CsmConfig(**copy.deepcopy(CONFIG | rope))  # it changes what it is given
+    config = transformers.CsmConfig(**copy.deepcopy(CONFIG | rope))  # it changes its argument
     model = transformers.CsmForConditionalGeneration(config).to(getattr(torch, dtype)).eval()
     model.save_pretrained(tmp_path / "a", max_shard_size="40KB" if dtype == "float32" else "1GB")
     write_tokenizer(tmp_path / "a")
-    assert (tmp_path / "a/model.safetensors").exists() == (dtype == "bfloat16")  # else it is in shards
+    assert (tmp_path / "a/model.safetensors").exists() == (dtype == "bfloat16")  # otherwise in shards
     convert.convert(tmp_path / "a", tmp_path / "b")
     convert.convert(tmp_path / "b", tmp_path / "c", to="transformers")
     assert transformers.AutoTokenizer.from_pretrained(tmp_path / "c").bos_token == "<bos>"
@@ -198,13 +198,13 @@ def test_mimi_of_kyutai_there_and_back(tmp_path):
     same(convert.read(file)[2][1], native)
     back = loaders.get_mimi(file, config, num_codebooks=4)  # strict
     for name, w in model.state_dict().items():
-        assert torch.equal(w, back.state_dict()[name]) or name.endswith("_initialized")  # what is published, is
+        assert torch.equal(w, back.state_dict()[name]) or name.endswith("_initialized")  # the published file has these
     convert.convert(tmp_path / "b", tmp_path / "d", to="transformers")
     same(convert.read(tmp_path / "d")[2][1], native)
 
 
 def test_sesame_keeps_what_shapes_do_not_tell_of_mimi(tmp_path):
-    """How many heads it has."""
+    """The number of heads."""
     codes = mx.array(np.random.default_rng(0).integers(0, 400, (1, 8, 20)))
     convert.convert(HERE / "tiny/mimi.safetensors", tmp_path / "s", to="sesame")
     theirs, ours = mimi.load(tmp_path / "s"), mimi.load(HERE / "tiny")

@@ -1,4 +1,4 @@
-"""Model folders whose JSON files say what they should not: one ValueError that names the file, and no traceback."""
+"""Model folders with wrong JSON files: one ValueError that names the file, no traceback."""
 
 import argparse
 import copy
@@ -46,7 +46,7 @@ WRONG = (
 
 
 def places(value, path=()):
-    """Every place in a JSON value: its path of keys and indices."""
+    """Yield the path of keys and indices to every place in a JSON value."""
     yield path
     if isinstance(value, dict | list) and len(value) < 100:
         for key in value if isinstance(value, dict) else range(len(value)):
@@ -54,7 +54,7 @@ def places(value, path=()):
 
 
 def mutated(value, chance):
-    """A copy with one to three places replaced or left out; the last place of a path is what changes."""
+    """A copy with one to three places replaced or left out."""
     value = copy.deepcopy(value)
     for _ in range(chance.randint(1, 3)):
         *path, last = chance.choice([place for place in places(value) if place] or [("new",)])
@@ -93,7 +93,7 @@ def folders(tmp_path_factory):
 
 
 def try_one(base, kind, name, content):
-    """Load with another content of one file; the exception, or None."""
+    """Load with one file's content replaced; returns the exception or None."""
     file = base / kind / name
     before = file.read_bytes()
     file.write_text(json.dumps(content))
@@ -144,7 +144,7 @@ def refused(match, model, **options):
 
 @pytest.fixture
 def copied(folders, tmp_path):
-    """A function that copies one of `folders`, to be changed."""
+    """A function that copies one of `folders`."""
 
     def copy(name):
         return Path(shutil.copytree(folders / name, tmp_path / name))
@@ -192,7 +192,7 @@ def test_numbers_that_are_not_finite(copied):
             refused(f"ours has NaN or infinite weights: {name}", model)
     name = "backbone.layers.0.mlp.up_proj.weight"
     mx.save_safetensors(str(model / "model.safetensors"), weights | {name: weights[name] * math.nan})
-    generator = csm.load(model)  # which looks at norms and heads alone
+    generator = csm.load(model)  # checks norms and heads only
     for temperature in (0, 0.9):
         with pytest.raises(ValueError, match="computes NaN or infinite numbers in"):
             generator.generate("hello", voice="none", temperature=temperature, seed=1)
@@ -201,7 +201,7 @@ def test_numbers_that_are_not_finite(copied):
 
 
 def test_all_weights_are_checked_if_asked(copied, capfd):
-    """--check names a weight that is neither norm nor head, of the network or the codec; training checks by itself."""
+    """--check also names other weights of network and codec; training always checks all."""
     model = copied("ours")
     weights = dict(mx.load(str(model / "model.safetensors")))
     name, codec = "backbone.layers.0.mlp.up_proj.weight", dict(mx.load(str(model / "mimi.safetensors")))
@@ -272,7 +272,7 @@ def test_bitsandbytes(copied):
 
 
 def test_the_base_of_an_adapter(copied):
-    """--adapter without --model: the base that its config names, as a path from the adapter's folder or from here."""
+    """Without --model, --adapter loads the base in its config: a path from the adapter's folder or from here."""
     adapter, model = copied("adapter"), copied("ours")
     settings = json.loads((adapter / "adapter_config.json").read_text())
     given = {"model": None, "adapter": [(str(adapter), 1.0)], "dtype": None, "quantize": None, "codebooks": None}
@@ -292,7 +292,7 @@ def test_the_base_of_an_adapter(copied):
 
 
 def test_adapters_of_peft_that_are_refused(folders):
-    """What would give other codes than PEFT, and a regular expression that would take for ever."""
+    """Adapters that would give other codes than PEFT, and a regular expression that may never end."""
     config = checkpoints.read_csm(folders / "ours")[0]
     a, b = mx.ones((2, 64)), mx.ones((64, 2))
     stem = "base_model.model.backbone_model.layers.0.self_attn.o_proj"

@@ -1,4 +1,4 @@
-"""README.md and docs/: every snippet and command runs, every link leads somewhere, every name exists."""
+"""README.md and docs/: every snippet and command runs, every link and every name exists."""
 
 import contextlib
 import importlib.util
@@ -26,7 +26,7 @@ from test_narrate import write_epub
 HERE = Path(__file__).parent.parent
 PAGES = [HERE / "README.md", *sorted((HERE / "docs").glob("*.md")), HERE / "CONTRIBUTING.md"]
 TOUR = (HERE / "docs/tour.md").read_text()
-NOT_RUN = {  # how a command begins: why it is not run here; its program must have its options all the same
+NOT_RUN = {  # start of a command: why it is not run here. Its options must still exist
     "git clone": "needs the network",
     "pip install": "needs the network",
     "python -m csm_tools.serve": "runs until it is stopped; test_serve.py runs it",
@@ -50,7 +50,7 @@ def blocks(page, kind):
 
 
 def commands(page):
-    """The lines of its sh blocks, without comments."""
+    """The lines of the page's sh blocks, without comments."""
     lines = [re.sub(r"\s+#.*", "", line).strip() for block in blocks(page, "sh") for line in block.splitlines()]
     return [line for line in lines if line and not line.startswith("#")]
 
@@ -60,14 +60,14 @@ def is_run(command):
 
 
 def pages(fits):
-    """The pages that fit, as parameters of a test: the README's is quick, the others take seconds each."""
+    """The pages for which fits(page), as test parameters. All but the README are slow."""
     slow = pytest.mark.slow
     return [pytest.param(p, id=name(p), marks=[] if p.name == "README.md" else slow) for p in PAGES if fits(p)]
 
 
 @pytest.fixture
 def sandbox(hub, tmp_path):
-    """A folder with the files that the pages speak of, and the environment of their commands."""
+    """A folder with the files that the pages mention, and an environment for their commands."""
     for file in ("me.wav", "you.wav", "a.wav"):
         soundfile.write(tmp_path / file, clip(1), 24000)
     (tmp_path / "me.txt").write_text("This is what my voice sounds like.")
@@ -96,14 +96,14 @@ def test_pages():
     assert len((HERE / "README.md").read_text().splitlines()) <= 160
     unused = {start for start in NOT_RUN if not any(c.startswith(start) for page in PAGES for c in commands(page))}
     assert not unused
-    for page in PAGES:  # each block is of a kind that a test knows
+    for page in PAGES:  # tests exist for all kinds of blocks
         kinds = re.findall(r"^```(.+)$", page.read_text(), re.M)
         assert set(kinds) <= {"python", "sh", "py", "nginx"}, page
 
 
 @pytest.mark.parametrize("page", pages(lambda p: blocks(p, "python") and p.name != "tour.md"))
 def test_snippets_run(page, sandbox):
-    """In order, as one program. The tour's are run below."""
+    """In order, as one program. The tour's run below."""
     folder, environment = sandbox
     (folder / "example.py").write_text("\n".join(blocks(page, "python")))
     done = subprocess.run([sys.executable, "example.py"], cwd=folder, env=environment, capture_output=True, text=True)
@@ -112,7 +112,7 @@ def test_snippets_run(page, sandbox):
 
 @pytest.mark.parametrize("page", pages(lambda p: any(map(is_run, commands(p)))))
 def test_commands_run(page, sandbox):
-    """In order, with small random models in the place of the downloads, and short speech."""
+    """In order, with small random models instead of downloads, and short speech."""
     folder, environment = sandbox
     for command in filter(is_run, commands(page)):
         line = command.replace("ffplay", "cat #")
@@ -126,7 +126,7 @@ def test_commands_run(page, sandbox):
 
 
 def test_the_clips_were_made_by_the_command():
-    """They and the script of the dialogue are there, and hold speech."""
+    """The clips exist and contain speech; the dialogue's script exists."""
     for file, turns in (("hello.mp3", 1), ("dialogue.mp3", 4)):
         audio = mimi.read_audio(HERE / "docs" / file)
         assert turns < len(audio) / 24_000 < 4 * turns and 0.1 < np.abs(audio).max() <= 1
@@ -136,7 +136,7 @@ def test_the_clips_were_made_by_the_command():
 
 
 def headings(text):
-    """The anchors that GitHub makes of a page's headings."""
+    """GitHub's anchors for a page's headings."""
     titles = re.findall(r"^#+ (.*)$", text, re.M)
     return {re.sub(r"[^\w\- ]", "", title.lower()).replace(" ", "-") for title in titles}
 
@@ -192,7 +192,7 @@ def test_the_servers_snippets_run(tmp_path):
 
 @pytest.fixture(scope="module")
 def tour(tmp_path_factory):
-    """The names of the tour's snippets, run in order, what they print, and the sound that they write."""
+    """Run the tour's snippets in order: their names, what they print, and the sound that they write."""
     names, out = {"__name__": "tour"}, io.StringIO()
     snippets = blocks(HERE / "docs/tour.md", "python")
     with contextlib.chdir(tmp_path_factory.mktemp("tour")), contextlib.redirect_stdout(out):
@@ -206,7 +206,7 @@ def test_tour_runs(tour):
     names, snippets, out, files = tour
     assert len(snippets) >= 10 and all(3 <= len(code.split("\n")) <= 11 for code in snippets)
     assert len(TOUR.splitlines()) <= 260
-    assert "array(True, dtype=bool)" in out  # the loop by hand says what csm.frames says
+    assert "array(True, dtype=bool)" in out  # the handwritten loop gives csm.frames' codes
     assert 8 < len(names["spoken"]) < 40  # it ended by itself
     assert mx.abs(mx.concatenate(names["parts"], axis=2) - names["sound"]).max() < 1e-5
     assert mx.abs(mx.concatenate(names["alone"], axis=2) - names["sound"]).max() > 1e-2  # clicks
@@ -215,7 +215,7 @@ def test_tour_runs(tour):
 
 
 def test_tour_names_exist(tour):
-    """Every `name` of the page: a file, an option, a module's or a snippet's name, or an attribute of what there is."""
+    """Every `name` on the page is a file, an option, a module's or snippet's name, or an attribute of these."""
     names, _, _, made = tour
     generator, model = names["generator"], names["generator"].model
     objects = (generator, model, model.backbone, generator.mimi, names["batch"], names["cache"])

@@ -1,4 +1,4 @@
-"""csm.load of every form of a checkpoint: the same model, so the same greedy codes; tokenizers, adapters, codebooks."""
+"""csm.load gives the same greedy codes for every format of a checkpoint; tokenizers, adapters, codebooks."""
 
 import json
 
@@ -22,12 +22,12 @@ REST = {field: CSM_1B["backbone"][field] for field in ("norm_eps", "rope_theta",
 
 
 def native(text_vocab):
-    """A config whose sizes all divide into the groups of every way to quantize."""
+    """A config whose sizes are divisible by the group size of every quantization."""
     return NATIVE | {"backbone": WIDE | REST, "decoder": DEEP | REST, "text_vocab_size": text_vocab}
 
 
 def beside(path):
-    """What a model folder has beside its weights: a tokenizer and a Mimi. Returns the size of the vocabulary."""
+    """Write a model folder's tokenizer and Mimi. Returns the size of the vocabulary."""
     path.mkdir(parents=True, exist_ok=True)
     codec, sizes = random_mimi(4, 32)
     folder(path, codec, None, "mimi.safetensors", {"config": json.dumps(sizes)})
@@ -35,7 +35,7 @@ def beside(path):
 
 
 def forms(config, weights):
-    """{who writes it so: (config.json or None, {name of a file: tensors})}"""
+    """{who writes this format: (config.json or None, {file name: tensors})}"""
     names = sesame_names(config)
     sesame = {names[name]: w for name, w in weights.items()}
     # transformers' fields beside Sesame's names and sizes, as Marvis' are; some of them wrong
@@ -64,7 +64,7 @@ def forms(config, weights):
 
 @pytest.fixture
 def made(monkeypatch):
-    """Our model is a known flavor, as Marvis' and MisoTTS's are."""
+    """Register our model as a known flavor, as Marvis' and MisoTTS's are."""
     for name, sizes in (("made", WIDE), ("small", DEEP)):
         monkeypatch.setitem(csm_layouts.FLAVORS, name, tuple(sizes[field] for field in csm_layouts.SIZES))
 
@@ -98,7 +98,7 @@ def test_every_form(tmp_path, made):
 
 
 def quantized(weights, how):
-    """As `mlx_lm.convert` and mx.quantize write it: every matrix by how(name), a dict; None leaves it as it is."""
+    """Quantize every matrix by how(name), a dict, as `mlx_lm.convert` does; None leaves it as it is."""
     out = {}
     for name, w in weights.items():
         kind = how(name) if w.ndim == 2 else None
@@ -113,9 +113,9 @@ MODES = {mode: {"mode": mode, "group_size": size, "bits": bits} for mode, (size,
 
 @pytest.mark.parametrize("kind", [*AFFINE, *MODES, "mixed", "left out", "heads too"])
 def test_quantized(kind, tmp_path):
-    """A folder of the MLX community says what its matrices, dequantized, say; convert's --dequantize makes these."""
+    """A quantized folder gives the codes of its dequantized matrices; convert's --dequantize makes these."""
     config = native(beside(tmp_path / "a"))
-    weights = random_weights(config)  # audio_head is one array, which nn.quantize leaves as it is
+    weights = random_weights(config)  # nn.quantize ignores audio_head, one array
     some = {"mlp": AFFINE["6 bits"], "attn": AFFINE["4 bits"], "embeddings": AFFINE["8 bits"]}
     by_name = {
         "mixed": lambda name: next((how for part, how in some.items() if part in name), MODES["mxfp4"]),
@@ -144,7 +144,7 @@ def test_quantized(kind, tmp_path):
 
 @pytest.mark.parametrize("how", [4, 6, 8, *csm_layouts.MODES])
 def test_quantizing(how, tmp_path):
-    """--quantize of convert and of load give the same model; the note in config.json is MLX's."""
+    """convert and load quantize alike; config.json gets MLX's record."""
     config = native(beside(tmp_path / "a"))
     write(tmp_path / "a", config, {"model.safetensors": random_weights(config)})
     convert.convert(tmp_path / "a", tmp_path / "b", quantize=how)
@@ -163,7 +163,7 @@ def test_quantizing(how, tmp_path):
 
 
 def test_adapters(tmp_path):
-    """csm.load's adapter: one, several with factors, on a quantized model; what does not fit is said."""
+    """csm.load's adapter: one, several with factors, on a quantized model; misfits are errors."""
     config = native(beside(tmp_path / "model"))
     weights = random_weights(config)
     write(tmp_path / "model", config, {"model.safetensors": weights})
@@ -184,7 +184,7 @@ def test_adapters(tmp_path):
     a, b = tmp_path / "a", tmp_path / "b"
     assert codes(adapter=[a, (b, 0.5)]) == codes(adapter=[(str(a), 1.0), (b, 0.5)]) == fused
     assert len({str(c) for c in (fused, codes(), codes(adapter=a), codes(adapter=b), codes(adapter=(b, 0.5)))}) == 5
-    # quantized: what it changes becomes plain, the rest stays as it is
+    # quantized: only changed matrices are dequantized
     pack = csm_layouts.quantize(csm.split_heads(weights), 4, 32)[0]
     write(tmp_path / "model", config, {"model.safetensors": pack})
     model = csm.load(tmp_path / "model", adapter=a).model
@@ -205,7 +205,7 @@ def test_adapters(tmp_path):
 
 
 def tokenizer(path, special, before=(), after=(), settings=None):
-    """A tokenizer.json of words, with these special tokens and template."""
+    """Write a word-level tokenizer.json with these special tokens and template."""
     from tokenizers import Tokenizer, models, pre_tokenizers, processors
 
     words = ["<unk>", "[", "]", "0", "hello", "there"]
@@ -244,7 +244,7 @@ KINDS = {  # name: special tokens, template, tokenizer_config.json, the marks th
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_the_marks_of_a_text(kind, tmp_path):
-    """Ids as the ports have them: a template of these marks (mlx-audio, csm-mlx, Marvis, MisoTTS)."""
+    """Ids equal those of the ports (mlx-audio, csm-mlx, Marvis, MisoTTS): a template with these marks."""
     transformers = pytest.importorskip("transformers")
     from tokenizers import processors
 
@@ -257,7 +257,7 @@ def test_the_marks_of_a_text(kind, tmp_path):
     )
     ids = csm.Tokenizer(file).encode("[0]hello there")
     assert ids == port.encode("[0]hello there") == [named[0][1], 1, 3, 2, 4, 5, named[1][1]]
-    if after:  # its own template says the same
+    if after:  # its own template gives the same
         assert transformers.AutoTokenizer.from_pretrained(tmp_path / "t").encode("[0]hello there") == ids
 
 
@@ -277,12 +277,12 @@ def test_the_space_of_misotts(tmp_path):
 
 
 def test_fewer_codebooks(tmp_path):
-    """The depth loop ends early; the backbone gets the codes that there are, and a context all of its own."""
+    """The depth loop ends early. The backbone gets these codes, but all codes of the context."""
     path = write_model(tmp_path / "a")
     generator, fewer = csm.load(path), csm.load(path, codebooks=3)
     context = [csm.Segment(0, "how are you today?", np.sin(np.arange(24000) / 9).astype(np.float32))]
     codes = fewer.generate_codes("hello there", 0, context, temperature=0, max_audio_length_ms=480)
-    # by hand: all 8 codes of the context, then 3 of every frame that was said
+    # by hand: all 8 codes of the context, then 3 of every generated frame
     model, K = generator.model, 8
     rows = mx.array(np.concatenate([generator.segment_rows(context[0]), generator.text_rows("hello there", 0)]))[None]
     frames = []
@@ -294,7 +294,7 @@ def test_fewer_codebooks(tmp_path):
         rows = mx.concatenate([rows, new], axis=1)
     assert codes.tolist() == mx.concatenate(frames).tolist()
     whole = generator.generate_codes("hello there", 0, context, temperature=0, max_audio_length_ms=80)
-    assert whole[0, :3].tolist() == codes[0].tolist()  # of the first frame they are the same
+    assert whole[0, :3].tolist() == codes[0].tolist()  # the first frame's are the same
     audio = fewer.generate("hello there", 0, context, temperature=0, max_audio_length_ms=480)
     assert mx.allclose(audio, fewer.mimi.decode(codes.T[None])[0, 0], atol=1e-5)
     talk = fewer.conversation()
@@ -303,7 +303,7 @@ def test_fewer_codebooks(tmp_path):
     for n in (1, 9):
         with pytest.raises(ValueError, match="codebooks must be 2 to 8"):
             csm.load(path, codebooks=n)
-    codec, sizes = random_mimi(5, 64)  # and a Mimi that has fewer
+    codec, sizes = random_mimi(5, 64)  # a Mimi with fewer codebooks
     folder(path, codec, None, "mimi.safetensors", {"config": json.dumps(sizes)})
     with pytest.raises(ValueError, match="writes 8 codebooks, its Mimi has 5"):
         csm.load(path)
@@ -312,7 +312,7 @@ def test_fewer_codebooks(tmp_path):
 
 
 def test_voice_match_of_a_kind(tmp_path):
-    """A Marvis is told by its text vocabulary: it continues a clip. Its config may say no."""
+    """A Marvis is recognized by its text vocabulary and continues clips, unless its config says no."""
     config = {"hidden_size": 64, "num_attention_heads": 4, "rope_theta": 1e4}
     config |= {"depth_decoder_config": {"hidden_size": 64, "num_attention_heads": 2, "rope_theta": 1e4}}
     for text, fields, match in ((49_152, {}, True), (49_152, {"voice_match": False}, False), (40, {}, False)):

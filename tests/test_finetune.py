@@ -1,4 +1,4 @@
-"""Fine-tuning: the gradient is transformers', runs continue to the same bits, and what is learned comes out again."""
+"""Fine-tuning: transformers' gradient, runs that resume to the same bits, and training data that is learned."""
 
 import argparse
 import importlib.util
@@ -31,7 +31,7 @@ HERE = Path(__file__).resolve().parents[1]
 
 
 def write_data(folder, n=6, seconds=0.5):
-    """n conversations of two turns as JSON and clips."""
+    """Write n conversations of two turns as JSON and clips."""
     folder.mkdir(exist_ok=True)
     talks = []
     for i in range(n):
@@ -55,7 +55,7 @@ def plain(tmp_path_factory):
 
 
 def train(model, data, out, *more, command="train"):
-    """Runs `finetune COMMAND`; returns the lines of its log."""
+    """Run `finetune COMMAND`; returns the rows of its log."""
     args = [command, "--model", model, "--data-path", data, "--output-dir", out, "--epochs", 2, "--batch-size", 2]
     args += ["--sample-texts", "none", "--codec-clips", 0]
     finetune.main([str(a) for a in [*args, *more]])
@@ -63,7 +63,7 @@ def train(model, data, out, *more, command="train"):
 
 
 def arguments(command="train", **more):
-    """What `train`, `dpo` or `kto` is given by default."""
+    """The default arguments of `train`, `dpo` or `kto`."""
     parsed = []
     with pytest.MonkeyPatch.context() as m:
         m.setattr(finetune, "train", parsed.append)
@@ -75,7 +75,7 @@ def arguments(command="train", **more):
 
 
 def write_pairs(folder, n=6, seconds=0.5, reverse=False):
-    """n pairs for dpo and kto: the same context, then a text with one clip and with another."""
+    """Write n pairs for dpo and kto: the same context, then one text with two different clips."""
     folder.mkdir(exist_ok=True)
     items, texts = [], ("hello there", "i am fine", "yes yes", "how are you today", "no", "you are there")
     soundfile.write(folder / "before.wav", clip(0.4, seed=99), 24000)
@@ -100,12 +100,12 @@ def preferences(tmp_path_factory):
 
 @pytest.mark.parametrize("command", ["train", "dpo", "kto"])
 def test_gradient_is_that_of_transformers_and_torch(plain, data, preferences, tmp_path, command):
-    """Each loss and its gradient, of a model that has moved from its reference, beside plain PyTorch."""
+    """Each loss and its gradient equal plain PyTorch's, for a model that differs from its reference."""
     torch, tf = pytest.importorskip("torch"), pytest.importorskip("transformers")
     import convert
 
     weights = mx.load(str(plain / "model.safetensors"))
-    key = mx.random.key(3)  # with which KTO's divergence is above 0
+    key = mx.random.key(3)  # gives KTO a divergence above 0
     moved = {
         k: w + 0.03 * mx.random.normal(w.shape, key=mx.random.split(key, 99)[i])
         for i, (k, w) in enumerate(weights.items())
@@ -133,7 +133,7 @@ def test_gradient_is_that_of_transformers_and_torch(plain, data, preferences, tm
     row, gradient = run.measure(examples, 1, 0, key=(0, 0))
 
     def labelled(model, talk):
-        """Theirs, from embeddings: what their processor does with text and clips is compared in test_csm.py."""
+        """Their losses, from embeddings; test_model.py compares their processor with our rows."""
         rows = talk.rows[None]
         labels = np.full((1, len(talk.rows), K), -100)
         labels[0, talk.learned] = talk.rows[talk.learned, :K]
@@ -143,7 +143,7 @@ def test_gradient_is_that_of_transformers_and_torch(plain, data, preferences, tm
         return model(inputs_embeds=torch.where(is_text, text, audio), labels=torch.tensor(labels))
 
     def nats(model, talk):
-        """L of a conversation: the mean of its codebooks, the first three times."""
+        """L of a conversation: the mean over codebooks; codebook 0 counts three times."""
         out = labelled(model, talk)
         return (3 * out.backbone_loss + (K - 1) * out.depth_decoder_loss) / K
 
@@ -206,7 +206,7 @@ def test_fraction_is_an_estimate_of_the_whole(plain, data, tmp_path):
 @pytest.mark.parametrize("command", ["dpo", "kto"])
 @pytest.mark.parametrize("kind", ["lora", "dora", "full"])
 def test_the_sign(plain, tmp_path, command, kind):
-    """What is chosen becomes likelier beside what is rejected; with the preference turned round, less likely."""
+    """Training makes the chosen likelier than the rejected; swapped preferences, less likely."""
     more = {
         "lora": ["--lora-rank", 8, "--lr", 1e-2],
         "dora": ["--lora-rank", 8, "--dora", "--lr", 3e-3],
@@ -234,7 +234,7 @@ def test_the_sign(plain, tmp_path, command, kind):
         )
         assert rows[-1]["test_loss"] < rows[0]["loss"] and rows[-1]["test_margin"] > 0.1
         assert rows[-1]["test_accuracy"] >= 0.6
-        # Said in another way: the nats that a code of the first clip has won, less those of the second.
+        # Equivalently: the nats per code that the first clip won, minus the second's.
         before = csm.load(plain, dtype="float32")
         after = csm.load(plain, dtype="float32", adapter=out if kind != "full" else None)
         if kind == "full":
@@ -251,7 +251,7 @@ def both(data, reverse):
 
 
 def nats(generator, before, turn, folder):
-    """What a code of a turn costs, mean over frames and codebooks."""
+    """A turn's cross-entropy, the mean over frames and codebooks."""
     context = csm.Segment(before["speaker"], before["text"], folder / before["audio_path"])
     said = csm.Segment(turn["speaker"], turn["text"], folder / turn["audio_path"])
     n, rows = len(generator.segment_rows(context)), np.concatenate([generator.segment_rows(s) for s in (context, said)])
@@ -298,7 +298,7 @@ def test_continues_to_the_same_bits(plain, data, preferences, tmp_path, command,
 
 @pytest.mark.slow
 def test_killed_while_writing(plain, data, tmp_path):
-    """Ten times, at any moment: the run goes on."""
+    """Killed ten times at random moments, the run resumes."""
     command = [
         sys.executable,
         "-m",
@@ -353,7 +353,7 @@ def test_two_processes_are_one_with_the_doubled_batch(plain, data, preferences, 
     two = [json.loads(line) for line in (tmp_path / "two/log.jsonl").read_text().splitlines()]
     for a, b in zip(one, two, strict=True):
         assert a.keys() == b.keys()
-        for name in a.keys() - {"frames_per_second", "accuracy", "test_accuracy"}:  # of signs of what is nearly 0
+        for name in a.keys() - {"frames_per_second", "accuracy", "test_accuracy"}:  # not the signs of numbers near 0
             assert b[name] == pytest.approx(a[name], rel=1e-4, abs=1e-6), name
 
 
@@ -366,7 +366,7 @@ def test_accumulation_is_a_larger_batch(plain, data, tmp_path):
 
 @pytest.mark.slow
 def test_what_a_run_leaves(plain, data, tmp_path, capfd):
-    """The last checkpoints, the best, samples at every test, other data for the test, the chart."""
+    """The last checkpoints, the best, samples at every test, other test data, the chart."""
     (tmp_path / "say.txt").write_text("hello there\n\nyes\n")
     more = ["--keep", 2, "--ckpt-freq", 1, "--sample-texts", tmp_path / "say.txt", "--lora-rank", 4]
     rows = train(plain, data, tmp_path / "o", *more, "--val-data-path", data)
@@ -388,7 +388,7 @@ def test_what_a_run_leaves(plain, data, tmp_path, capfd):
 
 @pytest.mark.parametrize("dora", [False, True])
 def test_lora_on_quantized_models(tmp_path, data, dora):
-    """3, 6 and 8 bits in one model, some matrices left out: what was trained is what is loaded."""
+    """3, 6 and 8 bits in one model, with some plain matrices: loading gives the trained model."""
     folder, weights = write_model(tmp_path / "m", voices=False), {}
     for name, w in csm.split_heads(mx.load(str(folder / "model.safetensors"))).items():
         bits = next((n for part, n in (("q_proj", 3), ("mlp", 6), ("k_proj", 8)) if part in name), 0)
@@ -487,7 +487,7 @@ def test_frozen_parts_stay(plain, data, tmp_path):
 
 
 def test_what_is_trained_speaks_without_the_preset_voice(folder, data, tmp_path):
-    """An adapter, what is fused of it, and all weights: none puts the preset voice before the text."""
+    """An adapter, a fused folder and a run of all weights put no preset voice before the text."""
     train(folder, data, tmp_path / "lora", "--lora-rank", 2, "--epochs", 1)
     train(folder, data, tmp_path / "full", "--epochs", 1)
     finetune.main(["fuse", str(tmp_path / "lora"), str(tmp_path / "fused")])
@@ -510,7 +510,7 @@ def test_a_run_of_all_weights_is_a_model(plain, data, tmp_path):
 
 
 def test_an_adapter_names_its_base(plain, data, tmp_path, monkeypatch):
-    """A path is seen from the adapter's folder, so both may be moved together."""
+    """A path is relative to the adapter's folder, so both may move together."""
     (tmp_path / "a").mkdir()
     shutil.copytree(plain, tmp_path / "a/base")
     monkeypatch.chdir(tmp_path / "a")
@@ -583,7 +583,7 @@ def test_the_log_tells_the_rate_of_its_step(plain, data, tmp_path):
 
 
 def test_the_log_is_appended_to(plain, data, tmp_path, monkeypatch):
-    """What an interruption leaves behind the last checkpoint, half a line too, is made again."""
+    """Rows after the last checkpoint, even half a line, are made again."""
     more = ["--batch-size", 1, "--log-freq", 2, "--ckpt-freq", 4, "--lora-rank", 2, "--epochs", 2]
     rows = train(plain, data, tmp_path / "whole", *more)
     assert [r["step"] for r in rows] == [*range(1, 13)]
@@ -617,14 +617,14 @@ def test_each_part_of_a_batch_has_its_own_dropout(plain, data, tmp_path):
 
 
 def said_in(*clips):
-    """Examples of these clips, each with the text beside it, or "hello"."""
+    """Examples of these clips, with the text beside each, or "hello"."""
     texts = [c.with_suffix(".txt").read_text() if c.with_suffix(".txt").exists() else "hello" for c in clips]
     segments = [csm.Segment(0, text, c) for text, c in zip(texts, clips)]
     return [tuning_data.Example([argparse.Namespace(segments=[s])]) for s in segments]
 
 
 def test_a_codec_that_loses_a_voice_is_said(tmp_path, capfd, monkeypatch):
-    """By spectra: tiny's codec knows its own voices; noise is what it does not know. By words, where they are heard."""
+    """By spectra: tiny's codec keeps its own voices and loses noise. By words, if a recogniser hears them."""
     monkeypatch.setattr(finetune, "hear", lambda samples: "")
     tiny = csm.load("tiny")
     own = sorted((HERE / "tiny/prompts").glob("*.wav"))
@@ -652,7 +652,7 @@ def test_errors_in_words():
 
 
 def test_what_was_learned_is_said(plain, data, tmp_path, capfd):
-    """Conversations are held out unless there are few; what they lose is said before and after, and drawn."""
+    """Conversations are held out unless there are few; their loss before and after is printed and plotted."""
     assert len(finetune.split([*range(9)], arguments())[1]) == 0
     for n, held_out in ((10, 1), (75, 7), (1000, 20)):
         rest, test = finetune.split([*range(n)], arguments())
@@ -727,7 +727,7 @@ def first_turns(path, **options):
 
 
 def test_every_form_of_data(tmp_path):
-    """JSON lists and lines, flat or nested; tables; folders; with a BOM, CRLF, backslashes, capitals, names."""
+    """JSON lists and lines, flat or nested; tables; folders; BOM, CRLF, backslashes, capitals, names."""
     for place in ("clips", "lj/wavs", "flat"):
         (tmp_path / place).mkdir(parents=True)
         for i in (1, 2, 10):
@@ -803,7 +803,7 @@ def test_a_hub_data_set_needs_datasets(tmp_path, monkeypatch):
 
 
 def test_a_hub_data_set_is_unpacked_once(tmp_path, monkeypatch):
-    """By a stand-in for `datasets`; the second start reads the list of its clips alone, unless the files change."""
+    """With a stand-in for `datasets`. Later starts only read the list of clips, unless the files change."""
 
     class Audio:
         def __init__(self, decode=True):
@@ -895,7 +895,7 @@ def test_preferences_of_another_form(plain, tmp_path, capfd, item):
 
 @pytest.mark.slow
 def test_pairs(folder, tmp_path, capfd, monkeypatch):
-    """The best and the worst of each text's samplings; gone on with after an interruption; dpo and kto take them."""
+    """Pairs are each text's best and worst sample; an interrupted run resumes; dpo and kto accept the pairs."""
     monkeypatch.setattr(tuning_data, "judged", lambda text, codes, audio, ended: float(codes[0, 0]))
     texts = ["hello there", "how are you today ?", "yes", "i am fine ."]
     (tmp_path / "texts.txt").write_text("\n\n".join(texts))

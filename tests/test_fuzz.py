@@ -1,10 +1,10 @@
 """Random scenarios, each by its seed, against a model in NumPy that shares no code with csm.py (tests/reference.py).
 
-A scenario takes one of a dozen small models (sizes, RoPE, quantization, adapter, codebooks, voice_match) and lets it
-speak in one of the ways there are: alone, streamed, in a batch that others join and leave, in a conversation that
-hears, is abandoned and forgets, as a narrated text, by the server's engine. Each code of each speech is judged.
+A scenario takes one of a dozen small models (sizes, RoPE, quantization, adapter, codebooks, voice_match), which speaks
+alone, streamed, in a batch that others join and leave, in a conversation that hears, is abandoned and forgets, as a
+narrated text, or in the server's engine. Every code of every speech is checked.
 
-    CSM_FUZZ=1000:3000 pytest tests/test_fuzz.py        # other seeds than the 100 that are fixed
+    CSM_FUZZ=1000:3000 pytest tests/test_fuzz.py        # other seeds than the fixed 100
 """
 
 import json
@@ -50,7 +50,7 @@ VARIANTS = (  # model, quantize, adapter's factor, codebooks
 
 @dataclass
 class World:
-    """A model, and the same by the reference."""
+    """A model in csm.py and in the reference."""
 
     generator: csm.Generator
     judge: reference.Reference
@@ -59,19 +59,19 @@ class World:
 
 
 def made_weights(config, seed):
-    """Random ones, whose speeches end by themselves: code 0 is likely, by a dimension that is nearly constant."""
+    """Random weights whose speeches end by themselves: a nearly constant dimension makes code 0 likely."""
     w = {name: np.array(x) for name, x in random_weights(config, seed).items()}
     K, V = config["audio_num_codebooks"], config["audio_vocab_size"]
     w["audio_embeddings.weight"][:, 0], w["text_embeddings.weight"][:, 0] = 1.5, 1.5 * K
     w["projection.weight"][0] = np.eye(1, config["backbone"]["dim"])[0] * 2
     w["codebook0_head.weight"][0, 0] += 4
     w["audio_head"][:, 0, 0] += 3
-    w["audio_head"][:, :, V - 3 :] *= 3  # what is no code must not be drawn, even where it is likely
+    w["audio_head"][:, :, V - 3 :] *= 3  # ids that are no codes must not be drawn even if likely
     return w
 
 
 def make_adapter(folder, weights, rng):
-    """A LoRA in our own form, and {name: its change (out, in)} by itself."""
+    """Write a LoRA in our format; returns {name: its change (out, in)}."""
     names = ["backbone.layers.0.self_attn.q_proj", "decoder.layers.0.mlp.down_proj", "codebook0_head", "projection"]
     tensors, changes = {}, {}
     for name in names:
@@ -87,7 +87,7 @@ def make_adapter(folder, weights, rng):
 
 
 def rounded(weights, how):
-    """The weights as they are after quantization, in float32."""
+    """The weights after quantization, in float32."""
     modes = {"mxfp4": (32, 4, "mxfp4"), "nvfp4": (16, 4, "nvfp4"), "mxfp8": (32, 8, "mxfp8")}
     group_size, bits, mode = modes.get(how, (32, how, "affine"))
     kind = {"group_size": group_size, "bits": bits, "mode": mode}
@@ -156,7 +156,7 @@ def world(tmp_path_factory):
 
 
 def encoded(generator, audio):
-    """(samples,) -> (F, K), by Mimi, which tests/test_mimi.py compares with others."""
+    """(samples,) -> (F, K) by our Mimi; tests/test_mimi.py compares it with others."""
     return np.array(generator.mimi.encode(mx.array(audio)[None, None]))[0].T
 
 
@@ -168,7 +168,7 @@ def some_text(r, most=6):
 
 
 def some_turn(r, w, most=12):
-    """A Segment of at most so many frames, and the same as (speaker, text, codes)."""
+    """A random Segment of limited length, and the same as (speaker, text, codes)."""
     speaker, text, g, K = r.randrange(3), some_text(r), w.generator, w.judge.K
     if r.random() < 0.3:
         audio = clip(r.uniform(0.1, 1.0), seed=r.randrange(99))
@@ -179,7 +179,7 @@ def some_turn(r, w, most=12):
 
 
 def some_opening(r, w, speaker, voice_match=None):
-    """Arguments `context`, `voice` of generate, and what the model hears: turns, and the clip that is continued."""
+    """Arguments `context` and `voice` of generate, and what they mean: turns, and the clip that is continued."""
     kind = r.choice(["context", "default", "named", "none"])
     arguments, turns = {}, []
     if kind == "context":
@@ -198,7 +198,7 @@ def some_opening(r, w, speaker, voice_match=None):
 
 
 def opening(w, speaker, turns, voice_match=None):
-    """-> the turns that stay before, and the clip."""
+    """Split off the clip: (the turns before, the clip)."""
     if w.judge.config.get("voice_match", False) if voice_match is None else voice_match:
         for i in reversed(range(len(turns))):
             if turns[i][0] == speaker:
@@ -207,7 +207,7 @@ def opening(w, speaker, turns, voice_match=None):
 
 
 def some_sampling(r, w, one=True, ends=True):
-    """Arguments of generate (or of Sampling), and the reference's Options. one: for one speech; ends: by itself."""
+    """Arguments of generate or Sampling, and the reference's Options. one: for one speech; ends: by itself."""
     own, given = w.judge.config.get("sampling", {}), {}
     kind = r.choice(["own", "greedy", "filters", "filters", "functions", "sampler"])
     if kind == "greedy":
@@ -234,7 +234,7 @@ def some_sampling(r, w, one=True, ends=True):
 
 
 class Ranked:
-    """A sampler that takes the rank-th likeliest code, and after n calls zeros."""
+    """A sampler that takes the rank-th likeliest code, and zeros after n calls."""
 
     def __init__(self, rank, n):
         self.rank, self.n, self.calls = rank, n, 0
@@ -245,14 +245,14 @@ class Ranked:
 
 
 def not_again(said, logits):
-    """What was said in the last three frames is less likely."""
+    """Make the codes of the last three frames less likely."""
     out = np.array(logits)
     out[list(set(np.array(said)[-3:].tolist()))] -= 2
     return out
 
 
 def in_turn(said, logits):
-    """A code by the number of the frame is likelier."""
+    """Make a code that depends on the frame's number likelier."""
     out = np.array(logits)
     out[len(said) % len(out)] += 3
     return out
@@ -271,13 +271,13 @@ def in_mlx(function):
 
 
 def length(r):
-    """-> max_audio_length_ms, and the frames that it allows."""
+    """(max_audio_length_ms, the number of frames it allows)."""
     n = r.choice([1, 2, 5, 12, 25, 100])
     return n * 80 + r.choice([0, 0, 79]), n
 
 
 def whole_text_frames(text, ms=None):
-    """Frames of a text without a limit of its own: 3 s and 200 ms a character."""
+    """The default limit for a text in frames: 3 s and 200 ms per character."""
     return int(min(90_000, 3_000 + 200 * len(text)) / 80)
 
 
@@ -293,7 +293,7 @@ def rows_of(w, turns, speaker, text, clip):
 
 
 def same_sound(w, audio, codes):
-    """Whether (samples,) is what Mimi makes of the codes."""
+    """Assert that (samples,) is Mimi's decoding of the codes."""
     audio = np.array(audio)
     if not len(codes):
         assert not len(audio)
@@ -303,7 +303,7 @@ def same_sound(w, audio, codes):
 
 
 def alone(r, w):
-    """generate, stream, generate_codes; a stream that is left."""
+    """generate, stream, generate_codes; an abandoned stream."""
     g, speaker, text = w.generator, r.randrange(3), some_text(r)
     match = r.choice([None, None, True, False])
     arguments, turns, clip = some_opening(r, w, speaker, match)
@@ -343,7 +343,7 @@ def alone(r, w):
 
 
 def batch(r, w):
-    """A running batch: some join later, some leave, some have functions that raise."""
+    """A running batch: some utterances join later, some leave, some have functions that raise."""
     g, running, live, over = w.generator, csm_batch.Batch(w.generator), {}, []
     todo, shared = r.randint(2, 7), some_opening(r, w, 0)
     ways, begun = [], set()
@@ -377,7 +377,7 @@ def batch(r, w):
             uid = r.choice(list(live))
             running.remove(uid)
             over.append((live.pop(uid), False))
-        begun = begun or set(live)  # those of this frame: where one fails, the others' comes with the next call
+        begun = begun or set(live)  # if one fails, the others' frame comes with the next call
         try:
             said = running.next()
         except ZeroDivisionError as e:
@@ -434,7 +434,7 @@ def many(r, w):
 
 
 def recorded(thing, name):
-    """Note the arguments of a method, until the function that this returns gives them."""
+    """Record a method's arguments; the returned function ends this and returns them."""
     own, seen = getattr(thing, name), []
     setattr(thing, name, lambda *args: seen.append(args) or own(*args))
 
@@ -446,7 +446,7 @@ def recorded(thing, name):
 
 
 class Talk:
-    """What a conversation has to remember."""
+    """A model of a conversation's memory."""
 
     def __init__(self, w, turns, clip):
         self.w, self.clip = w, clip
@@ -457,7 +457,7 @@ class Talk:
         return sum(map(len, self.blocks[:n]))
 
     def turn(self, speaker, text, n):
-        """-> whether there is room, the rows of a new turn, and those of the prompt; forgets what has to go."""
+        """Forget what has to go; returns (whether there is room, a new turn's rows, the prompt's rows)."""
         limit = self.w.judge.limit
         rows = self.w.judge.new_turn(speaker, text, self.clip if self.clip and self.clip[0] == speaker else None)
         if self.size(self.n_context) + len(rows) >= limit:
@@ -475,7 +475,7 @@ class Talk:
 
 
 def same_talk(w, ours, talk):
-    """Whether a Conversation holds these turns, and its cache what the first of their rows give."""
+    """Assert that a Conversation holds these turns, and its cache a prefix of their rows."""
     for block, rows in zip(ours.blocks, talk.blocks, strict=True):
         text = block[:, -1:] != csm.NO_TEXT
         np.testing.assert_array_equal(np.where(text & (np.arange(block.shape[1]) < w.judge.K), -1, block), rows)
@@ -487,7 +487,7 @@ def same_talk(w, ours, talk):
 
 
 def conversation(r, w):
-    """Turns that are said, heard, abandoned, that fail; until the positions run out, and beyond."""
+    """Turns are spoken, heard, abandoned, or fail, until the positions run out, and beyond."""
     g, first, match = w.generator, r.randrange(2), r.choice([None, None, False])
     arguments, turns, clip = some_opening(r, w, first, match)
     if sum(len(w.judge.turn(*turn)) for turn in turns) >= w.judge.limit // 2:
@@ -541,7 +541,7 @@ def conversation(r, w):
 
 
 def narrated(r, w):
-    """A text in parts, one after the other or side by side; some are done already."""
+    """A text in parts, in sequence or in a batch; some are done already."""
     g, speaker = w.generator, r.randrange(2)
     arguments, _, _ = some_opening(r, w, speaker)
     context = []
@@ -590,7 +590,7 @@ def narrated(r, w):
             except AssertionError:
                 if again == 3:
                     raise
-                w.judge.judge(rows, codes[:0], n_frames, own_seed, options)  # ended at once, so it was said again
+                w.judge.judge(rows, codes[:0], n_frames, own_seed, options)  # ended at once, so it was tried again
         if not context and i == 0:
             heard = [(speaker, text, codes)]
     for i, _, audio in pieces:
@@ -604,7 +604,7 @@ def pairs_of(segments, w):
 
 
 class Watched(serve_engine.Engine):
-    """It notes each part that was said: [(part, tries, codes)] of each Speech."""
+    """Records the parts of each Speech: [(part, tries, codes)]."""
 
     def __init__(self, *args):
         super().__init__(*args)
@@ -617,7 +617,7 @@ class Watched(serve_engine.Engine):
 
 @dataclass
 class Kept:
-    """A conversation of the server's, and what it has to remember."""
+    """A conversation of the server and a model of its memory."""
 
     kept: serve_conversations.Kept
     talk: Talk | None = None
@@ -625,7 +625,7 @@ class Kept:
 
 
 def served(r, w):
-    """The server's engine, by hand: texts of several parts, clips, conversations; some listeners leave."""
+    """The server's engine, stepped by hand: texts of several parts, clips, conversations; some listeners leave."""
     g = w.generator
     engine = Watched(csm.Generator(g.model, g.mimi, g.tokenizer, g.voices, codebooks=g.codebooks), r.randint(1, 4), 9)
     conversations = [Kept(serve_conversations.Kept()) for _ in range(2)]
@@ -656,9 +656,9 @@ def served(r, w):
 
 
 def some_speech(r, w, own):
-    """A Speech, and what to call when it has ended, with: the end, its pieces, its parts as the engine noted them.
+    """A Speech, and a function to call at its end with the end, its pieces and its recorded parts.
 
-    own: the Kept that it is a turn of, or None.
+    own: the Kept to which this turn belongs, or None.
     """
     parts = [(some_text(r, 3), r.choice([0, 0.1])) for _ in range(r.randint(1, 3))]
     speaker, seed = r.randrange(2), r.randrange(2**64)
@@ -667,10 +667,10 @@ def some_speech(r, w, own):
     turns = list(pairs_of(context, w))
     if not turns and voice != "none":
         turns = [(speaker, *w.voices[voice or "conversational_a"])]
-        if r.random() < 0.3:  # a clip of the client's
+        if r.random() < 0.3:  # a client's clip
             audio = clip(r.uniform(0.1, 0.9), seed=r.randrange(9))
             voice, turns = csm.Segment(7, turns[0][1], audio), [(speaker, turns[0][1], encoded(w.generator, audio))]
-    if own and own.talk and r.random() < 0.4:  # it only hears
+    if own and own.talk and r.random() < 0.4:  # only hears
         segment, turn = some_turn(r, w)
         parts, context = [], [segment]
         if own.talk.size(own.talk.n_context) + len(w.judge.turn(*turn)) < w.judge.limit:
@@ -703,7 +703,7 @@ def some_speech(r, w, own):
 
 
 def judge_turns(w, own, context, speech, parts, seed, options, noted, end):
-    """The parts as turns of a conversation; they are undone unless all were said."""
+    """Check the parts as turns of a conversation; they are undone unless all were spoken."""
     if own.kept.talk is None:
         assert isinstance(end, Exception)
         return
@@ -727,7 +727,7 @@ def judge_turns(w, own, context, speech, parts, seed, options, noted, end):
 
 
 def judge_parts(w, context, speech, parts, seed, options, noted):
-    """The parts in their order, each after the context, or without one after the first."""
+    """Check the parts in order, each after the context or, without one, after the first part."""
     heard, speaker = list(context), speech.speaker
     for part, tries, codes in noted:
         turns, clip = opening(w, speaker, heard)

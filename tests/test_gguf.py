@@ -1,4 +1,4 @@
-"""GGUF files of CSM, made as four programs write them: the greedy codes of the same weights, dequantized."""
+"""GGUF files of a CSM, as four programs write them, give the greedy codes of the same weights, dequantized."""
 
 import json
 import re
@@ -31,7 +31,7 @@ CONFIG = NATIVE | {
 
 
 def tokens():
-    """A byte-level BPE: (tokens, merges), as their files hold it."""
+    """A byte-level BPE as their files store it: (tokens, merges)."""
     from tokenizers import pre_tokenizers
 
     merges = ["h e", "l l", "he ll", "hell o", "r e", "t he", "the re", "Ġ the", "Ġthe re"]
@@ -41,7 +41,7 @@ def tokens():
 
 
 def gguf_file(path, arch, tensors, fields=None, kind="F16", words=None, types=True):
-    """Tensors {name: array or (array, kind)}: matrices in `kind`, what has fewer or more dimensions in F32 and F16."""
+    """Write tensors {name: array or (array, kind)}: matrices in `kind`, fewer dimensions in F32, more in F16."""
     path.parent.mkdir(parents=True, exist_ok=True)
     writer = gguf.GGUFWriter(str(path), arch)
     for name, w in tensors.items():
@@ -68,7 +68,7 @@ def write(writer, name, w, kind):
     block, size = gguf.GGML_QUANT_SIZES[kind]
     if w.shape[-1] % block:
         kind = gguf.GGMLQuantizationType.F16
-    if kind.name.endswith("_K"):  # for which the package has no quantizer: any bytes will do, of small scales
+    if kind.name.endswith("_K"):  # the package cannot quantize to it: take any bytes with small scales
         data = np.random.default_rng(len(name)).integers(0, 256, (*w.shape[:-1], w.shape[-1] // block, size), np.uint8)
         at = {"Q2_K": (80, 82), "Q3_K": (108,), "Q4_K": (0, 2), "Q5_K": (0, 2), "Q6_K": (208,)}[kind.name]
         for i in at:
@@ -80,14 +80,14 @@ def write(writer, name, w, kind):
 
 
 def blocks(name):
-    """llama.cpp's name of a layer's tensor, from ours."""
+    """Our name of a layer's tensor -> llama.cpp's."""
     name = re.sub(r"self_attn\.([qkv])_proj", r"attn_\1", name).replace("self_attn.o_proj", "attn_output")
     name = name.replace("mlp.", "ffn_").replace("_proj.", ".").replace("post_attention_layernorm", "ffn_norm")
     return name.replace("input_layernorm", "attn_norm").replace("layers.", "blk.").replace("norm.weight", "norm.weight")
 
 
 def csm_rs(path, config, weights, kind):
-    """cartesia/sesame-csm-1b-gguf: Sesame's names; embeddings in F16."""
+    """Like cartesia/sesame-csm-1b-gguf: Sesame's names; embeddings in F16."""
     names = sesame_names(config)
     tensors = {names[n]: (w, "F16") if "embeddings" in n or w.ndim == 1 else w for n, w in weights.items()}
     fields = {"csm.embedding_length": 256, "csm.backbone.block_count": 2, "csm.audio_num_codebooks": 4}
@@ -95,7 +95,7 @@ def csm_rs(path, config, weights, kind):
 
 
 def crispasr(path, config, weights, kind):
-    """cstr/csm-1b-GGUF: all in one."""
+    """Like cstr/csm-1b-GGUF: everything in one file."""
     theirs = as_transformers(weights, config)
     tied = "backbone_model.embed_tokens.embed_audio_tokens.weight"
     theirs["depth_decoder.model.embed_tokens.weight"] = theirs[tied]
@@ -154,7 +154,7 @@ def llama_fields(part, arch):
 
 
 def llama_cpp(path, config, weights, kind):
-    """ggml-org/sesame-csm-1b-GGUF: backbone, decoder and Mimi in a file each."""
+    """Like ggml-org/sesame-csm-1b-GGUF: one file each for backbone, decoder and Mimi."""
     backbone, decoder = {}, {}
     for name, w in weights.items():
         part = decoder if name.startswith(("decoder", "audio_")) else backbone
@@ -187,7 +187,7 @@ def llama_cpp(path, config, weights, kind):
 
 
 def codec_cpp(path, config, weights, kind):
-    """hans00/CSM-1B-GGUF: a Llama for llama.cpp, and a codec with the rest."""
+    """Like hans00/CSM-1B-GGUF: a Llama for llama.cpp, and a codec with the rest."""
     backbone, other = {"rope_freqs.weight": mx.ones(32)}, {"lm.depth.rope_freq_factors": mx.ones(64)}
     K, V = config["audio_num_codebooks"], config["audio_vocab_size"]
     for name, w in weights.items():
@@ -245,25 +245,25 @@ def codec_cpp(path, config, weights, kind):
 
 
 def transformers_mimi(n_heads):
-    """A small Mimi in transformers' layout, which float16 holds."""
+    """A small Mimi in transformers' layout, with values that float16 can hold."""
     codec = {name: w.astype(mx.float16).astype(mx.float32) for name, w in random_mimi(4, 32)[0].items()}
     config, ours = csm_layouts.mimi_to_native({}, codec)
     return csm_layouts.mimi_to_transformers(config | {"n_heads": n_heads}, ours)
 
 
 WRITERS = {f.__name__: f for f in (csm_rs, crispasr, llama_cpp, codec_cpp)}
-HEADS = {"crispasr": 2, "llama_cpp": 8, "codec_cpp": 2}  # of the Mimi inside or beside
+HEADS = {"crispasr": 2, "llama_cpp": 8, "codec_cpp": 2}  # of the model's Mimi
 
 
 @pytest.fixture
 def made(monkeypatch):
-    """csm.rs tells no heads: our model is a known flavor, as CSM-1B is."""
+    """csm.rs stores no number of heads: register our model as a known flavor, as CSM-1B is."""
     for name, part in (("made", "backbone"), ("small", "decoder")):
         monkeypatch.setitem(csm_layouts.FLAVORS, name, tuple(CONFIG[part][field] for field in csm_layouts.SIZES))
 
 
 def dequantized(w, kind):
-    """What a matrix says after it was quantized, by ggml's own rules."""
+    """A matrix after quantization by ggml's rules."""
     of = gguf.GGMLQuantizationType[kind]
     if w.shape[-1] % gguf.GGML_QUANT_SIZES[of][0]:
         of = gguf.GGMLQuantizationType.F16
@@ -276,14 +276,14 @@ def test_greedy_codes(program, kind, tmp_path, made):
     config = CONFIG | {"text_vocab_size": len(tokens()[0])}
     weights = random_weights(config)
     file = WRITERS[program](tmp_path / "theirs", config, weights, kind)
-    if program == "csm_rs":  # which is the network alone
+    if program == "csm_rs":  # without a Mimi
         beside(tmp_path / "theirs")
     generator = csm.load(file)
     plain = {}
     for name, w in weights.items():
         f16 = w.ndim == 3 or (program == "csm_rs" and "embeddings" in name)
         f16 |= (program, name) in (("llama_cpp", "projection.weight"), ("codec_cpp", "audio_embeddings.weight"))
-        if program == "codec_cpp" and name == "audio_head":  # there a head is a matrix
+        if program == "codec_cpp" and name == "audio_head":  # one matrix per head
             plain[name] = mx.stack([dequantized(head.T, kind).T for head in w])
         else:
             plain[name] = dequantized(w, "F16" if f16 else kind) if w.ndim > 1 else w
@@ -296,7 +296,7 @@ def test_greedy_codes(program, kind, tmp_path, made):
     assert quantized == (kind in ("Q4_0", "Q4_1", "Q8_0"))
     for text in ("hello there", "Hello, there's 12345  ha!\n\n"):
         assert generator.tokenizer.encode(text) == ours.tokenizer.encode(text)
-    if program in HEADS:  # its Mimi, too, is that of the file
+    if program in HEADS:  # the file has a Mimi, too
         sizes, sound = csm_layouts.mimi_to_native(
             {"num_attention_heads": HEADS[program]}, transformers_mimi(HEADS[program])
         )
@@ -306,7 +306,7 @@ def test_greedy_codes(program, kind, tmp_path, made):
 
 
 def beside(path):
-    """A Mimi and a tokenizer as files of their own."""
+    """Write a Mimi and a tokenizer beside the model."""
     codec, sizes = random_mimi(4, 32)
     folder(path, codec, None, "mimi.safetensors", {"config": json.dumps(sizes)})
     from tokenizers import Regex, Tokenizer, models, pre_tokenizers
@@ -325,7 +325,7 @@ def beside(path):
 
 @pytest.mark.parametrize("kind", ["Q2_K", "Q3_K", "Q4_K", "Q5_K", "Q6_K"])
 def test_k_quants(kind, tmp_path):
-    """They become plain, as ggml's rules say."""
+    """They are dequantized by ggml's rules."""
     config = CONFIG | {"text_vocab_size": len(tokens()[0])}
     file = csm_rs(tmp_path, config, random_weights(config), kind)
     weights, _ = files.read_gguf(file)
@@ -372,7 +372,7 @@ def test_refusals(tmp_path, monkeypatch):
     refused("there are a.gguf, b.gguf", file)
     whole = csm_rs(tmp_path / "whole", config, weights, "Q8_0").read_bytes()
     refused("is truncated", folder_of(tmp_path / "short.gguf", whole[: len(whole) // 2]))
-    # csm.rs' q4_k has no minima of groups, only one that is negative, which ggml's never is
+    # csm.rs' q4_k has one minimum for all groups; it is negative, as ggml's never are
     kind = gguf.GGMLQuantizationType.Q4_K
     data = np.zeros((256, 144), np.uint8)
     data[:, 3] = 0xB0
@@ -391,7 +391,7 @@ def folder_of(path, data):
 
 
 def test_damaged(tmp_path):
-    """Any damage is one ValueError, or nothing worse than another model."""
+    """Damage raises one ValueError, or at worst gives a different model."""
     config = CONFIG | {"text_vocab_size": len(tokens()[0])}
     path, random = crispasr(tmp_path, config, random_weights(config), "Q8_0"), np.random.default_rng(0)
     whole = path.read_bytes()
@@ -412,7 +412,7 @@ def test_damaged(tmp_path):
 
 @pytest.mark.parametrize("program, wanted", [("llama_cpp", "*.gguf"), ("crispasr", "csm-q8_0.gguf")])
 def test_a_hub_repository_of_gguf_files(program, wanted, tmp_path, monkeypatch):
-    """Its files in 8 bits are fetched, or all three of llama.cpp's, and no others."""
+    """Only its 8-bit files are downloaded, or llama.cpp's three."""
     config = CONFIG | {"text_vocab_size": len(tokens()[0])}
     file = WRITERS[program](tmp_path / "hub", config, random_weights(config), "Q8_0")
     if program == "crispasr":

@@ -1,4 +1,4 @@
-"""What a GPU would be asked to do, checked on a CPU: which operations, how many of them, in which shapes, and when.
+"""What a GPU would have to run, checked on a CPU: which operations, how many, in which shapes, and when.
 
 Nothing here needs a GPU. On one, `python -m csm_tools.bench --doctor` checks the results.
 """
@@ -39,16 +39,16 @@ KNOWN = set(
     Softmax Split Sqrt Square Squeeze StopGradient Subtract Sum Transpose Unflatten
     """.split()
 )
-FREE = set(  # they give a view of their input, or none of these arrays is made anew each frame
+FREE = set(  # views of their input, or arrays that are not made in each frame
     "Broadcast ExpandDims Flatten Full Reshape Slice Split Squeeze StopGradient Transpose Unflatten".split()
 )
-LAYERS = csm.CSMConfig(  # CSM-1B's numbers of layers and codebooks, on which the number of operations depends
+LAYERS = csm.CSMConfig(  # the number of operations depends on these
     csm.LlamaConfig(16, 64, 4, 1, 16, 128), csm.LlamaConfig(4, 32, 4, 1, 8, 64), 100
 )  # fmt: skip
 
 
 def primitives(*arrays):
-    """How often each primitive is in the graphs of these arrays, or trees of arrays."""
+    """Count the primitives in the graphs of these arrays or trees of arrays."""
     arrays = [x for _, x in tree_flatten(list(arrays)) if isinstance(x, mx.array)]
     text = io.StringIO()
     if arrays:
@@ -58,7 +58,7 @@ def primitives(*arrays):
 
 @pytest.fixture
 def calls(monkeypatch):
-    """[(the function's name, its arrays, their primitives)] of all that is evaluated from here on."""
+    """Record everything evaluated from here on: [(function's name, arrays, their primitives)]."""
     out = []
 
     def watch(module, name):
@@ -73,7 +73,7 @@ def calls(monkeypatch):
 
     watch(mx, "eval")
     watch(mx, "async_eval")
-    watch(np, "array")  # which evaluates what it is given
+    watch(np, "array")  # evaluates its argument
     return out
 
 
@@ -86,7 +86,7 @@ def tiny():
 
 
 def speak(generator):
-    """Every way that csm.py samples, and every way that a batch changes."""
+    """Use every way of sampling, and every change of a batch."""
     context = [csm.Segment(0, "Hello.", clip(0.5))]
     options = {"max_audio_length_ms": 240, "seed": 1}
     for kind in (
@@ -103,7 +103,7 @@ def speak(generator):
 
 
 def learn(model):
-    """One update by AdamW."""
+    """Make one update with AdamW."""
     K = model.config.audio_num_codebooks
     rows = mx.zeros((1, 9, K + 1), mx.int32)
     model.unfreeze()
@@ -129,7 +129,7 @@ def test_every_operation_is_there_on_every_gpu(tmp_path, monkeypatch, calls):
     generator.mimi.decode(generator.mimi.encode(mx.array(clip(0.5))[None, None]))
     learn(generator.model)
     used = set().union(*(found for _, _, found in calls))
-    used = {name for name in used if not name.startswith("Compiled")}  # made of others, compiled for any device
+    used = {name for name in used if not name.startswith("Compiled")}  # made of others, for any device
     assert {"Matmul", "QuantizedMatmul", "ArgSort", "RandomBits", "Scatter", "SliceUpdate"} <= used
     assert not used & (CUDA_LACKS | METAL_LACKS)
     assert used <= KNOWN, f"new: look whether CUDA and Metal have {sorted(used - KNOWN)}"
@@ -137,7 +137,7 @@ def test_every_operation_is_there_on_every_gpu(tmp_path, monkeypatch, calls):
 
 
 def test_quantized_products_have_two_dimensions(folder, monkeypatch):
-    """CUDA takes the last but one dimension alone for the number of rows."""
+    """CUDA takes only the second-to-last dimension as the number of rows."""
     own, seen = mx.quantized_matmul, []
     monkeypatch.setattr(mx, "quantized_matmul", lambda x, *a, **o: seen.append(x.shape) or own(x, *a, **o))
     q = csm.load(folder, quantize=4, group_size=32)
@@ -153,7 +153,7 @@ def test_quantized_products_have_two_dimensions(folder, monkeypatch):
 
 
 def launches(compiled, greedy, monkeypatch):
-    """Operations of one frame at CSM-1B's layers that move data; MLX's fused functions count one each."""
+    """The operations of a frame with CSM-1B's layers that move data; MLX's fused functions count as one."""
     monkeypatch.setattr(mx.fast, "rope", lambda x, *a, **o: mx.erf(x))
     monkeypatch.setattr(mx.fast, "rms_norm", lambda x, *a, **o: mx.erf(x))
     monkeypatch.setattr(
@@ -186,7 +186,7 @@ def test_operations_of_a_frame(monkeypatch, compiled, greedy, most):
 
 
 def test_a_frame_is_launched_in_two_parts_and_looked_at_once(generator, calls):
-    """The codes, then the backbone's next step; the codes are read when that is under way, by no further operation."""
+    """First the codes, then the backbone's next step; reading the codes while that runs adds no operation."""
     K, n = generator.model.config.audio_num_codebooks, 5
     rows, sampling = generator.text_rows("hello", 0), csm.Sampling()
 
@@ -217,7 +217,7 @@ def test_a_frame_is_launched_in_two_parts_and_looked_at_once(generator, calls):
 
 
 def test_shapes_that_reach_attention(generator, monkeypatch):
-    """Over 100 prompts: a prompt alone, with no array as its mask, in a few rows; one depth decoder for all."""
+    """100 prompts: each prefilled alone, without an array as mask, in few row counts; one depth decoder for all."""
     own, seen = mx.fast.scaled_dot_product_attention, Counter()
 
     def watched(q, k, v, *, scale, mask):
@@ -245,7 +245,7 @@ def test_shapes_that_reach_attention(generator, monkeypatch):
 @pytest.mark.parametrize("quantize", [None, 8, "mxfp4", "nvfp4", "mxfp8"])
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
 def test_no_product_is_of_another_type(folder, monkeypatch, dtype, quantize):
-    """float32 that leaks into a model of 16 bits doubles what is read and computed."""
+    """float32 leaking into a 16-bit model would double memory traffic and compute."""
     linear, attention, seen = csm.Linear.__call__, mx.fast.scaled_dot_product_attention, set()
 
     def watched_linear(self, x):
@@ -283,7 +283,7 @@ def test_no_product_is_of_another_type(folder, monkeypatch, dtype, quantize):
 
 @pytest.mark.parametrize("temperature", [0, 1.0])
 def test_only_codes_of_mimi_are_drawn(monkeypatch, temperature):
-    """The last ids of the vocabulary are no codes: they are neither drawn nor sorted with the others."""
+    """The vocabulary's last ids are no codes: they are neither drawn nor sorted."""
     own, widths = csm.sample, []
     monkeypatch.setattr(csm, "sample", lambda logits, *rest: widths.append(logits.shape[-1]) or own(logits, *rest))
     logits = mx.where(mx.arange(2051) >= 2048, 100.0, mx.random.normal((5, 2051), key=mx.random.key(0)))
@@ -295,7 +295,7 @@ def test_only_codes_of_mimi_are_drawn(monkeypatch, temperature):
 
 @pytest.mark.parametrize("wrong", [-1, 64, 2**31 - 1])
 def test_a_samplers_wrong_id_is_never_looked_up(generator, monkeypatch, wrong):
-    """On a GPU the embedding of an id that is none ends the process."""
+    """On a GPU, the embedding of an invalid id would end the process."""
     own, seen = csm.CSM.embed_code, []
     monkeypatch.setattr(csm.CSM, "embed_code", lambda self, i, ids: seen.append(ids.tolist()) or own(self, i, ids))
     bad = csm.Sampling(sampler=lambda logp: mx.array([wrong if len(seen) == 3 else 5]))
@@ -344,7 +344,7 @@ def test_mlx_is_told_before_it_is_imported(module, tmp_path):
 
 @pytest.fixture
 def gpu(monkeypatch):
-    """A pretended Mac: what is set there."""
+    """Pretend to be a Mac; records what is set there."""
     said = {}
     monkeypatch.setattr(csm, "on_gpu", lambda: True)
     monkeypatch.setattr(mx.metal, "is_available", lambda: True)
@@ -400,7 +400,7 @@ def test_weights_that_learn_are_float32(gpu, monkeypatch, tmp_path, options, dty
 
 @pytest.mark.slow
 def test_the_doctor_finds_nothing_here(tmp_path, capsys):
-    """Everything but what takes long, by the name of bench."""
+    """All quick checks, under the name of bench."""
     checks = [name for name in doctor.CHECKS if name not in ("timings", "engine", "memory")]
     assert bench.main(["--doctor", "--json", str(tmp_path / "d.json"), "--only", *checks]) == 0
     out, report = capsys.readouterr().out, json.loads((tmp_path / "d.json").read_text())

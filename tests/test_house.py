@@ -1,4 +1,4 @@
-"""The house: who may import whom, and that csm.py and mimi.py work without the other files."""
+"""Which file may import which, and that csm.py and mimi.py work without the others."""
 
 import ast
 import os
@@ -18,7 +18,7 @@ FLOORS = {  # a module may import those on lower floors
     "mimi": 1,
     "csm": 2,
     "csm_batch": 3,
-    "csm_tools.audio": 3,  # what the programs share
+    "csm_tools.audio": 3,  # shared by the programs
     "csm_tools.code_shards": 3,
     "csm_tools.epub": 3,
     "csm_tools.gguf": 3,
@@ -27,7 +27,7 @@ FLOORS = {  # a module may import those on lower floors
     "csm_tools.checkpoints": 4,
     "csm_tools.adapters": 5,
     "csm_tools.command": 6,
-    "csm_tools": 7,  # the programs, and their parts
+    "csm_tools": 7,  # the programs and their parts
     "convert": 7,
     "csm_tools.finetune": 8,
     "csm_tools.serve_engine": 8,
@@ -39,9 +39,9 @@ FLOORS = {  # a module may import those on lower floors
     "csm_tools.serve_socket": 10,
     "csm_tools.serve": 11,
 }
-ALLOWED = {  # besides
+ALLOWED = {  # exceptions
     ("csm.py", "csm_tools.speak"),  # in its last lines: see test_csm_py_hands_over_in_its_last_lines
-    ("mimi.py", "csm_tools.checkpoints"),  # late, for all that is not a folder in our own layout
+    ("mimi.py", "csm_tools.checkpoints"),  # late, for everything but folders in our layout
     ("csm_tools/checkpoints.py", "csm_tools.adapters"),  # late, for csm.load(adapter=...)
     ("csm_tools/command.py", "csm_tools.watermark"),  # late, for --watermark
 }
@@ -49,7 +49,7 @@ TOOLS = [f"csm_tools/{name}.py" for name in ("command", "speak", "narrate", "ser
 
 
 def imports(tree):
-    """Every module that a syntax tree imports, late and in `if`s too."""
+    """All modules that a syntax tree imports, also inside functions and `if`s."""
     for node in ast.walk(tree):
         if isinstance(node, ast.Import):
             yield from (alias.name for alias in node.names)
@@ -64,7 +64,7 @@ def tree(path):
 
 
 def floor(module):
-    """The floor of a module of ours, None for others."""
+    """The floor of one of our modules, None for others."""
     top = module.split(".")[0]
     return FLOORS.get(module, FLOORS.get(top))
 
@@ -117,7 +117,7 @@ def test_the_command_loads_csm_py_once():
 
 @pytest.fixture
 def copy(tmp_path):
-    """A folder with csm.py, mimi.py and the model tiny, and a function that runs a program in it."""
+    """A folder with csm.py, mimi.py and tiny, and a function that runs a program in it."""
     for name in ("csm.py", "mimi.py", "test_csm.py"):
         shutil.copy(HERE / name, tmp_path)
     shutil.copytree(HERE / "tiny", tmp_path / "tiny")
@@ -193,13 +193,13 @@ def test_requirements_are_the_package_with_its_extra_cpu():
     listed = [line for line in lines if not line.startswith("#")]
     mlx, *others = project["dependencies"]
     assert sorted(listed) == sorted([*project["optional-dependencies"]["cpu"], *others])
-    assert mlx in {line.replace("[cpu]", "") for line in listed}  # one floor for all
+    assert mlx in {line.replace("[cpu]", "") for line in listed}  # one minimum version
 
 
 @pytest.mark.parametrize("kind", ["a package", "a module"])
 def test_another_projects_csm_is_one_line(kind, tmp_path):
     shutil.copytree(HERE / "csm_tools", tmp_path / "csm_tools", ignore=shutil.ignore_patterns("tiny"))
-    if kind == "a package":  # as the project csm on PyPI installs it; it may not even be importable
+    if kind == "a package":  # like the project csm on PyPI; it may not even be importable
         (tmp_path / "csm").mkdir()
         (tmp_path / "csm/__init__.py").write_text("raise ImportError('of its own')\n")
     else:

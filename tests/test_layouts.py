@@ -1,4 +1,4 @@
-"""csm_layouts.py: every layout in, the same bytes back out; sizes from the tensors; what transformers loads of ours."""
+"""csm_layouts.py: round trips give the same bytes, tensors give the sizes, transformers loads our exports."""
 
 import json
 import logging
@@ -43,7 +43,7 @@ GREEDY = {"voice": "none", "temperature": 0, "max_audio_length_ms": 800}
 
 
 def same(a, b):
-    """The same names, types, shapes and bytes."""
+    """Assert the same names, types, shapes and bytes."""
     assert a.keys() == b.keys(), sorted(a.keys() ^ b.keys())[:4]
     for name in a:
         assert (a[name].dtype, a[name].shape) == (b[name].dtype, b[name].shape), name
@@ -51,7 +51,7 @@ def same(a, b):
 
 
 def random_weights(config, dtype=mx.float32):
-    """{name: array} of our layout, no two alike."""
+    """Random weights {name: array} in our layout, all different."""
     shapes = {n: w.shape for n, w in tree_flatten(csm.CSM(csm.CSMConfig.from_dict(config)).parameters())}
     keys = mx.random.split(mx.random.key(0), len(shapes))
     weights = {n: mx.random.normal(s, key=k).astype(dtype) for (n, s), k in zip(shapes.items(), keys)}
@@ -67,7 +67,7 @@ def folder(path, weights, config=None, name="model.safetensors", metadata=None):
 
 
 def sesame_names(config):
-    """The torchtune layout, written out by hand."""
+    """Sesame's torchtune layout, written by hand."""
     layer = {f"self_attn.{x}_proj.weight": f"attn.{x}_proj.weight" for x in "qkv"}
     layer |= {"self_attn.o_proj.weight": "attn.output_proj.weight", "mlp.gate_proj.weight": "mlp.w1.weight"}
     layer |= {"mlp.down_proj.weight": "mlp.w2.weight", "mlp.up_proj.weight": "mlp.w3.weight"}
@@ -82,7 +82,7 @@ def sesame_names(config):
 
 
 def half_split(w, heads):
-    """Row by row, on purpose not as csm_layouts.py does it."""
+    """Row by row, deliberately unlike csm_layouts.py."""
     d = w.shape[0] // heads
     return mx.stack([w[h * d + j] for h in range(heads) for j in (*range(0, d, 2), *range(1, d, 2))])
 
@@ -113,7 +113,7 @@ def native():
 
 
 def read(config, weights):
-    """-> (config, weights), without a Mimi"""
+    """Read (config, weights), without a Mimi."""
     config, weights, inside = csm_layouts.csm_to_native(config, weights, CSM_1B)
     assert inside is None
     return config, weights
@@ -140,14 +140,14 @@ def test_tied_embedding_and_buffers(native):
     theirs = as_transformers(weights, config)
     one, other = "backbone_model.embed_tokens.embed_audio_tokens.weight", "depth_decoder.model.embed_tokens.weight"
     theirs |= {other: theirs[one], "backbone_model.rotary_emb.inv_freq": mx.zeros((4,))}
-    for fields in (CONFIG, CONFIG | {"tie_codebooks_embeddings": False}):  # what counts is that they are the same
+    for fields in (CONFIG, CONFIG | {"tie_codebooks_embeddings": False}):  # only their being equal counts
         same(read(fields, theirs)[1], weights)
     with pytest.raises(ValueError, match="two different audio embeddings"):
         read(CONFIG | {"tie_codebooks_embeddings": False}, theirs | {other: theirs[one] + 1})
 
 
 def shapes(backbone, decoder, text=128_256, V=2051, K=32):
-    """Zeros (never made) under torchtune's names: (n_layers, dim, rows of q, rows of k, MLP) of both stacks."""
+    """Unevaluated zeros with torchtune's names; both stacks: (n_layers, dim, rows of q, rows of k, MLP)."""
     found = {}
     for part, (n, dim, q, k, ffn) in (("backbone", backbone), ("decoder", decoder)):
         for i in range(n):
@@ -187,7 +187,7 @@ MARVIS = (6, 1536, 1536, 384, 8192), (4, 1024, 1024, 256, 4096)
     ],
 )
 def test_the_family_without_a_config(sizes, text, flavors, heads, parameters, fields, caplog):
-    """Names and shapes as their code makes them; counts in 10^9, of all, backbone and decoder, as they publish them."""
+    """Names and shapes from their code; published billions of weights, in all, in backbone and in decoder."""
     weights = shapes(*sizes, text)
     with caplog.at_level(logging.INFO, "csm"):
         config, native = read({}, weights)
@@ -230,12 +230,12 @@ def test_the_tensors_decide(native, caplog):
         assert read(fields, marvis)[0] == right
         (line,) = caplog.messages
         assert "llama-250M" in line and "llama-60M" in line
-    # what a config tells and the tensors do not contradict stands
+    # the config's values stay unless the tensors contradict them
     fields = {"num_attention_heads": 24, "hidden_size": 1536, "rope_theta": 1e4, "max_position_embeddings": 99}
     backbone = read(fields, marvis)[0]["backbone"]
     assert (backbone["n_heads"], backbone["n_kv_heads"], backbone["head_dim"]) == (24, 6, 64)
     assert (backbone["rope_theta"], backbone["rope_scaling"], backbone["max_positions"]) == (1e4, None, 99)
-    # fewer layers than the config says, and no flavor like it: heads and RoPE are still right
+    # fewer layers than in the config, and no such flavor: heads and RoPE are still right
     fewer = {name: w for name, w in weights.items() if "backbone.layers.1" not in name}
     assert read(CONFIG, fewer)[0]["backbone"] == config["backbone"] | {"n_layers": 1}
     with pytest.raises(
@@ -273,7 +273,7 @@ def test_configs(native):
 
 
 def test_mimi_of_transformers(native):
-    """Its shapes tell its sizes: a config that is wrong in them, or absent, changes nothing."""
+    """Its shapes give its sizes, also with a wrong config or none."""
     config, codec = csm_layouts.mimi_to_native(*random_mimi(4, 32)[::-1])
     sizes = json.loads(json.dumps(asdict(mimi.from_weights(codec, config).config)))
     theirs = csm_layouts.mimi_to_transformers(sizes, codec)
@@ -289,7 +289,7 @@ def test_mimi_of_transformers(native):
 
 
 def test_the_tokenizer_of_an_export():
-    """A stock Llama tokenizer: two reserved tokens become those of audio, and text gets both marks."""
+    """A stock Llama tokenizer: two reserved tokens become the audio tokens, and text gets both marks."""
     from tokenizers import Tokenizer, models
 
     special = ["<|begin_of_text|>", "<|end_of_text|>", "<|reserved_special_token_0|>", "<|reserved_special_token_1|>"]

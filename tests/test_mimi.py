@@ -31,7 +31,7 @@ DEEP = {"n_filters": 6, "ratios": (5, 2), "kernel_size": 5, "residual_kernel_siz
 DEEP |= {"n_residual_layers": 2, "dilation_base": 3, "compress": 3, "n_layers": 1, "n_heads": 2, "ffn_dim": 80}
 DEEP |= {"context": 9, "codebook_size": 128, "codebook_dim": 16, "n_codebooks": 5, "n_semantic": 2, "rope_theta": 1e3}
 CONFIGS = {name: mimi.MimiConfig(**c) for name, c in {"full": {}, "small": SMALL, "deep": DEEP}.items()}
-UNTOLD = ("n_heads", "context", "rope_theta", "norm_eps", "dilation_base", "sample_rate")  # by the shapes
+UNTOLD = ("n_heads", "context", "rope_theta", "norm_eps", "dilation_base", "sample_rate")  # not in the shapes
 LONG = {"full": 263, "small": 300, "deep": 500}  # frames, at least twice the window: 21 s of `full`
 
 
@@ -42,7 +42,7 @@ def draw(shapes, gain=1.3):
         w = rng.standard_normal(shape)
         if "cluster_usage" in name:
             w = 0.7 + rng.random(shape)
-            w[0] = 0  # a code that was never used: the division is clamped
+            w[0] = 0  # an unused code: the division is clamped
         elif "embed" in name:
             w *= 0.3 * 0.97 ** int(re.search(r"layers\.(\d+)", name)[1])
             w[0] *= 1e-5
@@ -97,14 +97,14 @@ def transformers_mimi(c):
 
 @pytest.fixture(scope="module", params=[f"{r}-{c}" for r in ("moshi", "transformers") for c in CONFIGS])
 def pair(request):
-    """A reference that takes and gives numpy arrays, and our Mimi with its weights."""
+    """A reference with NumPy arrays as input and output, and our Mimi with its weights."""
     (which, name), torch = request.param.split("-"), pytest.importorskip("torch")
     p, c = SimpleNamespace(which=which, name=name, config=CONFIGS[name]), CONFIGS[name]
     with torch.no_grad(), tempfile.TemporaryDirectory() as folder:
         if which == "moshi":
             model = moshi_mimi(c)
             p.weights = {name: mx.array(w.numpy()) for name, w in model.state_dict().items()}
-            known = None if name == "full" else asdict(c)  # the published file says nothing of itself
+            known = None if name == "full" else asdict(c)  # the published file has no config
             p.load = lambda k=None: from_layout(p.weights, known, k)
             p.encode = lambda x, k: model.set_num_codebooks(k) or model.encode(torch.from_numpy(x)).numpy()
             p.decode = lambda codes: model.decode(torch.from_numpy(codes)).numpy()
@@ -121,8 +121,8 @@ def pair(request):
 
 
 def count_ties(codec, latent, ours, theirs):
-    """In how many frames the codes (B, K, F) part. They may only where two code vectors lie equally far from what is
-    left of the latent (B, D, F), within 1e-5; after that the frame's codes are free."""
+    """Count the frames whose codes (B, K, F) differ. They may only where two code vectors are equally far from the
+    residual of the latent (B, D, F), within 1e-5; the frame's later codes may then differ, too."""
     ties, n = 0, codec.config.n_semantic
     for rvq, a, b in ((codec.first, ours[:, :n], theirs[:, :n]), (codec.rest, ours[:, n:], theirs[:, n:])):
         for row, f in np.argwhere((a != b).any(axis=1)):
@@ -161,15 +161,15 @@ def test_codes_and_waveform_are_the_references(pair, clip, tmp_path):
     ours, theirs = np.array(pair.ours.encode(mx.array(x))), pair.encode(x, K)
     assert ours.shape == theirs.shape == (1, K, math.ceil(x.shape[2] / size))
     if pair.which == "transformers" and x.shape[2] % size:
-        # It fills up the odd end of every convolution's input in turn, while moshi, and we, do so to the waveform. So
-        # the last frame of an odd clip is another one; and with those zeros in the clip all frames are the same.
+        # transformers pads every convolution's input; moshi and we pad the waveform. So the last frame of an odd clip
+        # differs, and with those zeros in the clip all frames are equal.
         assert count_ties(pair.ours, pair.latent, ours[..., :-1], theirs[..., :-1]) == 0
         theirs = pair.encode(np.pad(x, ((0, 0), (0, 0), (0, -x.shape[2] % size))), K)
     ties = count_ties(pair.ours, pair.latent, ours, theirs)
     print(f"{ties} ties in {ours.shape[2]} frames of {K} codes")
     assert ties <= 0.05 * ours.shape[2]
     if clip in ("long", "speech"):
-        assert min(len(np.unique(codes)) for codes in theirs[0]) > 5  # not the same few codes all along
+        assert min(len(np.unique(codes)) for codes in theirs[0]) > 5  # many different codes
     wave = pair.decode(theirs)
     assert np.abs(wave).max() > 0.1
     close(pair.ours.decode(mx.array(theirs)), wave, 1e-4)
@@ -182,9 +182,9 @@ def test_fewer_codebooks_and_a_batch_are_the_references(pair):
     assert codec.n_codebooks == k and ours.shape == theirs.shape == (2, k, 9)
     assert count_ties(codec, pair.latent, ours, theirs) <= 1
     assert np.array_equal(ours, np.array(pair.ours.encode(mx.array(x)))[:, :k])
-    for m in (codec, pair.ours):  # one with more codebooks takes fewer codes too
+    for m in (codec, pair.ours):  # a model with more codebooks takes fewer codes, too
         close(m.decode(mx.array(theirs)), pair.decode(theirs), 1e-4)
-    if pair.which == "moshi":  # the sizes are told from the shapes, and the way back gives the same bytes
+    if pair.which == "moshi":  # the shapes give the sizes, and the way back gives the same bytes
         config, weights = csm_layouts.mimi_to_native({}, pair.weights)
         assert mimi.MimiConfig(**config | {"ratios": tuple(config["ratios"])}) == replace(
             pair.config, **{f: getattr(mimi.MimiConfig(), f) for f in UNTOLD}
@@ -206,7 +206,7 @@ def codec(request):
 
 
 def clip_for(codec, what, frames, seed=0):
-    """Random codes to decode, or noise to encode, and the length of a frame in it."""
+    """(random codes to decode or noise to encode, its length per frame)."""
     rng, c = np.random.default_rng(seed), codec.config
     if what == "decode":
         return mx.array(rng.integers(0, c.codebook_size, (1, c.n_codebooks, frames))), 1
@@ -214,7 +214,7 @@ def clip_for(codec, what, frames, seed=0):
 
 
 def stream(step, x, sizes, state):
-    """x through the steps in chunks of the sizes, over and over -> (all that came out, the state after)"""
+    """Stream x in chunks of these sizes, repeated; returns (the whole output, the state after)."""
     out, i = [], 0
     while i < x.shape[2]:
         size = sizes[len(out) % len(sizes)]
@@ -235,14 +235,14 @@ def test_in_chunks_is_whole(codec, what, frames):
     assert len(np.unique(np.array(whole))) > 10 and (unit > 1 or 0.1 < mx.abs(whole).max() < 5)
     y, state = stream(step, x, [int(f * unit) for f in frames], codec.init_state())
     close(y, whole, 1e-5 if what == "decode" else 0)
-    if what == "encode":  # what fills no frame yet waits in the state
+    if what == "encode":  # an incomplete frame waits in the state
         y, state = codec.encode_step(mx.ones((1, 1, 11)), state)
         assert y.shape == (1, codec.n_codebooks, 0) and state.rest.shape == (1, 11)
 
 
 @pytest.mark.parametrize("what", ["decode", "encode"])
 def test_streams_do_not_meet(codec, what):
-    """Two interleaved; one after another; one after one that was left half-way; and one state used twice."""
+    """Two interleaved, one after another, one after an abandoned one, and one state used twice."""
     (a, unit), (b, _) = (clip_for(codec, what, 40, seed) for seed in (1, 2))
     step, whole, atol = getattr(codec, f"{what}_step"), getattr(codec, what), 1e-5 if what == "decode" else 0
     alone, states, out = (whole(a), whole(b)), [codec.init_state()] * 2, ([], [])
@@ -272,8 +272,8 @@ def test_a_batch_is_each_alone(codec):
 
 
 def test_streams_of_different_ages_side_by_side(codec):
-    """Joined, each goes on as alone, also one that has not begun; split, too."""
-    ages = (0, 3, 25, 45)  # one beyond the window of `deep` and `small`
+    """Joined streams, also new ones, continue as alone, and so do split ones."""
+    ages = (0, 3, 25, 45)  # the last beyond the window of `deep` and `small`
     clips = [clip_for(codec, "decode", 60, seed)[0] for seed in range(4)]
     alone = [codec.decode(x) for x in clips]
     states = [
@@ -287,7 +287,7 @@ def test_streams_of_different_ages_side_by_side(codec):
         )
         [o.append(y[b : b + 1]) for b, o in enumerate(out)]
     states = split_state(joined)
-    for b in (2, 0):  # two of them by themselves, the others in another order
+    for b in (2, 0):  # split off, in another order
         y, states[b] = codec.decode_step(clips[b][..., ages[b] + 10 : ages[b] + 13], states[b])
         out[b].append(y)
     rest = join_states([states[3], states[1]])
@@ -333,13 +333,13 @@ def test_wrong_shapes_and_codes(codec):
 
 @pytest.fixture(scope="module")
 def published():
-    """A small Mimi under the names of kyutai's published file, which are older than moshi's own."""
+    """A small Mimi with the names of kyutai's published file, which are older than moshi's."""
     weights = {name: mx.array(w.numpy()) for name, w in moshi_mimi(CONFIGS["small"]).state_dict().items()}
     return {n.replace("projs.0.", "proj.").replace("in_proj.", "in_proj_"): w for n, w in weights.items()}
 
 
 BOOK = "quantizer.rvq_rest.vq.layers.3._codebook"
-MISFITS = [  # a tensor, its shape or None to leave it out, what the error says
+MISFITS = [  # a tensor, its shape (None: missing), words of the error
     ("decoder.model.0.conv.conv.bias", None, "missing decoder.0.bias"),
     (f"{BOOK}.cluster_usage", None, "rest"),
     ("backbone.norm.weight", (4,), "unexpected backbone.norm.weight"),
@@ -391,7 +391,7 @@ def test_written_in_pieces_and_read_back(tmp_path, suffix):
 
 @pytest.mark.parametrize("suffix, claimed", [("flac", 0), ("wav", 0), ("wav", 2**32 - 1)])
 def test_a_length_that_a_header_claims_is_not_believed(tmp_path, suffix, claimed):
-    """A stream's FLAC has none; a recorder that was killed leaves 0, or the most there is, in a WAV."""
+    """A streamed FLAC has none; a killed recorder leaves 0 or the maximum in a WAV."""
     file, audio = tmp_path / f"a.{suffix}", np.random.default_rng(0).standard_normal(24_000) * 0.1
     soundfile.write(file, audio, 24_000)
     data, length = bytearray(file.read_bytes()), claimed.to_bytes(4, "little")
@@ -436,7 +436,7 @@ def python(*args, **env):
 
 @pytest.fixture(scope="module")
 def files(tmp_path_factory, published):
-    """A model, a clip, and what one may wrongly give instead."""
+    """A model, a clip, and wrong inputs."""
     folder, config = tmp_path_factory.mktemp("files"), {"config": json.dumps(asdict(CONFIGS["small"]))}
     mx.save_safetensors(str(folder / "mimi.safetensors"), published, config)
     whole = (folder / "mimi.safetensors").read_bytes()

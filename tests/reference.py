@@ -1,10 +1,10 @@
-"""CSM in NumPy's float64, without a cache and without csm.py: what tests/test_fuzz.py holds the program to.
+"""CSM in NumPy's float64, without a cache and independent of csm.py: the reference of tests/test_fuzz.py.
 
-Written from what the model is: embeddings that are summed, two Llamas with RoPE of neighbours, 1 + (K - 1) heads; and
-from how codes are drawn: filters on the untempered probabilities, then Gumbel-max with noise that the seed gives.
+Written from the model's definition (summed embeddings, two Llamas with RoPE on neighbours, 1 + (K - 1) heads) and that
+of sampling (filters on the untempered probabilities, then Gumbel-max with the seed's noise).
 
-A speech is not generated here but judged: one pass over the prompt and all frames gives the logits of every code, and
-each code has to be the one that its logits and its noise choose. So a tie cannot hide what comes after it.
+It does not generate speech but judges it: one pass over the prompt and all frames gives the logits of every code, and
+each code must be the one that its logits and noise choose. So a tie cannot hide later errors.
 """
 
 from collections import Counter
@@ -13,13 +13,13 @@ from dataclasses import dataclass, field
 import mlx.core as mx
 import numpy as np
 
-TIE = 3e-5  # how much float32 may differ in what decides between two codes
-counts = Counter()  # codes that were judged, and those of them that a tie decided
+TIE = 3e-5  # allowed float32 error in the scores of two codes
+counts = Counter()  # judged codes, and those decided by a tie
 
 
 @dataclass
 class Options:
-    """How codes are drawn. functions: (said (F,), logits (V,)) -> logits; rank: a sampler that takes the rank-th."""
+    """Sampling options. functions: (said (F,), logits (V,)) -> logits. rank: a sampler that takes the rank-th code."""
 
     temperature: float = 0.9
     top_k: int = 50
@@ -28,12 +28,12 @@ class Options:
     min_tokens_to_keep: int = 1
     functions: list = field(default_factory=list)
     rank: int | None = None
-    frames: int = 2**30  # after so many frames the sampler gives zeros
+    frames: int = 2**30  # the sampler gives zeros after so many frames
 
 
 class Reference:
     def __init__(self, config, weights, tokenizer, n_codes, codebooks, tie=TIE):
-        """config: config.json of our own layout. weights: {name: array}, `audio_head` (K - 1, D, V), none quantized."""
+        """config: config.json in our layout. weights: {name: array}, unquantized, `audio_head` (K - 1, D, V)."""
         self.config, self.tokenizer, self.n_codes, self.n = config, tokenizer, n_codes, codebooks
         self.limit, self.tie = config["backbone"]["max_positions"], tie
         self.K, self.V = config["audio_num_codebooks"], config["audio_vocab_size"]
@@ -66,13 +66,13 @@ class Reference:
         return norm(x, self.w[f"{part}.norm.weight"], c)
 
     def embed(self, rows):
-        """Rows (T, K + 1), -1 where there is nothing -> (T, D)."""
+        """Rows (T, K + 1), -1: empty -> (T, D)."""
         audio, text = self.w["audio_embeddings.weight"], self.w["text_embeddings.weight"]
         x = [[audio[code + self.V * k] for k, code in enumerate(row[:-1]) if code >= 0] for row in rows]
         return np.array([sum(cells, text[row[-1]] if row[-1] >= 0 else 0) for row, cells in zip(rows, x)])
 
     def logits(self, rows, frames):
-        """A prompt's rows and the frames (F, n) that follow -> (F, n, V), each code's given all before it."""
+        """A prompt's rows and the frames (F, n) that follow -> each code's logits given all earlier ones (F, n, V)."""
         F, n = frames.shape
         h = self.llama("backbone", self.embed(np.concatenate([rows, self.audio(frames)]))[None])
         h = h[0, len(rows) - 1 : len(rows) - 1 + F]
@@ -91,19 +91,19 @@ class Reference:
         return np.array([[-1] * self.K + [i] for i in ids])
 
     def audio(self, codes):
-        """(F, n) -> (F, K + 1)."""
+        """Frames (F, n) -> rows (F, K + 1)."""
         codes = np.array(codes, int)
         codes = codes if codes.size else np.zeros((0, self.n), int)
         return np.pad(codes, [(0, 0), (0, self.K + 1 - codes.shape[1])], constant_values=-1)
 
     def turn(self, speaker, text, codes):
-        """A finished turn: its text, its frames, and a frame of zeros."""
+        """A finished turn's rows: its text, its frames, and a frame of zeros."""
         frames = self.audio(codes)
         end = np.where(frames[:1] < 0, -1, 0) if len(frames) else self.audio(np.zeros((1, self.n)))
         return np.concatenate([self.text(text, speaker), frames, end])
 
     def new_turn(self, speaker, text, clip=None):
-        """A turn to be spoken. clip: (speaker, text, codes) that it continues, so that it has no end of its own."""
+        """A turn to be spoken. clip: (speaker, text, codes) that it continues, without a frame of zeros in between."""
         if not clip:
             return self.text(text, speaker)
         return np.concatenate([self.text(f"{clip[1]} {text}", speaker), self.audio(clip[2])])
@@ -111,7 +111,7 @@ class Reference:
     # ---- the judge
 
     def judge(self, rows, frames, max_frames, seed, options, ended=True):
-        """Raise AssertionError unless the prompt's speech is (or, if it has not ended, begins with) these frames."""
+        """Assert that the prompt's speech consists of these frames or, if it has not ended, begins with them."""
         frames = np.array(frames, int).reshape(-1, self.n)
         max_frames = min(max_frames, self.limit - len(rows))
         assert len(frames) <= max_frames and frames.any(axis=1).all(), "too many frames, or one of zeros"
@@ -128,7 +128,7 @@ class Reference:
                 assert not wrong, f"frame {f} of {len(frames)}, codebook {k}: {wrong}"
 
     def misses(self, logits, noise, code, options, f, said):
-        """What is wrong with `code`, or "" if it is what is drawn, or a tie with that. said: for codebook 0 alone."""
+        """What is wrong with `code`, or "" if it is the drawn code or tied with it. said: only for codebook 0."""
         for function in options.functions if said is not None else ():
             logits = function(said, logits)
         counts["codes"] += 1
@@ -151,7 +151,7 @@ class Reference:
         return near(score, code, self.tie * (1 + 1 / options.temperature))
 
     def kept(self, logp, options, slack):
-        """Which ids pass the filters; with slack > 0 those that may, with slack < 0 those that surely do."""
+        """The ids that pass the filters; with slack > 0 those that may pass, with slack < 0 those that surely do."""
         likelier = logp[None] > logp[:, None] + slack  # [i, j]: whether j is likelier than i
         np.fill_diagonal(likelier, False)
         rank, mass = likelier.sum(axis=1), (likelier * np.exp(logp)).sum(axis=1)
@@ -176,13 +176,13 @@ def norm(x, weight, c):
 
 
 def rotated(x, angles):
-    """x (B, H, T, d): neighbours are a pair."""
+    """RoPE of x (B, H, T, d), which rotates pairs of neighbours."""
     even, odd, cos, sin = x[..., ::2], x[..., 1::2], np.cos(angles), np.sin(angles)
     return np.stack([even * cos - odd * sin, even * sin + odd * cos], axis=-1).reshape(x.shape)
 
 
 def frequencies(c):
-    """(d / 2,): of RoPE; Llama 3 lowers those whose wave is long."""
+    """RoPE's frequencies (d / 2,). Llama 3 lowers those with long waves."""
     f, s = c["rope_theta"] ** -(np.arange(0, c["head_dim"], 2) / c["head_dim"]), c["rope_scaling"]
     if s is None:
         return f
@@ -197,7 +197,7 @@ def frequencies(c):
 
 
 def near(scores, code, tie):
-    """What is wrong with `code`, or "" if its score is the highest, or hardly less."""
+    """What is wrong with `code`, or "" if its score is the highest or nearly so."""
     lack = scores.max() - scores[code]
     counts["ties"] += 0 < lack <= tie
     return "" if lack <= tie else f"{code} and not {scores.argmax()}, which is better by {lack:.2g}"

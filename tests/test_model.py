@@ -1,4 +1,4 @@
-"""The tests of csm.py: equal to transformers on the same weights, and right where the references do not reach.
+"""csm.py equals transformers on the same weights, and is right where the references have no counterpart.
 
     pytest                   # everything; the tests that need torch and transformers are skipped where these are absent
 
@@ -38,7 +38,7 @@ GREEDY = {"temperature": 0, "voice": "none", "max_audio_length_ms": 800}
 
 @pytest.fixture(scope="module", params=SHAPES)
 def pair(request, tmp_path_factory):
-    """transformers' model, its processor, and ours loaded from what it saved."""
+    """transformers' model, its processor, and our model loaded from its files."""
     torch = pytest.importorskip("torch")
     tf = pytest.importorskip("transformers")
     K, n_codes, backbone, decoder = SHAPES[request.param]
@@ -69,7 +69,7 @@ def pair(request, tmp_path_factory):
                     0,
                     1 if "embed" in name and "projector" not in name else 3 / fan**0.5 if "head" in name else fan**-0.5,
                 )
-        model.lm_head.weight[n_codes:] = 0  # ids that Mimi lacks, which ours never says: keep theirs from it too
+        model.lm_head.weight[n_codes:] = 0  # ours never draws ids that Mimi lacks; keep theirs from it, too
         model.depth_decoder.codebooks_head.weight[..., n_codes:] = 0
     model.save_pretrained(folder)
     tokenizer = tf.PreTrainedTokenizerFast(
@@ -84,7 +84,7 @@ def pair(request, tmp_path_factory):
 
 
 def conversation(processor, turns):
-    """[(speaker, text, audio or None)] -> the inputs that transformers' processor makes."""
+    """[(speaker, text, audio or None)] -> inputs by transformers' processor."""
     messages = []
     for speaker, text, audio in turns:
         content = [{"type": "text", "text": text}] + [{"type": "audio", "audio": audio}] * (audio is not None)
@@ -140,7 +140,7 @@ def test_greedy_codes_are_transformers(pair, n_context):
         )[0].numpy()
     segments = [csm.Segment(s, t, a) for s, t, a in turns[:-1]]
     codes = ours.generate_codes("yes", 0, segments, temperature=0, voice="none", max_audio_length_ms=30 * 80)
-    assert len(theirs) == 30 and len(np.unique(theirs)) > 10  # not one code over and over
+    assert len(theirs) == 30 and len(np.unique(theirs)) > 10  # many different codes
     same_codes(codes, theirs)
 
 
@@ -221,7 +221,7 @@ def test_who_has_the_voice_is_said_when_a_conversation_is_made(generator):
 
 
 def test_conversation_of_a_model_that_continues_clips(tmp_path):
-    """The first turn of the clip's speaker continues it; others do not, and nobody does twice."""
+    """Only the first turn of the clip's speaker continues it."""
     write_model(tmp_path)
     config = json.loads((tmp_path / "config.json").read_text())
     (tmp_path / "config.json").write_text(json.dumps(config | {"voice_match": True}))
@@ -300,7 +300,7 @@ def test_two_threads_share_a_generator(generator):
 
 
 def test_a_shared_context_is_nobody_elses(generator):
-    """The cache of a context is held and used again: what one goes on with must not reach another."""
+    """A context's cache is reused, so one speech must not change another's."""
     context, options = [csm.Segment(0, "hello there", clip(1))], {"temperature": 0, "max_audio_length_ms": 800}
     expected = [np.array(generator.generate_codes(text, 0, context, **options)) for text in ("yes", "no no")]
     frames = [generator.conversation(context).frames(text, 0, **options) for text in ("yes", "no no")]
@@ -399,7 +399,7 @@ def test_context_in_every_form_of_audio(generator, tmp_path):
     soundfile.write(tmp_path / "a.wav", wave, 24000, subtype="FLOAT")
     codes = generator.mimi.encode(mx.array(wave)[None, None])[0].T
     ints = [(wave * 32768).astype(np.int16), mx.array((wave * 32768).astype(np.int16))]
-    for kind in (np.uint8, np.uint16, np.int16, np.int32):  # silence is the middle of what unsigned ones hold
+    for kind in (np.uint8, np.uint16, np.int16, np.int32):  # unsigned types have silence in the middle
         middle = np.iinfo(kind).max // 2 + 1 if np.issubdtype(kind, np.unsignedinteger) else 0
         assert (csm.as_samples(np.full(10, middle, kind)) == 0).all()
         assert csm.as_samples(np.array([np.iinfo(kind).min], kind)) == -1
@@ -447,12 +447,12 @@ def test_a_voice_is_a_clip_with_its_transcript_beside_it(generator, folder, tmp_
     own = generator.generate_codes("yes", 1, voice=str(tmp_path / "me.wav"), **options)
     told = generator.generate_codes("yes", 1, [csm.Segment(1, "hello there", tmp_path / "me.wav")], **options)
     np.testing.assert_array_equal(own, told)
-    for file, new in (("me.wav", clip(0.5, 3)), ("me.txt", "how are you today?")):  # one that changes is read again
+    for file, new in (("me.wav", clip(0.5, 3)), ("me.txt", "how are you today?")):  # a changed file is read again
         before = generator.segment_rows(*generator.voice_prompt(tmp_path / "me.wav"))
         soundfile.write(tmp_path / file, new, 24000) if file == "me.wav" else (tmp_path / file).write_text(new)
         after = generator.segment_rows(*generator.voice_prompt(tmp_path / "me.wav"))
         assert before.shape != after.shape or (before != after).any()
-    # A default voice that cannot be had is a warning and no voice.
+    # A missing default voice is a warning, and no voice is used.
     lost = csm.Generator(generator.model, generator.mimi, generator.tokenizer, {"conversational_a": tmp_path})
     np.testing.assert_array_equal(
         lost.generate_codes("yes", 1, **options), generator.generate_codes("yes", 1, voice="none", **options)
@@ -518,7 +518,7 @@ def test_embeddings_are_added_up_in_float32(tmp_path):
     exact = each.astype(np.float64).sum(axis=2)
     ours = np.array(g.model.embed(mx.array(rows)).astype(mx.float32))
     error = np.abs(ours - exact) / np.abs(exact).max()
-    assert error.max() < 2**-8, error.max()  # the rounding of the result alone
+    assert error.max() < 2**-8, error.max()  # only the result is rounded
 
 
 def test_voice_match_continues_the_clip_and_keeps_the_turns(generator, monkeypatch):
@@ -555,7 +555,7 @@ def test_too_long_a_prompt_says_how_long(generator):
 
 
 def reference(logits, temperature=1.0, top_k=0, top_p=1.0, min_p=0.0, min_tokens_to_keep=1):
-    """The distribution that the options define, in NumPy: filters on the untempered probabilities."""
+    """The options' distribution in NumPy: filters on the untempered probabilities."""
     p = np.exp(logits - logits.max())
     p /= p.sum()
     order = np.argsort(-p, kind="stable")
@@ -604,7 +604,7 @@ def test_sampled_frequencies(options):
     chi_square_fits(np.bincount(draw(rows, 0, **options), minlength=40), expected)
     mlx_lm = pytest.importorskip("mlx_lm.sample_utils")
     sampler = mlx_lm.make_sampler(temp=options.pop("temperature"), **options)
-    mx.random.seed(0)  # which mlx-lm draws from
+    mx.random.seed(0)  # mlx-lm uses it
     logp = rows - mx.logsumexp(rows, axis=-1, keepdims=True)
     chi_square_fits(np.bincount(sampler(logp), minlength=40), expected)
 
@@ -634,7 +634,7 @@ def test_seeds(generator, folder, caplog):
     drawn = generator.generate_codes("hello", max_audio_length_ms=800)
     seed = int(next(m for m in caplog.messages if m.startswith("seed ")).split()[-1])
     assert mx.array_equal(generator.generate_codes("hello", seed=seed, max_audio_length_ms=800), drawn)
-    assert (np.array(mx.random.state[0]) == state).all()  # the global generator is as it was
+    assert (np.array(mx.random.state[0]) == state).all()  # the global generator is unchanged
 
 
 def test_logits_processors_see_the_first_codebook(generator):
@@ -664,7 +664,7 @@ def test_codes_that_mimi_lacks_are_never_said(tmp_path):
 
 
 class Script:
-    """A sampler that says frames of ones, then, from frame `n` on, `end`."""
+    """A sampler that gives frames of ones and, from frame `n` on, `end`."""
 
     def __init__(self, n, end):
         self.calls, self.n, self.end = 0, n, end
@@ -696,7 +696,7 @@ def test_quantized(folder, generator, bits):
     assert q.model.audio_head[0].weight.dtype == q.model.text_embeddings.weight.dtype == mx.uint32
     assert q.generate_codes("hello there", seed=1, max_audio_length_ms=800).shape == (10, 8)
     weights = csm_layouts.quantize(csm.split_heads(mx.load(str(folder / "model.safetensors"))), bits, 32)[0]
-    plain = {}  # what the quantized matrices stand for
+    plain = {}  # the dequantized matrices
     for name, w in weights.items():
         base = name.removesuffix(".weight")
         if f"{base}.scales" in weights and name != base:

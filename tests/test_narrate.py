@@ -1,4 +1,4 @@
-"""Long text: that it is said in one voice, and that an interruption loses nothing."""
+"""narrate speaks long texts in one voice, and an interruption loses nothing."""
 
 import fcntl
 import json
@@ -28,7 +28,7 @@ TEXT = "hello there, how are you today? i am fine. Yes, I am. No, I am not fine.
 
 
 def interrupt_at_the_third(monkeypatch):
-    """Ctrl-C as narrate's third sentence is said."""
+    """Raise Ctrl-C while narrate speaks the third sentence."""
     spoken = narrate.spoken
 
     def interrupted(*more):
@@ -53,7 +53,7 @@ def test_the_same_whatever_the_batch(generator):
     rest = list(narrate.narrate(generator, TEXT, batch=2, done={0}, seed=3, max_audio_length_ms=240))
     for (_, a), (_, _, b) in zip(said[0][1:], rest, strict=True):
         np.testing.assert_array_equal(a, b)
-    # The seed rule: sentence i by itself, with seed + i and the same voice.
+    # Sentence i alone, with seed + i and the same voice, is the same.
     part, pause = parts_of(TEXT)[2]
     alone = generator.generate(part, 0, seed=5, max_audio_length_ms=240)
     np.testing.assert_allclose(said[0][2][1][: len(alone)], alone, atol=1e-5)
@@ -83,7 +83,7 @@ def test_a_model_that_continues_its_voice_does_so_here_too(tmp_path):
 
 @pytest.mark.slow
 def test_the_batch_stays_full(generator, monkeypatch):
-    """Sentences of other lengths join as others end."""
+    """Sentences join as others end."""
     sizes, step = [], csm_batch.Batch.next
     monkeypatch.setattr(csm_batch.Batch, "next", lambda self: sizes.append(len(self)) or step(self))
     text = "\n\n".join("hello there, you" + " you" * (i % 3) * 4 for i in range(9))
@@ -258,7 +258,7 @@ def test_a_mistake_loses_nothing_of_what_is_finished(folder, tmp_path, monkeypat
             narrate.main(args)
     assert "another narrate is writing" in capfd.readouterr().err and part.read_bytes() == before
     (tmp_path / "book.txt").write_text(TEXT)
-    part.write_bytes(before[:1000])  # what a crash may leave: begun anew
+    part.write_bytes(before[:1000])  # a crash may leave this: start over
     narrate.main(args)
     whole = soundfile.read(tmp_path / "a.wav", dtype="int16")[0]
     assert len(whole) == sum(3 * 1920 + int(24000 * p) for _, p in parts_of(TEXT)) and not part.exists()
@@ -266,7 +266,7 @@ def test_a_mistake_loses_nothing_of_what_is_finished(folder, tmp_path, monkeypat
 
 
 def interrupted_at(monkeypatch, wanted):
-    """Let Ctrl-C come when sentence `wanted`, from 0, is finished."""
+    """Raise Ctrl-C when sentence `wanted` (from 0) is finished."""
     spoken = narrate.spoken
 
     def until(*more):
@@ -280,7 +280,7 @@ def interrupted_at(monkeypatch, wanted):
 
 @pytest.mark.parametrize("voice", ["other", "none"])
 def test_a_mended_text_keeps_what_did_not_change(folder, tmp_path, monkeypatch, voice):
-    """Sentences that are finished are said again only where their words are others; a new one may come before them."""
+    """Finished sentences are spoken again only if their words changed, even if new ones come before them."""
     lines = ["hello there, how are you today?", "i am fine, yes i am.", "no, i am not fine.", "yes yes yes yes yes."]
     args = [str(tmp_path / "book.txt"), str(tmp_path / "a.wav"), "--model", str(folder), "--batch", "1", *SHORT]
     args += ["--voice", voice, "--seed", "3"]
@@ -296,14 +296,14 @@ def test_a_mended_text_keeps_what_did_not_change(folder, tmp_path, monkeypatch, 
     said, spoken = [], narrate.spoken
     monkeypatch.setattr(narrate, "spoken", lambda g, todo, *more: said.extend(todo) or spoken(g, todo, *more))
     narrate.main(args)
-    assert [i for i in said if i or voice == "other"] == [1, 4]  # without a voice the first is its own
+    assert [i for i in said if i or voice == "other"] == [1, 4]  # without a voice, the first sets it
     whole = soundfile.read(tmp_path / "a.wav", dtype="int16")[0].tobytes()
     assert whole[:n] == held[:n] and whole[2 * n : 3 * n] == held[2 * n :] and whole[3 * n : 4 * n] == held[n : 2 * n]
     assert not list(tmp_path.glob("a.wav.*"))
 
 
 def test_every_part_fits_before_the_first_is_said(generator, folder, tmp_path, capfd):
-    """A page, then what has too many positions at once: it is cut, also where the first sentence is the voice."""
+    """A page, then parts with too many positions, which are cut, also if the first sentence is the voice."""
     text = "hello there, how are you today? " * 3 + "\n\n" + "9 " * 118 + "\n\n" + "9" * 118
     for voice in (generator.voice_prompt("other"), []):
         parts = narrate.plan(generator, text, 0, voice, verbatim=True)
@@ -333,7 +333,7 @@ def test_a_sentence_that_is_cut_off_is_named(generator, caplog):
 
 
 def finished(tmp_path, p, n=2):
-    """Wait until a narration into a.wav has n sentences."""
+    """Wait until a narration into a.wav has n finished sentences."""
     state = tmp_path / "a.wav.part.json"
     while not (state.exists() and len(state.read_text().splitlines()) > n):
         assert p.poll() is None, p.stderr.read()
@@ -366,7 +366,7 @@ def test_goes_on_after_an_interruption(folder, tmp_path, how):
 @pytest.mark.slow
 @pytest.mark.parametrize("voice", ["other", "none"])
 def test_two_processes_write_the_file_of_one(folder, tmp_path, voice):
-    """Also when one is killed and the same command goes on."""
+    """Also if one is killed and the same command resumes."""
     (tmp_path / "book.txt").write_text(TEXT * 8)
     args = [
         "-m",
@@ -424,7 +424,7 @@ def test_a_mistake_of_a_process_is_named(folder, tmp_path):
 
 
 def test_tiny_does_not_stand_in_for_csm_1b(tmp_path, monkeypatch, capfd):
-    """A book in another voice than the one wanted is an hour lost: only csm.py speaks with tiny instead."""
+    """A book in the wrong voice would waste an hour, so only csm.py falls back to tiny."""
 
     def load(model, **options):
         raise checkpoints.DownloadError(f"cannot download {model} (--model tiny needs no download)")

@@ -1,4 +1,4 @@
-"""csm_layouts.read_pt against torch.save: types, views, nested states; what it refuses."""
+"""csm_layouts.read_pt against torch.save: types, views, nested states, and refused files."""
 
 import io
 import os
@@ -19,7 +19,7 @@ TYPES = "float32 float64 float16 bfloat16 bool int64 int32 int16 int8 uint8 comp
 
 
 def same(tensor, array):
-    """The type, shape and values of a torch tensor are an MLX array's. (float64 becomes float32.)"""
+    """Assert that a torch tensor and an MLX array have the same type, shape and values (float64 becomes float32)."""
     tensor = tensor.float() if tensor.dtype == torch.float64 else tensor
     assert (str(tensor.dtype).removeprefix("torch."), tuple(tensor.shape)) == (
         str(array.dtype).removeprefix("mlx.core.").removesuffix("_"),
@@ -69,7 +69,7 @@ class Runs:
 
 
 def with_pickle(path, pickled):
-    """A checkpoint whose pickle is another."""
+    """Replace a checkpoint's pickle."""
     torch.save({"w": torch.arange(5.0)}, path)
     with zipfile.ZipFile(path) as old:
         members = {name: old.read(name) for name in old.namelist()}
@@ -79,7 +79,7 @@ def with_pickle(path, pickled):
 
 
 class Tensor:
-    """Pickled as one of 5 float32 that says other things of itself."""
+    """Pickled as a tensor of 5 float32 with false attributes."""
 
     def __init__(self, offset=0, shape=(5,), strides=(1,), storage=None):
         self.args = storage or self, offset, shape, strides
@@ -89,7 +89,7 @@ class Tensor:
 
 
 def crafted(**what):
-    """A function that writes a checkpoint of one such tensor."""
+    """A function that writes a checkpoint with one such tensor."""
 
     class Pickler(pickle.Pickler):
         def persistent_id(self, value):
@@ -148,7 +148,7 @@ def test_refuses(tmp_path, monkeypatch):
         refused("no possible shape", crafted(**what))
     refused("far larger than the file", crafted(shape=(2**30,), strides=(0,)))
     refused("not a PyTorch checkpoint", crafted(shape=None))
-    # What would fill the memory, or overflow the stack.
+    # Files that would fill the memory or overflow the stack.
     empty_lists = b"\x80\x02]" + b"]a" * (csm_layouts.MAX_PICKLE // 2) + b"."
     refused("has more than 16 MB", lambda path: with_pickle(path, lambda _: empty_lists))
     nested = b"\x80\x02})" + b"\x85" * 10**6 + b"K\x01s."
@@ -208,7 +208,7 @@ print(refused)
 
 
 def test_300_damaged_files(tmp_path):
-    """No crash, and no error but the one line. In a process of its own, which a crash would end."""
+    """No crash, and only one-line errors. Runs in its own process, which a crash would end."""
     views = states()[1][0]
     torch.save({"model": views, "epoch": 3, "args": {"lr": [1e-3, None]}}, tmp_path / "a.pt")
     files = [str(tmp_path / name) for name in ("a.pt", "b.pt")]

@@ -1,4 +1,4 @@
-"""Text into words as they are said, and into sentences."""
+"""csm_tools.text: typed text to spoken words, and to sentences."""
 
 import subprocess
 import sys
@@ -13,7 +13,7 @@ HERE = Path(__file__).parent
 
 
 def table():
-    """tests/spoken.txt: a line that is typed, then, indented, what is said; `\\n` is a line break in both."""
+    """Read tests/spoken.txt: a typed line, then the spoken one, indented; `\\n` is a line break in both."""
     lines = (HERE / "spoken.txt").read_text(encoding="utf-8").splitlines()
     assert len(lines) % 2 == 0 and all(line.startswith("    ") for line in lines[1::2])
     return [(typed.replace("\\n", "\n"), said[4:].replace("\\n", "\n")) for typed, said in zip(lines[::2], lines[1::2])]

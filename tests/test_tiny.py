@@ -1,4 +1,4 @@
-"""The model in the box: it speaks, what it says is what was asked for, and transformers says the same."""
+"""The bundled model: it is understood, and transformers gives the same codes."""
 
 import json
 import subprocess
@@ -47,7 +47,7 @@ def test_folder():
 
 
 def test_golden(tiny, tmp_path):
-    """The very codes stored beside the weights, through the library and the command."""
+    """The library and the command give the codes stored beside the weights."""
     text, speaker, seed = (GOLDEN[k] for k in ("text", "speaker", "seed"))
     assert tiny.generate_codes(text, speaker, seed=seed).tolist() == GOLDEN["codes"]
     command = [sys.executable, str(HERE / "csm.py"), text, "a.wav", "--model", "tiny", "--dtype", "float32"]
@@ -79,14 +79,14 @@ def test_transformers_says_the_same(tiny, evaluate, tmp_path):
 
 
 def test_is_understood(evaluation):
-    """Whisper hears most of the words; speech ends by itself. Over all sentences: tiny/README.md."""
+    """Whisper hears most words, and speech ends by itself. For all sentences see tiny/README.md."""
     for speaker in (0, 1):
         said = evaluation.spoken(speaker, 16)
         assert said.error < 0.16 and said.right >= 6 and said.ended == 16 and 1.5 < said.seconds < 3.5, said
 
 
 def test_voice_comes_from_the_context(evaluate, tiny):
-    """A preset's pitch is that of its clip."""
+    """A preset has its clip's pitch."""
     for name in ("calm", "bright"):
         clip, _ = soundfile.read(TINY / "prompts" / f"{name}.wav", dtype="float32")
         audio = np.array(tiny.generate("The new bridge will be finished next month.", 2, voice=name, seed=0))
@@ -94,7 +94,7 @@ def test_voice_comes_from_the_context(evaluate, tiny):
 
 
 def test_codec(evaluation, evaluate):
-    """There and back a preset's clip keeps its pitch, and most of its words: tiny/README.md."""
+    """Through the codec, a preset's clip keeps its pitch and most words. More in tiny/README.md."""
     texts, waves = [], []
     for clip in sorted((TINY / "prompts").glob("*.wav")):
         wave, _ = soundfile.read(clip, dtype="float32")
@@ -109,7 +109,7 @@ def test_quantized_still_speaks(evaluation, evaluate):
 
 
 def test_codes_say_what_codes_py_says(tiny):
-    """The folder's codebooks are those of codes.py, and residual quantization finds each code by itself."""
+    """The codebooks are those of codes.py, and residual quantization finds each code independently."""
     codes, teacher = pytest.importorskip("codes"), pytest.importorskip("teacher")
     books, r = codes.vectors(teacher.voices()), np.random.default_rng(0)
     rows = np.stack([r.integers(1, n, 200) for n in codes.USED], 1)  # (F, K)
@@ -118,7 +118,7 @@ def test_codes_say_what_codes_py_says(tiny):
         quantizer = mimi.RVQ(tiny.mimi.config, len(own))
         quantizer.input_proj, quantizer.codebooks, quantizer.norms = mx.eye(own.shape[2]), split.codebooks, split.norms
         found = quantizer.encode(mx.array(sum(own[k][ids[:, k]] for k in range(len(own))))[None])
-        for k, (heard, said) in enumerate(zip(np.array(found[0]), ids.T)):  # some of the voices are nearly the same
+        for k, (heard, said) in enumerate(zip(np.array(found[0]), ids.T)):  # some voices are nearly equal
             assert np.abs(own[k][heard] - own[k][said]).max() < 0.05 and (k == 6 or (heard == said).all())
     said = codes.encode([*"hhaa", *"    "], np.array([0, 0, 200, 200, 0, 0, 0, 0]), np.full(8, -9.0), 7)
     h, a = (2 + codes.PHONEMES.index(c) for c in "ha")
@@ -164,7 +164,7 @@ def test_batch_rows_end_each_on_its_own(tiny):
 
 
 def test_stream_and_conversation(tiny):
-    """Turns that end by themselves: the cache goes on as if all had been computed anew."""
+    """Turns that end by themselves: reusing the cache equals recomputing everything."""
     pieces = list(tiny.stream("Where is my cat?", 1, seed=2, streaming_interval=0.16))
     whole = tiny.generate("Where is my cat?", 1, seed=2)
     assert len(pieces) > 2 and mx.abs(mx.concatenate(pieces) - whole).max() < 1e-5
@@ -173,7 +173,7 @@ def test_stream_and_conversation(tiny):
         turns = list(talk.turns)
         audio = talk.say(text, speaker, seed=i)
         assert mx.abs(audio - tiny.generate(text, speaker, turns, seed=i)).max() < 1e-4
-        assert talk.cache.offset == sum(map(len, talk.blocks))  # the frame of zeros is held too, and nothing more
+        assert talk.cache.offset == sum(map(len, talk.blocks))  # with the frame of zeros, and nothing more
 
 
 @pytest.mark.parametrize(
@@ -195,7 +195,7 @@ def test_stream_and_conversation(tiny):
     ],
 )
 def test_writing(tiny, written, said):
-    space = tiny.tokenizer.encode("[0]a b")[3]  # the rules leave some at the ends of words
+    space = tiny.tokenizer.encode("[0]a b")[3]  # the rules leave spaces at the ends of words
     ids, plain = (tiny.tokenizer.encode(f"[0]{text}") for text in (written, said))
     kept = [i for i, after in zip(ids, [*ids[1:], None]) if i != space or after not in (space, tiny.tokenizer.eos)]
     assert [i for k, i in enumerate(kept) if i != space or k != 2] == plain
@@ -207,4 +207,4 @@ def test_any_text(tiny):
         assert np.isfinite(np.array(audio)).all()
     assert len(tiny.tokenizer.encode("[12]hi")) == len(
         tiny.tokenizer.encode("[2]hi")
-    )  # ids above 9 share their last digit's
+    )  # ids above 9 become their last digit

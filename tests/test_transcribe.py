@@ -1,4 +1,4 @@
-"""Clips without their transcripts: Whisper hears them, in command and server; what is said where it cannot."""
+"""Whisper transcribes clips without transcripts in command and server; errors if it cannot."""
 
 import base64
 import re
@@ -24,7 +24,7 @@ SOUND = base64.b64encode(CLIP.read_bytes()).decode()
 
 @pytest.fixture(autouse=True)
 def whisper(monkeypatch):
-    """A model that is on this disk."""
+    """Use a local model."""
     monkeypatch.setenv("CSM_WHISPER", str(models.get_model_path()))
 
 
@@ -66,7 +66,7 @@ def test_without_a_recogniser_or_its_model_the_way_out_is_said(monkeypatch, tmp_
 
 
 def test_on_a_mac_it_is_mlx_whisper(monkeypatch):
-    """Held to the package's signature as it is documented; it was not run on a Mac."""
+    """Checks the documented signature of the package; it was not run on a Mac."""
 
     given = []
 

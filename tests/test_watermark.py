@@ -1,7 +1,7 @@
-"""The watermark: Sony's package live, on random weights; found again through files, on weights chosen by hand.
+"""The watermark against Sony's package on random weights, and detected through files on hand-made weights.
 
-Sony's own weights are not at hand, so what their mark survives is not measured here. Whoever has them can do it:
-CSM_SILENTCIPHER names the folder.
+We do not have Sony's weights, so what their mark survives is not measured here. If you have them, set
+CSM_SILENTCIPHER to their folder.
 """
 
 import itertools
@@ -46,7 +46,7 @@ no_normalization: false
 
 
 def speech(*names):
-    """(samples,) at 24 kHz: what espeak-ng's voices said, one after the other."""
+    """Speech of espeak-ng's voices, one after the other: (samples,) at 24 kHz."""
     return np.concatenate([mimi.read_audio(HERE / f"tests/clips/{name}.wav") for name in names or ("bright", "deep")])
 
 
@@ -60,7 +60,7 @@ def espeak(voice, path):
 
 
 def blank(c_in, c_out, k=3):
-    """A layer, all zero, whose gate is open."""
+    """A layer of zeros with an open gate."""
     return {
         "conv.weight": np.zeros((c_out, c_in, k, k)), "conv.bias": np.zeros(c_out), "bn.weight": np.ones(c_out),
         "gate.weight": np.zeros((c_out, c_in, k, k)), "gate.bias": np.full(c_out, 20.0), "bn.bias": np.zeros(c_out),
@@ -68,12 +68,12 @@ def blank(c_in, c_out, k=3):
 
 
 def by_hand(encoded=1, hidden=1, width=5):
-    """The state dicts of the three networks, of as many channels as the package's or just enough, and all else zero."""
+    """State dicts of the three networks, zero but for what is needed, with the package's channels or just enough."""
     stripe = np.arange(1024) // 4 % 5  # the symbol of a bin
     encoder = [blank(1, encoded), blank(encoded, encoded), blank(encoded, encoded)]
     decoder = [blank(3 * encoded, hidden), blank(hidden, hidden), blank(hidden, hidden), blank(hidden, 1, k=1)]
-    share = 1024 / 5 / 2049  # of the bins have the symbol: the mean that the normalization takes away
-    for i, layer in enumerate(decoder):  # the message goes through as it is
+    share = 1024 / 5 / 2049  # of the bins have the symbol: the mean that normalization subtracts
+    for i, layer in enumerate(decoder):  # passes the message through
         middle = layer["conv.weight"].shape[-1] // 2
         layer["conv.weight"][0, 0 if i else 2 * encoded, middle, middle] = 1
         layer["bn.weight"][:], layer["bn.bias"][:] = (share * (1 - share)) ** 0.5, share
@@ -125,7 +125,7 @@ def test_a_gpu_is_waited_for_every_16_frames(small, marked, monkeypatch):
 
 
 def package(folder, fill):
-    """The package's model and ours, both read from a folder with the weights that fill(the package's networks) sets."""
+    """The package's model and ours, both read from a folder of weights set by fill(the package's networks)."""
     torch = pytest.importorskip("torch")
     silentcipher = pytest.importorskip("silentcipher")
     from argparse import Namespace
@@ -172,7 +172,7 @@ def whole(tmp_path_factory):
 
 
 def clip(case):
-    """A case's (samples,) and sample rate."""
+    """A case's sound (samples,) and sample rate."""
     long = np.tile(speech(), 5)
     return {
         "1 s": (soxr.resample(long, 24_000, 44_100)[:44_100], 44_100),
@@ -301,7 +301,7 @@ def test_what_a_stream_marked_is_found(small):
 
 
 def test_long_audio_goes_in_pieces(small, marked, monkeypatch):
-    """So that memory is bounded; the symbols run on."""
+    """Memory is bounded, and the symbols continue."""
     monkeypatch.setattr(watermark, "WHOLE", 2)
     audio = soxr.resample(speech(), 24_000, watermark.RATE)
     pieces = [audio[i : i + 2 * watermark.MARK] for i in range(0, len(audio), 2 * watermark.MARK)]
@@ -366,7 +366,7 @@ def test_unmarked_speech_has_none(small, tmp_path):
 
 @pytest.fixture(scope="module")
 def weights(tmp_path_factory):
-    """A folder as the Hub's, with the small networks."""
+    """A folder like the Hub's, with the small networks."""
     torch = pytest.importorskip("torch")
     folder = tmp_path_factory.mktemp("weights")
     (folder / watermark.FOLDER).mkdir(parents=True)
@@ -434,7 +434,7 @@ def test_without_the_weights_there_is_an_error_and_no_file(tmp_path):
 
 @pytest.fixture(scope="module")
 def hub(weights, tmp_path_factory):
-    """The environment in which the Hub's repository has those weights."""
+    """An environment in which the Hub's repository has those weights."""
     cache = tmp_path_factory.mktemp("hub")
     place = cache / "hub/models--sony--silentcipher"
     (place / "refs").mkdir(parents=True)

@@ -1,6 +1,6 @@
-"""Wrong data and wrong checkpoints: the command ends with status 2 and one line that names the cause, and no file.
+"""Wrong data and checkpoints: the command ends with status 2 and one line that names the cause, and writes no file.
 
-Each case makes files in the folder `here` and returns what the command is given; `model` is a model folder to change.
+Each case writes files into the folder `here` and returns the command's argument; `model` is a model folder to change.
 """
 
 import json
@@ -35,7 +35,7 @@ def one_line(program, args, expected, capfd):
 
 
 def item(**changed):
-    """A data file of one item, with fields changed or, if None, left out."""
+    """A data file of one item with changed fields; None removes a field."""
 
     def write(here):
         turn = {name: value for name, value in (GOOD | changed).items() if value is not None}
@@ -46,7 +46,7 @@ def item(**changed):
 
 
 def content(name, text):
-    """A data file of this content, text or bytes."""
+    """A data file with this content, text or bytes."""
 
     def write(here):
         (here / name).parent.mkdir(exist_ok=True)
@@ -57,7 +57,7 @@ def content(name, text):
 
 
 def folder_of(*names):
-    """A folder of copies of a clip, and texts."""
+    """A folder with copies of a clip, and texts."""
 
     def write(here):
         for name in names:
@@ -175,7 +175,7 @@ def test_preferences(command, items, expected, folder, here, capfd):
 
 
 def tensors(change):
-    """A model whose tensors were changed."""
+    """A model with changed tensors."""
 
     def make(model):
         weights = change(dict(mx.load(str(model / "model.safetensors"))))
@@ -185,7 +185,7 @@ def tensors(change):
 
 
 def file(name, data):
-    """A model with a file of another content, or of what data(its content) gives."""
+    """A model with a file's content replaced by `data` or data(content)."""
 
     def make(model):
         before = (model / name).read_bytes() if (model / name).exists() else b""
@@ -196,7 +196,7 @@ def file(name, data):
 
 
 def sharded(index=None, names=("x-0.safetensors", "x-1.safetensors")):
-    """A model of two shards and an index, which is changed by index(its weight_map), or left out."""
+    """A model in two shards; index(weight_map) changes the index, None leaves it out."""
 
     def make(model):
         weights = dict(mx.load(str(model / "model.safetensors")))
@@ -211,7 +211,7 @@ def sharded(index=None, names=("x-0.safetensors", "x-1.safetensors")):
 
 
 def only(name, data=b""):
-    """A file of this name in place of the weights."""
+    """A model with this file instead of the weights."""
 
     def make(model):
         (model / "model.safetensors").unlink()
@@ -295,7 +295,7 @@ def test_checkpoints(case, model, capfd, monkeypatch):
 
 
 def settings(**changed):
-    """An adapter whose config was changed."""
+    """An adapter with a changed config."""
 
     def make(adapter):
         config = json.loads((adapter / "adapter_config.json").read_text())
@@ -305,7 +305,7 @@ def settings(**changed):
 
 
 def peft(**changed):
-    """An adapter of PEFT."""
+    """PEFT's adapter."""
 
     def make(adapter):
         (adapter / "adapters.safetensors").unlink()

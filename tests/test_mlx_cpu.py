@@ -1,4 +1,4 @@
-"""mlx_cpu: its products against NumPy's in float64, its functions against NumPy's and MLX's, and how it is loaded."""
+"""mlx_cpu: products against NumPy's float64, functions against NumPy's and MLX's, and loading."""
 
 import ctypes
 import itertools
@@ -43,7 +43,7 @@ ctypes.CDLL = CDLL
 
 
 def python(code, **env):
-    """A process that runs this code. It compiles nothing in the background unless it is told to."""
+    """Run this code in a process, which compiles nothing in the background unless told to."""
     kept = {k: v for k, v in os.environ.items() if k not in ("CSM_PLAIN", "CSM_FAST_BLAS")}
     env = kept | {"MLX_CPU_BACKGROUND": "0"} | env
     return subprocess.Popen(
@@ -76,7 +76,7 @@ def sgemm():
 
 
 def matrix(rng, rows, columns, order, spare):
-    """A random matrix, as its array and, a view of the same memory, with `spare` unused numbers a line."""
+    """A random matrix with `spare` unused numbers per line: (its array, a view of the same memory)."""
     lines, length = (rows, columns) if order == ROW else (columns, rows)
     held = np.full((lines, length + spare), np.nan, np.float32)
     held[:, :length] = rng.standard_normal((lines, length))
@@ -96,7 +96,7 @@ def test_every_kind_of_product(sgemm, order, ta, tb):
         b_held, b = matrix(rng, *((k, n) if tb == PLAIN else (n, k)), order, spare)
         c_held, c = matrix(rng, m, n, order, spare)
         if beta == 0:
-            c[:] = np.nan  # which is not read
+            c[:] = np.nan  # not read
         products = [x.astype(float) if t == PLAIN else x.T.astype(float) for x, t in ((a, ta), (b, tb))]
         expected = alpha * (products[0] @ products[1]) + (beta * c.astype(float) if beta else 0)
         lds = [max(1, held.shape[1]) for held in (a_held, b_held, c_held)]
@@ -122,7 +122,7 @@ def test_products_through_mlx():
         x, y = (rng.standard_normal(s).astype(np.float32) for s in (a, b))
         expected = x.astype(float) @ y.astype(float)
         assert np.abs(np.array(mx.array(x) @ mx.array(y)) - expected).max() < 1e-3
-        if y.ndim > 1:  # as y' of a matrix that is held the other way round
+        if y.ndim > 1:  # as the transpose of a matrix in the other order
             turned = mx.contiguous(mx.array(y).swapaxes(-1, -2)).swapaxes(-1, -2)
             assert np.abs(np.array(mx.array(x) @ turned) - expected).max() < 1e-3
             assert np.abs(np.array(mx.addmm(mx.ones(y.shape[-1:]), mx.array(x), turned)) - 1 - expected).max() < 1e-3
@@ -167,14 +167,14 @@ for _ in range(60):
 
 
 def test_fork():
-    """While another thread computes products, which is when the pool's locks are held."""
+    """Fork while another thread computes products and holds the pool's locks."""
     output(python(FORK))
-    fork = "import os, mlx_cpu\nchild = os.fork()\n"  # before MLX has threads, which do not go along
+    fork = "import os, mlx_cpu\nchild = os.fork()\n"  # before MLX has threads, which a fork does not copy
     output(python(fork + REPORT + "child and os.waitpid(child, 0)[1] == 0 or child and 1 / 0\nos._exit(0)"))
 
 
 def test_a_library_of_others_is_left_alone():
-    """mlx_cpu puts no names into the process: whoever looks for them finds what there was before."""
+    """mlx_cpu adds no symbols to the process: lookups find what was there before."""
     code = "import ctypes\nbefore = [hasattr(ctypes.CDLL(None), n) for n in names]\nimport mlx_cpu\n"
     code += "assert mlx_cpu.products and before == [hasattr(ctypes.CDLL(None), n) for n in names]"
     output(python("names = 'cblas_sgemm', 'threads', 'rest', 'mlx_cpu_run'\n" + code))
@@ -204,11 +204,11 @@ def test_quantized_products(primitives, bits, group):
 
 
 def test_quantized_products_of_a_row_with_outliers(primitives):
-    """Massive activations: a few numbers a thousand times the others do not cost the others their precision."""
+    """Massive activations: a few numbers a thousand times larger do not cost the others their precision."""
     x = mx.random.normal((1, 4096), key=mx.random.key(1))
     x[0, 7], x[0, 2000] = 3000.0, -1000.0
     packed, w = quantized(x, 500, 64, 8)
-    w[:, [7, 2000]] = 0  # what the other numbers add is what counts
+    w[:, [7, 2000]] = 0  # only the other numbers' share counts
     without = mx.array(x)
     without[0, 7], without[0, 2000] = 0, 0
     y, big = (np.array(mx.quantized_matmul(v, *packed, group_size=64, bits=8), np.float64) for v in (x, x - without))
@@ -241,7 +241,7 @@ def test_quantized_products_of_all_kinds_of_arrays(primitives):
             error = np.abs(np.array(y.astype(mx.float32)) - exact)
             assert y.dtype == dtype and (error <= precision * np.abs(exact) + 5e-4).all()  # only the result is rounded
     assert product(x[:0], *packed).shape == (0, 3, 5, 40)
-    many = mx.random.normal((40, 512), key=mx.random.key(3))[:, ::2]  # many rows that are not one behind the other
+    many = mx.random.normal((40, 512), key=mx.random.key(3))[:, ::2]  # many non-contiguous rows
     np.testing.assert_allclose(np.array(product(many, *packed)), np.array(many, np.float64) @ w.T, atol=2e-3)
     for values in (math.nan, math.inf):
         bad = mx.array(x[0, 0])
@@ -252,7 +252,7 @@ def test_quantized_products_of_all_kinds_of_arrays(primitives):
 
 
 def test_quantized_products_transformed(primitives):
-    """Gradients, jvp and compile are MLX's own, with ours inside."""
+    """Gradients, jvp and compile work as MLX's, with our products inside."""
     x, tangent = (mx.random.normal((3, 256), key=mx.random.key(i)) for i in (0, 1))
     packed, w = quantized(x, 40, 64, 8)
     product = partial(mx.quantized_matmul, group_size=64, bits=8)
@@ -274,7 +274,7 @@ def test_quantized_products_are_repeatable(primitives):
     product = partial(mx.quantized_matmul, group_size=64, bits=8)
     first = np.array(product(x, *packed))
     alone = np.concatenate([np.array(product(x[i : i + 1], *packed)) for i in range(5)])
-    assert (first == alone).all()  # a batch gives each row what it gets alone
+    assert (first == alone).all()  # each row of a batch is the same as alone
     assert all((np.array(product(x, *packed)) == first).all() for _ in range(50))
 
 
@@ -301,7 +301,7 @@ def test_the_order_of_imports_does_not_matter():
     )
     assert first == second != ""
     out, err = output(python("import mlx.core\n" + NO_COMPILER + REPORT))
-    assert out == "" and "import mlx_cpu, or csm, before mlx" in err  # nothing to be done then, and it says so
+    assert out == "" and "import mlx_cpu, or csm, before mlx" in err  # too late to help, so it says so
 
 
 @pytest.mark.slow
@@ -326,7 +326,7 @@ def test_libraries_that_are_no_longer_loaded_are_removed(tmp_path):
 
 
 def test_a_cache_that_cannot_be_written(tmp_path):
-    """Then the libraries are in a folder of the user's own among the temporary files; nobody else can write it."""
+    """Then the libraries go to a private folder among the temporary files, which nobody else can write."""
     (tmp_path / "file").touch()
     folder = tmp_path / f"csm-{os.getuid()}"
     for _ in range(2):
@@ -338,7 +338,7 @@ def test_a_cache_that_cannot_be_written(tmp_path):
 
 
 def test_no_home(tmp_path):
-    no_home = "import os.path; os.path.expanduser = lambda path: path\n"  # as where the user has no entry in passwd
+    no_home = "import os.path; os.path.expanduser = lambda path: path\n"  # as for a user without an entry in passwd
     out, _ = output(
         python(
             f"import os; os.chdir({str(tmp_path)!r}); import sys; sys.path.insert(0, {str(HERE)!r})\n"
@@ -411,7 +411,7 @@ print(mlx_cpu.wait(), sorted(p.name[:8] for p in mlx_cpu.folders()[0].iterdir() 
 
 
 def test_compiling_in_the_background(primitives, tmp_path):
-    """Two processes at once: each has the primitives in the end, and only one compiles."""
+    """Of two processes only one compiles, and both get the primitives."""
     processes = [python(BACKGROUND, XDG_CACHE_HOME=str(tmp_path), MLX_CPU_BACKGROUND="1") for _ in range(2)]
     for process in processes:
         assert output(process)[0] == "True ['mlx_cpu-', 'primitiv']"
@@ -422,7 +422,7 @@ def test_compiling_in_the_background(primitives, tmp_path):
 
 
 def test_a_compiler_that_fails(primitives, tmp_path):
-    """One line at each start, not another try; and MLX computes as before."""
+    """Each start prints one line and does not retry; MLX computes as before."""
     (tmp_path / "bin").mkdir()
     compiler = tmp_path / "bin/c++"
     compiler.write_text("#!/bin/sh\necho called >> $0.log\necho 'a.h: error: no such header' >&2\nexit 1\n")
@@ -457,7 +457,7 @@ def test_a_library_whose_results_are_wrong_is_not_kept(primitives, tmp_path, mon
 
 
 def test_compiled_functions_need_no_compiler_and_no_folder(tmp_path):
-    """MLX has g++ compile what mx.compile fuses, in TMPDIR: where that cannot be done it fails."""
+    """mx.compile needs g++ and TMPDIR to fuse operations, and fails without."""
     code = "import mlx_cpu, mlx.core as mx, mlx.nn as nn\nf = mx.compile(lambda x: x * mx.exp(x) + 1)\n"
     code += "print(f(mx.zeros(5)).sum().item(), nn.silu(mx.zeros(5)).sum().item())"
     (tmp_path / "mlx").touch()
@@ -528,7 +528,7 @@ def test_elementwise_of_views_and_of_other_types(primitives):
 
 
 def test_activations_of_mlx_nn():
-    """They are compiled for all shapes at once: those of one call's arrays must not be baked in."""
+    """They are compiled for all shapes, so one call's shapes must not be baked in."""
     import mlx.nn as nn
 
     x = mx.linspace(-9, 9, 100000)
@@ -537,7 +537,7 @@ def test_activations_of_mlx_nn():
 
 
 def agree(function, *arrays, limit=2e-6):
-    """Values, gradients, jvp, compiled and mapped results of `function`, with our operations and with MLX's."""
+    """Compare values, gradients, jvp, compiled and vmapped results of `function` with our operations and MLX's."""
 
     def results(f):
         yield f(*arrays)

@@ -1,4 +1,4 @@
-"""The server's page in a headless Chromium: it speaks, plays, shows its errors, on a phone and on a desk."""
+"""The server's page in a headless Chromium, at a phone's and a desktop's size: it speaks, plays, shows errors."""
 
 import os
 import shutil
@@ -54,7 +54,7 @@ def page(browser, address, request):
 
 
 def picture(page, name):
-    """A screenshot into the folder that CSM_SHOTS names, if it does."""
+    """Write a screenshot to the folder CSM_SHOTS, if set."""
     if folder := os.environ.get("CSM_SHOTS"):
         test = os.environ["PYTEST_CURRENT_TEST"].split("::")[1].split("[")[0]
         page.screenshot(path=Path(folder) / f"{test}-{name}.png", full_page=True)
@@ -139,7 +139,7 @@ def test_a_voice_of_ones_own(page, tmp_path):
 
 
 def say_turn(page, text):
-    """Say it in the conversation, and wait until it is over."""
+    """Speak a turn of the conversation, and wait until it ends."""
     n = page.locator("#talk li").count()
     page.fill("#line", text)
     page.click("#speak")

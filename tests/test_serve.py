@@ -1,4 +1,4 @@
-"""The speech server, live: OpenAI's own client and the requests of others, same speech as `generate`, load, faults."""
+"""The live speech server: OpenAI's client, other programs' requests, the same speech as `generate`, load, faults."""
 
 import asyncio
 import base64
@@ -38,7 +38,7 @@ SAID = CLIP.with_suffix(".txt").read_text().strip()
 
 @contextmanager
 def running(*arguments, env=None):
-    """A server of `tiny` on a free port -> its address and process; `process.log` holds what it wrote."""
+    """Start a server of `tiny` on a free port: (address, process); `process.log` holds its output."""
     command = [sys.executable, "-m", "csm_tools.serve", "--model", "tiny", "--port", "0", *map(str, arguments)]
     process = subprocess.Popen(command, cwd=HERE, stderr=subprocess.PIPE, text=True, env={**os.environ, **(env or {})})
     process.log = []
@@ -69,7 +69,7 @@ def client(address, key="none"):
 
 
 def speak(address, text=TEXT, key="none", **fields):
-    """The bytes that openai-python gets. Fields that it does not know go as extra ones."""
+    """The bytes that openai-python receives; unknown fields go into extra_body."""
     known = {k: fields.pop(k) for k in ("response_format", "speed", "voice") if k in fields}
     known = {"voice": "alloy", "response_format": "pcm"} | known
     return client(address, key).audio.speech.create(input=text, model="tts-1", extra_body=fields, **known).content
@@ -98,7 +98,7 @@ def decoded(data):
 
 
 def same(got, want):
-    """16-bit samples and those of `generate`: a difference of rounding at most, as pieces are decoded one by one."""
+    """Whether 16-bit samples equal those of `generate` but for rounding, because pieces are decoded one by one."""
     want = mimi.to_pcm16(want).astype(np.int32)
     return len(got) == len(want) and abs(got - want).max() <= 1
 
@@ -239,7 +239,7 @@ def test_speed_keeps_the_pitch(address):
 
 
 def test_requests_as_programs_send_them(address):
-    """Open WebUI, LiveKit, Pipecat and wyoming_openai, from their sources."""
+    """Requests of Open WebUI, LiveKit, Pipecat and wyoming_openai, taken from their sources."""
     url, headers = f"{address}/v1", {"Authorization": "Bearer sk-unused"}
     # Open WebUI: lists, without a key; then the whole body into a .mp3
     assert httpx.get(f"{url}/audio/models").json()["models"][0]["id"] == "tiny"
@@ -393,7 +393,7 @@ def test_a_full_server_says_so():
 
 
 def test_load_and_clients_that_leave(address):
-    """32 requests of 16 clients, as many again that are left half-way: those who stay hear what they hear alone."""
+    """16 clients make 32 requests, and abandon as many more: the completed ones equal `generate`."""
     texts = [f"{TEXT[:-1]}, number {i}?" for i in range(8)]
     alone = [speak(address, text, seed=i) for i, text in enumerate(texts)]
 
@@ -461,7 +461,7 @@ def refuses(address):
 
 
 def ask(app, body, send):
-    """One request to an application, without a network. send: gets what the application sends."""
+    """Make one request to an application without a network. send: receives the application's messages."""
     sent = iter([{"type": "http.request", "body": json.dumps(body).encode()}])
 
     async def receive():

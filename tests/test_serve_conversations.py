@@ -1,4 +1,4 @@
-"""What the server keeps: conversations, equal to the library's, and voices; files that know their length."""
+"""The server's stored conversations, equal to the library's, and voices; files that state their length."""
 
 import asyncio
 import base64
@@ -22,7 +22,7 @@ SOUND = base64.b64encode(CLIP.read_bytes()).decode()
 
 
 def during(tiny, scenario, voices=None, **arguments):
-    """Run scenario(client, engine) with an httpx client of an application, without a network."""
+    """Run scenario(client, engine) with an httpx client of the application, without a network."""
 
     async def run():
         engine = serve.Engine(csm.Generator(tiny.model, tiny.mimi, tiny.tokenizer, tiny.voices), 4, 4)

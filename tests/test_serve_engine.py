@@ -1,4 +1,4 @@
-"""The engine by hand: what is encoded between the frames of others, what is checked, who waits; the mark for many."""
+"""The engine, stepped by hand: encoding between others' frames, checks, waiting; the watermark for many."""
 
 import asyncio
 import json
@@ -36,7 +36,7 @@ def a_speech(text, context=(), voice="calm", seed=1, **fields):
 
 
 def all_said(engine, *speeches, steps=4000):
-    """Run the engine by hand until all have ended -> {Speech: its samples, or the exception that ended it}."""
+    """Step the engine until all have ended: {Speech: its samples, or the exception that ended it}."""
     said, ends, joining = {speech: [] for speech in speeches}, {}, list(speeches)
     for _ in range(steps):
         for speech, piece in engine.step(joining):
@@ -53,7 +53,7 @@ def all_said(engine, *speeches, steps=4000):
 
 
 def alike(x, y):
-    """Whether two sounds (S,) int16 are the same but for roundings: rows of a product may be summed differently."""
+    """Whether two sounds (S,) int16 are equal but for rounding: a product's rows may be summed differently."""
     return len(x) == len(y) and np.abs(x.astype(int) - y).max() <= 2
 
 
@@ -113,7 +113,7 @@ def test_a_first_part_that_leaves_no_room_is_not_the_voice_of_the_others(engine,
 
 
 def test_one_that_fails_alone_ends_alone(engine, tiny, monkeypatch):
-    """As where its numbers overflow: the batch lets it go, and the others speak on."""
+    """As if its numbers overflow: the batch drops it, and the others continue."""
     e, fails, stays = engine(), a_speech("Yes.", seed=1), a_speech("Yes.", seed=2)
     want = all_said(engine(), a_speech("Yes.", seed=2)).popitem()[1]
     own, raised = csm_batch.Batch.next, []
@@ -161,7 +161,7 @@ def test_what_listeners_have_yet_to_hear_makes_nobody_wait(engine):
 
 
 class Halved(watermark.Watermark):
-    """In place of the networks."""
+    """A stand-in for the networks."""
 
     def __init__(self):
         pass

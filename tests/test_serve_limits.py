@@ -1,4 +1,4 @@
-"""What strangers may do to the server: clips, connections, bodies, and a mark for many streams."""
+"""Limits against strangers: clips, connections, bodies, and the watermark of many streams."""
 
 import base64
 import io
@@ -23,7 +23,7 @@ from test_serve import CLIP, HERE, SAID, TEXT, running
 
 
 def encoded(audio, rate, container, codec, layout="mono", **options):
-    """Channels (C, samples) of int16 -> a file's bytes, by PyAV."""
+    """Encode channels (C, samples) int16 to a file's bytes with PyAV."""
     out = io.BytesIO()
     with av.open(out, "w", format=container, options=options) as file:
         track = file.add_stream(codec, rate=rate, layout=layout)

@@ -1,6 +1,6 @@
-"""The server under load: nothing grows, nobody hears another's voice, nothing is lost that was not said to be.
+"""The server under load: nothing grows, voices do not mix, and nothing is lost without an error.
 
-Each test takes as many minutes as CSM_LOAD_MINUTES says, half a minute by default. What was measured is printed:
+Each test takes CSM_LOAD_MINUTES minutes, by default half a minute, and prints its measurements:
 CSM_LOAD_MINUTES=20 pytest -s tests/test_serve_load.py
 """
 
@@ -40,7 +40,7 @@ VOICES = ["calm", "deep", "bright"]
 
 
 class Heart(threading.Thread):
-    """Notes when this process itself stood still, so that no server is blamed for it."""
+    """Records when this process itself stalled, so that the server is not blamed."""
 
     def __init__(self):
         super().__init__(daemon=True)
@@ -56,13 +56,13 @@ class Heart(threading.Thread):
             last = now
 
     def awake(self, start, end):
-        """Seconds between two times, without those stalls."""
+        """Seconds between two times, without the stalls."""
         lost = sum(max(0, min(end, b) - max(start, a)) for a, b in [*self.stalls])
         return max(0.0, end - start - lost)
 
 
 class Watch(threading.Thread):
-    """Notes memory, threads and descriptors of a process every second."""
+    """Records a process's memory, threads and descriptors every second."""
 
     def __init__(self, process):
         super().__init__(daemon=True)
@@ -96,7 +96,7 @@ class Watch(threading.Thread):
 
 
 def flat(found, most_mb=150):
-    """Whether nothing has grown from the second quarter to the last."""
+    """Whether nothing grew from the second quarter to the last."""
     (mb, mb_now, _), (threads, threads_now, _), (files, files_now, _) = found.values()
     return mb_now <= mb + most_mb and threads_now <= threads + 10 and files_now <= files + 40
 
@@ -106,7 +106,7 @@ def fine(got, want):
 
 
 def test_many_conversations_and_clients_that_leave(tiny):
-    """16 conversations of 8 turns at once; a third of the turns is left while it is said, and then said again."""
+    """16 conversations of 8 turns at once; a third of the turns is abandoned and then repeated."""
     want = {}  # by voice and turn
     for voice in VOICES:
         talk = tiny.conversation(voice=voice)
@@ -169,7 +169,7 @@ def test_many_conversations_and_clients_that_leave(tiny):
 
 
 def test_mixed_load_with_the_watermark(hub, tmp_path):  # noqa: F811
-    """Clips, half-open connections, clients that leave, sockets; and one who listens all the while."""
+    """Clips, half-open connections, clients that leave, sockets, and one client that listens throughout."""
     counts, gaps, over, heart = Counter(), [], threading.Event(), Heart()
     heart.start()
     clip = base64.b64encode(CLIP.read_bytes()).decode()
@@ -187,7 +187,7 @@ def test_mixed_load_with_the_watermark(hub, tmp_path):  # noqa: F811
                         return
 
         def listen():
-            """One long text after the other; the gaps between the pieces that come."""
+            """Listen to one long text after another; record the gaps between pieces."""
             with httpx.Client(timeout=900) as client:
                 while not over.is_set():
                     body = {"input": LONG, "voice": "deep", "response_format": "pcm", "model": "csm"}

@@ -1,4 +1,4 @@
-"""Fifty wrong uses of the server over HTTP: one clear error each, of one line, that names the field; and it goes on."""
+"""Fifty wrong requests over HTTP: each gets a one-line error that names the field, and the server continues."""
 
 import base64
 import io

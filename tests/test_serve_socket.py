@@ -1,4 +1,4 @@
-"""Text in pieces over the server's WebSockets: ElevenLabs' own client and plain messages, barge-in, conversations."""
+"""Text in pieces over WebSockets: ElevenLabs' client and plain messages, barge-in, conversations."""
 
 import base64
 import json
@@ -38,7 +38,7 @@ def send(ws, **fields):
 
 
 def receive(ws, until_final=True):
-    """Messages up to the last of a text, or of the connection."""
+    """Receive messages until a text's last, or until the connection ends."""
     out = []
     while not (out and until_final and (out[-1].get("isFinal") or out[-1].get("error"))):
         try:
@@ -53,7 +53,7 @@ def sound(messages):
 
 
 def said(tiny, texts, voice="calm", seed=1, speaker=0):
-    """What the server says of sentences, from the library, 16 bits; a quarter of a second between them."""
+    """The server's speech of sentences by the library, 16 bits, with a quarter of a second between them."""
     pause = np.zeros(6000, np.int32)
     parts = [tiny.generate(text, speaker, voice=voice, seed=seed + i) for i, text in enumerate(texts)]
     parts = [x for part in parts for x in (pause, mimi.to_pcm16(part).astype(np.int32))]
@@ -196,7 +196,7 @@ def test_texts_side_by_side_as_pipecat_sends_them(address, tiny):
 
 
 def test_livekits_messages(address, tiny):
-    """Each sentence is flushed, the text closed; the rest is said before isFinal."""
+    """Each sentence is flushed, then the text is closed; the rest is spoken before isFinal."""
     with socket(address, f"{PCM}&seed=1&sync_alignment=true", path="multi-stream-input") as ws:
         send(ws, text=" ", voice_settings={}, context_id="x", generation_config={"chunk_length_schedule": [50]})
         for text in SENTENCES[:2]:

@@ -1,4 +1,4 @@
-"""The picture of a run shows what happened in it, legibly."""
+"""The picture of a run is correct and legible."""
 
 import io
 import re
@@ -34,7 +34,7 @@ def run(generator):
 
 
 def test_rows(generator, run):
-    """Those of the context, of the text, and the frames that `generate` gives."""
+    """The rows of the context and the text, and the frames of `generate`."""
     segment = csm.Segment(1, "how are you ?", clip(0.5))
     codes = generator.generate_codes("i am fine .", 0, [segment], seed=3, max_audio_length_ms=480)
     rows = [generator.segment_rows(segment), generator.text_rows("i am fine .", 0)]
@@ -45,7 +45,7 @@ def test_rows(generator, run):
 
 
 def test_entropy(generator, run):
-    """Against the run step by step, with its caches."""
+    """Equals that of the run step by step, with its caches."""
     model, T, K, n = generator.model, run.n_prompt, 8, generator.mimi.config.codebook_size
     cache, bits = csm.KVCache(model.config.backbone), []
 
@@ -68,7 +68,7 @@ def test_entropy(generator, run):
 
 
 def test_attention(generator, run):
-    """The first layer's, from its projections, with RoPE as rotations of complex numbers."""
+    """The first layer's equals its projections' with RoPE as rotations of complex numbers."""
     c, layer = generator.model.config.backbone, generator.model.backbone.layers[0]
     rows = mx.array(run.rows[None, :-1])
     x = layer.input_layernorm(generator.model.embed(rows))[0]
@@ -136,7 +136,7 @@ def test_panels(generator, run):
 
 @pytest.mark.parametrize("kind", ["short", "clip", "long", "cut", "24 of 32 codebooks"])
 def test_legible(tiny, kind, tmp_path):
-    """At 1200 pixels no text is cut, none lies on another."""
+    """At 1200 pixels no text is cut off or overlaps."""
     if kind == "24 of 32 codebooks":
         tiny = csm.load(write_model(tmp_path, "k32"), codebooks=24)
         run = show.observe(tiny, "hello there , how are you ?", seed=1, max_audio_length_ms=1200)
@@ -167,7 +167,7 @@ def test_legible(tiny, kind, tmp_path):
 
 
 def test_letters(tiny):
-    """What each row of text stands for, below the rows and beside the attention."""
+    """Each text row's letters, below the rows and beside the attention."""
     run = show.observe(tiny, SHORT, seed=1)
     fig = show.draw(run, tiny)
     below = [t.get_text() for t in fig.axes[0].get_xticklabels()]
@@ -178,7 +178,7 @@ def test_letters(tiny):
 
 
 def test_pieces(generator):
-    """Of tokenizer.json too; a number in place of letters that the font may lack."""
+    """Also of tokenizer.json; a number replaces letters that the font may lack."""
     ids = generator.tokenizer.encode("[0]hello 你")
     names = show.pieces(generator.tokenizer, ids)
     assert names[1:5] == ["[", "0", "]", "hello"] and str(ids[-2]) in names
@@ -186,7 +186,7 @@ def test_pieces(generator):
 
 @pytest.mark.parametrize("kind", ["protan", "deutan", "tritan"])
 def test_colours(kind):
-    """The kinds of cells differ to the colour-blind (Machado et al. 2009, severity 1)."""
+    """The colour-blind can tell the kinds of cells apart (Machado et al. 2009, severity 1)."""
     matrix = {
         "protan": [[0.152286, 1.052583, -0.204868], [0.114503, 0.786281, 0.099216], [-0.003882, -0.048116, 1.051998]],
         "deutan": [[0.367322, 0.860646, -0.227968], [0.280085, 0.672501, 0.047413], [-0.011820, 0.042940, 0.968881]],

@@ -63,7 +63,7 @@ def check_clip(samples, text=None, shortest=SHORTEST):
             said = f"{len(text.strip())} letters of text for {seconds:.1f} s of sound"
             warnings.append(f"{said}: is the text all that the clip says, and no more?")
     if shortest and not SHORT <= seconds <= LONG:
-        warnings.append(f"the clip has {seconds:.1f} s of sound: 3 to 12 s give the voice best")
+        warnings.append(f"the clip has {seconds:.1f} s of sound: 3 to 12 s work best")
     return warnings
 
 

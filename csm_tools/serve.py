@@ -47,10 +47,8 @@ try:
     from csm_tools.serve_socket import Sockets
     from csm_tools.serve_voices import Voices
 except ImportError as e:
-    print(
-        f"csm-serve needs its extra [serve]: pip install starlette uvicorn websockets av pydantic ({e})",
-        file=sys.stderr,
-    )
+    packages = "starlette uvicorn websockets av pydantic"
+    print(f"csm-serve needs csm-speech's extra [serve], or: pip install {packages} ({e})", file=sys.stderr)
     sys.exit(2)
 
 LARGEST = 16 * 2**20  # bytes of a request

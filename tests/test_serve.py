@@ -373,7 +373,7 @@ def test_a_command_that_cannot_start(tmp_path):
     assert "calm" in fails("--port", 0, "--model", "tiny", "--default-voice", "nobody")
     hidden = "import sys; sys.modules['av'] = None; import csm_tools.serve"
     done = subprocess.run([sys.executable, "-c", hidden], cwd=HERE, capture_output=True, text=True)
-    assert done.returncode == 2 and "pip install" in done.stderr and len(done.stderr.splitlines()) == 1
+    assert done.returncode == 2 and "csm-speech's extra [serve]" in done.stderr and len(done.stderr.splitlines()) == 1
     assert "--max-batch" in fails("--port", 0, "--model", "tiny", "--max-batch", 0)
 
 

@@ -522,7 +522,8 @@ def fast_next_frame(model, h, draw, n):
             if COMPILED[key]:
                 return COMPILED[key](weights, *arrays)
         except RuntimeError as e:
-            log.warning("going on without mx.compile, which fails here: %s", e)
+            reason = " ".join(str(e).split())
+            log.warning("going on without mx.compile, which fails here: %s", reason)
             COMPILED[key] = None
         except BaseException:  # Ctrl-C breaks the trace: set it aside, but never free it
             COMPILED[key, len(COMPILED)] = COMPILED.pop(key, None)

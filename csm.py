@@ -1148,6 +1148,9 @@ def main(argv=None):
         where = "csm_tools/speak.py, which is not beside csm.py"
         p.error(f"{others[0]} is not an option of csm.py alone: more options are in {where}")
     try:
+        clip, out = Path(args.voice or ""), Path(args.out)
+        if clip.is_file() and out.exists() and out.samefile(clip):
+            raise ValueError(f"{out} would be overwritten, and is read: give another OUT")
         with mimi.audio_file(args.out) as write:  # OUT is checked before the model is loaded
             text, generator = read_text(args.text), load(args.model)
             seed, start = secrets.randbits(32) if args.seed is None else args.seed, time.time()

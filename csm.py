@@ -572,6 +572,7 @@ class Tokenizer:
 
     def __init__(self, path):
         self.path = Path(path)
+        mimi.check_file(path)
         try:
             if self.path.suffix == ".json":
                 import tokenizers

@@ -56,6 +56,7 @@ class Voices:
 
     def read(self, path):
         """A clip with its transcript beside it -> Segment."""
+        codec.check_file(path)
         if not path.with_suffix(".txt").is_file():
             if transcribe.package() is None:
                 raise ValueError(f"it needs its transcript beside it, {path.stem}.txt; {transcribe.GET_IT}")

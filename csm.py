@@ -868,11 +868,12 @@ class Generator:
 
     def check_length(self, n):
         """Raise ValueError if a prompt of n rows leaves no room for speech."""
-        limit, seconds = self.max_positions, self.max_positions / self.mimi.config.frame_rate
+        limit, rate = self.max_positions, self.mimi.config.frame_rate
         if n >= limit:
             raise ValueError(
-                f"the prompt takes {n} positions, and the model has {limit}: {seconds:.0f} s of "
-                "sound; shorten context or text (a long text: python -m csm_tools.narrate)"
+                f"the prompt takes as much room as {n / rate:.0f} s of sound, and the model has "
+                f"{limit / rate:.0f} s ({n} positions of {limit}); shorten context or text "
+                "(a long text: python -m csm_tools.narrate)"
             )
 
     def context_cache(self, rows):

@@ -76,8 +76,8 @@ class Voices:
         g = self.generator
         n = -(-len(audio) // g.mimi.frame_size) + 1 + len(g.text_rows(text, 0))
         if n > g.max_positions * 3 // 4:
-            seconds = g.max_positions / g.mimi.config.frame_rate
-            raise ValueError(f"it takes {n} of the model's {g.max_positions} positions ({seconds:.0f} s of sound)")
+            room, has = (x / g.mimi.config.frame_rate for x in (n, g.max_positions))
+            raise ValueError(f"it takes as much room as {room:.0f} s of sound, and the model has {has:.0f} s")
         for doubt in (note, *doubts):
             if doubt:
                 log.warning("voice: %s", doubt)

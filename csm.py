@@ -522,7 +522,8 @@ def fast_next_frame(model, h, draw, n):
             if COMPILED[key]:
                 return COMPILED[key](weights, *arrays)
         except RuntimeError as e:
-            log.warning("going on without mx.compile, which fails here: %s", e)
+            reason = " ".join(str(e).split())
+            log.warning("going on without mx.compile, which fails here: %s", reason)
             COMPILED[key] = None
         except BaseException:  # Ctrl-C breaks the trace: set it aside, but never free it
             COMPILED[key, len(COMPILED)] = COMPILED.pop(key, None)
@@ -571,6 +572,7 @@ class Tokenizer:
 
     def __init__(self, path):
         self.path = Path(path)
+        mimi.check_file(path)
         try:
             if self.path.suffix == ".json":
                 import tokenizers
@@ -866,11 +868,12 @@ class Generator:
 
     def check_length(self, n):
         """Raise ValueError if a prompt of n rows leaves no room for speech."""
-        limit, seconds = self.max_positions, self.max_positions / self.mimi.config.frame_rate
+        limit, rate = self.max_positions, self.mimi.config.frame_rate
         if n >= limit:
             raise ValueError(
-                f"the prompt takes {n} positions, and the model has {limit}: {seconds:.0f} s of "
-                "sound; shorten context or text (a long text: python -m csm_tools.narrate)"
+                f"the prompt takes as much room as {n / rate:.0f} s of sound, and the model has "
+                f"{limit / rate:.0f} s ({n} positions of {limit}); shorten context or text "
+                "(a long text: python -m csm_tools.narrate)"
             )
 
     def context_cache(self, rows):
@@ -1147,6 +1150,9 @@ def main(argv=None):
         where = "csm_tools/speak.py, which is not beside csm.py"
         p.error(f"{others[0]} is not an option of csm.py alone: more options are in {where}")
     try:
+        clip, out = Path(args.voice or ""), Path(args.out)
+        if clip.is_file() and out.exists() and out.samefile(clip):
+            raise ValueError(f"{out} would be overwritten, and is read: give another OUT")
         with mimi.audio_file(args.out) as write:  # OUT is checked before the model is loaded
             text, generator = read_text(args.text), load(args.model)
             seed, start = secrets.randbits(32) if args.seed is None else args.seed, time.time()

@@ -450,10 +450,18 @@ def load_weights(model, weights):
     model.load_weights(list(weights.items()), strict=False)
 
 
-def read_weights(path):
-    """A .safetensors file -> {name: array}, read lazily; metadata."""
+def check_file(path):
+    """Raise ValueError if there is no such file, or Git LFS's pointer in its place."""
     if not Path(path).is_file():
         raise ValueError(f"no such file: {path}")
+    with open(path, "rb") as file:
+        if file.read(23) == b"version https://git-lfs":
+            raise ValueError(f"{path} is a Git LFS pointer, not the file: git lfs pull")
+
+
+def read_weights(path):
+    """A .safetensors file -> {name: array}, read lazily; metadata."""
+    check_file(path)
     try:
         return mx.load(str(path), format="safetensors", return_metadata=True)
     except RuntimeError:
@@ -502,9 +510,7 @@ def read_audio(path: str | Path, sample_rate: int = 24_000) -> np.ndarray:
     import soundfile
     import soxr
 
-    path = Path(path)
-    if not path.is_file():
-        raise ValueError(f"no such file: {path}")
+    check_file(path)
     blocks = []  # a header may claim any length
     try:
         with soundfile.SoundFile(path) as file:

@@ -13,7 +13,8 @@ def problem():
     mlx = importlib.util.find_spec("mlx")
     folders = mlx.submodule_search_locations if mlx else []
     if folders and not any(file for folder in folders for file in Path(folder).glob("lib/libmlx.*")):
-        return "MLX has no backend here. Run: pip install mlx-cpu, or for an NVIDIA GPU: pip install mlx-cuda-13"
+        extras = "csm-speech with its extra [cpu], or for an NVIDIA GPU [cuda13]"
+        return f"MLX has no backend here. Install {extras}, or run: pip install mlx-cpu (mlx-cuda-13)"
     return None
 
 

@@ -179,6 +179,7 @@ def read_weights(path):
     """A .safetensors or .pt file, or an index of shards -> {name: array}, read lazily; metadata."""
     path = Path(path)
     if path.suffix in (".pt", ".pth", ".ckpt"):
+        mimi.check_file(path)
         return csm_layouts.read_pt(path), {}
     if path.suffix == ".json":
         return read_shards(path), {}

@@ -20,10 +20,11 @@ import tempfile
 from pathlib import Path
 from typing import NamedTuple
 
-import mlx.core as mx
-import numpy as np
-
+import mimi  # before mlx
 from csm_layouts import numbers, reorder, reorder_csm
+
+import mlx.core as mx  # isort: skip
+import numpy as np
 
 # ---- tables -----------------------------------------------------------------------------------------------------
 # fmt: off
@@ -189,11 +190,10 @@ def read_header(data):
 
 def open_file(path):
     """read_header of a memory-mapped file. Raises ValueError."""
+    mimi.check_file(path)
     try:
         with open(path, "rb") as file:
             return read_header(memoryview(mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)))
-    except FileNotFoundError:
-        raise ValueError(f"no such file: {path}") from None
     except (ValueError, OSError, KeyError, TypeError, ArithmeticError) as error:
         raise ValueError(f"cannot read {path} as GGUF: {error}") from None
 

@@ -47,10 +47,8 @@ try:
     from csm_tools.serve_socket import Sockets
     from csm_tools.serve_voices import Voices
 except ImportError as e:
-    print(
-        f"csm-serve needs its extra [serve]: pip install starlette uvicorn websockets av pydantic ({e})",
-        file=sys.stderr,
-    )
+    packages = "starlette uvicorn websockets av pydantic"
+    print(f"csm-serve needs csm-speech's extra [serve], or: pip install {packages} ({e})", file=sys.stderr)
     sys.exit(2)
 
 LARGEST = 16 * 2**20  # bytes of a request
@@ -259,7 +257,7 @@ def make_app(engine, args, address, mark=None, voices=None):
         return JSONResponse(model if asked else {"object": "list", "data": [model]})
 
     def list_voices(request):
-        known = [{"id": voice, "name": voice} for voice in (*voices.names(), "none")]
+        known = [{"id": voice, "name": voice} for voice in voices.names()]
         return JSONResponse({"object": "list", "data": known, "voices": known})
 
     async def add_voice(request):
@@ -388,13 +386,19 @@ def shown_name(model):
 # ------------------------------------------------------------------------------------------------------ command
 
 
+def default_voice(args, generator):
+    """A voice's name, or None: see Voices. Fine-tuning puts no voice before a text, so what it made gets none here."""
+    tuned = args.adapter or (args.model != "tiny" and not generator.model.config.use_default_voice_prompt)
+    return "none" if tuned and args.default_voice is None else args.default_voice
+
+
 def serve(args):
     if args.max_batch < 1 or args.max_waiting < 0 or not 0 <= args.port < 2**16:
         raise ValueError("--max-batch is 1 or more, --max-waiting 0 or more, --port 0 to 65535")
     logging.basicConfig(format="%(asctime)s %(message)s")
     mark = command.watermark() if args.watermark else None
     generator = command.load_for(args, fallback=False)
-    voices = Voices(generator, args.voices)
+    voices = Voices(generator, args.voices, default_voice(args, generator))
     engine = Engine(generator, args.max_batch, args.max_waiting)
     engine.warm_up()
     if mark:  # so that its arrays are there for other threads
@@ -415,6 +419,8 @@ def main(argv=None):
     p.add_argument("--port", type=int, default=8000, help="0: any that is free (default 8000)")
     p.add_argument("--api-key", default=os.environ.get("CSM_API_KEY"), help="asked of clients (default: $CSM_API_KEY)")
     p.add_argument("--voices", metavar="DIR", help="voices: name.wav with name.txt beside it; clients may add more")
+    what = "for requests that name none, or one of OpenAI's names (default: the model's own; none if it was fine-tuned)"
+    p.add_argument("--default-voice", metavar="NAME", help=what)
     p.add_argument("--cors", metavar="ORIGIN", action="append", default=[], help="let its pages ask; repeatable")
     p.add_argument("--max-batch", type=int, default=16, metavar="N", help="requests spoken at once (default 16)")
     p.add_argument("--max-waiting", type=int, default=64, metavar="N", help="that wait beyond those (default 64)")

@@ -287,7 +287,8 @@ def read_request(body, voices, generator, longest):
     speakers = {turn.speaker for turn in (*clips, *r.context)}
     if context and r.speaker not in speakers:
         warnings.append(f"no clip is of speaker {r.speaker}, who has the voice of another or none")
-    return r, Speech(parts, r.speaker, known.get(r.voice), context, r.seed, sampling), warnings, heard
+    voice = voices.default if r.voice is None else known[r.voice]
+    return r, Speech(parts, r.speaker, voice, context, r.seed, sampling), warnings, heard
 
 
 def read_form(content_type, body):

@@ -25,14 +25,26 @@ log = logging.getLogger("csm.serve")
 class Voices:
     """All the voices that a request may name. Values are a Speech's `voice`: a model's preset, "none" or a Segment."""
 
-    def __init__(self, generator, folder=None):
-        """Raises ValueError if the folder has no clip that can be used; what is wrong with others is logged."""
+    def __init__(self, generator, folder=None, default=None):
+        """default: the name of the voice for requests that name none, or one of OpenAI's names; None: see `table`.
+
+        Raises ValueError if there is no such voice, or if the folder has no clip that can be used; what is wrong with
+        others is logged.
+        """
         self.generator, self.folder = generator, folder and Path(folder)
         self.presets, self.kept, self.lock = sorted(generator.voices), {}, threading.Lock()
-        if not folder:
-            return
+        if folder:
+            self.read_folder()
+        self.default = None  # a Speech's `voice`
+        if default is not None:
+            known = self.own()
+            if default not in known:
+                raise ValueError(f"unknown --default-voice {default!r}; there are: {', '.join(sorted(known))}")
+            self.default = known[default]
+
+    def read_folder(self):
         if not self.folder.is_dir():
-            raise ValueError(f"{folder} is no folder of clips")
+            raise ValueError(f"{self.folder} is no folder of clips")
         clips = sorted(f for f in self.folder.iterdir() if f.suffix.lower() in SUFFIXES)
         for clip in clips:
             try:
@@ -40,10 +52,11 @@ class Voices:
             except (ValueError, OSError) as e:
                 log.warning("%s is no voice: %s", clip.name, e)
         if clips and not self.kept:
-            raise ValueError(f"{folder} holds no clips (name.wav) with their transcripts (name.txt)")
+            raise ValueError(f"{self.folder} holds no clips (name.wav) with their transcripts (name.txt)")
 
     def read(self, path):
         """A clip with its transcript beside it -> Segment."""
+        codec.check_file(path)
         if not path.with_suffix(".txt").is_file():
             if transcribe.package() is None:
                 raise ValueError(f"it needs its transcript beside it, {path.stem}.txt; {transcribe.GET_IT}")
@@ -63,22 +76,30 @@ class Voices:
         g = self.generator
         n = -(-len(audio) // g.mimi.frame_size) + 1 + len(g.text_rows(text, 0))
         if n > g.max_positions * 3 // 4:
-            seconds = g.max_positions / g.mimi.config.frame_rate
-            raise ValueError(f"it takes {n} of the model's {g.max_positions} positions ({seconds:.0f} s of sound)")
+            room, has = (x / g.mimi.config.frame_rate for x in (n, g.max_positions))
+            raise ValueError(f"it takes as much room as {room:.0f} s of sound, and the model has {has:.0f} s")
         for doubt in (note, *doubts):
             if doubt:
                 log.warning("voice: %s", doubt)
         return csm.Segment(0, text, audio)
 
+    def own(self):
+        """`table` without OpenAI's names."""
+        return {name: name for name in (*self.presets, "none")} | self.kept
+
     def names(self):
-        """Those that speak as somebody."""
-        return sorted({*self.presets, *self.kept})
+        """Those of `own`, the default first and "none" last if it is not that."""
+        return sorted(known := self.own(), key=lambda name: (known[name] != self.default, name == "none", name))
 
     def table(self):
-        """{name: a Speech's `voice`}. OpenAI's names are the model's own voices in turn, whatever the folder holds."""
-        own = self.presets or ["none"]
-        voices = {name: own[i % len(own)] for i, name in enumerate(OPENAI_VOICES)}
-        return voices | {name: name for name in (*self.presets, "none")} | self.kept
+        """{name: a Speech's `voice`}.
+
+        OpenAI's names are the default, or without one the model's own voices in turn, whatever the folder holds.
+        """
+        voices = self.presets or ["none"]
+        if self.default is not None:
+            voices = [self.default]
+        return {name: voices[i % len(voices)] for i, name in enumerate(OPENAI_VOICES)} | self.own()
 
     def add(self, name, data, text, hear):
         """Keep a clip, the bytes of an audio file, under a name -> its transcript. Raises ValueError.

@@ -264,7 +264,8 @@ if WANTED and ON_CPU:
     if not products and LATE:
         log.warning("MLX stays slow on this CPU (%s): import mlx_cpu, or csm, before mlx", source.failure)
     elif not products and not BLAS:
-        log.warning("MLX stays slow on this CPU (%s): install a C compiler, or mkl", source.failure)
+        cure = "let XDG_CACHE_HOME be a folder to load libraries from" if source.compiler else "install a C compiler"
+        log.warning("MLX stays slow on this CPU (%s): %s, or install mkl", source.failure, cure)
     elif "libmlx" in BLAS[-1]:
         log.warning("MLX stays slow with many rows on this CPU: install scipy-openblas32 or mkl")
 

@@ -319,3 +319,21 @@ def test_long_beside_short_up_to_the_limit(generator):
         alone = generator.generate(text, 0, context, max_audio_length_ms=8_000, seed=1 + i)
         assert alone.shape == said[i].shape and mx.abs(alone - said[i]).max() < 1e-4
     assert len(said[0]) < len(said[1]) == 100 * 1920
+
+
+def test_where_nothing_can_be_compiled(generator, monkeypatch, caplog):
+    """MLX's message may hold all that a compiler says: the model goes on as it is, and says why in one line."""
+    options = {"seed": 1, "max_audio_length_ms": 400, "voice": "none"}
+    monkeypatch.setenv("CSM_COMPILE", "0")
+    expected = generator.generate_codes("hello", **options)
+
+    def fails(*arrays):
+        raise RuntimeError('[Compile::eval_cpu] Failed to compile: "g++ x.cpp" 2>&1\ncompilation terminated.\n')
+
+    monkeypatch.setenv("CSM_COMPILE", "1")
+    monkeypatch.setattr(csm, "COMPILED", {})
+    monkeypatch.setattr(mx, "compile", lambda function: fails)
+    for _ in range(2):
+        np.testing.assert_array_equal(generator.generate_codes("hello", **options), expected)
+    (line,) = [r.getMessage() for r in caplog.records if "cut off" not in r.getMessage()]
+    assert "without mx.compile" in line and "2>&1 compilation terminated." in line and "\n" not in line

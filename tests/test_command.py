@@ -183,7 +183,7 @@ def bad_inputs(d):
         ([], ref("text.wav"), "not an audio file"),
         ([], ref("nan.wav"), "NaN"),
         ([], ref("nothing.wav"), "no sound"),
-        ([], ref("long.wav"), "positions, and the model has 512"),
+        ([], ref("long.wav"), "positions of 512"),
         ([], ["--ref-audio", d / "ok.wav"], "transcript"),
         ([], ["--ref-text", "hello"], "--ref-audio"),
         ([], ["--ref-audio", "", "--ref-text", "hello"], "--ref-audio is empty"),

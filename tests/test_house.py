@@ -171,6 +171,15 @@ def test_mistakes_at_a_copy_alone_end_in_one_line(copy, tmp_path, capfd, monkeyp
         assert error.value.code == 2 and message in err and err.count("\n") == 1, (args, err)
         assert not args or err.startswith("csm.py: error: ")
     assert list(Path().iterdir()) == []
+    Path("me.wav").write_bytes((HERE / "tiny/prompts/calm.wav").read_bytes())
+    Path("me.txt").write_text("what I say")
+    os.link("me.wav", "too.wav")
+    for out in ("me.wav", "too.wav"):  # the clip itself
+        with pytest.raises(SystemExit) as error:
+            csm.main(["hello", out, "--model", "tiny", "--voice", "me.wav"])
+        err = capfd.readouterr().err
+        assert error.value.code == 2 and f"{out} would be overwritten, and is read" in err and err.count("\n") == 1
+    assert Path("me.wav").read_bytes() == (HERE / "tiny/prompts/calm.wav").read_bytes()
 
 
 def test_a_users_own_files_are_never_executed(tmp_path):

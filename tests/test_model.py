@@ -545,7 +545,7 @@ def test_voice_match_continues_the_clip_and_keeps_the_turns(generator, monkeypat
 
 def test_too_long_a_prompt_says_how_long(generator):
     n = len(generator.segment_rows(csm.Segment(0, "hello", clip(41)))) + len(generator.text_rows("yes", 0))
-    with pytest.raises(ValueError, match=rf"{n} positions, and the model has 512"):
+    with pytest.raises(ValueError, match=rf"{n / 12.5:.0f} s of sound, and the model has 41 s .{n} positions of 512"):
         generator.generate("yes", 0, [csm.Segment(0, "hello", clip(41))])
     almost = generator.generate_codes("yes", 0, [csm.Segment(0, "hello", clip(39))], seed=0)
     assert 1 <= len(almost) <= 512 - 490  # what room there is

@@ -346,6 +346,17 @@ def test_bodies_that_are_no_requests(address):
     assert speak(address)
 
 
+def test_what_was_fine_tuned_speaks_without_a_voice(generator, tiny):
+    def default(generator, model, **options):
+        return serve.default_voice(
+            Namespace(**{"model": model, "adapter": None, "default_voice": None} | options), generator
+        )
+
+    assert default(generator, "a/folder") is default(tiny, "tiny") is default(generator, "csm-1b") is None
+    assert default(tiny, "a/fused/tiny") == default(generator, "csm-1b", adapter=[("run", 1.0)]) == "none"
+    assert default(tiny, "a/fused/tiny", default_voice="calm") == "calm"
+
+
 def test_a_command_that_cannot_start(tmp_path):
     def fails(*arguments):
         command = [sys.executable, "-m", "csm_tools.serve", *map(str, arguments)]
@@ -359,9 +370,10 @@ def test_a_command_that_cannot_start(tmp_path):
     assert "no such model" in fails("--port", 0, "--model", tmp_path / "none")
     (tmp_path / "mute.wav").write_bytes(b"no sound")
     assert "transcripts" in fails("--port", 0, "--model", "tiny", "--voices", tmp_path)
+    assert "calm" in fails("--port", 0, "--model", "tiny", "--default-voice", "nobody")
     hidden = "import sys; sys.modules['av'] = None; import csm_tools.serve"
     done = subprocess.run([sys.executable, "-c", hidden], cwd=HERE, capture_output=True, text=True)
-    assert done.returncode == 2 and "pip install" in done.stderr and len(done.stderr.splitlines()) == 1
+    assert done.returncode == 2 and "csm-speech's extra [serve]" in done.stderr and len(done.stderr.splitlines()) == 1
     assert "--max-batch" in fails("--port", 0, "--model", "tiny", "--max-batch", 0)
 
 

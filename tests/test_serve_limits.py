@@ -129,9 +129,9 @@ def test_base64_as_people_send_it():
 # ------------------------------------------------------------------------------------------------------ requests
 
 
-def read(tiny, **fields):
+def read(tiny, voices=None, **fields):
     body = {"input": TEXT, "voice": "calm"} | fields
-    return serve_requests.read_request(json.dumps(body).encode(), serve_voices.Voices(tiny), tiny, 4096)
+    return serve_requests.read_request(json.dumps(body).encode(), voices or serve_voices.Voices(tiny), tiny, 4096)
 
 
 def clip_fields(n=1, seconds=None):
@@ -176,6 +176,28 @@ def test_alloy_is_who_it_was_whatever_the_folder_holds(tiny, tmp_path):
     voices = serve_voices.Voices(tiny, tmp_path)
     assert voices.table()["alloy"] == before == "bright" and isinstance(voices.table()["nova"], csm.Segment)
     assert "aaa" in voices.names() and "alloy" not in voices.names()
+
+
+def test_the_default_voice(tiny, tmp_path):
+    """Of requests that name no voice or one of OpenAI's; other names stay what they are."""
+    for name in ("mine", "nova"):
+        (tmp_path / f"{name}.wav").write_bytes(CLIP.read_bytes())
+        (tmp_path / f"{name}.txt").write_text(SAID)
+    context = [{"speaker": 0, "voice": "echo"}]
+    for default in ("deep", "none", "mine"):
+        voices = serve_voices.Voices(tiny, tmp_path, default)
+        expected = voices.kept.get(default, default)
+        for voice in (None, "", "alloy", "fable"):
+            assert read(tiny, voices, voice=voice)[1].voice == expected
+        assert read(tiny, voices, context=context)[1].context == [(expected, 0)]
+        assert read(tiny, voices, voice="bright")[1].voice == "bright" and read(tiny, voices)[1].voice == "calm"
+        assert read(tiny, voices, voice="nova")[1].voice == voices.kept["nova"]
+        assert voices.names()[0] == default and sorted(voices.names()) == "bright calm deep mine none nova".split()
+    voices.remove("mine")
+    assert read(tiny, voices, voice="alloy")[1].voice == expected and "mine" not in voices.names()
+    for wrong in ("nobody", "", "alloy"):
+        with pytest.raises(ValueError, match="there are: bright, calm, deep, none, nova"):
+            serve_voices.Voices(tiny, tmp_path, wrong)
 
 
 def test_a_folder_of_voices_is_checked_at_the_start(tiny, tmp_path, caplog):

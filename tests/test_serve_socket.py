@@ -3,11 +3,13 @@
 import base64
 import json
 
-import numpy as np
 import pytest
 
 import csm  # before mlx
 import mimi
+
+import mlx.core as mx  # isort: skip
+import numpy as np
 
 pytest.importorskip("csm_tools.serve")
 httpx, elevenlabs = (pytest.importorskip(name) for name in ("httpx", "elevenlabs.client"))
@@ -115,6 +117,26 @@ def test_a_text_in_pieces_is_said_as_the_library_says_it(address, tiny):
     ends = [t["charStartTimesMs"][-1] + t["charDurationsMs"][-1] for t in times]
     lengths = [tiny.generate(text, voice="calm", seed=1 + i).size / 24 for i, text in enumerate(SENTENCES)]
     assert ends == [round(n) for n in lengths]
+
+
+def test_an_adapter_speaks_without_a_voice(tmp_path, tiny):
+    """OpenAI's names are nobody then, as training put nobody before a text; and whoever --default-voice says."""
+    parts = {"lora_a": mx.zeros((256, 1)), "lora_b": mx.zeros((1, 515))}
+    mx.save_safetensors(
+        str(tmp_path / "adapters.safetensors"), {f"codebook0_head.{name}": w for name, w in parts.items()}
+    )
+    (tmp_path / "adapter_config.json").write_text('{"rank": 1, "alpha": 1}')
+    for options, voice in (([], "none"), (["--default-voice", "deep"], "deep")):
+        with running("--adapter", tmp_path, *options) as (address, _):
+            with socket(address, f"{PCM}&seed=1", voice="alloy") as ws:
+                send(ws, text=SENTENCES[0])
+                send(ws, text="")
+                got = samples(sound(receive(ws)))
+            body = {"input": SENTENCES[0], "voice": "echo", "seed": 1, "response_format": "pcm"}
+            answer = httpx.post(f"{address}/v1/audio/speech", json=body, timeout=60)
+            known = httpx.get(f"{address}/v1/audio/voices").json()["voices"]
+        assert alike(got, said(tiny, SENTENCES[:1], voice)) and alike(samples(answer.content), got)
+        assert known[0]["id"] == voice
 
 
 def test_the_first_sentence_is_heard_before_the_second_is_written(address):

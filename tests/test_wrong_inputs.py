@@ -128,9 +128,12 @@ def bytes_as_clip(name, data):
     return lambda here: content(name, data)(here) and item(audio_path=name)(here)
 
 
+POINTER = b"version https://git-lfs.github.com/spec/v1\noid sha256:4d7a\nsize 12345\n"
+LFS = "is a Git LFS pointer, not the file: git lfs pull"
 HOLE = np.where(np.arange(24000) == 9000, np.nan, clip(1.0))
 CLIPS = {
     "no sound": (bytes_as_clip("x.wav", b"not a sound"), "x.wav"),
+    "a pointer of Git LFS": (bytes_as_clip("x.wav", POINTER), f"x.wav {LFS}"),
     "an empty clip": (bytes_as_clip("x.flac", b""), "x.flac"),
     "a clip of no samples": (sound("x.wav", np.zeros(0)), "x.wav"),
     "a silent clip": (sound("x.wav", np.zeros(24000)), "x.wav: the clip is silent throughout"),
@@ -243,9 +246,14 @@ CHECKPOINTS = {
     "an empty file": (file("model.safetensors", b""), "model.safetensors"),
     "a header of 8 EB": (file("model.safetensors", b"\xff" * 7 + b"\x7f{}"), "model.safetensors"),
     "a page of HTML": (file("model.safetensors", "<html>Sign in</html>" * 9), "model.safetensors"),
-    "a pointer of Git LFS": (
-        file("model.safetensors", "version https://git-lfs.github.com/spec/v1\noid sha256:1\nsize 9\n"),
-        "model.safetensors",
+    "a pointer to the weights": (file("model.safetensors", POINTER), f"model.safetensors {LFS}"),
+    "a pointer to the codec": (file("mimi.safetensors", POINTER), f"mimi.safetensors {LFS}"),
+    "a pointer to the tokenizer": (file("tokenizer.json", POINTER), f"tokenizer.json {LFS}"),
+    "a .pt that is a pointer": (only("ckpt.pt", POINTER), f"ckpt.pt {LFS}"),
+    "a .gguf that is a pointer": (only("q.gguf", POINTER), f"q.gguf {LFS}"),
+    "a pointer to a shard": (
+        lambda model: sharded(lambda placed: placed)(model) or (model / "x-1.safetensors").write_bytes(POINTER),
+        f"x-1.safetensors {LFS}",
     ),
     "a tensor that is missing": (tensors(without("decoder.norm")), "missing decoder.norm.weight"),
     "a tensor too many": (tensors(lambda w: w | {"more": mx.zeros(1)}), "unexpected more"),

@@ -7,6 +7,7 @@
 #include <sched.h>
 #include <stdatomic.h>
 #include <stddef.h>
+#include <stdlib.h>
 #include <string.h>
 #include <sys/mman.h>
 #include <unistd.h>
@@ -84,6 +85,7 @@ typedef struct job {
   int ta, tb, m, n, k, lda, ldb, ldc, step; // a part computes `step` of the m rows or n columns
   float alpha, beta, *c;
   const float *a, *b;
+  float *packed;
   ptrdiff_t down, right; // C's number (i, j) is c[i * down + j * right]
 } job;
 
@@ -153,6 +155,83 @@ static void few_rows(const void *a_job, int part) { // reads each row of b from 
       }
 }
 
+// Many rows: of up to TALL rows of a, panels of V registers' height are packed so that memory has l by l what they
+// multiply with one number of b, which is read as it lies. COLUMNS rows of b at a time fill the registers with sums.
+#if defined(__AVX512F__) || defined(__aarch64__) // 32 registers
+enum { V = 4 };
+#else
+enum { V = 2 };
+#endif
+enum { PANEL = V * LANES, TALL = 256, DEPTH = 256, COLUMNS = 6, WIDE = 48, LINE = 16 };
+
+static void pack(const void *a_job, int part) { // columns of a from part * DEPTH on
+  const job *p = a_job;
+  for (int l = part * DEPTH, end = LEAST(l + DEPTH, p->k); l < end; l += LINE)
+    for (int i = 0; i < p->m; i++) {
+      const int panel = i / PANEL * PANEL, width = LEAST(PANEL, (p->m - panel + LANES - 1) / LANES * LANES);
+      const float *from = p->a + (ptrdiff_t)i * p->lda + l;
+      float *to = p->packed + (ptrdiff_t)panel * p->k + (ptrdiff_t)l * width + i - panel;
+      for (int t = 0; t < LEAST(LINE, end - l); t++)
+        to[t * width] = from[t];
+    }
+}
+
+// Add to c, whose rows belong to those of b, the products of v registers' height of a by COLUMNS rows of b.
+static inline __attribute__((always_inline)) void panel(const int v, int depth, const float *a, const float *const *b,
+                                                        float *c, int ldc) {
+  vec sums[COLUMNS][V] = {};
+  for (int l = 0; l < depth; l++, a += v * LANES) {
+    vec x[V];
+#pragma GCC unroll 4
+    for (int i = 0; i < v; i++)
+      x[i] = *(const vec *)(a + i * LANES);
+#pragma GCC unroll 6
+    for (int j = 0; j < COLUMNS; j++) {
+      const vec y = b[j][l] - (vec){};
+#pragma GCC unroll 4
+      for (int i = 0; i < v; i++)
+        sums[j][i] += x[i] * y;
+    }
+  }
+#pragma GCC unroll 6
+  for (int j = 0; j < COLUMNS; j++)
+#pragma GCC unroll 4
+    for (int i = 0; i < v; i++)
+      *(vec *)(c + j * ldc + i * LANES) += sums[j][i];
+}
+
+static void many_rows(const void *a_job, int part) { // all rows of a by `step` rows of b
+  const job *p = a_job;
+  const int begin = part * p->step, n = LEAST(p->step, p->n - begin), ld = (p->m + LANES - 1) / LANES * LANES;
+  float sums[WIDE * TALL] = {};
+  for (int start = 0; start < p->k; start += DEPTH) {
+    const int depth = LEAST(DEPTH, p->k - start);
+    for (int j = 0; j < n; j += COLUMNS) {
+      const float *b[COLUMNS];
+      for (int c = 0; c < COLUMNS; c++) // the last rows of b once more where there are fewer
+        b[c] = p->b + (ptrdiff_t)(begin + LEAST(j + c, n - 1)) * p->ldb + start;
+      for (int i = 0; i < p->m; i += PANEL) {
+        const int v = LEAST(V, (ld - i) / LANES);
+        const float *a = p->packed + (ptrdiff_t)i * p->k + (ptrdiff_t)start * v * LANES;
+        float *c = sums + j * ld + i;
+        switch (v) {
+        case 1: panel(1, depth, a, b, c, ld); break;
+        case 2: panel(2, depth, a, b, c, ld); break;
+        case 3: panel(3, depth, a, b, c, ld); break;
+        default: panel(V, depth, a, b, c, ld);
+        }
+      }
+    }
+  }
+  const int down = p->right == 1; // whether C's numbers of one row of a lie side by side
+  for (int y = 0; y < (down ? p->m : n); y++)
+    for (int x = 0; x < (down ? n : p->m); x++) {
+      const int i = down ? y : x, j = down ? x : y;
+      float *to = p->c + i * p->down + (begin + j) * p->right;
+      *to = p->alpha * sums[j * ld + i] + (p->beta ? p->beta * *to : 0);
+    }
+}
+
 static void slice(const void *a_job, int part) { // computes a slice of C's rows or columns, whichever are more
   const job *p = a_job;
   const int wide = p->n > p->m, i = part * p->step, m = LEAST(p->step, p->m - i), n = LEAST(p->step, p->n - i);
@@ -170,9 +249,19 @@ API void mlx_cpu_sgemm(int order, int ta, int tb, int m, int n, int k, float alp
   const int along_k = (ta == PLAIN || (m == 1 && lda == 1)) && (tb != PLAIN || (n == 1 && ldb == 1));
   const int dots = along_k && alpha != 0 && k > 128; // both are read along k
   const int few = dots && LEAST(m, n) <= FEW;
-  job j = {ta, tb, m, n, k, lda, ldb, ldc, 0, alpha, beta, c, a, b, ldc, 1};
-  if (few && m > n) // few columns: C' = B' A'
-    j = (job){tb, ta, n, m, k, ldb, lda, ldc, 0, alpha, beta, c, b, a, 1, ldc};
+  job j = {ta, tb, m, n, k, lda, ldb, ldc, 0, alpha, beta, c, a, b, NULL, ldc, 1};
+  if (dots && m > n) // few columns: C' = B' A'
+    j = (job){tb, ta, n, m, k, ldb, lda, ldc, 0, alpha, beta, c, b, a, NULL, 1, ldc};
+  if (dots && !few && (j.packed = malloc(4 * (size_t)k * (TALL + LANES)))) {
+    const int step = (j.n / (8 * threads) + COLUMNS) / COLUMNS * COLUMNS;
+    for (int left = j.m; left > 0; left -= TALL, j.a += (ptrdiff_t)TALL * j.lda, j.c += TALL * j.down) {
+      j.m = LEAST(TALL, left), j.step = LEAST(WIDE, step);
+      mlx_cpu_run(pack, &j, (k + DEPTH - 1) / DEPTH);
+      mlx_cpu_run(many_rows, &j, (j.n + j.step - 1) / j.step);
+    }
+    free(j.packed);
+    return;
+  }
   const int longer = m > n ? m : n, unit = few ? 4 : 64;
   const double parts = few ? (double)longer * k / (1 << 14) : (double)m * n * k / (1 << 19); // worth handing out
   j.step = (longer / (int)(parts < 2 ? 1 : LEAST(parts, (few ? 4 : 2) * threads)) + unit) / unit * unit;

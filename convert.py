@@ -61,7 +61,7 @@ def for_transformers(files):
     """The tokenizer as a CsmProcessor needs it: ({name: content}, ids for the config)."""
     names = "tokenizer.json", "tokenizer_config.json"
     marks = csm.Tokenizer(files[names[0]])
-    tokenizer, settings = (codec.read_json(files.get(name, "")) for name in names)
+    tokenizer, settings = (codec.read_json(files.get(name, Path())) for name in names)
     *contents, ids = csm_layouts.to_transformers_tokenizer(tokenizer, settings, marks.bos, marks.eos)
     return dict(zip(names, contents)), ids
 
@@ -122,7 +122,7 @@ def convert(
             files |= {"config.json": config, "model.safetensors": (weights, {"format": "pt"})}
         if sound:
             note = {"format": "pt", "config": json.dumps(sound_config)}  # shapes do not show the heads
-            files[codec.DEFAULT_FILE] = csm_layouts.to_kyutai(sound_config, sound), note
+            files[csm_layouts.DEFAULT_MIMI[1]] = csm_layouts.to_kyutai(sound_config, sound), note
     else:
         files |= csm_layouts.native_files(config, weights, sound_config, sound)
     csm_layouts.write_folder(destination, files, (csm_layouts.TOKENIZER, csm_layouts.MIMI_FILES))

@@ -126,6 +126,7 @@ MIMI_FILES = ("mimi.safetensors", "tokenizer-*.safetensors")
 CONTAINER_FILES = ("model.safetensors", "*.index.json", "*.safetensors")
 ADAPTER_FILES = "adapter*.safetensors"
 DEFAULT_MODEL = ("senstella/csm-1b-mlx", "ckpt.safetensors")
+DEFAULT_MIMI = ("kyutai/moshiko-pytorch-bf16", "tokenizer-e351c8d8-checkpoint125.safetensors")
 DEFAULT_TOKENIZER = "unsloth/Llama-3.2-1B"
 DEFAULT_PROMPTS = "mlx-community/csm-1b"
 DEFAULT_VOICES = ("conversational_a", "conversational_b", *(f"read_speech_{x}" for x in "abcd"))

@@ -41,9 +41,6 @@ import mlx.nn as nn
 import numpy as np
 from mlx.utils import tree_flatten
 
-DEFAULT_REPO = "kyutai/moshiko-pytorch-bf16"
-DEFAULT_FILE = "tokenizer-e351c8d8-checkpoint125.safetensors"
-
 
 @dataclass(frozen=True)
 class MimiConfig:
@@ -183,9 +180,8 @@ def seanet_decoder(c):
     dim = c.n_filters * 2 ** len(c.ratios)
     layers = [Conv(c.dim, dim, c.kernel_size)]
     for ratio in c.ratios:
-        layers += [ELU(), Conv(dim, dim // 2, 2 * ratio, upsample=ratio)]
-        dim //= 2
-        layers += seanet_block(c, dim)
+        up, dim = Conv(dim, dim // 2, 2 * ratio, upsample=ratio), dim // 2
+        layers += [ELU(), up, *seanet_block(c, dim)]
     return [*layers, ELU(), Conv(dim, 1, c.last_kernel_size)]
 
 
@@ -454,9 +450,8 @@ def check_file(path):
     """Raise ValueError if there is no such file, or Git LFS's pointer in its place."""
     if not Path(path).is_file():
         raise ValueError(f"no such file: {path}")
-    with open(path, "rb") as file:
-        if file.read(23) == b"version https://git-lfs":
-            raise ValueError(f"{path} is a Git LFS pointer, not the file: git lfs pull")
+    if os.path.getsize(path) < 1000 and b"https://git-lfs" in Path(path).read_bytes():
+        raise ValueError(f"{path} is a Git LFS pointer, not the file: git lfs pull")
 
 
 def read_weights(path):
@@ -470,7 +465,6 @@ def read_weights(path):
 
 def read_json(path):
     """The object in a JSON file, {} if there is no file. Raises ValueError."""
-    path = Path(path)
     return as_object(path.read_bytes() if path.is_file() else "{}", path)
 
 

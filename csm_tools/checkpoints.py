@@ -159,7 +159,7 @@ def save(generator, folder):
 def read_mimi(path_or_repo=None):
     """A Mimi, or the one inside a CSM -> weights {name: array} in our layout, config. None: kyutai's."""
     if path_or_repo is None:
-        path = download(mimi.DEFAULT_REPO, mimi.DEFAULT_FILE)
+        path = download(*csm_layouts.DEFAULT_MIMI)
     else:
         path = find_or_download(path_or_repo, MIMI_FILES, CONTAINER_FILES)
     file = first_match(path, *MIMI_FILES, *CONTAINER_FILES) if path.is_dir() else path

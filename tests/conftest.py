@@ -17,7 +17,6 @@ from pathlib import Path
 os.environ.setdefault("MLX_ENABLE_TF32", "0")  # otherwise GPUs round factors of float32 products to 10 bits
 import csm  # before mlx
 import csm_layouts
-import mimi
 
 import mlx.core as mx  # isort: skip
 import numpy as np
@@ -250,7 +249,7 @@ def stand_in_hub(cache):
     write_model(cache / "made")
     repos = {
         "senstella/csm-1b-mlx": {"ckpt.safetensors": "model.safetensors", "config.json": "config.json"},
-        mimi.DEFAULT_REPO: {mimi.DEFAULT_FILE: "mimi.safetensors"},
+        csm_layouts.DEFAULT_MIMI[0]: {csm_layouts.DEFAULT_MIMI[1]: "mimi.safetensors"},
         csm_layouts.DEFAULT_TOKENIZER: {"tokenizer.json": "tokenizer.json"},
         csm_layouts.DEFAULT_PROMPTS: {
             f"prompts/conversational_a.{x}": f"prompts/conversational_a.{x}" for x in ("wav", "txt")

@@ -58,7 +58,12 @@ def decode_track(file, track, longest):
     """A file's track as pieces (samples,) at 24 kHz, mono. Raises ValueError beyond what is allowed."""
     check_form(track.codec_context.sample_rate, track.codec_context.channels)
     track.codec_context.thread_count = 1
-    to_float, form, resampler, n = av.AudioResampler("fltp"), None, None, 0
+    to_float, form, resampler, n = (
+        av.AudioResampler("flt"),
+        None,
+        None,
+        0,
+    )  # PyAV 18 crashes with 8 planes, one a channel
     for frame in file.decode(track):
         if form is None:
             form = frame.sample_rate, frame.layout.nb_channels  # AAC may play at twice the rate that it claims
@@ -70,7 +75,7 @@ def decode_track(file, track, longest):
         if n > longest * form[0]:
             raise ValueError(f"a clip may last {longest:.0f} s here")
         for block in to_float.resample(frame):
-            mono = block.to_ndarray().mean(axis=0)
+            mono = block.to_ndarray().reshape(-1, form[1]).mean(axis=1)
             yield mono if form[0] == RATE else resampler.resample_chunk(mono)
     if form and form[0] != RATE:
         yield resampler.resample_chunk(np.zeros(0, np.float32), last=True)

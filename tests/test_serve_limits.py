@@ -61,6 +61,15 @@ def test_clips_of_every_container(container, codec, rate):
         np.testing.assert_allclose(got, want, atol=1e-7)
 
 
+@pytest.mark.parametrize("codec, layout, n", [("pcm_s16le", "3.0", 3), ("flac", "5.1", 6), ("pcm_s16le", "7.1", 8)])
+def test_clips_of_many_channels(codec, layout, n):
+    container = "flac" if codec == "flac" else "wav"
+    rng = np.random.default_rng(0)
+    audio = rng.integers(-9_000, 9_000, (n, 24_000)).astype(np.int16)
+    got = serve_files.read_clip(encoded(audio, 24_000, container, codec, layout))
+    np.testing.assert_allclose(got, audio.mean(axis=0) / 32768, atol=1e-6)
+
+
 def test_a_clip_of_the_servers_own_whose_length_nobody_knew():
     for format in ("flac", "wav"):
         encode = serve_files.Encoder(format, 24_000, 1)

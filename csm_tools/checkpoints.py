@@ -231,8 +231,10 @@ def fetch(source, *groups, beside=("*.json",), known="no such file or folder"):
     return folder
 
 
-def download(repo, *patterns):
+def download(repo, *patterns, hint=" (--model tiny needs no download)"):
     """One file of a Hugging Face repository -> its path; several patterns -> the matches' folder.
+
+    hint: what an error says behind its reason.
 
     Raises FileNotFoundError if the repository has no such file, DownloadError for other failures.
     """
@@ -267,8 +269,7 @@ def download(repo, *patterns):
         reason = "no such folder, file or Hugging Face repository"
     except Exception as e:  # many kinds: connection, proxy, disk
         reason = str(e).partition("\n")[0] or type(e).__name__
-    reason += " (--model tiny needs no download)"
-    raise DownloadError(f"cannot download {patterns[0]} from {repo}: {reason}")
+    raise DownloadError(f"cannot download {patterns[0]} from {repo}: {reason}{hint}")
 
 
 def answers(url, seconds=3):

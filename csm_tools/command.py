@@ -157,6 +157,8 @@ def read_clip(speaker, text, file):
     """
     samples, note = audio.trimmed(csm.as_samples(file))
     try:
+        if text is not None and not text.strip():
+            raise ValueError("its transcript is empty")
         audio.check_clip(samples, text)
         if text is None:
             text = transcribe.transcribe(samples)
@@ -278,7 +280,7 @@ def read_dialogue(path):
     for n, line in enumerate(read_text(f"@{path}").splitlines(), 1):
         if m := re.match(r"\s*\[?(?:(\d+)\]?\s*:|([^\s\[\]:][^\[\]:]{0,39}?)\]?\s*:(?=\s))\s*(\S.*)", line):
             try:
-                turns.append((as_speaker(m[1]) if m[1] else m[2], m[3].strip()))
+                turns.append((m[2] if m[2] and is_name(m[2]) else as_speaker(m[1] or m[2]), m[3].strip()))
             except ValueError as e:
                 raise ValueError(f"{path}, line {n}: {e}") from None
         elif line.strip():

@@ -393,8 +393,14 @@ def default_voice(args, generator):
 
 
 def serve(args):
-    if args.max_batch < 1 or args.max_waiting < 0 or not 0 <= args.port < 2**16:
-        raise ValueError("--max-batch is 1 or more, --max-waiting 0 or more, --port 0 to 65535")
+    for name in ("max_batch", "max_characters", "max_waiting", "conversation_memory", "grace"):
+        least = int(name in ("max_batch", "max_characters"))
+        if getattr(args, name) < least:
+            raise ValueError(f"--{name.replace('_', '-')} must be {least} or more, not {getattr(args, name)}")
+    if not 0 <= args.port < 2**16:
+        raise ValueError(f"--port must be 0 to 65535, not {args.port}")
+    if not args.host:
+        raise ValueError("--host is empty: give an address, such as 127.0.0.1, or 0.0.0.0 for all of this machine")
     logging.basicConfig(format="%(asctime)s %(message)s")
     mark = command.watermark() if args.watermark else None
     generator = command.load_for(args, fallback=False)

@@ -57,7 +57,7 @@ def read_base64(x):
 
 def read_voice(x):
     """A name, {"id": name}, or what stands for none -> the name or None."""
-    x = x.get("id") if isinstance(x, dict) else x
+    x = x.get("id", x) if isinstance(x, dict) else x
     if x and not isinstance(x, str):
         raise ValueError('expected a name, or {"id": name}')
     return x or None
@@ -105,9 +105,12 @@ class Speaking(BaseModel):
     after_turns: int | None = Field(None, ge=0)  # how many turns it must have, so that a lost one is noticed
 
     def sampling(self, generator):
-        """A csm.Sampling. Raises ValueError."""
+        """A csm.Sampling. Raises Refused."""
         which = {"temperature", "top_k", "top_p", "min_p"}
-        return generator.read_options(self.seed, self.model_dump(include=which))[1]
+        try:
+            return generator.read_options(self.seed, self.model_dump(include=which))[1]
+        except ValueError as e:
+            raise Refused(str(e), next((name for name in which if str(e).startswith(name)), None)) from None
 
 
 class Request(Speaking):
@@ -255,10 +258,7 @@ def read_request(body, voices, generator, longest):
     longest: an input's characters.
     """
     r = parse(Request, body)
-    try:
-        sampling = r.sampling(generator)
-    except ValueError as e:
-        raise Refused(str(e)) from None
+    sampling = r.sampling(generator)
     if not r.input.strip():
         raise Refused("`input` is empty", "input")
     if len(r.input) > longest:

@@ -71,10 +71,7 @@ class Sockets:
             if not allowed and {"xi-api-key", "authorization"} & {*websocket.headers}:  # or the first message has it
                 self.check_key(websocket)
                 allowed = True
-            try:
-                sampling = options.sampling(self.engine.generator)
-            except ValueError as e:
-                raise Refused(str(e)) from None
+            sampling = options.sampling(self.engine.generator)
         except Refused as e:
             return await websocket.send_denial_response(JSONResponse(e.body, e.status))
         await websocket.accept()

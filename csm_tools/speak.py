@@ -39,8 +39,11 @@ def speak(args):
         turns = command.read_dialogue(args.dialogue)
     else:
         turns = [(args.speaker, command.read_text(command.check_text(args.text)))]
-    for _, text in turns:
-        parts_of(text, args.verbatim)  # raises early
+    for i, (_, text) in enumerate(turns, 1):
+        try:
+            parts_of(text, args.verbatim)  # raises early
+        except ValueError as e:
+            raise ValueError(f"{args.dialogue}, turn {i}: {e}" if args.dialogue else str(e)) from None
     before, turns = command.read_context(args, turns)
     context, options = command.read_options(args, turns[0][0])
     context += before

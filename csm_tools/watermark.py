@@ -250,7 +250,7 @@ def load(path_or_repo=REPO):
     folder = Path(path_or_repo)
     try:
         if not folder.is_dir():
-            folder = checkpoints.download(str(path_or_repo), *(f"{FOLDER}/{name}" for name in FILES))
+            folder = checkpoints.download(str(path_or_repo), *(f"{FOLDER}/{name}" for name in FILES), hint="")
         folder = next(f for f in (folder / FOLDER, folder) if f.is_dir())
         mark = Watermark(*(csm_layouts.read_pt(folder / name) for name in FILES))
         if mark.symbols.shape != (5, BAND) or mark.bins.shape != (BAND,):

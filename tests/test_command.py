@@ -169,6 +169,10 @@ def bad_inputs(d):
     soundfile.write(d / "silent.wav", np.zeros(48000), 24000)
     turn = {"speaker": 0, "text": "hello there you", "audio": "ok.wav"}
     d.joinpath("number.json").write_text(json.dumps([turn | {"speaker": 10**30}]))
+    d.joinpath("negative.txt").write_text("0: hello\n-1: hello\n")
+    d.joinpath("dots.txt").write_text("Ann: hello\nBob: ...\n")
+    soundfile.write(d / "mute.wav", clip(2), 24000)
+    d.joinpath("mute.txt").write_text("\n")
     d.joinpath("half.json").write_text(json.dumps([turn, turn | {"speaker": 1.7}]))
     soundfile.write(d / "long.wav", clip(41), 24000)
 
@@ -217,6 +221,10 @@ def bad_inputs(d):
         ([f"@{d / 'none.txt'}"], [], "none.txt"),
         ([None], ["--dialogue", d / "script.txt"], "line 2"),
         ([None], ["--dialogue", d / "empty.txt"], "no turns"),
+        ([None], ["--dialogue", d / "negative.txt"], "negative.txt, line 2: speaker must be 0 or more"),
+        ([None], ["--dialogue", d / "dots.txt"], "dots.txt, turn 2: the text is empty"),
+        ([], ["--voice", d / "mute.wav"], "mute.wav: its transcript is empty"),
+        ([], ["--ref-audio", d / "ok.wav", "--ref-text", " "], "ok.wav: its transcript is empty"),
         (["hello"], ["--dialogue", d / "script.txt"], "not both"),
         ([None], [], "TEXT and OUT"),
     ]

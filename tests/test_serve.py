@@ -374,7 +374,8 @@ def test_a_command_that_cannot_start(tmp_path):
     hidden = "import sys; sys.modules['av'] = None; import csm_tools.serve"
     done = subprocess.run([sys.executable, "-c", hidden], cwd=HERE, capture_output=True, text=True)
     assert done.returncode == 2 and "csm-speech's extra [serve]" in done.stderr and len(done.stderr.splitlines()) == 1
-    assert "--max-batch" in fails("--port", 0, "--model", "tiny", "--max-batch", 0)
+    for option, value in (("max-batch", 0), ("max-characters", 0), ("grace", -1), ("port", 65536), ("host", "")):
+        assert f": error: --{option} " in fails("--port", 0, "--model", "tiny", f"--{option}", value)
 
 
 # ------------------------------------------------------------------------------------------------------ many at once

@@ -154,6 +154,8 @@ def clip_fields(n=1, seconds=None):
     ({"context": clip_fields(65)}, "context", "64"),
     ({"context": clip_fields(3, 50)}, "context.1.audio", "together"),  # tiny has room for 82 s
     ({"voice": ["calm"]}, "voice", "a name"),
+    ({"voice": {"name": "calm"}}, "voice", "a name"),
+    ({"temperature": -1}, "temperature", "must lie"),
     ({"voice": "nobody"}, "voice", "there are: alloy"),
     ({"voice": "nobody", "context": clip_fields()}, "voice", "there are: alloy"),
     ({"ref_audio": "http://example.org/a.wav", "ref_text": "a"}, "ref_audio", "not an address"),

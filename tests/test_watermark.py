@@ -429,7 +429,7 @@ def test_without_the_weights_there_is_an_error_and_no_file(tmp_path):
     assert ran.returncode == 2 and "no weights for the watermark in sony/silentcipher" in ran.stderr.splitlines()[-1], (
         ran.stderr
     )
-    assert not (tmp_path / "marked.wav").exists()
+    assert not (tmp_path / "marked.wav").exists() and "--model tiny" not in ran.stderr
 
 
 @pytest.fixture(scope="module")

@@ -160,6 +160,8 @@ def read_mimi(path_or_repo=None):
     """A Mimi, or the one inside a CSM -> weights {name: array} in our layout, config. None: kyutai's."""
     if path_or_repo is None:
         path = download(*csm_layouts.DEFAULT_MIMI)
+    elif path_or_repo == "tiny":
+        path = find("tiny")
     else:
         path = find_or_download(path_or_repo, MIMI_FILES, CONTAINER_FILES)
     file = first_match(path, *MIMI_FILES, *CONTAINER_FILES) if path.is_dir() else path

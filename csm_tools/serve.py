@@ -270,6 +270,8 @@ def make_app(engine, args, address, mark=None, voices=None):
             text = await asyncio.to_thread(voices.add, form.name, form.audio_sample, form.ref_text, hear)
         except ValueError as e:
             raise Refused(str(e)) from None
+        except OSError as e:
+            raise Refused(str(e), None, 500) from None
         log.info("voice %s was added", form.name)
         return JSONResponse({"id": form.name, "name": form.name, "object": "voice", "ref_text": text}, 201)
 
@@ -277,7 +279,11 @@ def make_app(engine, args, address, mark=None, voices=None):
         check_key(request)
         check_folder()
         voice = request.path_params["id"]
-        if not await asyncio.to_thread(voices.remove, voice):
+        try:
+            found = await asyncio.to_thread(voices.remove, voice)
+        except OSError as e:
+            raise Refused(str(e), None, 500) from None
+        if not found:
             raise Refused(f"no voice {voice[:80]!r} that was added here", "voice", 404, "voice_not_found")
         log.info("voice %s was deleted", voice)
         return JSONResponse({"id": voice, "object": "voice.deleted", "deleted": True})

@@ -4,6 +4,7 @@ import io
 import logging
 import re
 import threading
+from contextlib import contextmanager
 from pathlib import Path
 
 import soundfile
@@ -102,7 +103,7 @@ class Voices:
         return {name: voices[i % len(voices)] for i, name in enumerate(OPENAI_VOICES)} | self.own()
 
     def add(self, name, data, text, hear):
-        """Keep a clip, the bytes of an audio file, under a name -> its transcript. Raises ValueError.
+        """Keep a clip, the bytes of an audio file, under a name -> its transcript. Raises ValueError, OSError.
 
         text: the transcript; None or empty: what `hear` makes of the sound.
         """
@@ -116,18 +117,30 @@ class Voices:
                 raise ValueError(f"there is a voice {name!r} already")
             if len(self.kept) >= MOST_VOICES:
                 raise ValueError(f"there are {len(self.kept)} voices already: delete some first")
-            with codec.replacing(self.folder / f"{name}.txt") as file:
-                file.write(f"{text}\n".encode())
-            with codec.replacing(self.folder / f"{name}.wav") as file:  # last, since it makes the pair a voice
-                file.write(sound.getvalue())
+            with self.changing():
+                with codec.replacing(self.folder / f"{name}.txt") as file:
+                    file.write(f"{text}\n".encode())
+                with codec.replacing(self.folder / f"{name}.wav") as file:  # last, since it makes the pair a voice
+                    file.write(sound.getvalue())
             self.kept[name] = segment
         return text
 
     def remove(self, name):
         """Forget a kept voice and its files -> whether there was one."""
         with self.lock:
-            if self.kept.pop(name, None) is None:
+            if name not in self.kept:
                 return False
-            for suffix in (*SUFFIXES, ".txt"):  # the clip first
-                (self.folder / f"{name}{suffix}").unlink(missing_ok=True)
+            with self.changing():
+                for suffix in (*SUFFIXES, ".txt"):  # the clip first
+                    (self.folder / f"{name}{suffix}").unlink(missing_ok=True)
+            del self.kept[name]
             return True
+
+    @contextmanager
+    def changing(self):
+        """What fails with the folder is logged; the client, who is to see no path of the server, gets an OSError."""
+        try:
+            yield
+        except (ValueError, OSError) as e:
+            log.error("%s", e)
+            raise OSError("the server cannot write into its folder of voices") from None

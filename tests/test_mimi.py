@@ -479,6 +479,11 @@ def test_the_command(files, tmp_path, k):
     assert sorted(os.listdir(tmp_path)) == ["codes.npz", "out.wav"]
 
 
+def test_the_bundled_codec_is_found_from_anywhere(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert mimi.load("tiny").config.codebook_size < mimi.MimiConfig.codebook_size
+
+
 MISTAKES = """none.wav mimi.safetensors out.wav | no such file
 text.txt mimi.safetensors out.wav | not an audio file
 nan.wav mimi.safetensors out.wav | NaN

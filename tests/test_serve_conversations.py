@@ -4,6 +4,7 @@ import asyncio
 import base64
 import io
 import json
+import shutil
 import wave
 from types import SimpleNamespace
 
@@ -203,6 +204,32 @@ def test_clients_keep_voices(tiny, tmp_path):
         assert (await client.delete("/v1/audio/voices/json")).status_code == 404
         assert (await client.delete("/v1/audio/voices/calm")).status_code == 404
         assert sorted(f.name for f in tmp_path.iterdir()) == ["Anna B.txt", "Anna B.wav"]
+
+    during(tiny, scenario, voices)
+
+
+def test_a_folder_that_cannot_be_written(tiny, tmp_path, monkeypatch, caplog):
+    """The log says which; the client sees no path. A voice whose clip cannot be deleted stays."""
+    place = tmp_path / "voices"
+    place.mkdir()
+    for suffix in (".wav", ".txt"):
+        (place / f"mine{suffix}").write_bytes(CLIP.with_suffix(suffix).read_bytes())
+    voices = serve_voices.Voices(tiny, place)
+
+    def denied(self, **options):
+        raise PermissionError(13, "Permission denied", str(self))
+
+    async def scenario(client, engine):
+        with monkeypatch.context() as patched:
+            patched.setattr(serve_voices.Path, "unlink", denied)
+            answers = [await client.delete("/v1/audio/voices/mine")]
+        shutil.rmtree(place)
+        body = {"name": "new", "ref_text": SAID, "audio_sample": SOUND}
+        answers.append(await client.post("/v1/audio/voices", json=body))
+        for answer in answers:
+            assert answer.status_code == 500 and "into its folder of voices" in answer.json()["error"]["message"]
+            assert str(tmp_path) not in answer.text
+        assert caplog.text.count(str(place)) == 2 and [*voices.kept] == ["mine"]
 
     during(tiny, scenario, voices)
 

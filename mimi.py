@@ -602,6 +602,9 @@ def main(argv=None):
     p.error = lambda message: p.exit(2, f"{p.prog}: error: {message}\n")  # without the usage
     args = p.parse_args(argv)
     try:
+        files = args.input, args.output
+        if all(map(os.path.exists, files)) and os.path.samefile(*files):
+            raise ValueError(f"{args.output} would be overwritten, and is read: give another OUT")
         audio, model = read_audio(args.input), load(args.model, args.n_codebooks)
         with audio_file(args.output, model.sample_rate) as write:
             codes = model.encode(mx.array(audio)[None, None])

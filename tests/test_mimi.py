@@ -479,6 +479,15 @@ def test_the_command(files, tmp_path, k):
     assert sorted(os.listdir(tmp_path)) == ["codes.npz", "out.wav"]
 
 
+def test_the_command_never_overwrites_what_it_reads(files, tmp_path):
+    before = shutil.copy(files / "in.wav", tmp_path / "me.wav").read_bytes()
+    os.link(tmp_path / "me.wav", tmp_path / "too.wav")
+    for out in ("me.wav", "too.wav"):
+        done = python("mimi.py", tmp_path / "me.wav", tmp_path / out, "--model", files / "mimi.safetensors")
+        assert done.returncode == 2 and "would be overwritten, and is read" in done.stderr
+    assert (tmp_path / "me.wav").read_bytes() == before
+
+
 def test_the_bundled_codec_is_found_from_anywhere(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     assert mimi.load("tiny").config.codebook_size < mimi.MimiConfig.codebook_size

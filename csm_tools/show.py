@@ -9,6 +9,7 @@ Shapes: S rows, T of the prompt and then one a frame; F frames, that of zeros am
 """
 
 import sys
+import warnings
 from dataclasses import dataclass
 from textwrap import shorten
 from unittest.mock import patch
@@ -168,7 +169,9 @@ def program(args):
         generator = command.load_for(args)
         run = observe(generator, text, args.speaker, context, voice=args.voice, seed=args.seed, **options)
         command.warn(args, context, [args.speaker])
-        draw(run, generator).savefig(file, format=kind)
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", "Glyph ")  # of a text's letters that the font lacks: a box is drawn
+            draw(run, generator).savefig(file, format=kind)
     print(run.title, file=sys.stderr)
 
 

@@ -425,6 +425,14 @@ def test_the_doctor_sees_what_is_wrong(monkeypatch, capsys):
     assert "1 over 300 positions" not in out and "- codec failed: ZeroDivisionError" in out
 
 
+def test_the_doctor_first_looks_where_it_writes(tmp_path, capsys):
+    for place in (tmp_path / "none/d.json", tmp_path):
+        with pytest.raises(SystemExit) as e:
+            doctor.main(["--only", "installation", "--json", str(place)])
+        out, err = capsys.readouterr()
+        assert e.value.code == 2 and not out and "cannot write" in err and err.count("\n") == 1
+
+
 def test_the_doctor_compares_codes():
     a, b = np.arange(12).reshape(3, 4), np.arange(12).reshape(3, 4)
     assert doctor.compared(a, b, "its", True) == ({"frames": 3, "the same until frame": 3}, [])

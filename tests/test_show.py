@@ -2,6 +2,7 @@
 
 import io
 import re
+import warnings
 from pathlib import Path
 
 import csm  # before mlx
@@ -211,6 +212,10 @@ def test_command(folder, tmp_path, capsys):
         assert "seed 5" in capsys.readouterr().err
     assert (tmp_path / "a.png").read_bytes()[16:20] == (1200).to_bytes(4, "big")
     assert b"<svg" in (tmp_path / "b.svg").read_bytes() and (tmp_path / "c.pdf").read_bytes()[:4] == b"%PDF"
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")  # a letter that the font lacks is a box, and no warning
+        assert not show.main(["你 hello", *command[1:], str(tmp_path / "e.png")])
+    capsys.readouterr()
     before = sorted(tmp_path.iterdir())
     mistakes = [("d.gif", [], ".png, .svg or .pdf"), ("d.png", ["--context", "nowhere.json"], "nowhere.json"),
                 ("d.png", ["--ref-text", "yes"], "go together"), ("no/d.png", [], "cannot write")]  # fmt: skip

@@ -11,6 +11,7 @@ import subprocess
 import sys
 from collections import Counter
 from pathlib import Path
+from types import SimpleNamespace
 
 import csm  # before mlx
 import csm_batch
@@ -24,7 +25,8 @@ import pytest
 from mlx.utils import tree_flatten
 
 from conftest import clip, write_model
-from csm_tools import bench, command, doctor, finetune, serve_engine
+from csm_tools import bench, command, doctor, finetune, serve_engine, watermark
+from test_watermark import by_hand
 
 HERE = Path(__file__).parent.parent
 # What the backends of MLX 0.32.4 lack: "has no CUDA implementation" in its libmlx.so; "NYI" in its Metal sources.
@@ -32,11 +34,16 @@ CUDA_LACKS = set("Cholesky Eig Eigh Inverse LUF QRF SVD Send Recv GatedDeltaUpda
 METAL_LACKS = set("QRF SVD Inverse Cholesky Eig Eigh LUF AllReduce AllGather Send Recv ReduceScatter".split())
 KNOWN = set(
     """
-    Add AddMM Arange ArgReduce ArgSort AsType BitwiseAnd BitwiseOr Broadcast Concatenate Contiguous Copy Cos CumSum
-    CustomTransforms Divide Equal Erf Exp ExpandDims Flatten Full Gather GatherAxis GreaterEqual LeftShift Less
-    LessEqual Load Log LogSumExp Matmul Max Maximum Minimum Multiply Negative NotEqual Pad Power Quantize
-    QuantizedMatmul RandomBits Reshape RightShift Rsqrt Scatter ScatterAxis Select Sigmoid Sin Slice SliceUpdate
-    Softmax Split Sqrt Square Squeeze StopGradient Subtract Sum Transpose Unflatten
+    Add AddMM And Arange ArgReduce ArgSort AsType BitwiseAnd BitwiseOr Broadcast Concatenate Contiguous Copy Cos
+    CumSum CustomTransforms Divide Equal Erf Exp ExpandDims Flatten Full Gather GatherAxis GreaterEqual LeftShift
+    Less LessEqual Load Log LogSumExp LogicalNot LogicalOr Matmul Max Maximum Min Minimum Multiply Negative NotEqual
+    Pad Power Quantize QuantizedMatmul RandomBits Reshape RightShift Rsqrt Scatter ScatterAxis Select Sigmoid Sin
+    Slice SliceUpdate Softmax Split Sqrt Square Squeeze StopGradient Subtract Sum Transpose Unflatten
+    """.split()
+)
+REST = set(  # what else the whole suite uses: the other programs, other layouts, weights quantized by MLX on a CPU
+    """
+    Abs AsStrided Convolution Depends ErfInv FloorDivide FromFP8 Greater Log2 LogAddExp LogicalAnd Round ToFP8 View
     """.split()
 )
 FREE = set(  # views of their input, or arrays that are not made in each frame
@@ -45,6 +52,15 @@ FREE = set(  # views of their input, or arrays that are not made in each frame
 LAYERS = csm.CSMConfig(  # the number of operations depends on these
     csm.LlamaConfig(16, 64, 4, 1, 16, 128), csm.LlamaConfig(4, 32, 4, 1, 8, 64), 100
 )  # fmt: skip
+
+
+OF_MLX_CPU = set("Attention Dequantize Norm Rope".split())  # in the place of MLX's fast functions, on a Linux CPU
+
+
+def of_mlx(calls):
+    """The names of all primitives in `calls`, but for those that MLX compiles of others, for any device."""
+    used = {name for _, _, found in calls for name in found if not name.startswith("Compiled")}
+    return used - OF_MLX_CPU
 
 
 def primitives(*arrays):
@@ -74,6 +90,8 @@ def calls(monkeypatch):
     watch(mx, "eval")
     watch(mx, "async_eval")
     watch(np, "array")  # evaluates its argument
+    watch(mx.array, "item")
+    watch(mx.array, "tolist")
     return out
 
 
@@ -128,12 +146,38 @@ def test_every_operation_is_there_on_every_gpu(tmp_path, monkeypatch, calls):
     speak(csm.load(folder, quantize=4, group_size=32))
     generator.mimi.decode(generator.mimi.encode(mx.array(clip(0.5))[None, None]))
     learn(generator.model)
-    used = set().union(*(found for _, _, found in calls))
-    used = {name for name in used if not name.startswith("Compiled")}  # made of others, for any device
+    used = of_mlx(calls)
     assert {"Matmul", "QuantizedMatmul", "ArgSort", "RandomBits", "Scatter", "SliceUpdate"} <= used
     assert not used & (CUDA_LACKS | METAL_LACKS)
     assert used <= KNOWN, f"new: look whether CUDA and Metal have {sorted(used - KNOWN)}"
     assert not KNOWN & (CUDA_LACKS | METAL_LACKS)
+
+
+def test_operations_of_the_other_programs(folder, monkeypatch, calls):
+    """Preferences, DoRA, the watermark by both of its ways, and formats that MLX quantizes to."""
+    args = SimpleNamespace(
+        lora_rank=2, lora_alpha=4.0, lora_dropout=0.1, dora=True, target_modules=["attn"], train_embeddings=True,
+        freeze_backbone=False, freeze_decoder=False, seed=0, beta=0.1, sft_weight=1.0, desirable_weight=1.0,
+        undesirable_weight=1.0, first_codebook_weight_multiplier=1.0,
+    )  # fmt: skip
+    model = csm.load(folder).model
+    for lora in finetune.add_lora(model, args):
+        lora._key = mx.random.key(1)
+    learn(model)
+    losses, wanted = mx.array([[1.0, 2.0], [2.0, 3.0]]), mx.array([1, -1])
+    for args.command in ("dpo", "kto"):
+        mx.eval(mx.value_and_grad(lambda x: finetune.objective(args, x, x + 1, wanted, 0.5).sum())(losses))
+    mark = watermark.Watermark(*({name: mx.array(w) for name, w in state.items()} for state in by_hand()))
+    for device in (mx.cpu, mx.gpu):
+        with monkeypatch.context() as patched:
+            patched.setattr(mx, "default_device", lambda device=device: device)
+            mark.embed(clip(0.5))
+    for quantize in ("mxfp4", "nvfp4", "mxfp8"):
+        csm.load(folder, quantize=quantize).generate("Yes.", max_audio_length_ms=160)
+    used = of_mlx(calls)
+    assert {"Convolution", "LogAddExp", "Sigmoid", "FromFP8"} <= used
+    assert used <= KNOWN | REST, f"new: look whether CUDA and Metal have {sorted(used - KNOWN - REST)}"
+    assert not REST & (CUDA_LACKS | METAL_LACKS)
 
 
 def test_quantized_products_have_two_dimensions(folder, monkeypatch):

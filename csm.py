@@ -553,7 +553,7 @@ def compile_next_frame(model, n_codes, n):
 class Segment:
     """A finished turn of a conversation: who said what, and how it sounded.
 
-    audio: (samples,) at 24 kHz, or the path of an audio file of any rate and number of channels.
+    audio: (samples,) at the codec's rate, 24 kHz, or the path of an audio file of any rate and number of channels.
     codes: (F, K), as generation gives them; with codes, audio is not needed and not encoded.
     """
 
@@ -616,10 +616,10 @@ class Tokenizer:
         return [i for i in (self.bos, *self._encode(text), self.eos) if i is not None]
 
 
-def as_samples(audio):
+def as_samples(audio, sample_rate=24_000):
     """Segment.audio in any form -> (samples,) float32. Raises ValueError."""
     if isinstance(audio, (str, os.PathLike)):
-        return mimi.read_audio(audio)
+        return mimi.read_audio(audio, sample_rate)
     if isinstance(audio, mx.array) and audio.dtype == mx.bfloat16:  # which NumPy lacks
         audio = audio.astype(mx.float32)
     audio = np.array(audio)
@@ -856,7 +856,7 @@ class Generator:
             raise ValueError(f"a turn of the context has no audio: {segment.text[:40]!r}")
         codes = segment.codes
         if codes is None:
-            audio = mx.array(as_samples(segment.audio))[None, None]
+            audio = mx.array(as_samples(segment.audio, self.sample_rate))[None, None]
             codes = self.mimi.encode(audio)[0, :K].T
         codes = np.array(codes)
         if codes.ndim != 2 or not self.codebooks <= codes.shape[1] <= K:

@@ -602,7 +602,9 @@ def main(argv=None):
     p.error = lambda message: p.exit(2, f"{p.prog}: error: {message}\n")  # without the usage
     args = p.parse_args(argv)
     try:
-        audio, model = read_audio(args.input), load(args.model, args.n_codebooks)
+        check_file(args.input)  # before a download
+        model = load(args.model, args.n_codebooks)
+        audio = read_audio(args.input, model.sample_rate)
         with audio_file(args.output, model.sample_rate) as write:
             codes = model.encode(mx.array(audio)[None, None])
             write(model.decode(codes)[0, 0, : audio.size])

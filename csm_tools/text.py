@@ -212,7 +212,10 @@ AFTER_NAMES = {"Jr": "Junior", "Sr": "Senior", "Inc": "Incorporated", "Ltd": "Li
 BEFORE_NUMBERS = {
     "no": "number", "nos": "numbers", "vol": "volume", "vols": "volumes", "fig": "figure", "figs": "figures",
     "ch": "chapter", "sec": "section", "art": "article", "pp": "pages", "p": "page", "pg": "page", "ext": "extension",
-    "ca": "circa", "c": "circa", "est": "established", "eq": "equation",
+    "ca": "circa", "c": "circa", "est": "established", "eq": "equation", "eqs": "equations", "chap": "chapter",
+    "chs": "chapters", "para": "paragraph", "paras": "paragraphs", "ll": "lines", "vv": "verses", "op": "opus",
+    "apt": "apartment", "bldg": "building", "ste": "suite", "agg": "aggregate", "pop": "population",
+    "elev": "elevation", "alt": "altitude", "temp": "temperature",
 }  # fmt: skip
 SHORT = {
     "e.g.": "for example", "eg.": "for example", "i.e.": "that is", "ie.": "that is", "etc.": "et cetera",
@@ -286,14 +289,20 @@ def apply(rules, text):
     return text
 
 
+SHORTENED = re.compile(r"(?<![\w.])([A-Za-z]{1,6})\.$")
+NEVER_LAST = "vs v cf approx incl excl eg ie ca viz".split()  # abbreviations that end no sentence
+
+
 def capitalized(m, said):
     """The replacement for the match m: `said`, with a capital at the start of a sentence; m itself if said is None."""
     if said is None:
         return m[0]
     if not said[:1].islower() or m[0][:1].islower():
         return said
-    near = before(m, 4).rstrip("\"'“‘([ ")
+    near = before(m, 12).rstrip("\"'“‘([ ")
     begins = m.start() < 5 if not near else near[-1] in ".!?\n" and not near.endswith("..")
+    if begins and (word := SHORTENED.search(near)) and word[1].lower() in NEVER_LAST:
+        begins = False
     return said[0].upper() + said[1:] if begins else said
 
 
@@ -311,8 +320,16 @@ def words_of(table):
     return "|".join(re.escape(key) for key in sorted(table, key=len, reverse=True))
 
 
+GOES_ON = re.compile(
+    r"\s+(?:[ECMP][SD]?T|AES?T|GMT|UTC|BST|CES?T|IST|JST|KST|Eastern|Central|Mountain|Pacific|Greenwich|Zulu"
+    r"|(?:Mon|Tues|Wednes|Thurs|Fri|Satur|Sun)days?|Jan|Feb|March|April|May|June|July|Aug|Sept|Oct|Nov|Dec)\b"
+)  # after the dot of p.m.
+
+
 def full_stop(m):
     """Return "." if the dot of an abbreviation at the end of `m` also ends the sentence, else ""."""
+    if m[0][-2:].lower() == "m." and GOES_ON.match(after(m, 14)):
+        return ""
     ends = m[0].endswith(".") and re.match(r"""["'”’)\]]*(?:\s+["'“‘(]?[A-Z]|\s*$|\n)""", after(m, 8))
     return "." if ends else ""
 
@@ -388,12 +405,19 @@ def at_sign(m):
 # Abbreviations before a number
 
 
-@rule(rf"(?<![\w.])(?<![0-9] )({'|'.join(BEFORE_NUMBERS)})\.[ \n]?(?=[0-9])", DIGITS, re.IGNORECASE)
+@rule(
+    rf"(?<![\w.])(?<![0-9] (?=sec|pg?\.|c))({'|'.join(BEFORE_NUMBERS)})\.(?:[ \n](?=\(?[0-9])|(?=[0-9]))", DIGITS, re.IGNORECASE
+)
 def before_number(m):
     return BEFORE_NUMBERS[m[1].lower()] + " "
 
 
-@rule(rf"(?<![\w./])(?<![0-9] )(?:{words_of(SHORT)})(?!\w)|(?<![\w./])w/(?=\w)", "./", re.IGNORECASE)
+@rule(r"(?<![\w.])(b|d|r)\. ?(?=(?:c\.|ca\.)? ?1[0-9]{3}|(?:c\.|ca\.)? ?20[0-9]{2})", ".")
+def of_a_life(m):
+    return {"b": "born ", "d": "died ", "r": "reigned "}[m[1]]
+
+
+@rule(rf"(?<![\w./])(?<![0-9] (?=min))(?:{words_of(SHORT)})(?!\w)|(?<![\w./])w/(?=\w)", "./", re.IGNORECASE)
 def short(m):
     said = SHORT[m[0].lower()]
     if said == "with":

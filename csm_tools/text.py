@@ -72,6 +72,18 @@ def plural(word):
     return f"{word[:-1]}ies" if word.endswith("y") else f"{word}es" if word.endswith(("s", "x", "ch")) else f"{word}s"
 
 
+def spelled(text):
+    """7f3 -> seven F three; other signs are dropped."""
+    return " ".join(ONES[int(c)] if c in DIGITS else c.upper() for c in text if c.isalnum())
+
+
+def in_pairs(n):
+    """380 -> three eighty; 105 -> one oh five; 2490 -> twenty-four ninety"""
+    if n >= 1000 or n % 100 == 0:
+        return year(n) if n >= 1000 else cardinal(n)
+    return f"{ONES[n // 100]} {'oh ' if n % 100 < 10 else ''}{cardinal(n % 100)}"
+
+
 def digits(text):
     """The text's digits one by one; other characters are dropped."""
     return " ".join(ONES[int(c)] for c in text if c in "0123456789")
@@ -114,6 +126,7 @@ January February March April May June July August September October November Dec
 """.split()
 DAYS = "Monday Tuesday Wednesday Thursday Friday Saturday Sunday".split()
 NUMBER = r"(?:[0-9]{1,3}(?:,[0-9]{3}){1,5}(?![0-9])|[0-9]{1,15})(?:\.[0-9]{1,15})?"
+AMOUNT = rf"(?:{NUMBER}|\.[0-9]{{1,15}})"
 MONTH = (
     r"(Jan(?:uary)?|Feb(?:ruary)?|Mar(?:ch)?|Apr(?:il)?|May|June?|July?|Aug(?:ust)?|Sept?(?:ember)?|Oct(?:ober)?"
     r"|Nov(?:ember)?|Dec(?:ember)?)\b"
@@ -130,7 +143,9 @@ CURRENCIES = {
     "$": ("dollar", "dollars", "cent", "cents"), "£": ("pound", "pounds", "penny", "pence"),
     "€": ("euro", "euros", "cent", "cents"), "¥": ("yen", "yen", "", ""), "₹": ("rupee", "rupees", "paisa", "paise"),
     "₩": ("won", "won", "", ""), "₽": ("ruble", "rubles", "kopeck", "kopecks"), "₿": ("bitcoin", "bitcoins", "", ""),
-    "₺": ("lira", "lira", "", ""), "₪": ("shekel", "shekels", "", ""), "¢": ("cent", "cents", "", ""),
+    "₺": ("lira", "lira", "", ""), "₪": ("shekel", "shekels", "", ""),
+    "₦": ("naira", "naira", "", ""), "₱": ("peso", "pesos", "", ""), "฿": ("baht", "baht", "", ""),
+    "₫": ("dong", "dong", "", ""), "₴": ("hryvnia", "hryvnias", "", ""), "¢": ("cent", "cents", "", ""),
 }  # fmt: skip
 COUNTRIES = {
     "US": "US ", "A": "Australian ", "AU": "Australian ", "C": "Canadian ", "CA": "Canadian ", "NZ": "New Zealand ",
@@ -143,7 +158,7 @@ CODES = {
 LARGE = {
     "k": "thousand", "K": "thousand", "m": "million", "M": "million", "mn": "million", "B": "billion", "b": "billion",
     "bn": "billion", "Bn": "billion", "T": "trillion", "tn": "trillion", "thousand": "thousand", "million": "million",
-    "billion": "billion", "trillion": "trillion",
+    "billion": "billion", "trillion": "trillion", "lakh": "lakh", "crore": "crore",
 }  # fmt: skip
 LARGE_ = "|".join(sorted(LARGE, key=len, reverse=True))
 # abbreviation -> singular; a space may precede it
@@ -151,7 +166,13 @@ UNITS = {
     "km": "kilometer", "m": "meter", "cm": "centimeter", "mm": "millimeter", "nm": "nanometer", "µm": "micrometer",
     "mi": "mile", "ft": "foot", "yd": "yard", "yds": "yard", "kg": "kilogram", "g": "gram", "mg": "milligram",
     "mcg": "microgram", "µg": "microgram", "lb": "pound", "lbs": "pound", "oz": "ounce", "l": "liter", "L": "liter",
-    "ml": "milliliter", "mL": "milliliter", "dl": "deciliter", "cl": "centiliter", "tsp": "teaspoon",
+    "ml": "milliliter", "mL": "milliliter", "dl": "deciliter",
+    "dL": "deciliter", "µL": "microliter", "μL": "microliter", "mol": "mole", "mmol": "millimole", "ng": "nanogram",
+    "sq mi": "square mile", "sq. mi.": "square mile", "sq. ft.": "square foot", "sq. ft": "square foot",
+    "sq km": "square kilometer", "sq. m": "square meter", "sq yd": "square yard", "cu ft": "cubic foot",
+    "cu. ft.": "cubic foot", "cu. ft": "cubic foot", "cu m": "cubic meter", "fl oz": "fluid ounce",
+    "fl. oz.": "fluid ounce", "fl. oz": "fluid ounce", "cm2": "square centimeter",
+    "ft2": "square foot", "cl": "centiliter", "tsp": "teaspoon",
     "tbsp": "tablespoon", "Tbsp": "tablespoon", "gal": "gallon", "qt": "quart", "pt": "pint", "Hz": "hertz",
     "kHz": "kilohertz", "MHz": "megahertz", "GHz": "gigahertz", "W": "watt", "kW": "kilowatt", "MW": "megawatt",
     "GW": "gigawatt", "Wh": "watt hour", "kWh": "kilowatt hour", "MWh": "megawatt hour", "V": "volt", "mV": "millivolt",
@@ -178,13 +199,14 @@ FIXED = {
     "psi": "P S I", "dpi": "D P I", "mpg": "miles per gallon",
 }  # fmt: skip
 TEMPERATURES = {"C": "Celsius", "F": "Fahrenheit"}  # without a degree sign, 20C but not 20 C
+EACH = r"second|sec|s|minute|min|hour|hr|h|day|night|week|wk|month|mo|year|yr|person|capita|user|seat|mile"
 PER = (
-    r"(?:/(second|sec|s|minute|min|hour|hr|h|day|night|week|wk|month|mo|year|yr|person|user|seat"
-    r"|bbl|kg|km|lb|l|L|mile|mi|m)\b(?:\.(?=[,;:)]| [a-z]))?)?"
+    rf"(?:/({EACH}|bbl|kg|km|lb|oz|g|l|L|mi|m[²³2]|m|km[²2]|cm[²³2]|ft[²2]|sq ft|dL|dl|mL|ml|µL|mol|kWh|MWh|GB|TB|W)"
+    r"(?!\w)(?:\.(?=[,;:)]| [a-z]))?)?"
 )
 COUNTED = "cup teaspoon tablespoon pound ounce pint quart gallon liter mile inch hour day year page".split()
 
-ROMAN = r"(X{0,3}(?:IX|IV|V?I{0,3}))"
+ROMAN = r"((?:XC|XL|L?X{0,3})(?:IX|IV|V?I{0,3}))"
 MONARCHS = """
 Henry Louis Charles George James Edward Richard William John Paul Pius Benedict Gregory Leo Innocent Clement Alexander
 Nicholas Peter Catherine Elizabeth Mary Philip Ferdinand Frederick Wilhelm Napoleon Ivan Otto Ramses Rameses Thutmose
@@ -255,6 +277,8 @@ OPERATORS = {
     "<=": "is at most", ">=": "is at least", "≈": "is about", "±": "plus or minus", "−": "minus",
 }  # fmt: skip
 VULGAR = {c: unicodedata.normalize("NFKC", c).replace("⁄", "/") for c in "½⅓⅔¼¾⅕⅖⅗⅘⅙⅚⅛⅜⅝⅞"}
+SUPERSCRIPTS = "⁰¹²³⁴⁵⁶⁷⁸⁹"
+SUBSCRIPTS = str.maketrans("₀₁₂₃₄₅₆₇₈₉", "0123456789")
 POWERS = {"²": " squared", "³": " cubed", "2": " squared", "3": " cubed"}
 
 # ------------------------------------------------------------------------------------- rules
@@ -386,6 +410,8 @@ def address(text):
     parts = re.findall(r"[^\W_]+|\W|_", text)
     for i, part in enumerate(parts):
         after_dot = i > 0 and parts[i - 1] == "."
+        if part == "etc" and i and parts[i - 1] == "/":
+            parts[i] = "E T C"
         if (
             after_dot
             and part.islower()
@@ -406,7 +432,9 @@ def at_sign(m):
 
 
 @rule(
-    rf"(?<![\w.])(?<![0-9] (?=sec|pg?\.|c))({'|'.join(BEFORE_NUMBERS)})\.(?:[ \n](?=\(?[0-9])|(?=[0-9]))", DIGITS, re.IGNORECASE
+    rf"(?<![\w.])(?<![0-9] (?=sec|pg?\.|c))({'|'.join(BEFORE_NUMBERS)})\.(?:[ \n](?=\(?[0-9])|(?=[0-9]))",
+    DIGITS,
+    re.IGNORECASE,
 )
 def before_number(m):
     return BEFORE_NUMBERS[m[1].lower()] + " "
@@ -430,7 +458,62 @@ def bare(m):
     return BARE[m[1]]
 
 
+@rule(r"(?<=[\w.)] )v\. (?=[A-Z])", ".")
+def against(m):
+    return "versus "
+
+
 # Dates and times
+
+
+@rule(r"(?<![\w.])0[xX]([0-9A-Fa-f]{1,32})(?!\w)", "xX")
+def hexadecimal(m):
+    return f"zero x {spelled(m[1])}"
+
+
+@rule(
+    r"(?<![\w.-])(?=[0-9a-f]{0,40}[0-9])(?=[0-9a-f]{0,40}[a-f])[0-9a-f]{7,64}(?:-[0-9a-f]{4,12}){0,4}(?![\w-])", DIGITS
+)
+def hashed(m):
+    if re.search("[a-f][0-9]+[a-f]|[0-9][a-f]+[0-9]", m[0]):
+        return ", ".join(spelled(group) for group in m[0].split("-"))
+
+
+@rule(r"(?<![\w.,-])[0-9]{1,3}(?:\.[0-9]{1,3}){3}(?::([0-9]{1,5})|/([0-9]{1,2}))?(?![\w-]|\.[0-9])", ".")
+def internet_address(m):
+    groups = re.split("[:/]", m[0])[0].split(".")
+    if (m[1] or m[2] or any(len(group) == 3 for group in groups)) and all(int(group) < 256 for group in groups):
+        more = f" colon {digits(m[1])}" if m[1] else f" slash {cardinal(int(m[2]))}" if m[2] else ""
+        return " dot ".join(cardinal(int(group)) for group in groups) + more
+
+
+@rule(rf"(?<![\w.])({NUMBER})[eE]([+−-]?)([0-9]{{1,3}})(?![\w.-])", "eE")
+def scientific(m):
+    minus = "minus " if m[2] in ("-", "−") and m[2] else ""
+    return f"{number(m[1])} times ten to the power of {minus}{cardinal(int(m[3]))}"
+
+
+@rule(r"(?<![\w.,])[0-9]{1,2}(?:,[0-9]{2}){1,4},[0-9]{3}(?![\w,])", ",")
+def indian_groups(m):
+    return f"{int(m[0].replace(',', '')):,}"
+
+
+@rule(
+    r"(?<![\w.,/+-])(?<![0-9] )[1-9][0-9]{0,1}(?: [0-9]{3}){2,4}(?![\w-]| [0-9])"
+    r"|(?<![\w.,/+-])(?<![0-9] )[1-9][0-9]{0,2} 000(?![\w-]| [0-9])|(?<![\w.,])[0-9]{1,3}(?:\.[0-9]{3}){2,4}(?![\w.,])",
+    DIGITS,
+)
+def spaced_groups(m):
+    return re.sub("[ .]", ",", m[0])
+
+
+@rule(
+    rf"(?<![\w.,])([0-9]{{1,4}}),([0-9]{{1,2}})(?= ?(?:[€£$¥%‰]|°|(?:{words_of(UNITS)}|EUR)\b)(?!\w))"
+    rf"|(?<=[€£$¥])([0-9]{{1,4}}),([0-9]{{2}})(?![\w,]|\.[0-9])",
+    ",",
+)
+def comma_decimals(m):
+    return f"{m[1] or m[3]}.{m[2] or m[4]}"
 
 
 @rule(r"(?<![\w.])([0-9]{1,15}(?:,[0-9]{3}){0,5})?(\.)?([0-9]{16,})", DIGITS)
@@ -459,19 +542,22 @@ def date(y, month, day):
         return f"{MONTHS[month - 1]} {ordinal(day)}, {year(y)}"
 
 
-@rule(r"(?<![\w/.-])([0-9]{1,2})([/.])([0-9]{1,2})\2((?:1[89]|20)[0-9]{2}|[0-9]{2})(?![\w/-]|\.[0-9])", DIGITS)
+@rule(r"(?<![\w/.-])([0-9]{1,2})([/.-])([0-9]{1,2})\2((?:1[89]|20)[0-9]{2}|[0-9]{2})(?![\w/-]|\.[0-9])", DIGITS)
 def numeric_date(m):
     first, second, y = int(m[1]), int(m[3]), int(m[4])
     if len(m[4]) == 2:
-        if m[2] == ".":  # a version
+        if m[2] in ".-":  # a version, a score
             return None
         y += 2000 if y < 70 else 1900
-    american = m[2] == "/" and first <= 12
+    american = m[2] in "/-" and first <= 12
     return date(y, *(first, second) if american else (second, first))
 
 
-DAY = r"(Mon|Tues?|Wed|Thu(?:rs?)?|Fri|Sat|Sun)\b\.?"
-THEN = rf"(?=:|,? (?:{MONTH}|[0-9]{{1,2}}(?:[:.–-][0-9]|{NTH}?[ \n](?:of )?{MONTH}| ?[ap]\.?m)))"
+DAY = r"(Mon|Tues?|Weds?|Thu(?:rs?)?|Fri|Sat|Sun)\b\.?"
+THEN = (
+    r"(?=:|(?<=\.)[,;)]| (?:night|morning|evening|afternoon)\b"
+    rf"|,? (?:{MONTH}|[0-9]{{1,2}}(?:[:.–-][0-9]|{NTH}?[ \n](?:of )?{MONTH}| ?[ap]\.?m)))"
+)
 
 
 @rule(rf"(?<![\w.]){DAY}(?:{TO}{DAY}|{THEN})", "MTWFS")
@@ -505,9 +591,48 @@ def day_month(m):
     return f"{the}{ordinal(int(m[1]))}{until} of {month(m[3])}{more}"
 
 
-@rule(rf"\b{MONTH}\.?,?[ \n]{YEAR}", DIGITS)
+@rule(rf"\b{MONTH}\.?,?[ \n](?:{YEAR}|['’]([0-9]{{2}})(?![\w'’]))", DIGITS)
 def month_year(m):
-    return f"{month(m[1])} {year(int(m[2]))}"
+    return f"{month(m[1])} {year(int(m[2])) if m[2] else in_the_century(m[3])}"
+
+
+def in_the_century(two):
+    """'24 -> twenty-four; '05 -> oh five"""
+    return f"oh {cardinal(int(two))}" if two[0] == "0" else cardinal(int(two))
+
+
+@rule(r"(?<=\b[QH][1-4])['’]([0-9]{2})\b", "QH")
+def of_a_year(m):
+    return f" {in_the_century(m[1])}"
+
+
+BOOKS = """
+Genesis Exodus Leviticus Deuteronomy Joshua Judges Ruth Samuel Kings Chronicles Ezra Nehemiah Esther Psalms? Proverbs
+Ecclesiastes Isaiah Jeremiah Lamentations Ezekiel Daniel Hosea Joel Amos Obadiah Jonah Micah Nahum Habakkuk Zephaniah
+Haggai Zechariah Malachi Matthew Mark Luke John Acts Romans Corinthians Galatians Ephesians Philippians Colossians
+Thessalonians Timothy Titus Philemon Hebrews James Peter Jude Revelation Surah? Quran Qur'an Koran
+""".split()
+SHORT_BOOKS = {
+    "Gen": "Genesis", "Ex": "Exodus", "Exod": "Exodus", "Lev": "Leviticus", "Num": "Numbers", "Deut": "Deuteronomy",
+    "Josh": "Joshua", "Judg": "Judges", "Sam": "Samuel", "Chron": "Chronicles", "Ps": "Psalm", "Pss": "Psalms",
+    "Prov": "Proverbs", "Eccl": "Ecclesiastes", "Isa": "Isaiah", "Jer": "Jeremiah", "Ezek": "Ezekiel", "Dan": "Daniel",
+    "Hos": "Hosea", "Mic": "Micah", "Zech": "Zechariah", "Mal": "Malachi", "Matt": "Matthew", "Mt": "Matthew",
+    "Mk": "Mark", "Lk": "Luke", "Jn": "John", "Rom": "Romans", "Cor": "Corinthians", "Gal": "Galatians",
+    "Eph": "Ephesians", "Phil": "Philippians", "Col": "Colossians", "Thess": "Thessalonians", "Tim": "Timothy",
+    "Heb": "Hebrews", "Jas": "James", "Pet": "Peter", "Rev": "Revelation",
+}  # fmt: skip
+
+
+@rule(
+    rf"\b(?:({'|'.join(BOOKS)})|({'|'.join(SHORT_BOOKS)})\.?) ([0-9]{{1,3}}):([0-9]{{1,3}})"
+    rf"(?:{TO}([0-9]{{1,3}})(?!:)|, ?([0-9]{{1,3}})(?![\w:,]))?(?!\w)",
+    ":",
+)
+def verse(m):
+    until = f" to {cardinal(int(m[5]))}" if m[5] else f" and {cardinal(int(m[6]))}" if m[6] else ""
+    chapter, verse = int(m[3]), int(m[4])
+    gap = " " if chapter < 20 and verse > 9 else ", "
+    return f"{m[1] or SHORT_BOOKS[m[2]]} {cardinal(chapter)}{gap}{cardinal(verse)}{until}"
 
 
 def month(name):
@@ -525,6 +650,11 @@ def short_date(m):
     first, second = int(m[2]), int(m[3])
     if first <= 12 and second <= 31 and first and second:
         return f"{m[1]} {MONTHS[first - 1]} {ordinal(second)}"
+
+
+@rule(r"(?:(?<=[AaPp][Mm])|(?<=[AaPp]\.[Mm]\.)) ?((?:[ECMP][SD]?T)?)/(?=[0-9]{1,2})", "/")
+def other_time_zone(m):
+    return f" {m[1]}, " if m[1] else ", "
 
 
 CLOCK = rf"([0-9]{{1,2}})(?:[:.]([0-5][0-9]))?(?: ?{HALF_DAY})?"
@@ -573,14 +703,17 @@ def duration(m):
     return " ".join(parts)
 
 
-@rule(r"(?<![\w.,])(100|1000|1,000)['’]?s(?= of )", DIGITS)
+@rule(r"(?<![\w.,])(?:([$£€])?(1,?000|10,000|100,000)['’]?s\b|([$£€])?(100?)['’]?s(?= of )|([$£€])(100)s\b)", DIGITS)
 def hundreds(m):
-    return "hundreds" if m[1] == "100" else "thousands"
+    many = {"10": "tens", "100": "hundreds", "1000": "thousands", "10000": "tens of thousands",
+            "100000": "hundreds of thousands"}[(m[2] or m[4] or m[6]).replace(",", "")]  # fmt: skip
+    symbol = m[1] or m[3] or m[5]
+    return f"{many} of {CURRENCIES[symbol][1]}" if symbol else many
 
 
 @rule(
-    r"(?<![\w.,$£€])(?:(1[0-9]|20)|['’]|(?<=the )|(?<=his )|(?<=her )|(?<=mid[ -])|(?<=early )|(?<=late ))"
-    r"([0-9])0['’]?s\b",
+    r"(?<![\w.,$£€])(?:(1[0-9]|20)|['’]|(?<=the )|(?<=his )|(?<=her )|(?<=their )|(?<=my )|(?<=your )|(?<=mid[ -])"
+    r"|(?<=early )|(?<=late )|(?<=low[ -])|(?<=high[ -])|(?<=lower )|(?<=upper ))([0-9])0['’]?s\b",
     DIGITS,
 )
 def decade(m):
@@ -594,6 +727,68 @@ def decade(m):
 # Money, percent, units
 
 
+@rule(r"(?<![\w<>=)\]])([<>≤≥]=?)(?:(?<![\w)\]] .) )?(?=[-−]?[$£€¥]?\.?[0-9])", "<>≤≥")
+def bound(m):
+    return {"<": "less than ", ">": "more than ", "≤": "at most ", "≥": "at least ", "<=": "at most ",
+            ">=": "at least "}[m[1]]  # fmt: skip
+
+
+@rule(
+    r"(?<![\w.])([0-9]{1,3}(?:\.[0-9]{1,8})?) ?°"
+    r"(?: ?([0-9]{1,2})[′'’](?: ?([0-9]{1,2}(?:\.[0-9]{1,4})?)(?:[″\"”]|''))?)? ?([NSEW]\b)?",
+    "°",
+)
+def angle(m):
+    degrees, minutes, seconds, side = m.groups()
+    if not (minutes or side):
+        return f"{number(degrees)} degree" if re.match(" (?:angle|arc|bend|corner|turn|view)", after(m, 7)) else None
+    parts = [f"{number(degrees)} degree{'s' * (degrees != '1')}"]
+    parts += [f"{number(n)} {name}{'s' * (n != '1')}" for n, name in ((minutes, "minute"), (seconds, "second")) if n]
+    compass = {"N": "north", "S": "south", "E": "east", "W": "west"}
+    return " ".join([*parts, *([compass[side]] if side else [])])
+
+
+@rule(
+    r"(?<![\w.,/'’′-])([0-9]{1,3}(?:\.[0-9]{1,2})?|(?:[0-9]{1,2}[ -])?[0-9]{1,2}/[0-9]{1,2})[\"″] ?(?=[a-z])",
+    '"″',
+)
+def inches(m):
+    if m[0].rstrip()[-1] == '"' and re.search(r'(?:^|[\s(])"[^"]*$', before(m, 200)):  # it ends a quotation
+        return None
+    return f"{m[1]}-inch " if "/" not in m[1] else f"{apply_fraction(m[1])} inch "
+
+
+def apply_fraction(text):
+    """1 3/4 -> one and three quarters"""
+    *whole, over, under = map(int, re.findall("[0-9]+", text))
+    if not 0 < over < under:
+        return text
+    return f"{cardinal(whole[0])} and {fraction_behind(over, under)}" if whole else fraction(over, under)
+
+
+@rule(
+    rf"(?<![\w.])({NUMBER} ?(?:° ?[CF]|{words_of(UNITS | FIXED)}))/"
+    r"(?=[0-9]{1,6}(?:\.[0-9]{1,3})? ?([A-Za-z°]{1,3}))",
+    "/",
+)
+def same_in_other_units(m):
+    doses = "mg", "mcg", "µg", "g", "ng"
+    return f"{m[1]} per " if m[1].endswith(doses) and m[2] in ("ml", "mL", "L", "kg") else f"{m[1]}, "
+
+
+@rule(
+    rf"(?<=[0-9] )([a-z]{{4,15}})/({EACH}|k?m[²2])(?![\w/])"
+    rf"|(?<![\w.,/$£€¥₹–-])([0-9]{{1,4}}) ?([x×]?)/({EACH})(?![\w/])",
+    "/",
+)
+def so_many_per(m):
+    if m[1]:
+        return f"{m[1]} per {UNITS.get(m[2], m[2])}" if m[1] not in EACH.split("|") else None
+    name = UNITS.get(m[5], m[5])
+    an = "an" if name == "hour" else "a"
+    return f"{number(m[3])} times {an} {name}" if m[4] else f"{number(m[3])} per {name}"
+
+
 @rule(r"(?<=[0-9])( ?[A-Za-z°%]{1,4}) ?– ?(?=[0-9])|(?<=[AP] M) ?[–-] ?(?=\w)", "–-")
 def until(m):
     return f"{m[1] or ''} to "
@@ -605,19 +800,27 @@ def lines_of_a_picture(m):
     return f"{cardinal(high)} {cardinal(low)} {m[2]}"
 
 
-@rule(rf"(?<![\w.])([0-9]{{1,4}}) ?[x×] ?(?={NUMBER} ?(?:(cm|mm|m|km|ft|in|px)\b|(?:{words_of(UNITS)})\b))", "x×")
+@rule(
+    rf"(?<![\w.])([0-9]{{1,4}}(?:\.[0-9]{{1,3}})?)( ?(?:cm|mm|m|ft|in|px))? ?[x×] ?"
+    rf"(?={NUMBER} ?(?:(cm|mm|m|km|ft|in|px)\b|(?:{words_of(set(UNITS) - {'s'})})\b))",
+    "x×",
+)
 def so_many(m):
-    return f"{cardinal(int(m[1]))} {'by' if m[2] else 'times'} "
+    name = f" {plural(UNITS[m[2].strip()])}".replace("foots", "feet") if m[2] and m[2].strip() in UNITS else ""
+    return f"{number(m[1])}{name} {'by' if m[3] or m[2] else 'times'} "
 
 
-MONEY = rf"({NUMBER})(?:(?: (?=[tmb][a-z]{{4}}|[mbt]n\b))?({LARGE_})\b)?"
+MONEY = rf"({AMOUNT})(?:(?:[ -](?=[tmblc][a-z]{{3,7}}|[mbt]n\b))?({LARGE_})\b)?"
 
 
 @rule(
-    rf"{SIGN}(?:(?<!\w)(US|AU?|CA?|NZ|HK|S))?([$£€¥₹₩₽₿₺₪]) ?{MONEY}(?:{TO}[$£€¥₹]?{MONEY})?(?![\w]){PER}", "$£€¥₹₩₽₿₺₪"
+    rf"{SIGN}(?:(?<!\w)(US|AU?|CA?|NZ|HK|S))?([$£€¥₹₩₽₿₺₪₦₱฿₫₴]|(?<![\w$])Rs\.?) ?{MONEY}(?:{TO}[$£€¥₹]?{MONEY})?"
+    rf"(?!\w|[.,][0-9]){PER}",
+    DIGITS,
 )
 def money(m):
     country, symbol, first, large, second, larger, per = m.groups()[1:]
+    symbol = "₹" if symbol.startswith("Rs") else symbol
     large = LARGE.get(large, "")
     larger = LARGE.get(larger, "")
     country = COUNTRIES.get(country, "")
@@ -628,18 +831,38 @@ def money(m):
             said = f"{number(first)} {large}".strip() + f" to {number(second)} {larger}".rstrip()
             said = f"{said} {country}{CURRENCIES[symbol][1]}"
     else:
-        said = amount(first, large, symbol, country)
+        said = amount(first, large, symbol, country, not per and is_adjective(m))
     return sign_of(m) + said + per_words(per)
 
 
-def amount(text, large, symbol, country=""):
+NO_NOUN = """
+a above after an and are as at be because before below between beyond but by can could did do does each for from had
+has have he her his i if in into is it less may might more must no not of off on only or our over owed paid per plus
+she should so than that the their then there they this to under until up was we were when where which while who will
+with would you your
+""".split()
+
+
+def is_adjective(m):
+    """Whether a noun follows that the amount describes: a $5 bill, a 10 km run, a $3-a-day job."""
+    if after(m, 2)[:1] == "-" and after(m, 2)[1:].isalpha():
+        return True
+    word = re.search(r"(?<![\w’'])([A-Za-z]{1,7}) $", before(m, 9))
+    if not word or word[1].lower() not in "a an another every the this that its his her their our my".split():
+        return False
+    noun = re.match(" ([a-z]{2,20})\\b", after(m, 22))
+    return bool(noun) and noun[1] not in NO_NOUN
+
+
+def amount(text, large, symbol, country="", adjective=False):
     one, many, cent, cents = CURRENCIES[symbol]
+    many, cents = (one, cent) if adjective else (many, cents)
     whole, _, hundredths = text.replace(",", "").partition(".")
     if large or len(hundredths) not in (0, 2) or (hundredths and not cents):
         return f"{number(text)} {large}".strip() + f" {country}{many}"
     n, parts = int(hundredths or 0), []
-    if int(whole) or not n:
-        parts.append(f"{cardinal(int(whole))} {country}{one if int(whole) == 1 else many}")
+    if int(whole or 0) or not n:
+        parts.append(f"{cardinal(int(whole or 0))} {country}{one if int(whole or 0) == 1 else many}")
     if n:
         parts.append(f"{cardinal(n)} {cent if n == 1 else cents}")
     return " and ".join(parts)
@@ -660,7 +883,7 @@ def money_code(m):
     return " ".join(filter(None, (number(first or second), LARGE.get(large or larger), CODES[before or behind])))
 
 
-@rule(rf"{SIGN}({NUMBER}) ?%?(?:{TO}({NUMBER}))? ?(%|‰)", "%‰")
+@rule(rf"{SIGN}({AMOUNT}) ?%?(?:{TO}({NUMBER}))? ?(%|‰)", "%‰")
 def percent(m):
     until = f" to {number(m[3])}" if m[3] else ""
     gap = " " if after(m).isalnum() else ""
@@ -692,7 +915,7 @@ def temperature(m):
 
 
 @rule(
-    rf"{SIGN}({NUMBER})(?: ([0-9])/([0-9]{{1,2}}))?(?:{TO}({NUMBER}))?([ -]?)({words_of(UNITS | FIXED)})"
+    rf"{SIGN}({AMOUNT})(?: ([0-9])/([0-9]{{1,2}}))?(?:{TO}({NUMBER}))?([ -]?)({words_of(UNITS | FIXED)})"
     rf"(\.(?!\w))?(?![\w²³]){PER}",
     DIGITS,
 )
@@ -700,6 +923,8 @@ def unit(m):
     first, over, under, second, gap, name, dot, per = m.groups()[1:]
     if name == "s" and gap:
         return None
+    if name == "s" and re.fullmatch(r"[A-Za-z]-", before(m, 2)):  # B-52s
+        return plural(number(first))
     if over and not 1 <= int(over) < int(under):
         return None
     single = first == "1" and not second and not over
@@ -708,7 +933,7 @@ def unit(m):
     if name in FIXED:
         return f"{sign_of(m)}{said} {FIXED[name]}{per_words(per)}{full_stop(m)}"
     word = UNITS[name]
-    if not single and gap != "-":
+    if not single and gap != "-" and (per or second or not is_adjective(m)):
         *front, last = word.split()
         word = " ".join([*front, "feet" if last == "foot" else last if last.endswith("hertz") else plural(last)])
     return f"{sign_of(m)}{said} {word}{per_words(per)}{full_stop(m) if dot or name.endswith('.') else ''}"
@@ -723,11 +948,28 @@ def fraction_behind(over, under):
 # Fractions, telephones, versions, ordinals
 
 
+@rule(rf"(?<![\w./,])([0-9]{{1,2}})/([0-9]{{1,3}}){NTH}(s?)(?!\w)", "/")
+def ordinal_fraction(m):
+    return f"{cardinal(int(m[1]))} {ordinal(int(m[2]))}{m[3]}"
+
+
+@rule(r"(?<![\w./,])([0-9]{1,2})/([0-9]{1,2})(?=[ -](?:time|beat|metre|meter|signature|measure)s?\b)", "/")
+def time_signature(m):
+    return f"{cardinal(int(m[1]))} {cardinal(int(m[2]))}"
+
+
+@rule(r"(?<![\w./,])1/(1000|10000|1,000|10,000)(?![\w/]|[.,][0-9])", "/")
+def one_of_many(m):
+    return f"one out of {number(m[1])}"
+
+
 @rule(r"(?<![\w./,])(?:([0-9]{1,4})[ -])?([0-9]{1,3}(?:\.[0-9]{1,2})?)/([0-9]{1,3})(?![\w/]|[.,][0-9])", "/")
 def fractions(m):
     if "." in m[2]:
         return f"{m[1] + ' ' if m[1] else ''}{number(m[2])} out of {cardinal(int(m[3]))}"
     over, under = int(m[2]), int(m[3])
+    if over + under == 100 and over > 9 and under > 9 and not m[1]:  # an 80/20 rule
+        return f"{cardinal(over)} {cardinal(under)}"
     if m[1] and 1 <= over < under <= 16:
         return f"{cardinal(int(m[1]))} and {fraction_behind(over, under)}"
     whole = m[0][: m.start(2) - m.start()]
@@ -757,6 +999,12 @@ def telephone(m):
 def many_groups(m):
     groups = ", ".join(digits(group) for group in re.findall(r"[0-9]+", m[0].replace("(0)", "")))
     return f"plus {groups}" if m[0][0] == "+" else groups
+
+
+@rule(r"(?<![\w.-])1-([89][0-9]{2})-(?=[0-9-]{0,12}[A-Z])([A-Z0-9-]{4,12})(?![\w-])", DIGITS)
+def vanity_number(m):
+    name = " ".join(digits(part) if part[0].isdigit() else part for part in re.findall("[0-9]+|[A-Z]+", m[2]))
+    return f"one, {'eight hundred' if m[1] == '800' else digits(m[1])}, {name}"
 
 
 @rule(r"\b([A-Z]{2}) ([0-9]{5})(?:-([0-9]{4}))?(?![\w-])", DIGITS)
@@ -792,7 +1040,10 @@ def named_version(m):
 
 @rule(rf"(?<![\w.,])([0-9]{{1,3}}(?:,[0-9]{{3}}){{0,4}}|[0-9]{{1,9}}){NTH}(?!\w)", DIGITS, re.IGNORECASE)
 def ordinals(m):
-    return ordinal(int(m[1].replace(",", "")))
+    n = int(m[1].replace(",", ""))
+    if m[0][-2:].lower() == "st" and (n % 10 != 1 or n % 100 == 11):
+        return f"{cardinal(n)} stone"
+    return ordinal(n)
 
 
 # Roman numerals
@@ -806,8 +1057,8 @@ def monarch(m):
 
 
 @rule(
-    rf"\b({'|'.join(NUMBERED_NAMES)}|{'|'.join(n.upper() for n in NUMBERED_NAMES)})\.? (?=[IVX]){ROMAN}(?![\w'’])",
-    "IVX",
+    rf"\b({'|'.join(NUMBERED_NAMES)}|{'|'.join(n.upper() for n in NUMBERED_NAMES)})\.? (?=[IVXL]){ROMAN}(?![\w'’])",
+    "IVXL",
 )
 def numbered_name(m):
     return f"{m[1]} {cardinal(roman(m[2]))}"
@@ -835,8 +1086,18 @@ def other_name(m):
         return f" {cardinal(roman(m[1]))}"
 
 
+@rule(r"(?<![\w.])(?=[MDCLXVI]{4})M{1,2}(?:CM|CD|D?C{0,3})(?:XC|XL|L?X{0,3})(?:IX|IV|V?I{0,3})(?![\w'’])", "M")
+def roman_year(m):
+    return year(roman(m[0]))
+
+
+@rule(rf"(?<![\w.])(?=[IVX]){ROMAN}(?:th|st)?(?= (?:[Cc]entur(?:y|ies)|[Dd]ynasty|[Oo]lympiad)\b)", "IVX")
+def roman_ordinal(m):
+    return ordinal(roman(m[1]))
+
+
 def roman(text):
-    values = [{"I": 1, "V": 5, "X": 10}[c] for c in text]
+    values = [{"I": 1, "V": 5, "X": 10, "L": 50, "C": 100, "D": 500, "M": 1000}[c] for c in text]
     return sum(-v if v < max(values[i:]) else v for i, v in enumerate(values))
 
 
@@ -880,9 +1141,11 @@ def after_name(m):
 # Signs between numbers and words
 
 
-@rule(r"(?<=[a-z] )No (?=[0-9])|(?<!\w)(?:#|№) ?(?=[0-9])|(?<!\w)#(?=[A-Za-z])", "#№N")
+@rule(r"(?<=[a-z] )No (?=[0-9])|(?<!\w)(?:#|№) ?(?=[0-9])|(?<!\w)#([A-Za-z]\w{0,60})", "#№N")
 def number_sign(m):
-    return "number " if after(m).isdigit() else "hashtag "
+    if m[1]:
+        return "hashtag " + re.sub("(?<=[a-z])(?=[A-Z])", " ", m[1])
+    return "hashtag " if re.match(r"[0-9]{1,4}[A-Z][a-z]", after(m, 6)) else "number "
 
 
 @rule(r"\b([CFJ])(\+\+|#)(?!\w)", "+#")
@@ -895,14 +1158,27 @@ def mark(m):
     return m[1] + (" plus" if m[2] == "+" else " minus")
 
 
-@rule(rf"(?<![\w.])({NUMBER})(?: ?[x×] ?({NUMBER}))(?: ?[x×] ?({NUMBER}))?(?!\w)", "x×")
+@rule(rf"(?<![\w.])({NUMBER})(?: ?[x×] ?({NUMBER}))(?: ?[x×] ?({NUMBER}))?(s)?(?!\w)", "x×")
 def dimensions(m):
+    numbers = [n for n in m.groups()[:3] if n]
     if "=" in after(m, 2) or " × " in m[0]:
-        return " times ".join(number(n) for n in m.groups() if n)
-    return " by ".join(year_or_number(n) if len(n) == 4 else number(n) for n in m.groups() if n)
+        return " times ".join(map(number, numbers))
+    said = " by ".join(year_or_number(n) if len(n) == 4 else number(n) for n in numbers)
+    return plural(said) if m[4] else said
 
 
-@rule(rf"(?<![\w.])({NUMBER})(?:{TO}({NUMBER}))?[x×](?!\w)", "x×")
+@rule(
+    r"(?<![\w.])((?<![\w)] )[-−])?([0-9]{1,4})([xyz])"
+    r"(?= ?(?:[=+*^²³]|[<>≤≥] ?[0-9]|- ?[0-9]{1,4}[ )=]|- ?[0-9]{0,3}[yz]))"
+    r"|(?<=[=+] )([0-9]{1,4})([xyz])\b|(?<= minus )([0-9]{1,4})([xyz])\b",
+    "xyz",
+)
+def algebra(m):
+    n, letter = (m[i] or m[i + 2] or m[i + 4] for i in (2, 3))
+    return f"{'minus ' if m[1] else ''}{number(n)} {letter}"
+
+
+@rule(rf"(?<![\w.^])({NUMBER})(?:[x×]?{TO}({NUMBER}))?[x×](?!\w)", "x×")
 def times(m):
     return f"{number(m[1])}{' to ' + number(m[2]) if m[2] else ''} times"
 
@@ -912,19 +1188,49 @@ def pension(m):
     return "four oh one k"
 
 
-@rule(rf"{SIGN}({NUMBER})(k|K|M|mn|B|bn)\b(?!\.\w)", DIGITS)
+@rule(rf"{SIGN}({NUMBER})(k|K|M|mn|B|bn|tn)\b(?!\.\w)", DIGITS)
 def large(m):
     amounts = {"K": len(m[2]) in (2, 3), "B": "." in m[2] or re.match(" [a-z]+s\\b", after(m, 20))}  # 4K, Terminal 2B
     if amounts.get(m[3], True):
         return f"{sign_of(m)}{number(m[2])} {LARGE[m[3]]}"
 
 
-@rule(r"(?<=[A-Za-z0-9)])(?:\^([23])(?![0-9.])|([²³])|\^(?=-?[0-9a-z]))", "^²³")
+@rule(r"(?<=[²³]) ?[-−] ?(?=[0-9a-z])|(?<=\^[0-9]) ?[-−] ?(?=[0-9a-z])|(?<=[xyz]) [-−] (?=[0-9]{0,4}[yz]\b)", "-−")
+def algebraic_minus(m):
+    return " minus "
+
+
+@rule(
+    rf"(?<=[\w)])(?:\^([23])(?![0-9.])|([{SUPERSCRIPTS}⁺⁻ⁿ]{{1,6}})|\^(?=[-−]?[0-9a-z])|\^[({{]([-−]?\w{{1,6}})[)}}])",
+    "^ⁿ⁺⁻" + SUPERSCRIPTS,
+)
 def power(m):
-    return POWERS.get(m[1] or m[2], " to the power of ")
+    raised = m[1] or m[2]
+    if m[3]:
+        return f" to the power of {m[3]}"
+    if m[2] and re.search(r"[a-z]{4}$", before(m, 4)) and not before(m, 6).endswith("meters"):
+        return ""  # a footnote's number
+    if not raised or raised in POWERS:
+        return POWERS.get(raised, " to the power of ")
+    plain = raised.translate(str.maketrans(SUPERSCRIPTS + "⁺⁻ⁿ", "0123456789+-n"))
+    return " to the power of " + plain.replace("+", "plus ").replace("-", "minus ")
 
 
-@rule(r"(?<=[0-9a-z]) - (?=[0-9a-z.]{1,12} ?=)|(?<=[0-9]) - (?=[0-9]{1,9} [-+*/×÷=])", "-")
+@rule("√ ?(?=[\\w(])|∛|∞", "√∛∞")
+def roots(m):
+    return {"√": "the square root of ", "∛": "the cube root of ", "∞": "infinity"}[m[0][0]]
+
+
+@rule(r"(?<![\w.])([A-Za-z]|sin|cos|tan|log|ln|exp)\(([A-Za-z]|[0-9]{1,4}|π|θ)\)(?![\w(])", "(")
+def function_of(m):
+    names = {"sin": "sine", "cos": "cosine", "tan": "tangent", "ln": "natural log", "exp": "exponential"}
+    return f"{names.get(m[1], m[1])} of {m[2]}"
+
+
+@rule(
+    r"(?<=[0-9a-z]) - (?=[0-9a-z.]{1,12} ?=)|(?<=[0-9]) - (?=[0-9]{1,9} [-+*/×÷=])",
+    "-",
+)
 def minus(m):
     return " minus "
 
@@ -940,13 +1246,13 @@ def divided(m):
 
 
 @rule(
-    r"(?<=[\w)\]²³]) ?(==|!=|<=|>=|[=×÷≠<>≤≥≈±−]) ?(?=[\w(-])|(?<=[\w)\]]) (\+) (?=[\w(])"
+    r"(?<=[\w)\]²³]) ?(==|!=|<=|>=|[=×÷≠<>≤≥≈±−]) ?(?=[\w(.√-])|(?<=[\w)\]]) (\+) (?=[\w(])"
     r"|(?<=[0-9])(\+)(?=[0-9])|(?<!\S)([=<>≤≥≠]) ?(?=[0-9])",
     "=!<>×÷≠≤≥≈±−+",
 )
 def operator(m):
     sign = m[1] or m[2] or m[3] or m[4]
-    if sign in ("<", ">") and not (m[4] or m[0][-1] == " " or after(m).isdigit()):
+    if sign in ("<", ">") and not (m[4] or m[0][-1] == " " or after(m).isdigit() or after(m) == "."):
         return None
     said = OPERATORS[sign]
     return f"{said.removeprefix('is ')} " if m[4] else f" {said} "
@@ -957,7 +1263,7 @@ def time_zone(m):
     return " plus " if m[0] == "+" else " minus "
 
 
-@rule(r"(?<=[0-9])\+(?=[\s,.;:!?)]|$)", "+")
+@rule(r"(?<=[0-9a-z])\+(?=[\s,.;:!?)]|$)", "+")
 def and_more(m):
     return " plus"
 
@@ -984,7 +1290,15 @@ def sign(m):
     return SIGNS[m[0]]
 
 
-@rule(r"(?<=[A-Za-z])-(?=[0-9])|(?<=[0-9])(?=[A-Za-z])|(?<=[A-Za-z])(?=[0-9])|_(?=[0-9])", DIGITS)
+@rule(r"(?<![\w.-])([A-Z]{1,5})-?([1-9][0-9]{2,3})(?![\w-]|[.,][0-9])", DIGITS)
+def model_number(m):
+    return f"{m[1]} {in_pairs(int(m[2]))}"
+
+
+@rule(
+    r"(?<=[A-Za-z])-(?=[0-9])|(?<=[0-9])(?=[^\W\d_])|(?<=[A-Za-z])(?=[0-9])|(?<=[0-9])(?=°)|(?<=[°′″])(?=[0-9])|_(?=[0-9])",
+    DIGITS,
+)
 def letters_and_digits(m):
     return " "
 
@@ -1024,8 +1338,10 @@ def slash_between(m):
     return " " if m[0] == "/" else ", "
 
 
-@rule(r"§ ?(?=\w)|°|©|[®™†‡]", "§°©®™†‡")
+@rule(r"§§? ?(?=\w)|°|©|[®™†‡]", "§°©®™†‡")
 def rare_signs(m):
+    if m[0].startswith("§§"):
+        return "sections "
     return {"§": "section ", "°": " degrees", "©": "copyright"}.get(m[0][0], "")
 
 
@@ -1044,7 +1360,7 @@ def option(m):
     return "dash dash " if m[1] == "--" else "dash " if re.match(r"\w\b", after(m, 2)) else None
 
 
-@rule(r"[ \n]?(?:—|―|–|(?<!-)--(?!-)|(?<=[ \n])-(?=[ \n]))[ \n]?", "-—―–")
+@rule(r"[ \n]?(?:—|―|–|(?<!-)---?(?!-)|(?<=[ \n])-(?=[ \n]))[ \n]?", "-—―–")
 def dash(m):
     gap = "\n" if "\n" in m[0] else " "
     if before(m) in ("", "\n"):
@@ -1098,6 +1414,7 @@ REFERENCE = re.compile(
     r"""\[\^[^\]\s]{1,20}\]|(?<=[\w.,!?"'”’)\]])\[[0-9]{1,3}(?:[,–-] ?[0-9]{1,3}){0,9}\]"""
     r"""|\[([^\[\]]{1,300})\]\[[^\[\]]{0,100}\]"""
 )
+PLACEHOLDER = re.compile(r"<([A-Za-z][\w-]{0,40})>")
 AUTOLINK = re.compile(r"<((?:https?://|mailto:)?[^<>\s]{1,500}[.@/:][^<>\s]{1,500})>")
 BULLET = re.compile(r"[ \t]*(?:[-*+•◦▪●○‣▸►·✓✔✅❌☑➤→–][ \t]+|[●•‣▸►✓✔✅❌☑➤])(?:\[[ xX]?\][ \t]+)?(?=\S)")
 LIST_NUMBER = re.compile(r"[ \t]*([0-9]{1,3})(?:[.)][ \t]+|\ufe0f?\u20e3[ \t]*)(?=\S)")
@@ -1267,12 +1584,17 @@ def said_block(block, emoji):
         block = IMAGE_OR_LINK.sub(r"\1", block)
     block = REFERENCE.sub(lambda m: m[1] or "", block)
     block = AUTOLINK.sub(r"\1", block)
+    block = PLACEHOLDER.sub(lambda m: f"{' ' if before(m).isalnum() else ''}{m[1]}", block)
     block = EMOTICON.sub("", block)
     for c, plainer in VULGAR.items():
         if c in block:
             block = re.sub(rf"(?<=[0-9]){c}", f" {plainer}", block).replace(c, plainer)
+            block = re.sub(rf"{plainer}(?=[^\W\d_])", f"{plainer} ", block)
+    block = re.sub("(?<=[0-9])( ?)º(?=[CF]?\\b|[CF ,.;)])", r"\1°", block)
     letters = LETTER.findall(block)
     if 2 * len(LATIN.findall(block)) >= len(letters):
+        block = re.sub("(?<=[A-Za-z)\\]])[₀-₉]+", lambda m: m[0].translate(SUBSCRIPTS), block)
+        block = re.sub(r"(?<=\b[A-G])[♭♯]", lambda m: " flat" if m[0] == "♭" else " sharp", block)
         block = re.sub(r"[^.!?\n]+", lowered, block)
         block = apply(ADDRESSES, block)  # before the Markdown, because their underscores are spoken
         block = re.sub(r"\\(?=[*_`#\[\]()~>|.!+-])", "", block)

@@ -727,8 +727,10 @@ def decade(m):
 # Money, percent, units
 
 
-@rule(r"(?<![\w<>=)\]])([<>≤≥]=?)(?:(?<![\w)\]] .) )?(?=[-−]?[$£€¥]?\.?[0-9])", "<>≤≥")
+@rule(r"(?<![\w<>=)\]])([<>≤≥]=?) ?(?=[-−]?[$£€¥]?\.?[0-9])", "<>≤≥")
 def bound(m):
+    if m[0][-1] == " " and re.fullmatch(r"[\w)\]] ", before(m, 2)):  # x < 5
+        return None
     return {"<": "less than ", ">": "more than ", "≤": "at most ", "≥": "at least ", "<=": "at most ",
             ">=": "at least "}[m[1]]  # fmt: skip
 

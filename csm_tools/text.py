@@ -182,7 +182,8 @@ UNITS = {
     "min": "minute", "mins": "minute", "sec": "second", "secs": "second", "s": "second", "ms": "millisecond",
     "µs": "microsecond", "μs": "microsecond", "ns": "nanosecond", "wk": "week", "wks": "week", "mo": "month",
     "mos": "month", "yr": "year", "yrs": "year", "cal": "calorie", "kcal": "kilocalorie", "kJ": "kilojoule",
-    "dB": "decibel", "bbl": "barrel", "px": "pixel", "pt.": "point", "kPa": "kilopascal", "hPa": "hectopascal",
+    "dB": "decibel", "pts": "point",
+    "bbl": "barrel", "px": "pixel", "pt.": "point", "kPa": "kilopascal", "hPa": "hectopascal",
     "m²": "square meter", "km²": "square kilometer", "cm²": "square centimeter", "ft²": "square foot",
     "sq ft": "square foot", "sqft": "square foot", "sq m": "square meter", "m³": "cubic meter",
     "cm³": "cubic centimeter",
@@ -199,7 +200,7 @@ FIXED = {
     "psi": "P S I", "dpi": "D P I", "mpg": "miles per gallon",
 }  # fmt: skip
 TEMPERATURES = {"C": "Celsius", "F": "Fahrenheit"}  # without a degree sign, 20C but not 20 C
-EACH = r"second|sec|s|minute|min|hour|hr|h|day|night|week|wk|month|mo|year|yr|person|capita|user|seat|mile"
+EACH = r"second|sec|s|minute|min|hour|hr|h|day|night|week|wk|month|mo|year|yr|person|capita|user|seat|share|mile"
 PER = (
     rf"(?:/({EACH}|bbl|kg|km|lb|oz|g|l|L|mi|m[²³2]|m|km[²2]|cm[²³2]|ft[²2]|sq ft|dL|dl|mL|ml|µL|mol|kWh|MWh|GB|TB|W)"
     r"(?!\w)(?:\.(?=[,;:)]| [a-z]))?)?"
@@ -325,7 +326,9 @@ def capitalized(m, said):
         return said
     near = before(m, 12).rstrip("\"'“‘([ ")
     begins = m.start() < 5 if not near else near[-1] in ".!?\n" and not near.endswith("..")
-    if begins and (word := SHORTENED.search(near)) and word[1].lower() in NEVER_LAST:
+    if begins and re.search(r"(?<!\w)(?:[A-Z]\.){2,4}$", near):  # H.R. 1319
+        begins = False
+    elif begins and (word := SHORTENED.search(near)) and word[1].lower() in NEVER_LAST:
         begins = False
     return said[0].upper() + said[1:] if begins else said
 
@@ -438,6 +441,28 @@ def at_sign(m):
 )
 def before_number(m):
     return BEFORE_NUMBERS[m[1].lower()] + " "
+
+
+@rule(r"(?<![\w.])([1-9][0-9]{0,3})ff?\.?(?=[,;)]|$)", "f")
+def following(m):
+    return f"{m[1]} and following"
+
+
+PARTS = {"vol": "volume", "ch": "chapter", "chap": "chapter", "pt": "part", "bk": "book", "sec": "section",
+         "art": "article", "sc": "scene", "no": "number", "fig": "figure", "p": "page", "pp": "pages"}  # fmt: skip
+
+
+@rule(
+    rf"(?<![\w.])(?:({'|'.join(PARTS)})\.|(act|book|chapter|page|pages|part|scene|section|volume)) "
+    rf"(?=[ivxlIVXL]{{2}}|[vxVX]\b|i{TO}[ivxl])([ivxl]{{1,8}}|[IVXL]{{1,8}})(?:{TO}([ivxl]{{1,8}}))?(?!\w)",
+    "ivxlIVXL",
+    re.IGNORECASE,
+)
+def numeral(m):
+    numbers = [roman(n.upper()) for n in (m[3], m[4]) if n]
+    if not (m[3].isupper() or m[3].islower()) or not re.fullmatch(ROMAN, m[3].upper()):
+        return None
+    return f"{PARTS[m[1].lower()] if m[1] else m[2]} {' to '.join(map(cardinal, numbers))}"
 
 
 @rule(r"(?<![\w.])(b|d|r)\. ?(?=(?:c\.|ca\.)? ?1[0-9]{3}|(?:c\.|ca\.)? ?20[0-9]{2})", ".")
@@ -556,7 +581,7 @@ def numeric_date(m):
 DAY = r"(Mon|Tues?|Weds?|Thu(?:rs?)?|Fri|Sat|Sun)\b\.?"
 THEN = (
     r"(?=:|(?<=\.)[,;)]| (?:night|morning|evening|afternoon)\b"
-    rf"|,? (?:{MONTH}|[0-9]{{1,2}}(?:[:.–-][0-9]|{NTH}?[ \n](?:of )?{MONTH}| ?[ap]\.?m)))"
+    rf"|,? (?:{MONTH}|[0-9]{{1,2}}(?:[:.–/-][0-9]|{NTH}?[ \n](?:of )?{MONTH}| ?[ap]\.?m)))"
 )
 
 
@@ -589,6 +614,19 @@ def day_month(m):
     until = f" to {ordinal(int(m[2]))}" if m[2] else ""
     more = f", {year(int(m[4]))}" if m[4] else "." * m[0].endswith(".") if m[3] in MONTHS else full_stop(m)
     return f"{the}{ordinal(int(m[1]))}{until} of {month(m[3])}{more}"
+
+
+@rule(
+    r"(?<![\w.,-])([1-9][0-9]{2,3})(?= (?:AD|CE|BCE?|A\.D\.|B\.C\.|C\.E\.)(?!\w))|(?<=\bAD )([1-9][0-9]{2})\b", DIGITS
+)
+def year_of_an_era(m):
+    n = int(m[1] or m[2])
+    return in_pairs(n) if n % 100 > 9 else None
+
+
+@rule(r"(?<=\b[Ii]n )(10[1-9][0-9])(?=[,.;:)]|$| [A-Z]| (?:the|he|she|they|it|a|when|and)\b)", DIGITS)
+def year_of_the_eleventh_century(m):
+    return in_pairs(int(m[1]))
 
 
 @rule(rf"\b{MONTH}\.?,?[ \n](?:{YEAR}|['’]([0-9]{{2}})(?![\w'’]))", DIGITS)
@@ -645,7 +683,11 @@ def fixed_pairs(m):
     return f"{cardinal(int(first))} {cardinal(int(second))}"
 
 
-@rule(r"\b(on|by|since|until|before|after|from|due|dated?) ([0-9]{1,2})/([0-9]{1,2})(?![\w/]|[.,][0-9])", "/")
+@rule(
+    rf"\b(on|by|since|until|before|after|from|due|dated?|(?:{'|'.join(DAYS)}),?) ([0-9]{{1,2}})/([0-9]{{1,2}})"
+    r"(?![\w/]|[.,][0-9])",
+    "/",
+)
 def short_date(m):
     first, second = int(m[2]), int(m[3])
     if first <= 12 and second <= 31 and first and second:
@@ -729,9 +771,10 @@ def decade(m):
 
 @rule(r"(?<![\w<>=)\]])([<>≤≥]=?) ?(?=[-−]?[$£€¥]?\.?[0-9])", "<>≤≥")
 def bound(m):
+    gap = " " if before(m) == "," else ""
     if m[0][-1] == " " and re.fullmatch(r"[\w)\]] ", before(m, 2)):  # x < 5
         return None
-    return {"<": "less than ", ">": "more than ", "≤": "at most ", "≥": "at least ", "<=": "at most ",
+    return gap + {"<": "less than ", ">": "more than ", "≤": "at most ", "≥": "at least ", "<=": "at most ",
             ">=": "at least "}[m[1]]  # fmt: skip
 
 
@@ -751,13 +794,29 @@ def angle(m):
 
 
 @rule(
-    r"(?<![\w.,/'’′-])([0-9]{1,3}(?:\.[0-9]{1,2})?|(?:[0-9]{1,2}[ -])?[0-9]{1,2}/[0-9]{1,2})[\"″] ?(?=[a-z])",
+    r"(?<![\w.,/'’′-])([0-9]{1,3}(?:\.[0-9]{1,2})?|(?:[0-9]{1,2}[ -])?[0-9]{1,2}/[0-9]{1,2})"
+    r"[\"″] ?(?=[a-z])(?!x ?[0-9])",
     '"″',
 )
 def inches(m):
     if m[0].rstrip()[-1] == '"' and re.search(r'(?:^|[\s(])"[^"]*$', before(m, 200)):  # it ends a quotation
         return None
-    return f"{m[1]}-inch " if "/" not in m[1] else f"{apply_fraction(m[1])} inch "
+    name = "inch"
+    if re.match(r"(?:a(?:part|cross|nd|bove)|by|deep|from|high|i[ns]|long|o[fnr]|tall|thick|to|wide)\b", after(m, 7)):
+        name = "inches" if m[1] != "1" else name
+    elif "/" not in m[1]:
+        return f"{m[1]}-inch "
+    return f"{number(m[1]) if '/' not in m[1] else apply_fraction(m[1])} {name} "
+
+
+@rule(r"(?<![\w.,/'’′-])([0-9]{1,3}(?:\.[0-9]{1,2})?)[\"″] ?[x×] ?(?=[0-9])", "x×")
+def inches_by(m):
+    return f"{number(m[1])} inches by "
+
+
+@rule(r"(?<=inches by )([0-9]{1,3}(?:\.[0-9]{1,2})?)[\"″]", '"″')
+def last_inches(m):
+    return f"{number(m[1])} inches"
 
 
 def apply_fraction(text):
@@ -812,6 +871,11 @@ def so_many(m):
     return f"{number(m[1])}{name} {'by' if m[3] or m[2] else 'times'} "
 
 
+@rule(rf"([$£€¥]) ?\(({NUMBER})\)", "$£€¥")
+def loss(m):
+    return f"-{m[1]}{m[2]}"
+
+
 MONEY = rf"({AMOUNT})(?:(?:[ -](?=[tmblc][a-z]{{3,7}}|[mbt]n\b))?({LARGE_})\b)?"
 
 
@@ -850,7 +914,7 @@ def is_adjective(m):
     if after(m, 2)[:1] == "-" and after(m, 2)[1:].isalpha():
         return True
     word = re.search(r"(?<![\w’'])([A-Za-z]{1,7}) $", before(m, 9))
-    if not word or word[1].lower() not in "a an another every the this that its his her their our my".split():
+    if not word or word[1].lower() not in "a an another by every the this that its his her their our my".split():
         return False
     noun = re.match(" ([a-z]{2,20})\\b", after(m, 22))
     return bool(noun) and noun[1] not in NO_NOUN
@@ -879,7 +943,7 @@ def money_behind(m):
     return sign_of(m) + amount(m[2], LARGE.get(m[3], ""), m[4]) + per_words(m[5])
 
 
-@rule(rf"\b(?:({'|'.join(CODES)}) ?{MONEY}|(?<![\w.]){MONEY} ?({'|'.join(CODES)}))\b", DIGITS)
+@rule(rf"(?<!/)\b(?:({'|'.join(CODES)}) ?{MONEY}|(?<![\w.]){MONEY} ?({'|'.join(CODES)}))\b", DIGITS)
 def money_code(m):
     before, first, large, second, larger, behind = m.groups()
     return " ".join(filter(None, (number(first or second), LARGE.get(large or larger), CODES[before or behind])))
@@ -907,9 +971,12 @@ def part_of_unit(m):
     return said + full_stop(m)
 
 
+PLACES = re.compile(r"(?i)\b(?:apartment|apt|bus|figure|flat|gate|line|page|platform|room|row|seat|table|unit)s? $")
+
+
 @rule(rf"{SIGN}({NUMBER})(?:{TO}({NUMBER}))?(?: ?° ?([CF])\b|([CF])(?![\w+#-]))", "CF")
 def temperature(m):
-    if m[5] and len(m[2]) < 2:
+    if m[5] and (len(m[2]) < 2 or PLACES.search(before(m, 12))):
         return None
     until = f" to {number(m[3])}" if m[3] else ""
     degrees = "degree" if m[2] == "1" and not until else "degrees"
@@ -993,8 +1060,8 @@ def telephone(m):
 
 
 @rule(
-    r"(?<![\w.])\+(?:[0-9]{7,15}|[0-9]{1,3}(?:[ .-](?:\(0\))?\(?[0-9]{1,5}\)?){2,6})(?![\w-])"
-    r"|\b0[0-9]{2,4}(?:[ -][0-9]{3,4}){1,3}(?![\w-])"
+    r"(?<![\w.])\+(?:[0-9]{7,15}|[0-9]{1,3}(?:[ .-](?:\(0\) ?)?\(?[0-9]{1,7}\)?){2,6})(?![\w-])"
+    r"|\b0[0-9]{2,4}(?:[ -][0-9]{3,4}){1,3}(?![\w-])|\b0[0-9]{4}[ -][0-9]{6}(?![\w-])"
     r"|\b[0-9]{3}-[0-9]{2}-[0-9]{4}\b|\b[0-9]{4}(?:[ -][0-9]{4}){3}\b|\b[0-9]{1,12}(?:-[0-9]{1,12}){3,6}\b",
     DIGITS,
 )
@@ -1197,7 +1264,7 @@ def large(m):
         return f"{sign_of(m)}{number(m[2])} {LARGE[m[3]]}"
 
 
-@rule(r"(?<=[²³]) ?[-−] ?(?=[0-9a-z])|(?<=\^[0-9]) ?[-−] ?(?=[0-9a-z])|(?<=[xyz]) [-−] (?=[0-9]{0,4}[yz]\b)", "-−")
+@rule(r"(?:(?<=[²³])|(?<=\^[0-9a-z])|(?<=\^[0-9]{2})) ?[-−] ?(?=[0-9a-z])|(?<=[xyz]) [-−] (?=[0-9]{0,4}[yz]\b)", "-−")
 def algebraic_minus(m):
     return " minus "
 
@@ -1260,6 +1327,21 @@ def operator(m):
     return f"{said.removeprefix('is ')} " if m[4] else f" {said} "
 
 
+@rule(r"(?<![\w-])([a-z])([-−+])(?=[0-9]{1,4}(?![\w-]))", "-−+")
+def one_letter_and(m):
+    return f"{m[1]} {'plus' if m[2] == '+' else 'minus'} "
+
+
+@rule(r"±(?=[A-Za-z])", "±")
+def plus_or_minus(m):
+    return "plus or minus "
+
+
+@rule(r"(?<=[A-Za-z]):(?=[0-9])|(?<=\b[A-Z])\.(?=[0-9])", ":.")
+def glued(m):
+    return ": " if m[0] == ":" else " dot "
+
+
 @rule(r"(?<=UTC|GMT)[+−-](?=[0-9])", "TG")
 def time_zone(m):
     return " plus " if m[0] == "+" else " minus "
@@ -1297,6 +1379,12 @@ def model_number(m):
     return f"{m[1]} {in_pairs(int(m[2]))}"
 
 
+@rule(r"\b([1-9][0-9])ers\b", "e")
+def team(m):
+    said = cardinal(int(m[1]))
+    return f"{said}rs" if said.endswith("e") else f"{said}ers"
+
+
 @rule(
     r"(?<=[A-Za-z])-(?=[0-9])|(?<=[0-9])(?=[^\W\d_])|(?<=[A-Za-z])(?=[0-9])|(?<=[0-9])(?=°)|(?<=[°′″])(?=[0-9])|_(?=[0-9])",
     DIGITS,
@@ -1308,7 +1396,8 @@ def letters_and_digits(m):
 @rule(r"[(\[]([0-9]{1,3})[)\]]|(?<!\w)['’]([0-9]{2})\b(?!['’])", DIGITS)
 def bare_number(m):
     if m[1]:
-        return f" {m[1]}" if before(m).isalnum() else m[1]
+        said = f" {m[1]}" if before(m).isalnum() else m[1]
+        return f"{said} " if after(m).isalnum() else said
     return f"oh {cardinal(int(m[2]))}" if m[2][0] == "0" else m[2]
 
 
@@ -1340,11 +1429,11 @@ def slash_between(m):
     return " " if m[0] == "/" else ", "
 
 
-@rule(r"§§? ?(?=\w)|°|©|[®™†‡]", "§°©®™†‡")
+@rule(r"§§? ?(?=\w)|¶ ?(?=[0-9])|°|©|[®™†‡]", "§¶°©®™†‡")
 def rare_signs(m):
-    if m[0].startswith("§§"):
-        return "sections "
-    return {"§": "section ", "°": " degrees", "©": "copyright"}.get(m[0][0], "")
+    if m[0][0] == "¶" or m[0].startswith("§§"):
+        return "paragraph " if m[0][0] == "¶" else "sections "
+    return {"§": "section ", "¶": "paragraph ", "°": " degrees", "©": "copyright"}.get(m[0][0], "")
 
 
 @rule(r"[“”„«»‟]|[‘’‚‛`´]", "“”„«»‟‘’‚‛`´")
@@ -1502,6 +1591,8 @@ def ended(line):
 def emphasis(m):
     """Drop stars and underscores, but make an underscore inside a name a space, and keep the star of 2 * 3."""
     left, right = before(m), after(m)
+    if m[0] == "**" and left.isdigit() and right.isdigit():
+        return "^"
     if m[0] == "*" and (left == right == " " or (left.isdigit() and right.isdigit())):
         return m[0]
     return " " if m[0][0] == "_" and left.isalnum() and right.isalnum() else ""
@@ -1596,6 +1687,9 @@ def said_block(block, emoji):
     letters = LETTER.findall(block)
     if 2 * len(LATIN.findall(block)) >= len(letters):
         block = re.sub("(?<=[A-Za-z)\\]])[₀-₉]+", lambda m: m[0].translate(SUBSCRIPTS), block)
+        block = re.sub("(?<=[0-9])[★⭐]", " star", block)
+        block = re.sub("[★⭐]+(?=☆)", lambda m: f" {cardinal(min(len(m[0]), 99))} star{'s' * (len(m[0]) > 1)} ", block)
+        block = re.sub(r"(?<=\bI )[♥❤]\ufe0f?(?= )", "love", block)
         block = re.sub(r"(?<=\b[A-G])[♭♯]", lambda m: " flat" if m[0] == "♭" else " sharp", block)
         block = re.sub(r"[^.!?\n]+", lowered, block)
         block = apply(ADDRESSES, block)  # before the Markdown, because their underscores are spoken

@@ -793,6 +793,16 @@ def angle(m):
     return " ".join([*parts, *([compass[side]] if side else [])])
 
 
+@rule(r"(?<![\w.,/'’′-])([0-9]{1,3}(?:\.[0-9]{1,2})?)[\"″] ?[x×] ?(?=[0-9])", "x×")
+def inches_by(m):
+    return f"{number(m[1])} inches by "
+
+
+@rule(r"(?<=inches by )([0-9]{1,3}(?:\.[0-9]{1,2})?)[\"″]", '"″')
+def last_inches(m):
+    return f"{number(m[1])} inches"
+
+
 @rule(
     r"(?<![\w.,/'’′-])([0-9]{1,3}(?:\.[0-9]{1,2})?|(?:[0-9]{1,2}[ -])?[0-9]{1,2}/[0-9]{1,2})"
     r"[\"″] ?(?=[a-z])(?!x ?[0-9])",
@@ -807,16 +817,6 @@ def inches(m):
     elif "/" not in m[1]:
         return f"{m[1]}-inch "
     return f"{number(m[1]) if '/' not in m[1] else apply_fraction(m[1])} {name} "
-
-
-@rule(r"(?<![\w.,/'’′-])([0-9]{1,3}(?:\.[0-9]{1,2})?)[\"″] ?[x×] ?(?=[0-9])", "x×")
-def inches_by(m):
-    return f"{number(m[1])} inches by "
-
-
-@rule(r"(?<=inches by )([0-9]{1,3}(?:\.[0-9]{1,2})?)[\"″]", '"″')
-def last_inches(m):
-    return f"{number(m[1])} inches"
 
 
 def apply_fraction(text):
@@ -1468,7 +1468,7 @@ def optional_plural(m):
 
 @rule(r" ?[(\[{]", "([{")
 def opening(m):
-    if before(m) in ("", "\n") or before(m) in ".!?,;:([{\"'":
+    if before(m) in ("", "\n") or before(m) in ".!?,;:([{" or (before(m) in "\"'" and m[0][0] != " "):
         return m[0][:-1]
     return ", "
 
@@ -1726,6 +1726,7 @@ ave blvd rd vs cf al ca approx dept est inc ltd co corp bros ed eds viz e.g i.e 
 NUMBERED = "no nos art fig sec vol ch p pp".split()  # nor after these before a number,
 DATES = "jan feb mar apr jun jul aug sep sept oct nov dec mon tue wed thu fri sat sun".split()  # or these, capitalized
 ALWAYS = "。！？।॥؟۔։።။៕"  # always end a sentence
+LIST_NUMBERS = {cardinal(n) for n in range(1, 100)}
 END = re.compile(rf"""(?:(?<![.!?…])(?:\.(?: \.)+|[.!?…]+)['"’”)\]]*(?:\[\d+\])*(?=\s)|[{ALWAYS}]+[」』”’"')\]]*)\s*""")
 WORD = re.compile(r"[^\W_]")  # parts without any are not spoken
 ITEM = re.compile(r"[ \t]*(?:#{1,6}[ \t]|[-*+•◦▪●–][ \t]|[0-9]{1,3}[.)][ \t])")
@@ -1875,6 +1876,8 @@ def ends_here(before, mark, after, cased):
     if re.fullmatch(r"([^\W\d]\.)+[^\W\d]", word):  # J.R.R. Tolkien; at 5 p.m. Then
         return word.islower() and following.isupper()
     if (len(word) == 1 and word.isalpha() and word != "I") or re.fullmatch(r"[0-9]{1,2}", before.strip()):
+        return False
+    if before.strip().lower() in LIST_NUMBERS:  # One. Mix the eggs.
         return False
     low = word.lower()
     if low in NUMBERED or (low in DATES and word[0].isupper()):

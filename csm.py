@@ -636,7 +636,7 @@ def as_samples(audio, sample_rate=24_000):
 
 
 def check_seed(seed):
-    if not 0 <= seed < 2**64:
+    if not (isinstance(seed, (int, np.integer)) and 0 <= seed < 2**64):
         raise ValueError(f"seed must lie in 0..2^64 - 1, not {seed}")
 
 
@@ -791,7 +791,7 @@ class Generator:
         """-> the earlier turns, and the clip that voice_match continues, or None."""
         if isinstance(context, Segment):
             raise ValueError("a context is a list of Segments, not one Segment")
-        turns = list(context) or self.voice_prompt(voice, speaker)
+        turns = list(context or ()) or self.voice_prompt(voice, speaker)
         if not (self.model.config.voice_match if voice_match is None else voice_match):
             return turns, None
         for i in reversed(range(len(turns))):
@@ -1051,6 +1051,8 @@ def load(
     for name, w in weights.items():
         if mx.issubdtype(w.dtype, mx.floating):
             weights[name] = w.astype(dtype)
+        elif f"{name.rpartition('.')[0]}.scales" not in weights:
+            raise ValueError(f"{model} has weights that are no floats: {name} is {w.dtype}")
     network = blank_model(config, weights)
     mimi.load_weights(network, weights)
     del weights, source  # the network holds them now

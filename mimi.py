@@ -459,8 +459,8 @@ def read_weights(path):
     check_file(path)
     try:
         return mx.load(str(path), format="safetensors", return_metadata=True)
-    except RuntimeError:
-        raise ValueError(f"{path} is truncated or not a safetensors file") from None
+    except RuntimeError as e:
+        raise ValueError(f"{path} is truncated or not a safetensors file: {e}") from None
 
 
 def read_json(path):

@@ -479,6 +479,16 @@ def test_the_command(files, tmp_path, k):
     assert sorted(os.listdir(tmp_path)) == ["codes.npz", "out.wav"]
 
 
+def test_the_command_with_a_codec_of_another_rate(published, tmp_path):
+    config = {"config": json.dumps(asdict(CONFIGS["small"]) | {"sample_rate": 16_000})}
+    mx.save_safetensors(str(tmp_path / "mimi.safetensors"), published, config)
+    soundfile.write(tmp_path / "in.wav", noise(8000, 1)[0, 0], 16_000)
+    done = python("mimi.py", tmp_path / "in.wav", tmp_path / "out.wav", "--model", tmp_path / "mimi.safetensors")
+    assert done.returncode == 0, done.stderr
+    info = soundfile.info(tmp_path / "out.wav")
+    assert (info.samplerate, info.frames) == (16_000, 8000)
+
+
 MISTAKES = """none.wav mimi.safetensors out.wav | no such file
 text.txt mimi.safetensors out.wav | not an audio file
 nan.wav mimi.safetensors out.wav | NaN

@@ -275,7 +275,9 @@ def test_nothing_to_say(text):
 
 
 def test_an_items_number_stays_with_its_item():
-    text = spoken("Ingredients are these:\n- 2 cups of white flour\n1. Mix them all in a bowl.\n2. Bake them for an hour.")
+    text = spoken(
+        "Ingredients are these:\n- 2 cups of white flour\n1. Mix them all in a bowl.\n2. Bake them for an hour."
+    )
     assert [part for part, _ in sentences(text)][1:] == [
         "Two cups of white flour.",
         "One. Mix them all in a bowl.",

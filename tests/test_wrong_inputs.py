@@ -258,6 +258,7 @@ CHECKPOINTS = {
     "a tensor that is missing": (tensors(without("decoder.norm")), "missing decoder.norm.weight"),
     "a tensor too many": (tensors(lambda w: w | {"more": mx.zeros(1)}), "unexpected more"),
     "a tensor of another shape": (tensors(lambda w: w | {NORM: mx.zeros(3)}), rf"{NORM} is \(3,\), not \(64,\)"),
+    "whole numbers": (tensors(lambda w: w | {NORM: w[NORM].astype(mx.int8)}), f"no floats: {NORM} is"),
     "NaN in a norm": (tensors(lambda w: w | {NORM: w[NORM] * math.nan}), f"NaN or infinite weights: {NORM}"),
     "infinite heads": (tensors(lambda w: w | {"audio_head": w["audio_head"] + math.inf}), "infinite weights: audio"),
     "bitsandbytes": (

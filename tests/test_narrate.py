@@ -205,7 +205,8 @@ def test_an_epub_is_read_in_its_order(folder, tmp_path):
 
 def test_marks_of_notes_and_what_stands_beside_the_text_are_unsaid(tmp_path):
     """Older books do not name the kind of a link."""
-    text = "<p>So<sup><a href='#n1'>1</a></sup> it is.<a href='n.xhtml#n2'>[2]</a> <a href='#c'>Part 3</a> m<sup>2</sup></p>"
+    text = "<p>So<sup><a href='#n1'>1</a></sup> it is.<a href='n.xhtml#n2'>[2]</a>"
+    text += " <a href='#c'>Part 3</a> m<sup>2</sup></p>"
     package = PACKAGE.replace('<itemref idref="b"/>', '<itemref idref="b" linear="no"/>')
     with zipfile.ZipFile(tmp_path / "book.epub", "w") as book:
         for name, content in (("META-INF/container.xml", CONTAINER), ("OPS/book.opf", package)):

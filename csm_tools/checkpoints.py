@@ -161,7 +161,7 @@ def read_mimi(path_or_repo=None):
     if path_or_repo is None:
         path = download(*csm_layouts.DEFAULT_MIMI)
     else:
-        path = find_or_download(path_or_repo, MIMI_FILES, CONTAINER_FILES)
+        path = find("tiny") if path_or_repo == "tiny" else find_or_download(path_or_repo, MIMI_FILES, CONTAINER_FILES)
     file = first_match(path, *MIMI_FILES, *CONTAINER_FILES) if path.is_dir() else path
     if file is None:
         raise ValueError(f"no Mimi in {path}")

@@ -13,7 +13,8 @@ from dataclasses import asdict, replace
 from pathlib import Path
 from types import SimpleNamespace
 
-import mimi  # before mlx and torch
+import csm  # before mlx and torch
+import mimi
 
 import csm_layouts  # isort: skip
 from csm_tools.audio import audio_writer, wav_head  # isort: skip
@@ -487,6 +488,12 @@ def test_the_command_with_a_codec_of_another_rate(published, tmp_path):
     assert done.returncode == 0, done.stderr
     info = soundfile.info(tmp_path / "out.wav")
     assert (info.samplerate, info.frames) == (16_000, 8000)
+
+
+def test_the_bundled_codec_by_its_name(tmp_path, monkeypatch):
+    """As the message of a download that fails advises."""
+    monkeypatch.chdir(tmp_path)
+    assert mimi.load("tiny").n_codebooks == mimi.load(csm.TINY).n_codebooks
 
 
 MISTAKES = """none.wav mimi.safetensors out.wav | no such file

@@ -324,8 +324,9 @@ def capitalized(m, said):
         return m[0]
     if not said[:1].islower() or m[0][:1].islower():
         return said
-    near = before(m, 12).rstrip("\"'“‘([ ")
+    near = before(m, 4).rstrip("\"'“‘([ ")
     begins = m.start() < 5 if not near else near[-1] in ".!?\n" and not near.endswith("..")
+    near = before(m, 12).rstrip("\"'“‘([ ")
     if begins and re.search(r"(?<!\w)(?:[A-Z]\.){2,4}$", near):  # H.R. 1319
         begins = False
     elif begins and (word := SHORTENED.search(near)) and word[1].lower() in NEVER_LAST:
@@ -769,7 +770,7 @@ def decade(m):
 # Money, percent, units
 
 
-@rule(r"(?<![\w<>=)\]])([<>≤≥]=?) ?(?=[-−]?[$£€¥]?\.?[0-9])", "<>≤≥")
+@rule(r"(?<![\w<>=)\]-])([<>≤≥]=?) ?(?=[-−]?[$£€¥]?\.?[0-9])", "<>≤≥")
 def bound(m):
     gap = " " if before(m) == "," else ""
     if m[0][-1] == " " and re.fullmatch(r"[\w)\]] ", before(m, 2)):  # x < 5

@@ -1640,7 +1640,7 @@ PAUSE = re.compile(
     re.IGNORECASE,
 )
 LONGEST_PAUSE = 10  # seconds
-LETTER, LATIN = re.compile(r"[^\W\d_¹-³¼-¾⁰-₉⅐-⅟]"), re.compile(r"[A-Za-z\u00c0-\u024f]")
+LETTER, LATIN = re.compile(r"[^\W\d_²³¹¼-¾⁰-₉⅐-⅟]"), re.compile(r"[A-Za-z\u00c0-\u024f]")
 SIMPLE = re.compile(r"[^\w\s.,;:!?'\"-]|[0-9_]")
 
 

@@ -553,7 +553,7 @@ def compile_next_frame(model, n_codes, n):
 class Segment:
     """A finished turn of a conversation: who said what, and how it sounded.
 
-    audio: (samples,) at 24 kHz, or the path of an audio file of any rate and number of channels.
+    audio: (samples,) at the codec's rate, 24 kHz, or the path of an audio file of any rate and number of channels.
     codes: (F, K), as generation gives them; with codes, audio is not needed and not encoded.
     """
 
@@ -616,10 +616,10 @@ class Tokenizer:
         return [i for i in (self.bos, *self._encode(text), self.eos) if i is not None]
 
 
-def as_samples(audio):
+def as_samples(audio, sample_rate=24_000):
     """Segment.audio in any form -> (samples,) float32. Raises ValueError."""
     if isinstance(audio, (str, os.PathLike)):
-        return mimi.read_audio(audio)
+        return mimi.read_audio(audio, sample_rate)
     if isinstance(audio, mx.array) and audio.dtype == mx.bfloat16:  # which NumPy lacks
         audio = audio.astype(mx.float32)
     audio = np.array(audio)
@@ -636,7 +636,7 @@ def as_samples(audio):
 
 
 def check_seed(seed):
-    if not 0 <= seed < 2**64:
+    if not (isinstance(seed, (int, np.integer)) and 0 <= seed < 2**64):
         raise ValueError(f"seed must lie in 0..2^64 - 1, not {seed}")
 
 
@@ -791,7 +791,7 @@ class Generator:
         """-> the earlier turns, and the clip that voice_match continues, or None."""
         if isinstance(context, Segment):
             raise ValueError("a context is a list of Segments, not one Segment")
-        turns = list(context) or self.voice_prompt(voice, speaker)
+        turns = list(context or ()) or self.voice_prompt(voice, speaker)
         if not (self.model.config.voice_match if voice_match is None else voice_match):
             return turns, None
         for i in reversed(range(len(turns))):
@@ -856,7 +856,7 @@ class Generator:
             raise ValueError(f"a turn of the context has no audio: {segment.text[:40]!r}")
         codes = segment.codes
         if codes is None:
-            audio = mx.array(as_samples(segment.audio))[None, None]
+            audio = mx.array(as_samples(segment.audio, self.sample_rate))[None, None]
             codes = self.mimi.encode(audio)[0, :K].T
         codes = np.array(codes)
         if codes.ndim != 2 or not self.codebooks <= codes.shape[1] <= K:
@@ -1051,6 +1051,8 @@ def load(
     for name, w in weights.items():
         if mx.issubdtype(w.dtype, mx.floating):
             weights[name] = w.astype(dtype)
+        elif f"{name.rpartition('.')[0]}.scales" not in weights:
+            raise ValueError(f"{model} has weights that are no floats: {name} is {w.dtype}")
     network = blank_model(config, weights)
     mimi.load_weights(network, weights)
     del weights, source  # the network holds them now

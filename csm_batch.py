@@ -121,8 +121,9 @@ class Batch:
         if max_frames < 1:
             raise ValueError(f"max_frames must be 1 or more, not {max_frames}")
         rows = np.array(prompt_rows, np.int32)
-        if not len(rows):
-            raise ValueError("the prompt has no rows")
+        width = self.model.config.audio_num_codebooks + 1
+        if not len(rows) or rows.shape[1:] != (width,):
+            raise ValueError(f"prompt_rows must be (rows, {width}), not {rows.shape}")
         n = len(rows) + (cache.offset if cache else 0)
         self.generator.check_length(n)
         uid, max_frames = next(self.ids), min(max_frames, self.generator.max_positions - n)
@@ -276,7 +277,7 @@ def generate(
     """
     if isinstance(texts, str):
         raise ValueError("texts must be a list of texts, not one text")
-    n, context = len(texts), list(context)
+    n, context = len(texts), list(context or ())
     speakers = speaker if np.ndim(speaker) else [speaker] * n
     lengths = max_audio_length_ms if np.ndim(max_audio_length_ms) else [max_audio_length_ms] * n
     shared = not context or isinstance(context[0], csm.Segment)

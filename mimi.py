@@ -6,9 +6,9 @@ Hugging Face transformers' MimiModel (5.23). tests/test_mimi.py compares this fi
     encode: audio -> SEANet encoder (25 Hz) -> transformer -> stride-2 conv (12.5 Hz) -> RVQ codes
     decode: codes -> code vectors -> x2 upsampling (25 Hz) -> transformer -> SEANet decoder -> audio
 
-Every layer is causal and takes and returns its past, what it remembers of earlier input. Streams
-and whole clips therefore share one code path: `encode` and `decode` call `encode_step` and
-`decode_step` chunk by chunk. State is a value: a step never modifies the state that it is given.
+Every layer is causal and takes and returns its past, what it remembers of earlier input. So
+streams and clips share one code path: `encode` calls `encode_step` chunk by chunk, `decode` calls
+`decode_step`. State is a value: a step never modifies the state that it is given.
 
 Shapes: B batch, S samples, T positions at a layer's own rate, F frames, K codebooks, C, D channels,
 H heads. Inside, activations are (B, T, C); public methods take audio (B, 1, S), codes (B, K, F).
@@ -248,8 +248,7 @@ class RVQ(nn.Module):
         self.norms = mx.zeros((n, c.codebook_size))  # |v|^2 of each code vector
 
     def encode(self, x):  # (B, F, D) -> (B, n, F)
-        residual = x @ self.input_proj.T
-        codes = []
+        residual, codes = x @ self.input_proj.T, []
         for vectors, norms in zip(self.codebooks, self.norms):
             # The nearest vector minimizes |r - v|^2, or, without the constant |r|^2, |v|^2 - 2 r.v.
             codes.append(mx.argmin(mx.addmm(norms, residual, vectors.T, alpha=-2), axis=-1))
@@ -447,7 +446,6 @@ def load_weights(model, weights):
 
 
 def check_file(path):
-    """Raise ValueError if there is no such file, or Git LFS's pointer in its place."""
     if not Path(path).is_file():
         raise ValueError(f"no such file: {path}")
     if os.path.getsize(path) < 1000 and b"https://git-lfs" in Path(path).read_bytes():
@@ -459,8 +457,8 @@ def read_weights(path):
     check_file(path)
     try:
         return mx.load(str(path), format="safetensors", return_metadata=True)
-    except RuntimeError:
-        raise ValueError(f"{path} is truncated or not a safetensors file") from None
+    except RuntimeError as e:
+        raise ValueError(f"{path} is truncated or not a safetensors file: {e}") from None
 
 
 def read_json(path):
@@ -602,10 +600,9 @@ def main(argv=None):
     p.error = lambda message: p.exit(2, f"{p.prog}: error: {message}\n")  # without the usage
     args = p.parse_args(argv)
     try:
-        files = args.input, args.output
-        if all(map(os.path.exists, files)) and os.path.samefile(*files):
-            raise ValueError(f"{args.output} would be overwritten, and is read: give another OUT")
-        audio, model = read_audio(args.input), load(args.model, args.n_codebooks)
+        check_file(args.input)  # before a download
+        model = load(args.model, args.n_codebooks)
+        audio = read_audio(args.input, model.sample_rate)
         with audio_file(args.output, model.sample_rate) as write:
             codes = model.encode(mx.array(audio)[None, None])
             write(model.decode(codes)[0, 0, : audio.size])

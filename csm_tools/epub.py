@@ -14,6 +14,7 @@ BLOCKS = frozenset(
     " nav ol p pre section table td th tr ul".split()
 )
 UNSAID = frozenset("audio head math rp rt script style svg video".split())  # and notes, see Text
+NOTE_MARK = re.compile(r"\s*[\[(]?(?:[0-9]{1,3}|[*†‡§¶]{1,3})[\])]?\s*")
 DAMAGED = (  # raised if a file is not an EPUB, is incomplete or encrypted
     zipfile.BadZipFile, zlib.error, ElementTree.ParseError, KeyError, AttributeError, TypeError, NotImplementedError,
     RuntimeError, UnicodeError,
@@ -44,6 +45,8 @@ def spine(book):
     files = {item.get("id"): item for item in package.iterfind(".//{*}manifest/{*}item")}
     for ref in package.iterfind(".//{*}spine/{*}itemref"):
         item = files[ref.get("idref")]
+        if ref.get("linear") == "no":  # beside the text: notes, advertisements
+            continue
         if "html" in item.get("media-type", "") and "nav" not in item.get("properties", "").split():
             yield posixpath.normpath(posixpath.join(posixpath.dirname(package_name), unquote(item.get("href"))))
 
@@ -62,10 +65,13 @@ class Text(HTMLParser):
     def __init__(self):
         super().__init__()
         self.pieces, self.unsaid = [], []  # unsaid: open tags whose text is left out
+        self.link = None  # where in `pieces` a link to a place begins, which may be a note's mark
 
     def handle_starttag(self, tag, attributes):
         if tag in BLOCKS:
             self.pieces.append("\0")
+        if tag == "a":
+            self.link = len(self.pieces) if "#" in (dict(attributes).get("href") or "") else None
         kinds = " ".join(value or "" for name, value in attributes if name in ("epub:type", "role"))
         if self.unsaid or tag in UNSAID or "noteref" in kinds or "pagebreak" in kinds:
             if tag not in ("br", "hr", "img", "link", "meta", "col", "input", "source", "wbr"):
@@ -78,6 +84,10 @@ class Text(HTMLParser):
     def handle_endtag(self, tag):
         if tag in BLOCKS:
             self.pieces.append("\0")
+        if tag == "a" and self.link is not None:
+            if NOTE_MARK.fullmatch("".join(self.pieces[self.link :])):
+                del self.pieces[self.link :]
+            self.link = None
         if tag in self.unsaid:
             while self.unsaid.pop() != tag:
                 pass

@@ -599,7 +599,9 @@ def say_speakers(speakers, folder):
 def warn_of_codec(generator, examples, n):
     """Send n of the clips through the codec, and warn if it loses their sound or their words."""
     said = [s for e in examples for t in e.talks for s in t.segments if s.audio]
-    some = [(s.text, mimi.read_audio(s.audio)[:240_000]) for s in said[:: max(1, len(said) // n)][:n]]
+    some = [
+        (s.text, mimi.read_audio(s.audio, generator.sample_rate)[:240_000]) for s in said[:: max(1, len(said) // n)][:n]
+    ]
     if not some:
         return
     pairs = [(text, sound, through_codec(generator, sound)) for text, sound in some]

@@ -355,7 +355,7 @@ class Engine:
         g, key = self.generator, id(turn)
         self.shared.add(key)
         try:
-            audio = csm.as_samples(turn.audio)
+            audio = csm.as_samples(turn.audio, g.sample_rate)
             audio = mx.array(np.pad(audio, (0, -len(audio) % g.mimi.frame_size)))[None, None]
             state, codes, done = g.mimi.init_state(1), [], 0
             while done < audio.shape[2]:

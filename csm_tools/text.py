@@ -72,6 +72,18 @@ def plural(word):
     return f"{word[:-1]}ies" if word.endswith("y") else f"{word}es" if word.endswith(("s", "x", "ch")) else f"{word}s"
 
 
+def spelled(text):
+    """7f3 -> seven F three; other signs are dropped."""
+    return " ".join(ONES[int(c)] if c in DIGITS else c.upper() for c in text if c.isalnum())
+
+
+def in_pairs(n):
+    """380 -> three eighty; 105 -> one oh five; 2490 -> twenty-four ninety"""
+    if n >= 1000 or n % 100 == 0:
+        return year(n) if n >= 1000 else cardinal(n)
+    return f"{ONES[n // 100]} {'oh ' if n % 100 < 10 else ''}{cardinal(n % 100)}"
+
+
 def digits(text):
     """The text's digits one by one; other characters are dropped."""
     return " ".join(ONES[int(c)] for c in text if c in "0123456789")
@@ -114,6 +126,7 @@ January February March April May June July August September October November Dec
 """.split()
 DAYS = "Monday Tuesday Wednesday Thursday Friday Saturday Sunday".split()
 NUMBER = r"(?:[0-9]{1,3}(?:,[0-9]{3}){1,5}(?![0-9])|[0-9]{1,15})(?:\.[0-9]{1,15})?"
+AMOUNT = rf"(?:{NUMBER}|\.[0-9]{{1,15}})"
 MONTH = (
     r"(Jan(?:uary)?|Feb(?:ruary)?|Mar(?:ch)?|Apr(?:il)?|May|June?|July?|Aug(?:ust)?|Sept?(?:ember)?|Oct(?:ober)?"
     r"|Nov(?:ember)?|Dec(?:ember)?)\b"
@@ -130,7 +143,9 @@ CURRENCIES = {
     "$": ("dollar", "dollars", "cent", "cents"), "£": ("pound", "pounds", "penny", "pence"),
     "€": ("euro", "euros", "cent", "cents"), "¥": ("yen", "yen", "", ""), "₹": ("rupee", "rupees", "paisa", "paise"),
     "₩": ("won", "won", "", ""), "₽": ("ruble", "rubles", "kopeck", "kopecks"), "₿": ("bitcoin", "bitcoins", "", ""),
-    "₺": ("lira", "lira", "", ""), "₪": ("shekel", "shekels", "", ""), "¢": ("cent", "cents", "", ""),
+    "₺": ("lira", "lira", "", ""), "₪": ("shekel", "shekels", "", ""),
+    "₦": ("naira", "naira", "", ""), "₱": ("peso", "pesos", "", ""), "฿": ("baht", "baht", "", ""),
+    "₫": ("dong", "dong", "", ""), "₴": ("hryvnia", "hryvnias", "", ""), "¢": ("cent", "cents", "", ""),
 }  # fmt: skip
 COUNTRIES = {
     "US": "US ", "A": "Australian ", "AU": "Australian ", "C": "Canadian ", "CA": "Canadian ", "NZ": "New Zealand ",
@@ -143,7 +158,7 @@ CODES = {
 LARGE = {
     "k": "thousand", "K": "thousand", "m": "million", "M": "million", "mn": "million", "B": "billion", "b": "billion",
     "bn": "billion", "Bn": "billion", "T": "trillion", "tn": "trillion", "thousand": "thousand", "million": "million",
-    "billion": "billion", "trillion": "trillion",
+    "billion": "billion", "trillion": "trillion", "lakh": "lakh", "crore": "crore",
 }  # fmt: skip
 LARGE_ = "|".join(sorted(LARGE, key=len, reverse=True))
 # abbreviation -> singular; a space may precede it
@@ -151,7 +166,13 @@ UNITS = {
     "km": "kilometer", "m": "meter", "cm": "centimeter", "mm": "millimeter", "nm": "nanometer", "µm": "micrometer",
     "mi": "mile", "ft": "foot", "yd": "yard", "yds": "yard", "kg": "kilogram", "g": "gram", "mg": "milligram",
     "mcg": "microgram", "µg": "microgram", "lb": "pound", "lbs": "pound", "oz": "ounce", "l": "liter", "L": "liter",
-    "ml": "milliliter", "mL": "milliliter", "dl": "deciliter", "cl": "centiliter", "tsp": "teaspoon",
+    "ml": "milliliter", "mL": "milliliter", "dl": "deciliter",
+    "dL": "deciliter", "µL": "microliter", "μL": "microliter", "mol": "mole", "mmol": "millimole", "ng": "nanogram",
+    "sq mi": "square mile", "sq. mi.": "square mile", "sq. ft.": "square foot", "sq. ft": "square foot",
+    "sq km": "square kilometer", "sq. m": "square meter", "sq yd": "square yard", "cu ft": "cubic foot",
+    "cu. ft.": "cubic foot", "cu. ft": "cubic foot", "cu m": "cubic meter", "fl oz": "fluid ounce",
+    "fl. oz.": "fluid ounce", "fl. oz": "fluid ounce", "cm2": "square centimeter",
+    "ft2": "square foot", "cl": "centiliter", "tsp": "teaspoon",
     "tbsp": "tablespoon", "Tbsp": "tablespoon", "gal": "gallon", "qt": "quart", "pt": "pint", "Hz": "hertz",
     "kHz": "kilohertz", "MHz": "megahertz", "GHz": "gigahertz", "W": "watt", "kW": "kilowatt", "MW": "megawatt",
     "GW": "gigawatt", "Wh": "watt hour", "kWh": "kilowatt hour", "MWh": "megawatt hour", "V": "volt", "mV": "millivolt",
@@ -161,7 +182,8 @@ UNITS = {
     "min": "minute", "mins": "minute", "sec": "second", "secs": "second", "s": "second", "ms": "millisecond",
     "µs": "microsecond", "μs": "microsecond", "ns": "nanosecond", "wk": "week", "wks": "week", "mo": "month",
     "mos": "month", "yr": "year", "yrs": "year", "cal": "calorie", "kcal": "kilocalorie", "kJ": "kilojoule",
-    "dB": "decibel", "bbl": "barrel", "px": "pixel", "pt.": "point", "kPa": "kilopascal", "hPa": "hectopascal",
+    "dB": "decibel", "pts": "point",
+    "bbl": "barrel", "px": "pixel", "pt.": "point", "kPa": "kilopascal", "hPa": "hectopascal",
     "m²": "square meter", "km²": "square kilometer", "cm²": "square centimeter", "ft²": "square foot",
     "sq ft": "square foot", "sqft": "square foot", "sq m": "square meter", "m³": "cubic meter",
     "cm³": "cubic centimeter",
@@ -178,13 +200,14 @@ FIXED = {
     "psi": "P S I", "dpi": "D P I", "mpg": "miles per gallon",
 }  # fmt: skip
 TEMPERATURES = {"C": "Celsius", "F": "Fahrenheit"}  # without a degree sign, 20C but not 20 C
+EACH = r"second|sec|s|minute|min|hour|hr|h|day|night|week|wk|month|mo|year|yr|person|capita|user|seat|share|mile"
 PER = (
-    r"(?:/(second|sec|s|minute|min|hour|hr|h|day|night|week|wk|month|mo|year|yr|person|user|seat"
-    r"|bbl|kg|km|lb|l|L|mile|mi|m)\b(?:\.(?=[,;:)]| [a-z]))?)?"
+    rf"(?:/({EACH}|bbl|kg|km|lb|oz|g|l|L|mi|m[²³2]|m|km[²2]|cm[²³2]|ft[²2]|sq ft|dL|dl|mL|ml|µL|mol|kWh|MWh|GB|TB|W)"
+    r"(?!\w)(?:\.(?=[,;:)]| [a-z]))?)?"
 )
 COUNTED = "cup teaspoon tablespoon pound ounce pint quart gallon liter mile inch hour day year page".split()
 
-ROMAN = r"(X{0,3}(?:IX|IV|V?I{0,3}))"
+ROMAN = r"((?:XC|XL|L?X{0,3})(?:IX|IV|V?I{0,3}))"
 MONARCHS = """
 Henry Louis Charles George James Edward Richard William John Paul Pius Benedict Gregory Leo Innocent Clement Alexander
 Nicholas Peter Catherine Elizabeth Mary Philip Ferdinand Frederick Wilhelm Napoleon Ivan Otto Ramses Rameses Thutmose
@@ -212,7 +235,10 @@ AFTER_NAMES = {"Jr": "Junior", "Sr": "Senior", "Inc": "Incorporated", "Ltd": "Li
 BEFORE_NUMBERS = {
     "no": "number", "nos": "numbers", "vol": "volume", "vols": "volumes", "fig": "figure", "figs": "figures",
     "ch": "chapter", "sec": "section", "art": "article", "pp": "pages", "p": "page", "pg": "page", "ext": "extension",
-    "ca": "circa", "c": "circa", "est": "established", "eq": "equation",
+    "ca": "circa", "c": "circa", "est": "established", "eq": "equation", "eqs": "equations", "chap": "chapter",
+    "chs": "chapters", "para": "paragraph", "paras": "paragraphs", "ll": "lines", "vv": "verses", "op": "opus",
+    "apt": "apartment", "bldg": "building", "ste": "suite", "agg": "aggregate", "pop": "population",
+    "elev": "elevation", "alt": "altitude", "temp": "temperature",
 }  # fmt: skip
 SHORT = {
     "e.g.": "for example", "eg.": "for example", "i.e.": "that is", "ie.": "that is", "etc.": "et cetera",
@@ -252,6 +278,8 @@ OPERATORS = {
     "<=": "is at most", ">=": "is at least", "≈": "is about", "±": "plus or minus", "−": "minus",
 }  # fmt: skip
 VULGAR = {c: unicodedata.normalize("NFKC", c).replace("⁄", "/") for c in "½⅓⅔¼¾⅕⅖⅗⅘⅙⅚⅛⅜⅝⅞"}
+SUPERSCRIPTS = "⁰¹²³⁴⁵⁶⁷⁸⁹"
+SUBSCRIPTS = str.maketrans("₀₁₂₃₄₅₆₇₈₉", "0123456789")
 POWERS = {"²": " squared", "³": " cubed", "2": " squared", "3": " cubed"}
 
 # ------------------------------------------------------------------------------------- rules
@@ -286,6 +314,10 @@ def apply(rules, text):
     return text
 
 
+SHORTENED = re.compile(r"(?<![\w.])([A-Za-z]{1,6})\.$")
+NEVER_LAST = "vs v cf approx incl excl eg ie ca viz".split()  # abbreviations that end no sentence
+
+
 def capitalized(m, said):
     """The replacement for the match m: `said`, with a capital at the start of a sentence; m itself if said is None."""
     if said is None:
@@ -294,6 +326,11 @@ def capitalized(m, said):
         return said
     near = before(m, 4).rstrip("\"'“‘([ ")
     begins = m.start() < 5 if not near else near[-1] in ".!?\n" and not near.endswith("..")
+    near = before(m, 12).rstrip("\"'“‘([ ")
+    if begins and re.search(r"(?<!\w)(?:[A-Z]\.){2,4}$", near):  # H.R. 1319
+        begins = False
+    elif begins and (word := SHORTENED.search(near)) and word[1].lower() in NEVER_LAST:
+        begins = False
     return said[0].upper() + said[1:] if begins else said
 
 
@@ -311,8 +348,16 @@ def words_of(table):
     return "|".join(re.escape(key) for key in sorted(table, key=len, reverse=True))
 
 
+GOES_ON = re.compile(
+    r"\s+(?:[ECMP][SD]?T|AES?T|GMT|UTC|BST|CES?T|IST|JST|KST|Eastern|Central|Mountain|Pacific|Greenwich|Zulu"
+    r"|(?:Mon|Tues|Wednes|Thurs|Fri|Satur|Sun)days?|Jan|Feb|March|April|May|June|July|Aug|Sept|Oct|Nov|Dec)\b"
+)  # after the dot of p.m.
+
+
 def full_stop(m):
     """Return "." if the dot of an abbreviation at the end of `m` also ends the sentence, else ""."""
+    if m[0][-2:].lower() == "m." and GOES_ON.match(after(m, 14)):
+        return ""
     ends = m[0].endswith(".") and re.match(r"""["'”’)\]]*(?:\s+["'“‘(]?[A-Z]|\s*$|\n)""", after(m, 8))
     return "." if ends else ""
 
@@ -369,6 +414,8 @@ def address(text):
     parts = re.findall(r"[^\W_]+|\W|_", text)
     for i, part in enumerate(parts):
         after_dot = i > 0 and parts[i - 1] == "."
+        if part == "etc" and i and parts[i - 1] == "/":
+            parts[i] = "E T C"
         if (
             after_dot
             and part.islower()
@@ -388,12 +435,43 @@ def at_sign(m):
 # Abbreviations before a number
 
 
-@rule(rf"(?<![\w.])(?<![0-9] )({'|'.join(BEFORE_NUMBERS)})\.[ \n]?(?=[0-9])", DIGITS, re.IGNORECASE)
+@rule(
+    rf"(?<![\w.])(?<![0-9] (?=sec|pg?\.|c))({'|'.join(BEFORE_NUMBERS)})\.(?:[ \n](?=\(?[0-9])|(?=[0-9]))",
+    DIGITS,
+    re.IGNORECASE,
+)
 def before_number(m):
     return BEFORE_NUMBERS[m[1].lower()] + " "
 
 
-@rule(rf"(?<![\w./])(?<![0-9] )(?:{words_of(SHORT)})(?!\w)|(?<![\w./])w/(?=\w)", "./", re.IGNORECASE)
+@rule(r"(?<![\w.])([1-9][0-9]{0,3})ff?\.?(?=[,;)]|$)", "f")
+def following(m):
+    return f"{m[1]} and following"
+
+
+PARTS = {"vol": "volume", "ch": "chapter", "chap": "chapter", "pt": "part", "bk": "book", "sec": "section",
+         "art": "article", "sc": "scene", "no": "number", "fig": "figure", "p": "page", "pp": "pages"}  # fmt: skip
+
+
+@rule(
+    rf"(?<![\w.])(?:({'|'.join(PARTS)})\.|(act|book|chapter|page|pages|part|scene|section|volume)) "
+    rf"(?=[ivxlIVXL]{{2}}|[vxVX]\b|i{TO}[ivxl])([ivxl]{{1,8}}|[IVXL]{{1,8}})(?:{TO}([ivxl]{{1,8}}))?(?!\w)",
+    "ivxlIVXL",
+    re.IGNORECASE,
+)
+def numeral(m):
+    numbers = [roman(n.upper()) for n in (m[3], m[4]) if n]
+    if not (m[3].isupper() or m[3].islower()) or not re.fullmatch(ROMAN, m[3].upper()):
+        return None
+    return f"{PARTS[m[1].lower()] if m[1] else m[2]} {' to '.join(map(cardinal, numbers))}"
+
+
+@rule(r"(?<![\w.])(b|d|r)\. ?(?=(?:c\.|ca\.)? ?1[0-9]{3}|(?:c\.|ca\.)? ?20[0-9]{2})", ".")
+def of_a_life(m):
+    return {"b": "born ", "d": "died ", "r": "reigned "}[m[1]]
+
+
+@rule(rf"(?<![\w./])(?<![0-9] (?=min))(?:{words_of(SHORT)})(?!\w)|(?<![\w./])w/(?=\w)", "./", re.IGNORECASE)
 def short(m):
     said = SHORT[m[0].lower()]
     if said == "with":
@@ -406,7 +484,62 @@ def bare(m):
     return BARE[m[1]]
 
 
+@rule(r"(?<=[\w.)] )v\. (?=[A-Z])", ".")
+def against(m):
+    return "versus "
+
+
 # Dates and times
+
+
+@rule(r"(?<![\w.])0[xX]([0-9A-Fa-f]{1,32})(?!\w)", "xX")
+def hexadecimal(m):
+    return f"zero x {spelled(m[1])}"
+
+
+@rule(
+    r"(?<![\w.-])(?=[0-9a-f]{0,40}[0-9])(?=[0-9a-f]{0,40}[a-f])[0-9a-f]{7,64}(?:-[0-9a-f]{4,12}){0,4}(?![\w-])", DIGITS
+)
+def hashed(m):
+    if re.search("[a-f][0-9]+[a-f]|[0-9][a-f]+[0-9]", m[0]):
+        return ", ".join(spelled(group) for group in m[0].split("-"))
+
+
+@rule(r"(?<![\w.,-])[0-9]{1,3}(?:\.[0-9]{1,3}){3}(?::([0-9]{1,5})|/([0-9]{1,2}))?(?![\w-]|\.[0-9])", ".")
+def internet_address(m):
+    groups = re.split("[:/]", m[0])[0].split(".")
+    if (m[1] or m[2] or any(len(group) == 3 for group in groups)) and all(int(group) < 256 for group in groups):
+        more = f" colon {digits(m[1])}" if m[1] else f" slash {cardinal(int(m[2]))}" if m[2] else ""
+        return " dot ".join(cardinal(int(group)) for group in groups) + more
+
+
+@rule(rf"(?<![\w.])({NUMBER})[eE]([+−-]?)([0-9]{{1,3}})(?![\w.-])", "eE")
+def scientific(m):
+    minus = "minus " if m[2] in ("-", "−") and m[2] else ""
+    return f"{number(m[1])} times ten to the power of {minus}{cardinal(int(m[3]))}"
+
+
+@rule(r"(?<![\w.,])[0-9]{1,2}(?:,[0-9]{2}){1,4},[0-9]{3}(?![\w,])", ",")
+def indian_groups(m):
+    return f"{int(m[0].replace(',', '')):,}"
+
+
+@rule(
+    r"(?<![\w.,/+-])(?<![0-9] )[1-9][0-9]{0,1}(?: [0-9]{3}){2,4}(?![\w-]| [0-9])"
+    r"|(?<![\w.,/+-])(?<![0-9] )[1-9][0-9]{0,2} 000(?![\w-]| [0-9])|(?<![\w.,])[0-9]{1,3}(?:\.[0-9]{3}){2,4}(?![\w.,])",
+    DIGITS,
+)
+def spaced_groups(m):
+    return re.sub("[ .]", ",", m[0])
+
+
+@rule(
+    rf"(?<![\w.,])([0-9]{{1,4}}),([0-9]{{1,2}})(?= ?(?:[€£$¥%‰]|°|(?:{words_of(UNITS)}|EUR)\b)(?!\w))"
+    rf"|(?<=[€£$¥])([0-9]{{1,4}}),([0-9]{{2}})(?![\w,]|\.[0-9])",
+    ",",
+)
+def comma_decimals(m):
+    return f"{m[1] or m[3]}.{m[2] or m[4]}"
 
 
 @rule(r"(?<![\w.])([0-9]{1,15}(?:,[0-9]{3}){0,5})?(\.)?([0-9]{16,})", DIGITS)
@@ -435,19 +568,22 @@ def date(y, month, day):
         return f"{MONTHS[month - 1]} {ordinal(day)}, {year(y)}"
 
 
-@rule(r"(?<![\w/.-])([0-9]{1,2})([/.])([0-9]{1,2})\2((?:1[89]|20)[0-9]{2}|[0-9]{2})(?![\w/-]|\.[0-9])", DIGITS)
+@rule(r"(?<![\w/.-])([0-9]{1,2})([/.-])([0-9]{1,2})\2((?:1[89]|20)[0-9]{2}|[0-9]{2})(?![\w/-]|\.[0-9])", DIGITS)
 def numeric_date(m):
     first, second, y = int(m[1]), int(m[3]), int(m[4])
     if len(m[4]) == 2:
-        if m[2] == ".":  # a version
+        if m[2] in ".-":  # a version, a score
             return None
         y += 2000 if y < 70 else 1900
-    american = m[2] == "/" and first <= 12
+    american = m[2] in "/-" and first <= 12
     return date(y, *(first, second) if american else (second, first))
 
 
-DAY = r"(Mon|Tues?|Wed|Thu(?:rs?)?|Fri|Sat|Sun)\b\.?"
-THEN = rf"(?=:|,? (?:{MONTH}|[0-9]{{1,2}}(?:[:.–-][0-9]|{NTH}?[ \n](?:of )?{MONTH}| ?[ap]\.?m)))"
+DAY = r"(Mon|Tues?|Weds?|Thu(?:rs?)?|Fri|Sat|Sun)\b\.?"
+THEN = (
+    r"(?=:|(?<=\.)[,;)]| (?:night|morning|evening|afternoon)\b"
+    rf"|,? (?:{MONTH}|[0-9]{{1,2}}(?:[:.–/-][0-9]|{NTH}?[ \n](?:of )?{MONTH}| ?[ap]\.?m)))"
+)
 
 
 @rule(rf"(?<![\w.]){DAY}(?:{TO}{DAY}|{THEN})", "MTWFS")
@@ -481,9 +617,61 @@ def day_month(m):
     return f"{the}{ordinal(int(m[1]))}{until} of {month(m[3])}{more}"
 
 
-@rule(rf"\b{MONTH}\.?,?[ \n]{YEAR}", DIGITS)
+@rule(
+    r"(?<![\w.,-])([1-9][0-9]{2,3})(?= (?:AD|CE|BCE?|A\.D\.|B\.C\.|C\.E\.)(?!\w))|(?<=\bAD )([1-9][0-9]{2})\b", DIGITS
+)
+def year_of_an_era(m):
+    n = int(m[1] or m[2])
+    return in_pairs(n) if n % 100 > 9 else None
+
+
+@rule(r"(?<=\b[Ii]n )(10[1-9][0-9])(?=[,.;:)]|$| [A-Z]| (?:the|he|she|they|it|a|when|and)\b)", DIGITS)
+def year_of_the_eleventh_century(m):
+    return in_pairs(int(m[1]))
+
+
+@rule(rf"\b{MONTH}\.?,?[ \n](?:{YEAR}|['’]([0-9]{{2}})(?![\w'’]))", DIGITS)
 def month_year(m):
-    return f"{month(m[1])} {year(int(m[2]))}"
+    return f"{month(m[1])} {year(int(m[2])) if m[2] else in_the_century(m[3])}"
+
+
+def in_the_century(two):
+    """'24 -> twenty-four; '05 -> oh five"""
+    return f"oh {cardinal(int(two))}" if two[0] == "0" else cardinal(int(two))
+
+
+@rule(r"(?<=\b[QH][1-4])['’]([0-9]{2})\b", "QH")
+def of_a_year(m):
+    return f" {in_the_century(m[1])}"
+
+
+BOOKS = """
+Genesis Exodus Leviticus Deuteronomy Joshua Judges Ruth Samuel Kings Chronicles Ezra Nehemiah Esther Psalms? Proverbs
+Ecclesiastes Isaiah Jeremiah Lamentations Ezekiel Daniel Hosea Joel Amos Obadiah Jonah Micah Nahum Habakkuk Zephaniah
+Haggai Zechariah Malachi Matthew Mark Luke John Acts Romans Corinthians Galatians Ephesians Philippians Colossians
+Thessalonians Timothy Titus Philemon Hebrews James Peter Jude Revelation Surah? Quran Qur'an Koran
+""".split()
+SHORT_BOOKS = {
+    "Gen": "Genesis", "Ex": "Exodus", "Exod": "Exodus", "Lev": "Leviticus", "Num": "Numbers", "Deut": "Deuteronomy",
+    "Josh": "Joshua", "Judg": "Judges", "Sam": "Samuel", "Chron": "Chronicles", "Ps": "Psalm", "Pss": "Psalms",
+    "Prov": "Proverbs", "Eccl": "Ecclesiastes", "Isa": "Isaiah", "Jer": "Jeremiah", "Ezek": "Ezekiel", "Dan": "Daniel",
+    "Hos": "Hosea", "Mic": "Micah", "Zech": "Zechariah", "Mal": "Malachi", "Matt": "Matthew", "Mt": "Matthew",
+    "Mk": "Mark", "Lk": "Luke", "Jn": "John", "Rom": "Romans", "Cor": "Corinthians", "Gal": "Galatians",
+    "Eph": "Ephesians", "Phil": "Philippians", "Col": "Colossians", "Thess": "Thessalonians", "Tim": "Timothy",
+    "Heb": "Hebrews", "Jas": "James", "Pet": "Peter", "Rev": "Revelation",
+}  # fmt: skip
+
+
+@rule(
+    rf"\b(?:({'|'.join(BOOKS)})|({'|'.join(SHORT_BOOKS)})\.?) ([0-9]{{1,3}}):([0-9]{{1,3}})"
+    rf"(?:{TO}([0-9]{{1,3}})(?!:)|, ?([0-9]{{1,3}})(?![\w:,]))?(?!\w)",
+    ":",
+)
+def verse(m):
+    until = f" to {cardinal(int(m[5]))}" if m[5] else f" and {cardinal(int(m[6]))}" if m[6] else ""
+    chapter, verse = int(m[3]), int(m[4])
+    gap = " " if chapter < 20 and verse > 9 else ", "
+    return f"{m[1] or SHORT_BOOKS[m[2]]} {cardinal(chapter)}{gap}{cardinal(verse)}{until}"
 
 
 def month(name):
@@ -496,11 +684,20 @@ def fixed_pairs(m):
     return f"{cardinal(int(first))} {cardinal(int(second))}"
 
 
-@rule(r"\b(on|by|since|until|before|after|from|due|dated?) ([0-9]{1,2})/([0-9]{1,2})(?![\w/]|[.,][0-9])", "/")
+@rule(
+    rf"\b(on|by|since|until|before|after|from|due|dated?|(?:{'|'.join(DAYS)}),?) ([0-9]{{1,2}})/([0-9]{{1,2}})"
+    r"(?![\w/]|[.,][0-9])",
+    "/",
+)
 def short_date(m):
     first, second = int(m[2]), int(m[3])
     if first <= 12 and second <= 31 and first and second:
         return f"{m[1]} {MONTHS[first - 1]} {ordinal(second)}"
+
+
+@rule(r"(?:(?<=[AaPp][Mm])|(?<=[AaPp]\.[Mm]\.)) ?((?:[ECMP][SD]?T)?)/(?=[0-9]{1,2})", "/")
+def other_time_zone(m):
+    return f" {m[1]}, " if m[1] else ", "
 
 
 CLOCK = rf"([0-9]{{1,2}})(?:[:.]([0-5][0-9]))?(?: ?{HALF_DAY})?"
@@ -549,14 +746,17 @@ def duration(m):
     return " ".join(parts)
 
 
-@rule(r"(?<![\w.,])(100|1000|1,000)['’]?s(?= of )", DIGITS)
+@rule(r"(?<![\w.,])(?:([$£€])?(1,?000|10,000|100,000)['’]?s\b|([$£€])?(100?)['’]?s(?= of )|([$£€])(100)s\b)", DIGITS)
 def hundreds(m):
-    return "hundreds" if m[1] == "100" else "thousands"
+    many = {"10": "tens", "100": "hundreds", "1000": "thousands", "10000": "tens of thousands",
+            "100000": "hundreds of thousands"}[(m[2] or m[4] or m[6]).replace(",", "")]  # fmt: skip
+    symbol = m[1] or m[3] or m[5]
+    return f"{many} of {CURRENCIES[symbol][1]}" if symbol else many
 
 
 @rule(
-    r"(?<![\w.,$£€])(?:(1[0-9]|20)|['’]|(?<=the )|(?<=his )|(?<=her )|(?<=mid[ -])|(?<=early )|(?<=late ))"
-    r"([0-9])0['’]?s\b",
+    r"(?<![\w.,$£€])(?:(1[0-9]|20)|['’]|(?<=the )|(?<=his )|(?<=her )|(?<=their )|(?<=my )|(?<=your )|(?<=mid[ -])"
+    r"|(?<=early )|(?<=late )|(?<=low[ -])|(?<=high[ -])|(?<=lower )|(?<=upper ))([0-9])0['’]?s\b",
     DIGITS,
 )
 def decade(m):
@@ -570,6 +770,87 @@ def decade(m):
 # Money, percent, units
 
 
+@rule(r"(?<![\w<>=)\]-])([<>≤≥]=?) ?(?=[-−]?[$£€¥]?\.?[0-9])", "<>≤≥")
+def bound(m):
+    gap = " " if before(m) == "," else ""
+    if m[0][-1] == " " and re.fullmatch(r"[\w)\]] ", before(m, 2)):  # x < 5
+        return None
+    return gap + {"<": "less than ", ">": "more than ", "≤": "at most ", "≥": "at least ", "<=": "at most ",
+            ">=": "at least "}[m[1]]  # fmt: skip
+
+
+@rule(
+    r"(?<![\w.])([0-9]{1,3}(?:\.[0-9]{1,8})?) ?°"
+    r"(?: ?([0-9]{1,2})[′'’](?: ?([0-9]{1,2}(?:\.[0-9]{1,4})?)(?:[″\"”]|''))?)? ?([NSEW]\b)?",
+    "°",
+)
+def angle(m):
+    degrees, minutes, seconds, side = m.groups()
+    if not (minutes or side):
+        return f"{number(degrees)} degree" if re.match(" (?:angle|arc|bend|corner|turn|view)", after(m, 7)) else None
+    parts = [f"{number(degrees)} degree{'s' * (degrees != '1')}"]
+    parts += [f"{number(n)} {name}{'s' * (n != '1')}" for n, name in ((minutes, "minute"), (seconds, "second")) if n]
+    compass = {"N": "north", "S": "south", "E": "east", "W": "west"}
+    return " ".join([*parts, *([compass[side]] if side else [])])
+
+
+@rule(r"(?<![\w.,/'’′-])([0-9]{1,3}(?:\.[0-9]{1,2})?)[\"″] ?[x×] ?(?=[0-9])", "x×")
+def inches_by(m):
+    return f"{number(m[1])} inches by "
+
+
+@rule(r"(?<=inches by )([0-9]{1,3}(?:\.[0-9]{1,2})?)[\"″]", '"″')
+def last_inches(m):
+    return f"{number(m[1])} inches"
+
+
+@rule(
+    r"(?<![\w.,/'’′-])([0-9]{1,3}(?:\.[0-9]{1,2})?|(?:[0-9]{1,2}[ -])?[0-9]{1,2}/[0-9]{1,2})"
+    r"[\"″] ?(?=[a-z])(?!x ?[0-9])",
+    '"″',
+)
+def inches(m):
+    if m[0].rstrip()[-1] == '"' and re.search(r'(?:^|[\s(])"[^"]*$', before(m, 200)):  # it ends a quotation
+        return None
+    name = "inch"
+    if re.match(r"(?:a(?:part|cross|nd|bove)|by|deep|from|high|i[ns]|long|o[fnr]|tall|thick|to|wide)\b", after(m, 7)):
+        name = "inches" if m[1] != "1" else name
+    elif "/" not in m[1]:
+        return f"{m[1]}-inch "
+    return f"{number(m[1]) if '/' not in m[1] else apply_fraction(m[1])} {name} "
+
+
+def apply_fraction(text):
+    """1 3/4 -> one and three quarters"""
+    *whole, over, under = map(int, re.findall("[0-9]+", text))
+    if not 0 < over < under:
+        return text
+    return f"{cardinal(whole[0])} and {fraction_behind(over, under)}" if whole else fraction(over, under)
+
+
+@rule(
+    rf"(?<![\w.])({NUMBER} ?(?:° ?[CF]|{words_of(UNITS | FIXED)}))/"
+    r"(?=[0-9]{1,6}(?:\.[0-9]{1,3})? ?([A-Za-z°]{1,3}))",
+    "/",
+)
+def same_in_other_units(m):
+    doses = "mg", "mcg", "µg", "g", "ng"
+    return f"{m[1]} per " if m[1].endswith(doses) and m[2] in ("ml", "mL", "L", "kg") else f"{m[1]}, "
+
+
+@rule(
+    rf"(?<=[0-9] )([a-z]{{4,15}})/({EACH}|k?m[²2])(?![\w/])"
+    rf"|(?<![\w.,/$£€¥₹–-])([0-9]{{1,4}}) ?([x×]?)/({EACH})(?![\w/])",
+    "/",
+)
+def so_many_per(m):
+    if m[1]:
+        return f"{m[1]} per {UNITS.get(m[2], m[2])}" if m[1] not in EACH.split("|") else None
+    name = UNITS.get(m[5], m[5])
+    an = "an" if name == "hour" else "a"
+    return f"{number(m[3])} times {an} {name}" if m[4] else f"{number(m[3])} per {name}"
+
+
 @rule(r"(?<=[0-9])( ?[A-Za-z°%]{1,4}) ?– ?(?=[0-9])|(?<=[AP] M) ?[–-] ?(?=\w)", "–-")
 def until(m):
     return f"{m[1] or ''} to "
@@ -581,19 +862,32 @@ def lines_of_a_picture(m):
     return f"{cardinal(high)} {cardinal(low)} {m[2]}"
 
 
-@rule(rf"(?<![\w.])([0-9]{{1,4}}) ?[x×] ?(?={NUMBER} ?(?:(cm|mm|m|km|ft|in|px)\b|(?:{words_of(UNITS)})\b))", "x×")
+@rule(
+    rf"(?<![\w.])([0-9]{{1,4}}(?:\.[0-9]{{1,3}})?)( ?(?:cm|mm|m|ft|in|px))? ?[x×] ?"
+    rf"(?={NUMBER} ?(?:(cm|mm|m|km|ft|in|px)\b|(?:{words_of(set(UNITS) - {'s'})})\b))",
+    "x×",
+)
 def so_many(m):
-    return f"{cardinal(int(m[1]))} {'by' if m[2] else 'times'} "
+    name = f" {plural(UNITS[m[2].strip()])}".replace("foots", "feet") if m[2] and m[2].strip() in UNITS else ""
+    return f"{number(m[1])}{name} {'by' if m[3] or m[2] else 'times'} "
 
 
-MONEY = rf"({NUMBER})(?:(?: (?=[tmb][a-z]{{4}}|[mbt]n\b))?({LARGE_})\b)?"
+@rule(rf"([$£€¥]) ?\(({NUMBER})\)", "$£€¥")
+def loss(m):
+    return f"-{m[1]}{m[2]}"
+
+
+MONEY = rf"({AMOUNT})(?:(?:[ -](?=[tmblc][a-z]{{3,7}}|[mbt]n\b))?({LARGE_})\b)?"
 
 
 @rule(
-    rf"{SIGN}(?:(?<!\w)(US|AU?|CA?|NZ|HK|S))?([$£€¥₹₩₽₿₺₪]) ?{MONEY}(?:{TO}[$£€¥₹]?{MONEY})?(?![\w]){PER}", "$£€¥₹₩₽₿₺₪"
+    rf"{SIGN}(?:(?<!\w)(US|AU?|CA?|NZ|HK|S))?([$£€¥₹₩₽₿₺₪₦₱฿₫₴]|(?<![\w$])Rs\.?) ?{MONEY}(?:{TO}[$£€¥₹]?{MONEY})?"
+    rf"(?!\w|[.,][0-9]){PER}",
+    DIGITS,
 )
 def money(m):
     country, symbol, first, large, second, larger, per = m.groups()[1:]
+    symbol = "₹" if symbol.startswith("Rs") else symbol
     large = LARGE.get(large, "")
     larger = LARGE.get(larger, "")
     country = COUNTRIES.get(country, "")
@@ -604,18 +898,38 @@ def money(m):
             said = f"{number(first)} {large}".strip() + f" to {number(second)} {larger}".rstrip()
             said = f"{said} {country}{CURRENCIES[symbol][1]}"
     else:
-        said = amount(first, large, symbol, country)
+        said = amount(first, large, symbol, country, not per and is_adjective(m))
     return sign_of(m) + said + per_words(per)
 
 
-def amount(text, large, symbol, country=""):
+NO_NOUN = """
+a above after an and are as at be because before below between beyond but by can could did do does each for from had
+has have he her his i if in into is it less may might more must no not of off on only or our over owed paid per plus
+she should so than that the their then there they this to under until up was we were when where which while who will
+with would you your
+""".split()
+
+
+def is_adjective(m):
+    """Whether a noun follows that the amount describes: a $5 bill, a 10 km run, a $3-a-day job."""
+    if after(m, 2)[:1] == "-" and after(m, 2)[1:].isalpha():
+        return True
+    word = re.search(r"(?<![\w’'])([A-Za-z]{1,7}) $", before(m, 9))
+    if not word or word[1].lower() not in "a an another by every the this that its his her their our my".split():
+        return False
+    noun = re.match(" ([a-z]{2,20})\\b", after(m, 22))
+    return bool(noun) and noun[1] not in NO_NOUN
+
+
+def amount(text, large, symbol, country="", adjective=False):
     one, many, cent, cents = CURRENCIES[symbol]
+    many, cents = (one, cent) if adjective else (many, cents)
     whole, _, hundredths = text.replace(",", "").partition(".")
     if large or len(hundredths) not in (0, 2) or (hundredths and not cents):
         return f"{number(text)} {large}".strip() + f" {country}{many}"
     n, parts = int(hundredths or 0), []
-    if int(whole) or not n:
-        parts.append(f"{cardinal(int(whole))} {country}{one if int(whole) == 1 else many}")
+    if int(whole or 0) or not n:
+        parts.append(f"{cardinal(int(whole or 0))} {country}{one if int(whole or 0) == 1 else many}")
     if n:
         parts.append(f"{cardinal(n)} {cent if n == 1 else cents}")
     return " and ".join(parts)
@@ -630,13 +944,13 @@ def money_behind(m):
     return sign_of(m) + amount(m[2], LARGE.get(m[3], ""), m[4]) + per_words(m[5])
 
 
-@rule(rf"\b(?:({'|'.join(CODES)}) ?{MONEY}|(?<![\w.]){MONEY} ?({'|'.join(CODES)}))\b", DIGITS)
+@rule(rf"(?<!/)\b(?:({'|'.join(CODES)}) ?{MONEY}|(?<![\w.]){MONEY} ?({'|'.join(CODES)}))\b", DIGITS)
 def money_code(m):
     before, first, large, second, larger, behind = m.groups()
     return " ".join(filter(None, (number(first or second), LARGE.get(large or larger), CODES[before or behind])))
 
 
-@rule(rf"{SIGN}({NUMBER}) ?%?(?:{TO}({NUMBER}))? ?(%|‰)", "%‰")
+@rule(rf"{SIGN}({AMOUNT}) ?%?(?:{TO}({NUMBER}))? ?(%|‰)", "%‰")
 def percent(m):
     until = f" to {number(m[3])}" if m[3] else ""
     gap = " " if after(m).isalnum() else ""
@@ -658,9 +972,12 @@ def part_of_unit(m):
     return said + full_stop(m)
 
 
+PLACES = re.compile(r"(?i)\b(?:apartment|apt|bus|figure|flat|gate|line|page|platform|room|row|seat|table|unit)s? $")
+
+
 @rule(rf"{SIGN}({NUMBER})(?:{TO}({NUMBER}))?(?: ?° ?([CF])\b|([CF])(?![\w+#-]))", "CF")
 def temperature(m):
-    if m[5] and len(m[2]) < 2:
+    if m[5] and (len(m[2]) < 2 or PLACES.search(before(m, 12))):
         return None
     until = f" to {number(m[3])}" if m[3] else ""
     degrees = "degree" if m[2] == "1" and not until else "degrees"
@@ -668,7 +985,7 @@ def temperature(m):
 
 
 @rule(
-    rf"{SIGN}({NUMBER})(?: ([0-9])/([0-9]{{1,2}}))?(?:{TO}({NUMBER}))?([ -]?)({words_of(UNITS | FIXED)})"
+    rf"{SIGN}({AMOUNT})(?: ([0-9])/([0-9]{{1,2}}))?(?:{TO}({NUMBER}))?([ -]?)({words_of(UNITS | FIXED)})"
     rf"(\.(?!\w))?(?![\w²³]){PER}",
     DIGITS,
 )
@@ -676,6 +993,8 @@ def unit(m):
     first, over, under, second, gap, name, dot, per = m.groups()[1:]
     if name == "s" and gap:
         return None
+    if name == "s" and re.fullmatch(r"[A-Za-z]-", before(m, 2)):  # B-52s
+        return plural(number(first))
     if over and not 1 <= int(over) < int(under):
         return None
     single = first == "1" and not second and not over
@@ -684,7 +1003,7 @@ def unit(m):
     if name in FIXED:
         return f"{sign_of(m)}{said} {FIXED[name]}{per_words(per)}{full_stop(m)}"
     word = UNITS[name]
-    if not single and gap != "-":
+    if not single and gap != "-" and (per or second or not is_adjective(m)):
         *front, last = word.split()
         word = " ".join([*front, "feet" if last == "foot" else last if last.endswith("hertz") else plural(last)])
     return f"{sign_of(m)}{said} {word}{per_words(per)}{full_stop(m) if dot or name.endswith('.') else ''}"
@@ -699,11 +1018,28 @@ def fraction_behind(over, under):
 # Fractions, telephones, versions, ordinals
 
 
+@rule(rf"(?<![\w./,])([0-9]{{1,2}})/([0-9]{{1,3}}){NTH}(s?)(?!\w)", "/")
+def ordinal_fraction(m):
+    return f"{cardinal(int(m[1]))} {ordinal(int(m[2]))}{m[3]}"
+
+
+@rule(r"(?<![\w./,])([0-9]{1,2})/([0-9]{1,2})(?=[ -](?:time|beat|metre|meter|signature|measure)s?\b)", "/")
+def time_signature(m):
+    return f"{cardinal(int(m[1]))} {cardinal(int(m[2]))}"
+
+
+@rule(r"(?<![\w./,])1/(1000|10000|1,000|10,000)(?![\w/]|[.,][0-9])", "/")
+def one_of_many(m):
+    return f"one out of {number(m[1])}"
+
+
 @rule(r"(?<![\w./,])(?:([0-9]{1,4})[ -])?([0-9]{1,3}(?:\.[0-9]{1,2})?)/([0-9]{1,3})(?![\w/]|[.,][0-9])", "/")
 def fractions(m):
     if "." in m[2]:
         return f"{m[1] + ' ' if m[1] else ''}{number(m[2])} out of {cardinal(int(m[3]))}"
     over, under = int(m[2]), int(m[3])
+    if over + under == 100 and over > 9 and under > 9 and not m[1]:  # an 80/20 rule
+        return f"{cardinal(over)} {cardinal(under)}"
     if m[1] and 1 <= over < under <= 16:
         return f"{cardinal(int(m[1]))} and {fraction_behind(over, under)}"
     whole = m[0][: m.start(2) - m.start()]
@@ -725,14 +1061,20 @@ def telephone(m):
 
 
 @rule(
-    r"(?<![\w.])\+(?:[0-9]{7,15}|[0-9]{1,3}(?:[ .-](?:\(0\))?\(?[0-9]{1,5}\)?){2,6})(?![\w-])"
-    r"|\b0[0-9]{2,4}(?:[ -][0-9]{3,4}){1,3}(?![\w-])"
+    r"(?<![\w.])\+(?:[0-9]{7,15}|[0-9]{1,3}(?:[ .-](?:\(0\) ?)?\(?[0-9]{1,7}\)?){2,6})(?![\w-])"
+    r"|\b0[0-9]{2,4}(?:[ -][0-9]{3,4}){1,3}(?![\w-])|\b0[0-9]{4}[ -][0-9]{6}(?![\w-])"
     r"|\b[0-9]{3}-[0-9]{2}-[0-9]{4}\b|\b[0-9]{4}(?:[ -][0-9]{4}){3}\b|\b[0-9]{1,12}(?:-[0-9]{1,12}){3,6}\b",
     DIGITS,
 )
 def many_groups(m):
     groups = ", ".join(digits(group) for group in re.findall(r"[0-9]+", m[0].replace("(0)", "")))
     return f"plus {groups}" if m[0][0] == "+" else groups
+
+
+@rule(r"(?<![\w.-])1-([89][0-9]{2})-(?=[0-9-]{0,12}[A-Z])([A-Z0-9-]{4,12})(?![\w-])", DIGITS)
+def vanity_number(m):
+    name = " ".join(digits(part) if part[0].isdigit() else part for part in re.findall("[0-9]+|[A-Z]+", m[2]))
+    return f"one, {'eight hundred' if m[1] == '800' else digits(m[1])}, {name}"
 
 
 @rule(r"\b([A-Z]{2}) ([0-9]{5})(?:-([0-9]{4}))?(?![\w-])", DIGITS)
@@ -768,7 +1110,10 @@ def named_version(m):
 
 @rule(rf"(?<![\w.,])([0-9]{{1,3}}(?:,[0-9]{{3}}){{0,4}}|[0-9]{{1,9}}){NTH}(?!\w)", DIGITS, re.IGNORECASE)
 def ordinals(m):
-    return ordinal(int(m[1].replace(",", "")))
+    n = int(m[1].replace(",", ""))
+    if m[0][-2:].lower() == "st" and (n % 10 != 1 or n % 100 == 11):
+        return f"{cardinal(n)} stone"
+    return ordinal(n)
 
 
 # Roman numerals
@@ -782,8 +1127,8 @@ def monarch(m):
 
 
 @rule(
-    rf"\b({'|'.join(NUMBERED_NAMES)}|{'|'.join(n.upper() for n in NUMBERED_NAMES)})\.? (?=[IVX]){ROMAN}(?![\w'’])",
-    "IVX",
+    rf"\b({'|'.join(NUMBERED_NAMES)}|{'|'.join(n.upper() for n in NUMBERED_NAMES)})\.? (?=[IVXL]){ROMAN}(?![\w'’])",
+    "IVXL",
 )
 def numbered_name(m):
     return f"{m[1]} {cardinal(roman(m[2]))}"
@@ -811,8 +1156,18 @@ def other_name(m):
         return f" {cardinal(roman(m[1]))}"
 
 
+@rule(r"(?<![\w.])(?=[MDCLXVI]{4})M{1,2}(?:CM|CD|D?C{0,3})(?:XC|XL|L?X{0,3})(?:IX|IV|V?I{0,3})(?![\w'’])", "M")
+def roman_year(m):
+    return year(roman(m[0]))
+
+
+@rule(rf"(?<![\w.])(?=[IVX]){ROMAN}(?:th|st)?(?= (?:[Cc]entur(?:y|ies)|[Dd]ynasty|[Oo]lympiad)\b)", "IVX")
+def roman_ordinal(m):
+    return ordinal(roman(m[1]))
+
+
 def roman(text):
-    values = [{"I": 1, "V": 5, "X": 10}[c] for c in text]
+    values = [{"I": 1, "V": 5, "X": 10, "L": 50, "C": 100, "D": 500, "M": 1000}[c] for c in text]
     return sum(-v if v < max(values[i:]) else v for i, v in enumerate(values))
 
 
@@ -856,9 +1211,11 @@ def after_name(m):
 # Signs between numbers and words
 
 
-@rule(r"(?<=[a-z] )No (?=[0-9])|(?<!\w)(?:#|№) ?(?=[0-9])|(?<!\w)#(?=[A-Za-z])", "#№N")
+@rule(r"(?<=[a-z] )No (?=[0-9])|(?<!\w)(?:#|№) ?(?=[0-9])|(?<!\w)#([A-Za-z]\w{0,60})", "#№N")
 def number_sign(m):
-    return "number " if after(m).isdigit() else "hashtag "
+    if m[1]:
+        return "hashtag " + re.sub("(?<=[a-z])(?=[A-Z])", " ", m[1])
+    return "hashtag " if re.match(r"[0-9]{1,4}[A-Z][a-z]", after(m, 6)) else "number "
 
 
 @rule(r"\b([CFJ])(\+\+|#)(?!\w)", "+#")
@@ -871,14 +1228,27 @@ def mark(m):
     return m[1] + (" plus" if m[2] == "+" else " minus")
 
 
-@rule(rf"(?<![\w.])({NUMBER})(?: ?[x×] ?({NUMBER}))(?: ?[x×] ?({NUMBER}))?(?!\w)", "x×")
+@rule(rf"(?<![\w.])({NUMBER})(?: ?[x×] ?({NUMBER}))(?: ?[x×] ?({NUMBER}))?(s)?(?!\w)", "x×")
 def dimensions(m):
+    numbers = [n for n in m.groups()[:3] if n]
     if "=" in after(m, 2) or " × " in m[0]:
-        return " times ".join(number(n) for n in m.groups() if n)
-    return " by ".join(year_or_number(n) if len(n) == 4 else number(n) for n in m.groups() if n)
+        return " times ".join(map(number, numbers))
+    said = " by ".join(year_or_number(n) if len(n) == 4 else number(n) for n in numbers)
+    return plural(said) if m[4] else said
 
 
-@rule(rf"(?<![\w.])({NUMBER})(?:{TO}({NUMBER}))?[x×](?!\w)", "x×")
+@rule(
+    r"(?<![\w.])((?<![\w)] )[-−])?([0-9]{1,4})([xyz])"
+    r"(?= ?(?:[=+*^²³]|[<>≤≥] ?[0-9]|- ?[0-9]{1,4}[ )=]|- ?[0-9]{0,3}[yz]))"
+    r"|(?<=[=+] )([0-9]{1,4})([xyz])\b|(?<= minus )([0-9]{1,4})([xyz])\b",
+    "xyz",
+)
+def algebra(m):
+    n, letter = (m[i] or m[i + 2] or m[i + 4] for i in (2, 3))
+    return f"{'minus ' if m[1] else ''}{number(n)} {letter}"
+
+
+@rule(rf"(?<![\w.^])({NUMBER})(?:[x×]?{TO}({NUMBER}))?[x×](?!\w)", "x×")
 def times(m):
     return f"{number(m[1])}{' to ' + number(m[2]) if m[2] else ''} times"
 
@@ -888,19 +1258,49 @@ def pension(m):
     return "four oh one k"
 
 
-@rule(rf"{SIGN}({NUMBER})(k|K|M|mn|B|bn)\b(?!\.\w)", DIGITS)
+@rule(rf"{SIGN}({NUMBER})(k|K|M|mn|B|bn|tn)\b(?!\.\w)", DIGITS)
 def large(m):
     amounts = {"K": len(m[2]) in (2, 3), "B": "." in m[2] or re.match(" [a-z]+s\\b", after(m, 20))}  # 4K, Terminal 2B
     if amounts.get(m[3], True):
         return f"{sign_of(m)}{number(m[2])} {LARGE[m[3]]}"
 
 
-@rule(r"(?<=[A-Za-z0-9)])(?:\^([23])(?![0-9.])|([²³])|\^(?=-?[0-9a-z]))", "^²³")
+@rule(r"(?:(?<=[²³])|(?<=\^[0-9a-z])|(?<=\^[0-9]{2})) ?[-−] ?(?=[0-9a-z])|(?<=[xyz]) [-−] (?=[0-9]{0,4}[yz]\b)", "-−")
+def algebraic_minus(m):
+    return " minus "
+
+
+@rule(
+    rf"(?<=[\w)])(?:\^([23])(?![0-9.])|([{SUPERSCRIPTS}⁺⁻ⁿ]{{1,6}})|\^(?=[-−]?[0-9a-z])|\^[({{]([-−]?\w{{1,6}})[)}}])",
+    "^ⁿ⁺⁻" + SUPERSCRIPTS,
+)
 def power(m):
-    return POWERS.get(m[1] or m[2], " to the power of ")
+    raised = m[1] or m[2]
+    if m[3]:
+        return f" to the power of {m[3]}"
+    if m[2] and re.search(r"[a-z]{4}$", before(m, 4)) and not before(m, 6).endswith("meters"):
+        return ""  # a footnote's number
+    if not raised or raised in POWERS:
+        return POWERS.get(raised, " to the power of ")
+    plain = raised.translate(str.maketrans(SUPERSCRIPTS + "⁺⁻ⁿ", "0123456789+-n"))
+    return " to the power of " + plain.replace("+", "plus ").replace("-", "minus ")
 
 
-@rule(r"(?<=[0-9a-z]) - (?=[0-9a-z.]{1,12} ?=)|(?<=[0-9]) - (?=[0-9]{1,9} [-+*/×÷=])", "-")
+@rule("√ ?(?=[\\w(])|∛|∞", "√∛∞")
+def roots(m):
+    return {"√": "the square root of ", "∛": "the cube root of ", "∞": "infinity"}[m[0][0]]
+
+
+@rule(r"(?<![\w.])([A-Za-z]|sin|cos|tan|log|ln|exp)\(([A-Za-z]|[0-9]{1,4}|π|θ)\)(?![\w(])", "(")
+def function_of(m):
+    names = {"sin": "sine", "cos": "cosine", "tan": "tangent", "ln": "natural log", "exp": "exponential"}
+    return f"{names.get(m[1], m[1])} of {m[2]}"
+
+
+@rule(
+    r"(?<=[0-9a-z]) - (?=[0-9a-z.]{1,12} ?=)|(?<=[0-9]) - (?=[0-9]{1,9} [-+*/×÷=])",
+    "-",
+)
 def minus(m):
     return " minus "
 
@@ -916,16 +1316,31 @@ def divided(m):
 
 
 @rule(
-    r"(?<=[\w)\]²³]) ?(==|!=|<=|>=|[=×÷≠<>≤≥≈±−]) ?(?=[\w(-])|(?<=[\w)\]]) (\+) (?=[\w(])"
+    r"(?<=[\w)\]²³]) ?(==|!=|<=|>=|[=×÷≠<>≤≥≈±−]) ?(?=[\w(.√-])|(?<=[\w)\]]) (\+) (?=[\w(])"
     r"|(?<=[0-9])(\+)(?=[0-9])|(?<!\S)([=<>≤≥≠]) ?(?=[0-9])",
     "=!<>×÷≠≤≥≈±−+",
 )
 def operator(m):
     sign = m[1] or m[2] or m[3] or m[4]
-    if sign in ("<", ">") and not (m[4] or m[0][-1] == " " or after(m).isdigit()):
+    if sign in ("<", ">") and not (m[4] or m[0][-1] == " " or after(m).isdigit() or after(m) == "."):
         return None
     said = OPERATORS[sign]
     return f"{said.removeprefix('is ')} " if m[4] else f" {said} "
+
+
+@rule(r"(?<![\w-])([a-z])([-−+])(?=[0-9]{1,4}(?![\w-]))", "-−+")
+def one_letter_and(m):
+    return f"{m[1]} {'plus' if m[2] == '+' else 'minus'} "
+
+
+@rule(r"±(?=[A-Za-z])", "±")
+def plus_or_minus(m):
+    return "plus or minus "
+
+
+@rule(r"(?<=[A-Za-z]):(?=[0-9])|(?<=\b[A-Z])\.(?=[0-9])", ":.")
+def glued(m):
+    return ": " if m[0] == ":" else " dot "
 
 
 @rule(r"(?<=UTC|GMT)[+−-](?=[0-9])", "TG")
@@ -933,7 +1348,7 @@ def time_zone(m):
     return " plus " if m[0] == "+" else " minus "
 
 
-@rule(r"(?<=[0-9])\+(?=[\s,.;:!?)]|$)", "+")
+@rule(r"(?<=[0-9a-z])\+(?=[\s,.;:!?)]|$)", "+")
 def and_more(m):
     return " plus"
 
@@ -960,7 +1375,21 @@ def sign(m):
     return SIGNS[m[0]]
 
 
-@rule(r"(?<=[A-Za-z])-(?=[0-9])|(?<=[0-9])(?=[A-Za-z])|(?<=[A-Za-z])(?=[0-9])|_(?=[0-9])", DIGITS)
+@rule(r"(?<![\w.-])([A-Z]{1,5})-?([1-9][0-9]{2,3})(?![\w-]|[.,][0-9])", DIGITS)
+def model_number(m):
+    return f"{m[1]} {in_pairs(int(m[2]))}"
+
+
+@rule(r"\b([1-9][0-9])ers\b", "e")
+def team(m):
+    said = cardinal(int(m[1]))
+    return f"{said}rs" if said.endswith("e") else f"{said}ers"
+
+
+@rule(
+    r"(?<=[A-Za-z])-(?=[0-9])|(?<=[0-9])(?=[^\W\d_])|(?<=[A-Za-z])(?=[0-9])|(?<=[0-9])(?=°)|(?<=[°′″])(?=[0-9])|_(?=[0-9])",
+    DIGITS,
+)
 def letters_and_digits(m):
     return " "
 
@@ -968,7 +1397,8 @@ def letters_and_digits(m):
 @rule(r"[(\[]([0-9]{1,3})[)\]]|(?<!\w)['’]([0-9]{2})\b(?!['’])", DIGITS)
 def bare_number(m):
     if m[1]:
-        return f" {m[1]}" if before(m).isalnum() else m[1]
+        said = f" {m[1]}" if before(m).isalnum() else m[1]
+        return f"{said} " if after(m).isalnum() else said
     return f"oh {cardinal(int(m[2]))}" if m[2][0] == "0" else m[2]
 
 
@@ -1000,9 +1430,11 @@ def slash_between(m):
     return " " if m[0] == "/" else ", "
 
 
-@rule(r"§ ?(?=\w)|°|©|[®™†‡]", "§°©®™†‡")
+@rule(r"§§? ?(?=\w)|¶ ?(?=[0-9])|°|©|[®™†‡]", "§¶°©®™†‡")
 def rare_signs(m):
-    return {"§": "section ", "°": " degrees", "©": "copyright"}.get(m[0][0], "")
+    if m[0][0] == "¶" or m[0].startswith("§§"):
+        return "paragraph " if m[0][0] == "¶" else "sections "
+    return {"§": "section ", "¶": "paragraph ", "°": " degrees", "©": "copyright"}.get(m[0][0], "")
 
 
 @rule(r"[“”„«»‟]|[‘’‚‛`´]", "“”„«»‟‘’‚‛`´")
@@ -1020,7 +1452,7 @@ def option(m):
     return "dash dash " if m[1] == "--" else "dash " if re.match(r"\w\b", after(m, 2)) else None
 
 
-@rule(r"[ \n]?(?:—|―|–|(?<!-)--(?!-)|(?<=[ \n])-(?=[ \n]))[ \n]?", "-—―–")
+@rule(r"[ \n]?(?:—|―|–|(?<!-)---?(?!-)|(?<=[ \n])-(?=[ \n]))[ \n]?", "-—―–")
 def dash(m):
     gap = "\n" if "\n" in m[0] else " "
     if before(m) in ("", "\n"):
@@ -1037,7 +1469,7 @@ def optional_plural(m):
 
 @rule(r" ?[(\[{]", "([{")
 def opening(m):
-    if before(m) in ("", "\n") or before(m) in ".!?,;:([{\"'":
+    if before(m) in ("", "\n") or before(m) in ".!?,;:([{" or (before(m) in "\"'" and m[0][0] != " "):
         return m[0][:-1]
     return ", "
 
@@ -1074,6 +1506,7 @@ REFERENCE = re.compile(
     r"""\[\^[^\]\s]{1,20}\]|(?<=[\w.,!?"'”’)\]])\[[0-9]{1,3}(?:[,–-] ?[0-9]{1,3}){0,9}\]"""
     r"""|\[([^\[\]]{1,300})\]\[[^\[\]]{0,100}\]"""
 )
+PLACEHOLDER = re.compile(r"<([A-Za-z][\w-]{0,40})>")
 AUTOLINK = re.compile(r"<((?:https?://|mailto:)?[^<>\s]{1,500}[.@/:][^<>\s]{1,500})>")
 BULLET = re.compile(r"[ \t]*(?:[-*+•◦▪●○‣▸►·✓✔✅❌☑➤→–][ \t]+|[●•‣▸►✓✔✅❌☑➤])(?:\[[ xX]?\][ \t]+)?(?=\S)")
 LIST_NUMBER = re.compile(r"[ \t]*([0-9]{1,3})(?:[.)][ \t]+|\ufe0f?\u20e3[ \t]*)(?=\S)")
@@ -1159,6 +1592,8 @@ def ended(line):
 def emphasis(m):
     """Drop stars and underscores, but make an underscore inside a name a space, and keep the star of 2 * 3."""
     left, right = before(m), after(m)
+    if m[0] == "**" and left.isdigit() and right.isdigit():
+        return "^"
     if m[0] == "*" and (left == right == " " or (left.isdigit() and right.isdigit())):
         return m[0]
     return " " if m[0][0] == "_" and left.isalnum() and right.isalnum() else ""
@@ -1205,7 +1640,7 @@ PAUSE = re.compile(
     re.IGNORECASE,
 )
 LONGEST_PAUSE = 10  # seconds
-LETTER, LATIN = re.compile(r"[^\W\d_]"), re.compile(r"[A-Za-z\u00c0-\u024f]")
+LETTER, LATIN = re.compile(r"[^\W\d_²³¹¼-¾⁰-₉⅐-⅟]"), re.compile(r"[A-Za-z\u00c0-\u024f]")
 SIMPLE = re.compile(r"[^\w\s.,;:!?'\"-]|[0-9_]")
 
 
@@ -1243,12 +1678,20 @@ def said_block(block, emoji):
         block = IMAGE_OR_LINK.sub(r"\1", block)
     block = REFERENCE.sub(lambda m: m[1] or "", block)
     block = AUTOLINK.sub(r"\1", block)
+    block = PLACEHOLDER.sub(lambda m: f"{' ' if before(m).isalnum() else ''}{m[1]}", block)
     block = EMOTICON.sub("", block)
     for c, plainer in VULGAR.items():
         if c in block:
             block = re.sub(rf"(?<=[0-9]){c}", f" {plainer}", block).replace(c, plainer)
+            block = re.sub(rf"{plainer}(?=[^\W\d_])", f"{plainer} ", block)
+    block = re.sub("(?<=[0-9])( ?)º(?=[CF]?\\b|[CF ,.;)])", r"\1°", block)
     letters = LETTER.findall(block)
     if 2 * len(LATIN.findall(block)) >= len(letters):
+        block = re.sub("(?<=[A-Za-z)\\]])[₀-₉]+", lambda m: m[0].translate(SUBSCRIPTS), block)
+        block = re.sub("(?<=[0-9])[★⭐]", " star", block)
+        block = re.sub("[★⭐]+(?=☆)", lambda m: f" {cardinal(min(len(m[0]), 99))} star{'s' * (len(m[0]) > 1)} ", block)
+        block = re.sub(r"(?<=\bI )[♥❤]\ufe0f?(?= )", "love", block)
+        block = re.sub(r"(?<=\b[A-G])[♭♯]", lambda m: " flat" if m[0] == "♭" else " sharp", block)
         block = re.sub(r"[^.!?\n]+", lowered, block)
         block = apply(ADDRESSES, block)  # before the Markdown, because their underscores are spoken
         block = re.sub(r"\\(?=[*_`#\[\]()~>|.!+-])", "", block)
@@ -1284,6 +1727,7 @@ ave blvd rd vs cf al ca approx dept est inc ltd co corp bros ed eds viz e.g i.e 
 NUMBERED = "no nos art fig sec vol ch p pp".split()  # nor after these before a number,
 DATES = "jan feb mar apr jun jul aug sep sept oct nov dec mon tue wed thu fri sat sun".split()  # or these, capitalized
 ALWAYS = "。！？।॥؟۔։።။៕"  # always end a sentence
+LIST_NUMBERS = {cardinal(n) for n in range(1, 100)}
 END = re.compile(rf"""(?:(?<![.!?…])(?:\.(?: \.)+|[.!?…]+)['"’”)\]]*(?:\[\d+\])*(?=\s)|[{ALWAYS}]+[」』”’"')\]]*)\s*""")
 WORD = re.compile(r"[^\W_]")  # parts without any are not spoken
 ITEM = re.compile(r"[ \t]*(?:#{1,6}[ \t]|[-*+•◦▪●–][ \t]|[0-9]{1,3}[.)][ \t])")
@@ -1433,6 +1877,8 @@ def ends_here(before, mark, after, cased):
     if re.fullmatch(r"([^\W\d]\.)+[^\W\d]", word):  # J.R.R. Tolkien; at 5 p.m. Then
         return word.islower() and following.isupper()
     if (len(word) == 1 and word.isalpha() and word != "I") or re.fullmatch(r"[0-9]{1,2}", before.strip()):
+        return False
+    if before.strip().lower() in LIST_NUMBERS:  # One. Mix the eggs.
         return False
     low = word.lower()
     if low in NUMBERED or (low in DATES and word[0].isupper()):

@@ -213,7 +213,7 @@ def read_lines(path):
     except json.JSONDecodeError as e:
         error = e
     items = []
-    for n, line in enumerate(text.splitlines(), 1):
+    for n, line in enumerate(text.split("\n"), 1):  # a JSON string may contain other line ends, such as U+2028
         try:
             items += [(f"{path}, line {n}", json.loads(line))] if line.strip() else []
         except json.JSONDecodeError as e:
@@ -224,16 +224,23 @@ def read_lines(path):
 
 
 def read_table(path):
-    """Read LJSpeech's `id|text|normalized text` with clips in wavs/, or named columns split by ",", "|" or tab."""
-    text = read_utf8(path)
+    """Read LJSpeech's `id|text|normalized text` with clips in wavs/, or named columns split by ",", ";", "|" or tab."""
+    text = read_utf8(path).replace("\r\n", "\n").replace("\r", "\n")
     first = text.partition("\n")[0]
-    delimiter = next((c for c in "|\t," if c in first), ",")
-    quoting = csv.QUOTE_MINIMAL if delimiter == "," else csv.QUOTE_NONE
-    rows = [*csv.reader(io.StringIO(text), delimiter=delimiter, quoting=quoting)]
+    delimiter = next((c for c in "|\t;," if c in first), ",")
+    quoting = csv.QUOTE_MINIMAL if delimiter in ";," else csv.QUOTE_NONE
+    try:
+        rows = [*csv.reader(io.StringIO(text), delimiter=delimiter, quoting=quoting)]
+    except csv.Error as e:
+        raise ValueError(f"cannot read {path}: {e}") from None
     names = [name.lower().strip() for name in rows[0]] if rows else []
     known = {name for group in KEYS.values() for name in group}
     if known & set(names):
-        return [(f"{path}, row {n}", dict(zip(names, row))) for n, row in enumerate(rows[1:], 2) if row]
+        wrong = ValueError(f"more columns than the first line's {len(names)}: quote a text that contains {delimiter!r}")
+        items = [
+            (n, wrong if any(row[len(names) :]) else dict(zip(names, row))) for n, row in enumerate(rows[1:], 2) if row
+        ]
+        return [(f"{path}, row {n}", item) for n, item in items]
     if delimiter != "|":
         raise ValueError(f"{path}: expected id|text|normalized text, or a first line such as audio_path,text,speaker")
     items = []

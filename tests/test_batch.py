@@ -212,6 +212,9 @@ def test_a_batch_refuses(generator):
         batch.insert(rows, 5, -1)
     with pytest.raises(ValueError, match="max_frames"):
         batch.insert(rows, 0, 0)
+    for wrong in (rows[:0], rows[:, 1:], rows[0]):
+        with pytest.raises(ValueError, match="prompt_rows"):
+            batch.insert(wrong, 5, 0)
     assert len(batch) == 0 and batch.next() == [] and batch.remove(3) is None
     uid = batch.insert(rows, 5, 0)
     batch.remove(uid)

@@ -743,12 +743,18 @@ def test_every_form_of_data(tmp_path):
     assert first_turns(write("flat.json", b"\xef\xbb\xbf" + json.dumps(flat).encode())) == expected
     lines = "\r\n".join(map(json.dumps, flat)) + "\r\n\r\n"
     assert first_turns(write("lines.jsonl", b"\xef\xbb\xbf" + lines.encode())) == expected
+    other = [turn | {"text": turn["text"].replace(" ", "\u2028")} for turn in flat]
+    lines = "\n".join(json.dumps(turn, ensure_ascii=False) for turn in other)
+    said = [(text.replace(" ", "\u2028"), speaker, name) for text, speaker, name in expected]
+    assert first_turns(write("lines.jsonl", lines)) == said
     windows = [{"Text": "text 1", "Audio_Path": r".\clips\c1.wav", "Speaker": 7}, flat[1]]
     assert first_turns(write("windows.json", json.dumps(windows))) == expected
     table = "audio_file|text|speaker_name\r\nclips/c1.wav|text 1|7\r\nclips/c2.wav|text 2|7\r\n"
     assert first_turns(write("coqui.csv", table)) == expected
     comma = 'file_name,transcription,speaker\nclips/c1.wav,"text 1",7\nclips/c2.wav,text 2,7\n'
     assert first_turns(write("hub.csv", comma)) == expected
+    for ending in ("\r\n", "\r"):  # as Excel writes it, in Europe and on old Macs
+        assert first_turns(write("hub.csv", comma.replace(",", ";").replace("\n", ending))) == expected
     write("lj/metadata.csv", '\ufeffc1|Text "one|text 1\nc2|text 2|\n')
     assert first_turns(tmp_path / "lj") == first_turns(tmp_path / "lj/metadata.csv")
     assert first_turns(tmp_path / "lj") == [("text 1", 0, "c1.wav"), ("text 2", 0, "c2.wav")]

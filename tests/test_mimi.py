@@ -13,7 +13,8 @@ from dataclasses import asdict, replace
 from pathlib import Path
 from types import SimpleNamespace
 
-import mimi  # before mlx and torch
+import csm  # before mlx and torch
+import mimi
 
 import csm_layouts  # isort: skip
 from csm_tools.audio import audio_writer, wav_head  # isort: skip
@@ -479,18 +480,19 @@ def test_the_command(files, tmp_path, k):
     assert sorted(os.listdir(tmp_path)) == ["codes.npz", "out.wav"]
 
 
-def test_the_command_never_overwrites_what_it_reads(files, tmp_path):
-    before = shutil.copy(files / "in.wav", tmp_path / "me.wav").read_bytes()
-    os.link(tmp_path / "me.wav", tmp_path / "too.wav")
-    for out in ("me.wav", "too.wav"):
-        done = python("mimi.py", tmp_path / "me.wav", tmp_path / out, "--model", files / "mimi.safetensors")
-        assert done.returncode == 2 and "would be overwritten, and is read" in done.stderr
-    assert (tmp_path / "me.wav").read_bytes() == before
-
-
 def test_the_bundled_codec_is_found_from_anywhere(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     assert mimi.load("tiny").config.codebook_size < mimi.MimiConfig.codebook_size
+
+
+def test_the_command_with_a_codec_of_another_rate(published, tmp_path):
+    config = {"config": json.dumps(asdict(CONFIGS["small"]) | {"sample_rate": 16_000})}
+    mx.save_safetensors(str(tmp_path / "mimi.safetensors"), published, config)
+    soundfile.write(tmp_path / "in.wav", noise(8000, 1)[0, 0], 16_000)
+    done = python("mimi.py", tmp_path / "in.wav", tmp_path / "out.wav", "--model", tmp_path / "mimi.safetensors")
+    assert done.returncode == 0, done.stderr
+    info = soundfile.info(tmp_path / "out.wav")
+    assert (info.samplerate, info.frames) == (16_000, 8000)
 
 
 MISTAKES = """none.wav mimi.safetensors out.wav | no such file

@@ -5,6 +5,7 @@
 Weights are random and small (conftest.py), scaled so that a greedy choice is not decided by rounding.
 """
 
+import copy
 import json
 import threading
 from concurrent.futures import ThreadPoolExecutor
@@ -243,6 +244,8 @@ def test_a_context_is_of_segments(generator):
     for context in (["hello"], [("hello", 0)], csm.Segment(0, "hello", clip(0.5))):
         with pytest.raises(ValueError, match="list of Segments"):
             generator.generate("hi", 0, context)
+    said = [generator.generate_codes("hi", 0, context, **GREEDY) for context in ((), [], None)]
+    assert mx.array_equal(said[0], said[1]) and mx.array_equal(said[0], said[2])
 
 
 @pytest.mark.slow
@@ -421,6 +424,14 @@ def test_context_in_every_form_of_audio(generator, tmp_path):
     for codes in (np.zeros((3, 9), int), np.full((3, 8), 999)):
         with pytest.raises(ValueError, match="codes"):
             generator.generate("yes", 0, [csm.Segment(0, "hello", codes=codes)])
+
+
+def test_a_clip_is_read_at_the_codecs_rate(generator, tmp_path):
+    slow = copy.copy(generator)
+    slow.sample_rate, wave = 16_000, clip(0.8)
+    soundfile.write(tmp_path / "a.wav", wave, 16_000, subtype="FLOAT")
+    rows = [slow.audio_rows(csm.Segment(0, "hello", audio)) for audio in (wave, tmp_path / "a.wav")]
+    assert np.array_equal(*rows)
 
 
 def test_voices(generator, folder):
@@ -635,6 +646,9 @@ def test_seeds(generator, folder, caplog):
     seed = int(next(m for m in caplog.messages if m.startswith("seed ")).split()[-1])
     assert mx.array_equal(generator.generate_codes("hello", seed=seed, max_audio_length_ms=800), drawn)
     assert (np.array(mx.random.state[0]) == state).all()  # the global generator is unchanged
+    for wrong in (-1, 2**64, 1.5, "1"):
+        with pytest.raises(ValueError, match="seed"):
+            generator.generate("hello", seed=wrong)
 
 
 def test_logits_processors_see_the_first_codebook(generator):

@@ -203,6 +203,20 @@ def test_an_epub_is_read_in_its_order(folder, tmp_path):
     assert not audio[-5760 - 48000 : -5760].any()
 
 
+def test_marks_of_notes_and_what_stands_beside_the_text_are_unsaid(tmp_path):
+    """Older books do not name the kind of a link."""
+    text = "<p>So<sup><a href='#n1'>1</a></sup> it is.<a href='n.xhtml#n2'>[2]</a>"
+    text += " <a href='#c'>Part 3</a> m<sup>2</sup></p>"
+    package = PACKAGE.replace('<itemref idref="b"/>', '<itemref idref="b" linear="no"/>')
+    with zipfile.ZipFile(tmp_path / "book.epub", "w") as book:
+        for name, content in (("META-INF/container.xml", CONTAINER), ("OPS/book.opf", package)):
+            book.writestr(name, content)
+        for name in ("cover", "nav", "text/two"):
+            book.writestr(f"OPS/{name}.xhtml", PAGE.format("<p>Beside.</p>" if name == "text/two" else ""))
+        book.writestr("OPS/text/one a.xhtml", PAGE.format(text))
+    assert epub.chapters(tmp_path / "book.epub") == ["So it is. Part 3 m2"]
+
+
 def test_what_is_no_epub_is_said(folder, tmp_path, capfd):
     (tmp_path / "a.epub").write_text("hello")
     with zipfile.ZipFile(tmp_path / "b.epub", "w") as book:

@@ -76,6 +76,7 @@ def test_spoken_is_idempotent_for_texts_side_by_side(joint):
 ADVERSARIAL = """
 1 1, 1,111, 1- 1: 1. 1/2. $1, 5km+ 1^2 ½ ( ) ()[] {[( * _ a_ ** ~~ ` < <b <!-- > &amp; & @ a@b. a.com. http://
 / # 😀 … . ... ' " “ — -- - = => | |a|b 。 ؟ \\* [a]( ![[ [^1] [1] :) [pause:1] [pause: <break
+f1 f 0x1 1e1 1.1. 1,11, 1_000 <a> 2x4s B-1 1" 1° ₂ ¹ √ v. John1:1 MM 1/ x- 12"a 1st/
 """.split()
 ADVERSARIAL += [
     "a. ",
@@ -92,6 +93,12 @@ ADVERSARIAL += [
     "1. ",
     "a-\n",
     "A\n",
+    "1 000 ",
+    "5 mg/",
+    "4x - ",
+    "a $5 ",
+    "1-800-A",
+    "p.m. ",
 ]
 ADVERSARIAL += ["\n", " \n", " ", "\n\n", "|a|b|\n", "-|-\n", "[a]: b\n", "# a\n", ". ", "word ", "x" * 60 + " "]
 
@@ -265,3 +272,14 @@ def test_longest():
 )
 def test_nothing_to_say(text):
     assert sentences(spoken(text)) == []
+
+
+def test_an_items_number_stays_with_its_item():
+    text = spoken(
+        "Ingredients are these:\n- 2 cups of white flour\n1. Mix them all in a bowl.\n2. Bake them for an hour."
+    )
+    assert [part for part, _ in sentences(text)][1:] == [
+        "Two cups of white flour.",
+        "One. Mix them all in a bowl.",
+        "Two. Bake them for an hour.",
+    ]

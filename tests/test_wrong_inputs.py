@@ -91,6 +91,8 @@ DATA = {
     "a list of speakers": (item(speaker=[0]), r"speaker must be .*\[0\]"),
     "a table of another kind": (content("d.csv", "a;b\n1;2\n"), r"expected id\|text"),
     "a table without clips": (content("d.csv", "text,speaker\nhello,0\n"), "row 2: 'audio_path' is missing"),
+    "a comma in a text": (content("d.csv", "audio_path,text,speaker\nc.wav,Hi, you,0\n"), "row 2: more columns"),
+    "an endless field": (content("d.csv", "audio_path,text\nc.wav," + "a" * 200_000), "cannot read .*field limit"),
     "a row without text": (content("d.csv", "c|hello\nc\n"), r"row 2: expected id\|text"),
     "a row without its clip": (content("lj/metadata.csv", "x|hello|hello\n"), "row 1: no such file: .*x.wav"),
     "an empty folder": (lambda here: (here / "f").mkdir() or here / "f", "has no clips, and no folders of clips"),
@@ -258,6 +260,7 @@ CHECKPOINTS = {
     "a tensor that is missing": (tensors(without("decoder.norm")), "missing decoder.norm.weight"),
     "a tensor too many": (tensors(lambda w: w | {"more": mx.zeros(1)}), "unexpected more"),
     "a tensor of another shape": (tensors(lambda w: w | {NORM: mx.zeros(3)}), rf"{NORM} is \(3,\), not \(64,\)"),
+    "whole numbers": (tensors(lambda w: w | {NORM: w[NORM].astype(mx.int8)}), f"no floats: {NORM} is"),
     "NaN in a norm": (tensors(lambda w: w | {NORM: w[NORM] * math.nan}), f"NaN or infinite weights: {NORM}"),
     "infinite heads": (tensors(lambda w: w | {"audio_head": w["audio_head"] + math.inf}), "infinite weights: audio"),
     "bitsandbytes": (

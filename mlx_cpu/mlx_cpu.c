@@ -81,12 +81,16 @@ API void mlx_cpu_run(void (*part)(const void *, int), const void *job, int parts
 
 // ----------------------------------------------------------------------------------------------------- products
 
+typedef void columns(const void *source, int j, int n, int l, int depth, float *to);
+
 typedef struct job {
   int ta, tb, m, n, k, lda, ldb, ldc, step; // a part computes `step` of the m rows or n columns
   float alpha, beta, *c;
   const float *a, *b;
-  float *packed;
   ptrdiff_t down, right; // C's number (i, j) is c[i * down + j * right]
+  columns *read; // gives the numbers l to l + depth of rows j to j + n of b, where they are not in memory
+  const void *source;
+  float *packed; // see pack()
 } job;
 
 static inline float total(vec v) {
@@ -94,6 +98,10 @@ static inline float total(vec v) {
   for (int i = 1; i < LANES / 4; i++)
     u.part[0] += u.part[i];
   return (u.part[0][0] + u.part[0][1]) + (u.part[0][2] + u.part[0][3]);
+}
+
+static inline void put(const job *p, float *to, float sum) {
+  *to = p->alpha * sum + (p->beta ? p->beta * *to : 0); // with beta 0 even a NaN in C is ignored
 }
 
 // m rows of a by n <= 4 rows of b; m is a constant for the compiler.
@@ -114,10 +122,10 @@ static inline __attribute__((always_inline)) void tile(const int m, int n, const
   }
   for (int i = 0; i < m; i++)
     for (int j = 0; j < n; j++) {
-      float sum = total(sums[i][j]), *to = c + i * p->down + j * p->right;
+      float sum = total(sums[i][j]);
       for (int t = l; t < p->k; t++)
         sum += a[i * lda + t] * b[j * ldb + t];
-      *to = p->alpha * sum + (p->beta ? p->beta * *to : 0); // with beta 0 even a NaN in C is ignored
+      put(p, c + i * p->down + j * p->right, sum);
     }
 }
 
@@ -137,10 +145,8 @@ static inline float line(const job *p, const float *b) {
 static void few_rows(const void *a_job, int part) { // reads each row of b from memory once
   const job *p = a_job;
   const int end = LEAST((part + 1) * p->step, p->n);
-  for (int j = part * p->step; p->m == 1 && j < end; j++) {
-    float *to = p->c + j * p->right;
-    *to = p->alpha * line(p, p->b + (ptrdiff_t)j * p->ldb) + (p->beta ? p->beta * *to : 0);
-  }
+  for (int j = part * p->step; p->m == 1 && j < end; j++)
+    put(p, p->c + j * p->right, line(p, p->b + (ptrdiff_t)j * p->ldb));
 #define TILE(rows) tile(rows, LEAST(4, p->n - j), p, p->a + (ptrdiff_t)i * p->lda, p->b + (ptrdiff_t)j * p->ldb, \
                         p->c + i * p->down + j * p->right)
   for (int j = part * p->step; p->m > 1 && j < end; j += 4)
@@ -203,13 +209,18 @@ static inline __attribute__((always_inline)) void panel(const int v, int depth, 
 static void many_rows(const void *a_job, int part) { // all rows of a by `step` rows of b
   const job *p = a_job;
   const int begin = part * p->step, n = LEAST(p->step, p->n - begin), ld = (p->m + LANES - 1) / LANES * LANES;
-  float sums[WIDE * TALL] = {};
+  float sums[WIDE * TALL], piece[WIDE * DEPTH];
+  memset(sums, 0, 4 * ld * (size_t)LEAST(WIDE, n + COLUMNS));
   for (int start = 0; start < p->k; start += DEPTH) {
     const int depth = LEAST(DEPTH, p->k - start);
+    const float *rows = p->b + (ptrdiff_t)begin * p->ldb + start;
+    ptrdiff_t next = p->ldb;
+    if (p->read)
+      p->read(p->source, begin, n, start, next = depth, piece), rows = piece;
     for (int j = 0; j < n; j += COLUMNS) {
       const float *b[COLUMNS];
-      for (int c = 0; c < COLUMNS; c++) // the last rows of b once more where there are fewer
-        b[c] = p->b + (ptrdiff_t)(begin + LEAST(j + c, n - 1)) * p->ldb + start;
+      for (int c = 0; c < COLUMNS; c++) // the last row of b once more where there are fewer
+        b[c] = rows + LEAST(j + c, n - 1) * next;
       for (int i = 0; i < p->m; i += PANEL) {
         const int v = LEAST(V, (ld - i) / LANES);
         const float *a = p->packed + (ptrdiff_t)i * p->k + (ptrdiff_t)start * v * LANES;
@@ -223,13 +234,31 @@ static void many_rows(const void *a_job, int part) { // all rows of a by `step` 
       }
     }
   }
-  const int down = p->right == 1; // whether C's numbers of one row of a lie side by side
-  for (int y = 0; y < (down ? p->m : n); y++)
-    for (int x = 0; x < (down ? n : p->m); x++) {
-      const int i = down ? y : x, j = down ? x : y;
-      float *to = p->c + i * p->down + (begin + j) * p->right;
-      *to = p->alpha * sums[j * ld + i] + (p->beta ? p->beta * *to : 0);
-    }
+  for (int i = 0; p->right == 1 && i < p->m; i++) // a row of a has C's numbers side by side
+    for (int j = 0; j < n; j++)
+      put(p, p->c + i * p->down + begin + j, sums[j * ld + i]);
+  for (int j = 0; p->right != 1 && j < n; j++) // a row of b has
+    for (int i = 0; i < p->m; i++)
+      put(p, p->c + i + (begin + j) * p->right, sums[j * ld + i]);
+}
+
+// Returns 0 where there is no memory.
+static int multiply(job j) {
+  float *packed = j.packed = malloc(4 * (size_t)j.k * (LEAST(j.m, TALL) + LANES));
+  const int step = (j.n / (8 * threads) + COLUMNS) / COLUMNS * COLUMNS;
+  for (int left = j.m; left > 0 && packed; left -= TALL, j.a += (ptrdiff_t)TALL * j.lda, j.c += TALL * j.down) {
+    j.m = LEAST(TALL, left), j.step = LEAST(WIDE, step);
+    mlx_cpu_run(pack, &j, (j.k + DEPTH - 1) / DEPTH);
+    mlx_cpu_run(many_rows, &j, (j.n + j.step - 1) / j.step);
+  }
+  free(packed);
+  return packed != NULL;
+}
+
+// c (m, n) = a (m, k) b', for whose rows `read` is asked
+API int mlx_cpu_multiply(int m, int n, int k, const float *a, columns *read, const void *source, float *c) {
+  return multiply((job){.m = m, .n = n, .k = k, .lda = k, .alpha = 1, .c = c, .a = a, .down = n, .right = 1, .read = read,
+                        .source = source});
 }
 
 static void slice(const void *a_job, int part) { // computes a slice of C's rows or columns, whichever are more
@@ -249,19 +278,11 @@ API void mlx_cpu_sgemm(int order, int ta, int tb, int m, int n, int k, float alp
   const int along_k = (ta == PLAIN || (m == 1 && lda == 1)) && (tb != PLAIN || (n == 1 && ldb == 1));
   const int dots = along_k && alpha != 0 && k > 128; // both are read along k
   const int few = dots && LEAST(m, n) <= FEW;
-  job j = {ta, tb, m, n, k, lda, ldb, ldc, 0, alpha, beta, c, a, b, NULL, ldc, 1};
+  job j = {ta, tb, m, n, k, lda, ldb, ldc, 0, alpha, beta, c, a, b, .down = ldc, .right = 1};
   if (dots && m > n) // few columns: C' = B' A'
-    j = (job){tb, ta, n, m, k, ldb, lda, ldc, 0, alpha, beta, c, b, a, NULL, 1, ldc};
-  if (dots && !few && (j.packed = malloc(4 * (size_t)k * (TALL + LANES)))) {
-    const int step = (j.n / (8 * threads) + COLUMNS) / COLUMNS * COLUMNS;
-    for (int left = j.m; left > 0; left -= TALL, j.a += (ptrdiff_t)TALL * j.lda, j.c += TALL * j.down) {
-      j.m = LEAST(TALL, left), j.step = LEAST(WIDE, step);
-      mlx_cpu_run(pack, &j, (k + DEPTH - 1) / DEPTH);
-      mlx_cpu_run(many_rows, &j, (j.n + j.step - 1) / j.step);
-    }
-    free(j.packed);
+    j = (job){tb, ta, n, m, k, ldb, lda, ldc, 0, alpha, beta, c, b, a, .down = 1, .right = ldc};
+  if (dots && !few && multiply(j))
     return;
-  }
   const int longer = m > n ? m : n, unit = few ? 4 : 64;
   const double parts = few ? (double)longer * k / (1 << 14) : (double)m * n * k / (1 << 19); // worth handing out
   j.step = (longer / (int)(parts < 2 ? 1 : LEAST(parts, (few ? 4 : 2) * threads)) + unit) / unit * unit;

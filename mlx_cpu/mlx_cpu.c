@@ -13,7 +13,12 @@
 #include <unistd.h>
 
 #define API __attribute__((visibility("default")))
-enum { BY_ROWS = 101, PLAIN = 111, FEW = 32, LANES = __BIGGEST_ALIGNMENT__ / 4, ROWS = LANES == 8 ? 2 : 6 };
+enum { BY_ROWS = 101, PLAIN = 111, LANES = __BIGGEST_ALIGNMENT__ / 4 };
+#if defined(__AVX512F__) || defined(__aarch64__) // 32 registers: sums of ROWS by SIDE numbers; V registers by COLUMNS numbers
+enum { FEW = 32, ROWS = 4, SIDE = 6, V = 4, COLUMNS = 6 };
+#else
+enum { FEW = 32, ROWS = 4, SIDE = 3, V = 2, COLUMNS = 6 };
+#endif
 typedef float vec __attribute__((vector_size(4 * LANES), aligned(4))), quad __attribute__((vector_size(16)));
 #define LOAD(p) (*(const volatile vec *)(p)) // volatile: GCC 12 reads memory again for each use otherwise
 #define LEAST(x, y) ((x) < (y) ? (x) : (y))
@@ -81,12 +86,16 @@ API void mlx_cpu_run(void (*part)(const void *, int), const void *job, int parts
 
 // ----------------------------------------------------------------------------------------------------- products
 
+typedef void columns(const void *source, int j, int n, int l, int depth, float *to);
+
 typedef struct job {
   int ta, tb, m, n, k, lda, ldb, ldc, step; // a part computes `step` of the m rows or n columns
   float alpha, beta, *c;
   const float *a, *b;
-  float *packed;
   ptrdiff_t down, right; // C's number (i, j) is c[i * down + j * right]
+  columns *read; // gives the numbers l to l + depth of rows j to j + n of b, where they are not in memory
+  const void *source;
+  float *packed; // see pack()
 } job;
 
 static inline float total(vec v) {
@@ -96,28 +105,45 @@ static inline float total(vec v) {
   return (u.part[0][0] + u.part[0][1]) + (u.part[0][2] + u.part[0][3]);
 }
 
-// m rows of a by n <= 4 rows of b; m is a constant for the compiler.
-static inline __attribute__((always_inline)) void tile(const int m, int n, const job *p, const float *a, const float *b,
-                                                       float *c) {
+static inline void put(const job *p, float *to, float sum) {
+  *to = p->alpha * sum + (p->beta ? p->beta * *to : 0); // with beta 0 even a NaN in C is ignored
+}
+
+// Rows of a from i on, m of them, by n <= SIDE rows of b from j on; m is a constant for the compiler.
+static inline __attribute__((always_inline)) void tile(const int m, int n, const job *p, int i, int j) {
   const ptrdiff_t lda = p->lda, ldb = p->ldb;
-  const float *b1 = b + (n > 1 ? ldb : 0), *b2 = b + (n > 2 ? 2 * ldb : 0), *b3 = b + (n > 3 ? 3 * ldb : 0);
-  vec sums[6][4] = {};
-  int l = 0;
+  const float *a = p->a + i * lda, *b[SIDE], *next = p->b + (j + SIDE) * ldb;
+  const int tiles = (p->m + ROWS - 1) / ROWS; // of the same rows of b
+  int l = 0, wait = 0;
+  vec sums[ROWS][SIDE] = {};
+  for (int s = 0; s < SIDE; s++)
+    b[s] = p->b + (j + LEAST(s, n - 1)) * ldb;
+  next += i / ROWS * (p->k / tiles);
   for (; l + LANES <= p->k; l += LANES) {
-    const vec y0 = LOAD(b + l), y1 = LOAD(b1 + l), y2 = LOAD(b2 + l), y3 = LOAD(b3 + l);
-    for (int j = 4; j < 8; j++) // the next four rows: too far away for the CPU to prefetch by itself
-      __builtin_prefetch(b + j * ldb + l);
-    for (int i = 0; i < m; i++) {
-      const vec x = LOAD(a + i * lda + l);
-      sums[i][0] += x * y0, sums[i][1] += x * y1, sums[i][2] += x * y2, sums[i][3] += x * y3;
+    vec y[SIDE];
+#pragma GCC unroll 6
+    for (int s = 0; s < SIDE; s++)
+      y[s] = LOAD(b[s] + l);
+    if (--wait < 0) { // each tile has memory bring its share of the next rows of b, evenly
+#pragma GCC unroll 6
+      for (int s = 0; s < SIDE; s++)
+        __builtin_prefetch(next + s * ldb);
+      wait = tiles - 1, next += LANES;
+    }
+#pragma GCC unroll 4
+    for (int r = 0; r < m; r++) {
+      const vec x = LOAD(a + r * lda + l);
+#pragma GCC unroll 6
+      for (int s = 0; s < SIDE; s++)
+        sums[r][s] += x * y[s];
     }
   }
-  for (int i = 0; i < m; i++)
-    for (int j = 0; j < n; j++) {
-      float sum = total(sums[i][j]), *to = c + i * p->down + j * p->right;
+  for (int r = 0; r < m; r++)
+    for (int s = 0; s < n; s++) {
+      float sum = total(sums[r][s]);
       for (int t = l; t < p->k; t++)
-        sum += a[i * lda + t] * b[j * ldb + t];
-      *to = p->alpha * sum + (p->beta ? p->beta * *to : 0); // with beta 0 even a NaN in C is ignored
+        sum += a[r * lda + t] * b[s][t];
+      put(p, p->c + (i + r) * p->down + (j + s) * p->right, sum);
     }
 }
 
@@ -137,32 +163,21 @@ static inline float line(const job *p, const float *b) {
 static void few_rows(const void *a_job, int part) { // reads each row of b from memory once
   const job *p = a_job;
   const int end = LEAST((part + 1) * p->step, p->n);
-  for (int j = part * p->step; p->m == 1 && j < end; j++) {
-    float *to = p->c + j * p->right;
-    *to = p->alpha * line(p, p->b + (ptrdiff_t)j * p->ldb) + (p->beta ? p->beta * *to : 0);
-  }
-#define TILE(rows) tile(rows, LEAST(4, p->n - j), p, p->a + (ptrdiff_t)i * p->lda, p->b + (ptrdiff_t)j * p->ldb, \
-                        p->c + i * p->down + j * p->right)
-  for (int j = part * p->step; p->m > 1 && j < end; j += 4)
-    for (int i = 0; i < p->m; i += ROWS)
+  for (int j = part * p->step; p->m == 1 && j < end; j++)
+    put(p, p->c + j * p->right, line(p, p->b + (ptrdiff_t)j * p->ldb));
+  for (int j = part * p->step; p->m > 1 && j < end; j += SIDE)
+    for (int i = 0, n = LEAST(SIDE, p->n - j); i < p->m; i += ROWS)
       switch (LEAST(ROWS, p->m - i)) {
-      case 1: TILE(1); break;
-      case 2: TILE(2); break;
-      case 3: TILE(3); break;
-      case 4: TILE(4); break;
-      case 5: TILE(5); break;
-      default: TILE(6);
+      case 1: tile(1, n, p, i, j); break;
+      case 2: tile(2, n, p, i, j); break;
+      case 3: tile(3, n, p, i, j); break;
+      default: tile(ROWS, n, p, i, j);
       }
 }
 
 // Many rows: of up to TALL rows of a, panels of V registers' height are packed so that memory has l by l what they
 // multiply with one number of b, which is read as it lies. COLUMNS rows of b at a time fill the registers with sums.
-#if defined(__AVX512F__) || defined(__aarch64__) // 32 registers
-enum { V = 4 };
-#else
-enum { V = 2 };
-#endif
-enum { PANEL = V * LANES, TALL = 256, DEPTH = 256, COLUMNS = 6, WIDE = 48, LINE = 16 };
+enum { PANEL = V * LANES, TALL = 256, DEPTH = 256, WIDE = 48, LINE = 16 };
 
 static void pack(const void *a_job, int part) { // columns of a from part * DEPTH on
   const job *p = a_job;
@@ -203,13 +218,18 @@ static inline __attribute__((always_inline)) void panel(const int v, int depth, 
 static void many_rows(const void *a_job, int part) { // all rows of a by `step` rows of b
   const job *p = a_job;
   const int begin = part * p->step, n = LEAST(p->step, p->n - begin), ld = (p->m + LANES - 1) / LANES * LANES;
-  float sums[WIDE * TALL] = {};
+  float sums[WIDE * TALL], piece[WIDE * DEPTH];
+  memset(sums, 0, 4 * ld * (size_t)LEAST(WIDE, n + COLUMNS));
   for (int start = 0; start < p->k; start += DEPTH) {
     const int depth = LEAST(DEPTH, p->k - start);
+    const float *rows = p->b + (ptrdiff_t)begin * p->ldb + start;
+    ptrdiff_t next = p->ldb;
+    if (p->read)
+      p->read(p->source, begin, n, start, next = depth, piece), rows = piece;
     for (int j = 0; j < n; j += COLUMNS) {
       const float *b[COLUMNS];
-      for (int c = 0; c < COLUMNS; c++) // the last rows of b once more where there are fewer
-        b[c] = p->b + (ptrdiff_t)(begin + LEAST(j + c, n - 1)) * p->ldb + start;
+      for (int c = 0; c < COLUMNS; c++) // the last row of b once more where there are fewer
+        b[c] = rows + LEAST(j + c, n - 1) * next;
       for (int i = 0; i < p->m; i += PANEL) {
         const int v = LEAST(V, (ld - i) / LANES);
         const float *a = p->packed + (ptrdiff_t)i * p->k + (ptrdiff_t)start * v * LANES;
@@ -217,19 +237,37 @@ static void many_rows(const void *a_job, int part) { // all rows of a by `step` 
         switch (v) {
         case 1: panel(1, depth, a, b, c, ld); break;
         case 2: panel(2, depth, a, b, c, ld); break;
-        case 3: panel(3, depth, a, b, c, ld); break;
+        case 3: panel(LEAST(3, V), depth, a, b, c, ld); break;
         default: panel(V, depth, a, b, c, ld);
         }
       }
     }
   }
-  const int down = p->right == 1; // whether C's numbers of one row of a lie side by side
-  for (int y = 0; y < (down ? p->m : n); y++)
-    for (int x = 0; x < (down ? n : p->m); x++) {
-      const int i = down ? y : x, j = down ? x : y;
-      float *to = p->c + i * p->down + (begin + j) * p->right;
-      *to = p->alpha * sums[j * ld + i] + (p->beta ? p->beta * *to : 0);
-    }
+  for (int i = 0; p->right == 1 && i < p->m; i++) // a row of a has C's numbers side by side
+    for (int j = 0; j < n; j++)
+      put(p, p->c + i * p->down + begin + j, sums[j * ld + i]);
+  for (int j = 0; p->right != 1 && j < n; j++) // a row of b has
+    for (int i = 0; i < p->m; i++)
+      put(p, p->c + i + (begin + j) * p->right, sums[j * ld + i]);
+}
+
+// Returns 0 where there is no memory.
+static int multiply(job j) {
+  float *packed = j.packed = malloc(4 * (size_t)j.k * (LEAST(j.m, TALL) + LANES));
+  const int step = (j.n / (8 * threads) + COLUMNS) / COLUMNS * COLUMNS;
+  for (int left = j.m; left > 0 && packed; left -= TALL, j.a += (ptrdiff_t)TALL * j.lda, j.c += TALL * j.down) {
+    j.m = LEAST(TALL, left), j.step = LEAST(WIDE, step);
+    mlx_cpu_run(pack, &j, (j.k + DEPTH - 1) / DEPTH);
+    mlx_cpu_run(many_rows, &j, (j.n + j.step - 1) / j.step);
+  }
+  free(packed);
+  return packed != NULL;
+}
+
+// c (m, n) = a (m, k) b', for whose rows `read` is asked
+API int mlx_cpu_multiply(int m, int n, int k, const float *a, columns *read, const void *source, float *c) {
+  return multiply((job){.m = m, .n = n, .k = k, .lda = k, .alpha = 1, .c = c, .a = a, .down = n, .right = 1, .read = read,
+                        .source = source});
 }
 
 static void slice(const void *a_job, int part) { // computes a slice of C's rows or columns, whichever are more
@@ -249,20 +287,12 @@ API void mlx_cpu_sgemm(int order, int ta, int tb, int m, int n, int k, float alp
   const int along_k = (ta == PLAIN || (m == 1 && lda == 1)) && (tb != PLAIN || (n == 1 && ldb == 1));
   const int dots = along_k && alpha != 0 && k > 128; // both are read along k
   const int few = dots && LEAST(m, n) <= FEW;
-  job j = {ta, tb, m, n, k, lda, ldb, ldc, 0, alpha, beta, c, a, b, NULL, ldc, 1};
+  job j = {ta, tb, m, n, k, lda, ldb, ldc, 0, alpha, beta, c, a, b, .down = ldc, .right = 1};
   if (dots && m > n) // few columns: C' = B' A'
-    j = (job){tb, ta, n, m, k, ldb, lda, ldc, 0, alpha, beta, c, b, a, NULL, 1, ldc};
-  if (dots && !few && (j.packed = malloc(4 * (size_t)k * (TALL + LANES)))) {
-    const int step = (j.n / (8 * threads) + COLUMNS) / COLUMNS * COLUMNS;
-    for (int left = j.m; left > 0; left -= TALL, j.a += (ptrdiff_t)TALL * j.lda, j.c += TALL * j.down) {
-      j.m = LEAST(TALL, left), j.step = LEAST(WIDE, step);
-      mlx_cpu_run(pack, &j, (k + DEPTH - 1) / DEPTH);
-      mlx_cpu_run(many_rows, &j, (j.n + j.step - 1) / j.step);
-    }
-    free(j.packed);
+    j = (job){tb, ta, n, m, k, ldb, lda, ldc, 0, alpha, beta, c, b, a, .down = 1, .right = ldc};
+  if (dots && !few && multiply(j))
     return;
-  }
-  const int longer = m > n ? m : n, unit = few ? 4 : 64;
+  const int longer = m > n ? m : n, unit = few ? SIDE : 64;
   const double parts = few ? (double)longer * k / (1 << 14) : (double)m * n * k / (1 << 19); // worth handing out
   j.step = (longer / (int)(parts < 2 ? 1 : LEAST(parts, (few ? 4 : 2) * threads)) + unit) / unit * unit;
   mlx_cpu_run(few ? few_rows : slice, &j, (longer + j.step - 1) / j.step);

@@ -34,6 +34,8 @@ using Part = void (*)(const void *, int);
 using Sgemm = void (*)(int, int, int, int, int, int, float, const float *, int, const float *, int, float, float *, int);
 void (*run)(Part, const void *, int); // mlx_cpu.c: Part(job, i) for all i < parts, on several threads
 Sgemm sgemm;                          // a BLAS library's, on one thread
+using Rows = void (*)(const void *, int, int, int, int, float *);
+int (*many_rows)(int, int, int, const float *, Rows, const void *, float *); // mlx_cpu.c
 int threads;
 
 using Inputs = std::vector<mx::array>;
@@ -99,9 +101,9 @@ void each(const void *job, int part) {
 
 // out (rows, n) = x (rows, k) w', where a group of w's integers q stands for scale * q + bias. Few rows: a group of x
 // becomes integers of 16 bits with a scale, the products of integers are summed exactly, and each row of w is read from
-// memory once, one after the other. Many rows: pieces of w become float32, and the BLAS library multiplies.
+// memory once, one after the other. Many rows: pieces of w become float32, for the products of mlx_cpu.c.
 
-enum { FEW = 32, GROUPS = 16, BLOCK = 8, WIDE = 192, DEEP = 1024 };
+enum { FEW = 32, GROUPS = 16, BLOCK = 8 };
 typedef short words __attribute__((vector_size(4 * W), aligned(2), may_alias));
 typedef short shorts __attribute__((vector_size(2 * W), aligned(2), may_alias));
 typedef unsigned short halves __attribute__((vector_size(2 * W), aligned(2), may_alias));
@@ -323,17 +325,9 @@ void to_floats(const Product &p, int64_t line, int from, int end, float *to) {
 }
 
 template <int bits>
-void many_rows(const void *job, int part) {
-  static thread_local std::vector<float> piece(WIDE * DEEP);
-  const Product &p = *(const Product *)job;
-  const int column = part * p.step, n = min(p.step, p.n - column);
-  for (int start = 0; start < p.k; start += DEEP) {
-    const int depth = min(int(DEEP), p.k - start);
-    for (int j = 0; j < n; j++)
-      to_floats<bits>(p, column + j, start, start + depth, piece.data() + j * depth);
-    sgemm(ROW_MAJOR, PLAIN, TURNED, p.rows, n, depth, 1, p.x + start, p.k, piece.data(), depth, start ? 1 : 0,
-          (float *)p.out + column, p.n);
-  }
+void read_rows(const void *source, int j, int n, int l, int depth, float *to) {
+  for (int i = 0; i < n; i++)
+    to_floats<bits>(*(const Product *)source, j + i, l, l + depth, to + i * depth);
 }
 
 // A row of x as integers of 16 bits; with 4 bits, of each SPAN numbers those at even places first. A number that is not
@@ -391,7 +385,6 @@ void multiply(Product p, std::vector<int64_t> starts) {
     const Part part = p.group == 32 ? few_rows<bits, 32> : p.group == 64 ? few_rows<bits, 64> : few_rows<bits, 128>;
     return run(part, &p, (p.n + p.step - 1) / p.step);
   }
-  p.step = std::max(16, min(int(WIDE), ((p.n - 1) / threads + 16) / 16 * 16));
   const Product narrow = p;
   if (width == 2) { // the BLAS library takes float32
     wide.resize(std::max(wide.size(), (size_t)p.rows * (p.k + p.n)));
@@ -400,7 +393,8 @@ void multiply(Product p, std::vector<int64_t> starts) {
         *(floats *)(wide.data() + i * p.k + l) = load(row(i), p.kind, l, p.k);
     p.x = wide.data(), p.out = wide.data() + (int64_t)p.rows * p.k;
   }
-  run(many_rows<bits>, &p, (p.n + p.step - 1) / p.step);
+  if (!many_rows(p.rows, p.n, p.k, p.x, read_rows<bits>, &p, (float *)p.out))
+    throw std::bad_alloc();
   for (int64_t i = 0; width == 2 && i < (int64_t)p.rows * p.n; i++)
     store(narrow.out, p.kind, i, ((const float *)p.out)[i]);
 }
@@ -842,10 +836,10 @@ void instead(Redirect redirect, R (*own)(A...), R (*ours)(A...), void **python =
 
 extern "C" __attribute__((visibility("default"))) void mlx_cpu_plain(int on) { plain = on; }
 
-extern "C" __attribute__((visibility("default"))) int mlx_cpu_install(void *pool, void *blas, int n_threads,
+extern "C" __attribute__((visibility("default"))) int mlx_cpu_install(void *pool, void *many, void *blas, int n_threads,
                                                                       Redirect redirect, void **norm, void **dequantizing,
                                                                       size_t bytes) {
-  run = (void (*)(Part, const void *, int))pool, sgemm = (Sgemm)blas, threads = n_threads;
+  run = (decltype(run))pool, many_rows = (decltype(many_rows))many, sgemm = (Sgemm)blas, threads = n_threads;
   const mx::Device cpu = mx::Device::cpu;
   const mx::array x = mx::zeros({1, 32}, cpu), w = mx::zeros({1, 8}, mx::uint32, cpu), s = mx::zeros({1, 1}, cpu);
   instead(redirect, mx::fast::rms_norm, rms_norm, norm, bytes);

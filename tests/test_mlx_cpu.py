@@ -90,7 +90,7 @@ def test_every_kind_of_product(sgemm, order, ta, tb):
     rng = np.random.default_rng(0)
     sizes = [(1, 1, 1), (1, 7, 3), (5, 1, 40), (1, 1030, 130), (1030, 1, 130), (3, 66, 267), (130, 6, 235),
              (32, 33, 216), (33, 32, 217), (1, 1, 300), (7, 2, 300), (40, 50, 60), (7, 5, 0), (200, 130, 150),
-             (130, 700, 90)]  # fmt: skip
+             (130, 700, 90), (33, 300, 129), (90, 35, 520), (300, 270, 257)]  # fmt: skip
     for (m, n, k), (alpha, beta), spare in itertools.product(sizes, [(1, 0), (0.5, -2), (0, 1), (0, 0)], [0, 3]):
         a_held, a = matrix(rng, *((m, k) if ta == PLAIN else (k, m)), order, spare)
         b_held, b = matrix(rng, *((k, n) if tb == PLAIN else (n, k)), order, spare)
@@ -113,6 +113,17 @@ def test_products_keep_nan_and_infinity(sgemm):
         c = np.array(a @ b.T)
         assert np.isnan(c[:, 7]).all() and (np.delete(c[0], 7) == np.inf).all()
         assert np.isfinite(np.delete(c[1:], 7, axis=1)).all()
+
+
+def test_products_of_a_row_do_not_depend_on_the_others(sgemm):
+    """Few rows give each what it gets alone; so do many, in pieces of any size."""
+    w = mx.random.normal((500, 700), key=mx.random.key(0))
+    x = mx.random.normal((600, 700), key=mx.random.key(1))
+    few, many = np.array(x[:32] @ w.T), np.array(x @ w.T)
+    for n in (1, 2, 7, 20):
+        assert (np.array(x[3 : 3 + n] @ w.T) == few[3 : 3 + n]).all()
+    for n in (33, 47, 100, 300):
+        assert (np.array(x[250 : 250 + n] @ w.T) == many[250 : 250 + n]).all()
 
 
 def test_products_through_mlx():

@@ -13,8 +13,7 @@ from dataclasses import asdict, replace
 from pathlib import Path
 from types import SimpleNamespace
 
-import csm  # before mlx and torch
-import mimi
+import mimi  # before mlx and torch
 
 import csm_layouts  # isort: skip
 from csm_tools.audio import audio_writer, wav_head  # isort: skip

@@ -294,7 +294,8 @@ def install(library):
     """Make MLX's operations call this library from now on."""
     global installed, operations
     c = products
-    functions = pointer(c.mlx_cpu_run), pointer(c.mlx_cpu_multiply), pointer(sgemm), n_threads(), pointer(c.mlx_cpu_redirect)
+    parts = c.mlx_cpu_run, c.mlx_cpu_multiply, sgemm
+    functions = *map(pointer, parts), n_threads(), pointer(c.mlx_cpu_redirect)
     held = mx.fast.rms_norm, mx.dequantize  # by nanobind, with the addresses of MLX's functions in them
     kind = type(held[0])
     size = kind.__basicsize__ + kind.__itemsize__ if all(type(f).__name__ == "nb_func" for f in held) else 0

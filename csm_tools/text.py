@@ -513,7 +513,7 @@ def internet_address(m):
         return " dot ".join(cardinal(int(group)) for group in groups) + more
 
 
-@rule(rf"(?<![\w.])({NUMBER})[eE]([+−-]?)([0-9]{{1,3}})(?![\w.-])", "eE")
+@rule(rf"(?<![\w.#])({NUMBER})[eE]([+−-]?)([0-9]{{1,3}})(?![\w.-])", "eE")
 def scientific(m):
     minus = "minus " if m[2] in ("-", "−") and m[2] else ""
     return f"{number(m[1])} times ten to the power of {minus}{cardinal(int(m[3]))}"
@@ -581,7 +581,7 @@ def numeric_date(m):
 
 DAY = r"(Mon|Tues?|Weds?|Thu(?:rs?)?|Fri|Sat|Sun)\b\.?"
 THEN = (
-    r"(?=:|(?<=\.)[,;)]| (?:night|morning|evening|afternoon)\b"
+    r"(?=:|(?<=\.)[,;)]|(?<!Sun\.)(?<!Sat\.)(?<=\.)(?: [a-z]|\s+[A-Z]|\s*$)| (?:night|morning|evening|afternoon)\b"
     rf"|,? (?:{MONTH}|[0-9]{{1,2}}(?:[:.–/-][0-9]|{NTH}?[ \n](?:of )?{MONTH}| ?[ap]\.?m)))"
 )
 
@@ -589,7 +589,8 @@ THEN = (
 @rule(rf"(?<![\w.]){DAY}(?:{TO}{DAY}|{THEN})", "MTWFS")
 def weekday(m):
     first, second = (next((day for day in DAYS if name and day.startswith(name[:3])), None) for name in (m[1], m[2]))
-    return f"{first} to {second}{full_stop(m)}" if second else first
+    stop = "" if not m[0].endswith(".") or re.match(rf" (?:{MONTH}|[0-9])", after(m, 12)) else full_stop(m)
+    return f"{first} to {second}{stop}" if second else first + stop
 
 
 @rule(
@@ -651,6 +652,7 @@ Ecclesiastes Isaiah Jeremiah Lamentations Ezekiel Daniel Hosea Joel Amos Obadiah
 Haggai Zechariah Malachi Matthew Mark Luke John Acts Romans Corinthians Galatians Ephesians Philippians Colossians
 Thessalonians Timothy Titus Philemon Hebrews James Peter Jude Revelation Surah? Quran Qur'an Koran
 """.split()
+MEN = "Col Dan Ex Gal Jas Josh Mal Mic Mt Num Pet Phil Sam Tim".split()  # which are not only short for books
 SHORT_BOOKS = {
     "Gen": "Genesis", "Ex": "Exodus", "Exod": "Exodus", "Lev": "Leviticus", "Num": "Numbers", "Deut": "Deuteronomy",
     "Josh": "Joshua", "Judg": "Judges", "Sam": "Samuel", "Chron": "Chronicles", "Ps": "Psalm", "Pss": "Psalms",
@@ -663,15 +665,19 @@ SHORT_BOOKS = {
 
 
 @rule(
-    rf"\b(?:({'|'.join(BOOKS)})|({'|'.join(SHORT_BOOKS)})\.?) ([0-9]{{1,3}}):([0-9]{{1,3}})"
-    rf"(?:{TO}([0-9]{{1,3}})(?!:)|, ?([0-9]{{1,3}})(?![\w:,]))?(?!\w)",
+    rf"(?:\b([1-3]|I{{1,3}}|1st|2nd|3rd) )?\b(?:({'|'.join(BOOKS)})|({'|'.join(SHORT_BOOKS)})(\.?)) "
+    rf"([0-9]{{1,3}}):([1-9][0-9]{{0,2}})(?:{TO}([0-9]{{1,3}})(?!:)|, ?([0-9]{{1,3}})(?![\w:,]))?"
+    r"(?!\w| ?[AaPp]\.?[Mm]\b)",
     ":",
 )
 def verse(m):
-    until = f" to {cardinal(int(m[5]))}" if m[5] else f" and {cardinal(int(m[6]))}" if m[6] else ""
-    chapter, verse = int(m[3]), int(m[4])
-    gap = " " if chapter < 20 and verse > 9 else ", "
-    return f"{m[1] or SHORT_BOOKS[m[2]]} {cardinal(chapter)}{gap}{cardinal(verse)}{until}"
+    which, book, short_book, dot, chapter, verse, last, other = m.groups()
+    if short_book in MEN and not (dot or which):  # Tim 5:30
+        return None
+    until = f" to {cardinal(int(last))}" if last else f" and {cardinal(int(other))}" if other else ""
+    which = f"{ordinal('123'.find(which[0]) + 1 or len(which))} " if which else ""
+    gap = " " if int(chapter) < 20 and int(verse) > 9 else ", "
+    return f"{which}{book or SHORT_BOOKS[short_book]} {cardinal(int(chapter))}{gap}{cardinal(int(verse))}{until}"
 
 
 def month(name):
@@ -756,7 +762,8 @@ def hundreds(m):
 
 @rule(
     r"(?<![\w.,$£€])(?:(1[0-9]|20)|['’]|(?<=the )|(?<=his )|(?<=her )|(?<=their )|(?<=my )|(?<=your )|(?<=mid[ -])"
-    r"|(?<=early )|(?<=late )|(?<=low[ -])|(?<=high[ -])|(?<=lower )|(?<=upper ))([0-9])0['’]?s\b",
+    r"|(?<=early )|(?<=late )|(?<=low[ -])|(?<=high[ -])|(?<=lower )|(?<=upper )"
+    r"|(?<=under[ -])|(?<=over[ -])|(?<=0s and )|(?<=0s or ))([0-9])0['’]?s\b",
     DIGITS,
 )
 def decade(m):
@@ -912,7 +919,7 @@ with would you your
 
 def is_adjective(m):
     """Whether a noun follows that the amount describes: a $5 bill, a 10 km run, a $3-a-day job."""
-    if after(m, 2)[:1] == "-" and after(m, 2)[1:].isalpha():
+    if re.match("-[A-Za-z]| (?:bill|coin|note)s?\\b", after(m, 7)):
         return True
     word = re.search(r"(?<![\w’'])([A-Za-z]{1,7}) $", before(m, 9))
     if not word or word[1].lower() not in "a an another by every the this that its his her their our my".split():
@@ -1215,7 +1222,7 @@ def after_name(m):
 def number_sign(m):
     if m[1]:
         return "hashtag " + re.sub("(?<=[a-z])(?=[A-Z])", " ", m[1])
-    return "hashtag " if re.match(r"[0-9]{1,4}[A-Z][a-z]", after(m, 6)) else "number "
+    return "hashtag " if re.match(r"[0-9]{1,4}[A-Z][A-Za-z]", after(m, 6)) else "number "
 
 
 @rule(r"\b([CFJ])(\+\+|#)(?!\w)", "+#")

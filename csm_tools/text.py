@@ -245,7 +245,9 @@ SHORT = {
     "vs.": "versus", "cf.": "compare", "viz.": "namely", "approx.": "approximately", "a.k.a.": "also known as",
     "et al.": "and others", "dept.": "department", "appt.": "appointment", "misc.": "miscellaneous",
     "govt.": "government", "incl.": "including", "excl.": "excluding", "max.": "maximum", "min.": "minimum",
-    "avg.": "average", "tel.": "telephone", "esp.": "especially", "w/o": "without", "w/in": "within", "w/": "with",
+    "avg.": "average",
+    "p.a.": "per annum", "pkg.": "package", "tel.": "telephone", "esp.": "especially",
+    "w/o": "without", "w/in": "within", "w/": "with",
     "b/c": "because", "c/o": "care of",
 }  # fmt: skip
 BARE = {"eg": "for example", "ie": "that is", "etc": "et cetera", "vs": "versus", "aka": "also known as"}
@@ -253,7 +255,7 @@ JOINED = {"U.S.A.": "USA", "U.S.": "US", "U.K.": "UK", "E.U.": "EU", "U.N.": "UN
           "M.D.": "MD", "P.S.": "P S"}  # fmt: skip
 EITHER = {"he/she": "he or she", "she/he": "she or he", "his/her": "his or her", "him/her": "him or her",
           "s/he": "she or he", "yes/no": "yes or no", "and/or": "and or", "n/a": "not applicable",
-          "y/y": "year on year"}  # fmt: skip
+          "y/y": "year on year", "p/h": "per hour", "p/w": "per week", "p/m": "per month"}  # fmt: skip
 VERSIONED = """
 version Version release Python Java Node iOS macOS Android Ubuntu CUDA MLX PyTorch PHP Ruby Swift USB TLS Bluetooth
 Windows
@@ -314,8 +316,9 @@ def apply(rules, text):
     return text
 
 
-SHORTENED = re.compile(r"(?<![\w.])([A-Za-z]{1,6})\.$")
-NEVER_LAST = "vs v cf approx incl excl eg ie ca viz".split()  # abbreviations that end no sentence
+SHORTENED = re.compile(r"(?<![\w.])([A-Za-z]{1,6})\.\Z")
+# Abbreviations that end no sentence before a number
+NEVER_LAST = "vs v cf approx incl excl eg ie ca viz ft lb lbs oz hr hrs min mins st pkg acct ref b d".split()
 
 
 def capitalized(m, said):
@@ -327,6 +330,8 @@ def capitalized(m, said):
     near = before(m, 4).rstrip("\"'“‘([ ")
     begins = m.start() < 5 if not near else near[-1] in ".!?\n" and not near.endswith("..")
     near = before(m, 12).rstrip("\"'“‘([ ")
+    if near and m[0] in ("@", "&"):
+        begins = False
     if begins and re.search(r"(?<!\w)(?:[A-Z]\.){2,4}$", near):  # H.R. 1319
         begins = False
     elif begins and (word := SHORTENED.search(near)) and word[1].lower() in NEVER_LAST:
@@ -711,11 +716,22 @@ CLOCK = rf"([0-9]{{1,2}})(?:[:.]([0-5][0-9]))?(?: ?{HALF_DAY})?"
 
 @rule(rf"(?<![\w:.,$£€-]){CLOCK}(?:{TO}| to | until ){CLOCK}(?![\w:%]|[.,][0-9])", DIGITS)
 def time_range(m):
-    if not any((m[3], m[7])) and not (m[2] and m[6] and ":" in m[0]):
+    if not any((m[3], m[7])) and ":" not in m[0]:
         return None
     if int(m[1]) > 24 or int(m[5]) > 24:
         return None
     return f"{clock(m[1], m[2], m[3] or (m[7] and ''))} to {clock(m[5], m[6], m[7])}{full_stop(m) if m[8] else ''}"
+
+
+@rule(r"(?<![\w:.,$£€-])([0-9]{1,2}):([0-5][0-9])([ap])\b", ":")
+def short_time(m):
+    return clock(m[1], m[2], m[3]) if int(m[1]) < 13 else None
+
+
+@rule(r"(?<![\w:.,$£€-])([0-9]{1,2}):([0-5][0-9])(\.[0-9]{1,3})(?![\w:]|[.,][0-9])", ":")
+def lap_time(m):
+    seconds = f"oh {cardinal(int(m[2]))}" if m[2][0] == "0" else cardinal(int(m[2]))
+    return f"{cardinal(int(m[1]))} {seconds} {number(m[3])}"
 
 
 @rule(rf"(?<![\w:.,$£€-])([0-9]{{1,2}}):([0-5][0-9])(?::([0-5][0-9]))?(?: ?{HALF_DAY})?(?![\w:]|[.,][0-9])", ":")
@@ -1272,13 +1288,17 @@ def large(m):
         return f"{sign_of(m)}{number(m[2])} {LARGE[m[3]]}"
 
 
-@rule(r"(?:(?<=[²³])|(?<=\^[0-9a-z])|(?<=\^[0-9]{2})) ?[-−] ?(?=[0-9a-z])|(?<=[xyz]) [-−] (?=[0-9]{0,4}[yz]\b)", "-−")
+@rule(
+    r"(?:(?<=[²³])|(?<=\^[0-9a-z])|(?<=\^[0-9]{2})) ?[-−] ?(?=[0-9a-z])|(?<=[xyz]) [-−] (?=[0-9]{0,4}[yz]\b)"
+    r"|(?<=\b[ijknxyz]) [-−] (?=[0-9]{1,9}(?![\w.,]))",
+    "-−",
+)
 def algebraic_minus(m):
     return " minus "
 
 
 @rule(
-    rf"(?<=[\w)])(?:\^([23])(?![0-9.])|([{SUPERSCRIPTS}⁺⁻ⁿ]{{1,6}})|\^(?=[-−]?[0-9a-z])|\^[({{]([-−]?\w{{1,6}})[)}}])",
+    rf"(?<=[\w)])(?<![{SUPERSCRIPTS}])(?:\^([23])(?![0-9.])|([{SUPERSCRIPTS}⁺⁻ⁿ]{{1,6}})|\^(?=[-−]?[0-9a-z])|\^[({{]([-−]?\w{{1,6}})[)}}])",
     "^ⁿ⁺⁻" + SUPERSCRIPTS,
 )
 def power(m):
@@ -1289,8 +1309,16 @@ def power(m):
         return ""  # a footnote's number
     if not raised or raised in POWERS:
         return POWERS.get(raised, " to the power of ")
+    if raised[-1] in "⁺⁻":  # an ion
+        raised = f" {raised[:-1].translate(str.maketrans(SUPERSCRIPTS, DIGITS))}".rstrip()
+        return raised + (" plus" if m[2][-1] == "⁺" else " minus")
     plain = raised.translate(str.maketrans(SUPERSCRIPTS + "⁺⁻ⁿ", "0123456789+-n"))
     return " to the power of " + plain.replace("+", "plus ").replace("-", "minus ")
+
+
+@rule(rf"(?<![\w)])([{SUPERSCRIPTS}]{{1,3}})(?=[A-Z])", SUPERSCRIPTS)
+def isotope(m):
+    return m[1].translate(str.maketrans(SUPERSCRIPTS, DIGITS)) + " "
 
 
 @rule("√ ?(?=[\\w(])|∛|∞", "√∛∞")
@@ -1422,6 +1450,12 @@ def numbers(m):
 # Signs alone
 
 
+@rule("(?<![\u0370-\u03ff])[Α-Ωα-ω](?![\u0370-\u03ff])")
+def greek(m):
+    name = unicodedata.name(m[0]).rpartition(" ")[2].lower()
+    return f"{' ' if before(m).isalnum() else ''}{name}{' ' if after(m).isalnum() else ''}"
+
+
 @rule("&&?", "&")
 def ampersand(m):
     return ("" if before(m) in ("", " ", "\n") else " ") + "and" + ("" if after(m) in ("", " ", "\n") else " ")
@@ -1476,7 +1510,11 @@ def optional_plural(m):
 
 @rule(r" ?[(\[{]", "([{")
 def opening(m):
-    if before(m) in ("", "\n") or before(m) in ".!?,;:([{" or (before(m) in "\"'" and m[0][0] != " "):
+    if (
+        before(m) in ("", "\n")
+        or before(m) in ".!?,;:([{"
+        or (before(m) in "\"'" and (m[0][0] != " " or before(m, 2)[0] in ".!?,;:"))
+    ):
         return m[0][:-1]
     return ", "
 
@@ -1599,7 +1637,7 @@ def ended(line):
 def emphasis(m):
     """Drop stars and underscores, but make an underscore inside a name a space, and keep the star of 2 * 3."""
     left, right = before(m), after(m)
-    if m[0] == "**" and left.isdigit() and right.isdigit():
+    if m[0] == "**" and right.isdigit() and re.search(r"(?<![A-Za-z])[\w)]$", before(m, 2)):
         return "^"
     if m[0] == "*" and (left == right == " " or (left.isdigit() and right.isdigit())):
         return m[0]
@@ -1691,6 +1729,7 @@ def said_block(block, emoji):
         if c in block:
             block = re.sub(rf"(?<=[0-9]){c}", f" {plainer}", block).replace(c, plainer)
             block = re.sub(rf"{plainer}(?=[^\W\d_])", f"{plainer} ", block)
+    block = re.sub("(?<=[0-9])⁄(?=[0-9])", "/", block)
     block = re.sub("(?<=[0-9])( ?)º(?=[CF]?\\b|[CF ,.;)])", r"\1°", block)
     letters = LETTER.findall(block)
     if 2 * len(LATIN.findall(block)) >= len(letters):

@@ -432,9 +432,9 @@ def address(text):
     return re.sub(r"(?<=[A-Za-z])(?=[0-9])|(?<=[0-9])(?=[A-Za-z])", " ", said)
 
 
-@rule(r"(?<![\w@])@(?=\w)|(?<= )@(?= )", "@")
+@rule(r"(?<![\w@])@(?=\w)|(?<= )@(?= )|(?<=\w)@(?=[0-9])", "@")
 def at_sign(m):
-    return "at" if after(m) == " " else "at "
+    return "at" if after(m) == " " else " at " if before(m).isalnum() else "at "
 
 
 # Abbreviations before a number
@@ -531,11 +531,12 @@ def indian_groups(m):
 
 @rule(
     r"(?<![\w.,/+-])(?<![0-9] )[1-9][0-9]{0,1}(?: [0-9]{3}){2,4}(?![\w-]| [0-9])"
-    r"|(?<![\w.,/+-])(?<![0-9] )[1-9][0-9]{0,2} 000(?![\w-]| [0-9])|(?<![\w.,])[0-9]{1,3}(?:\.[0-9]{3}){2,4}(?![\w.,])",
+    r"|(?<![\w.,/+-])(?<![0-9] )[1-9][0-9]{0,2} 000(?![\w-]| [0-9])|(?<![\w.,])[0-9]{1,3}(?:\.[0-9]{3}){2,4}(?![\w.,])"
+    r"|(?<![\w.,'’])[1-9][0-9]{0,2}(?:['’][0-9]{3}){1,4}(?![\w,'’])",
     DIGITS,
 )
 def spaced_groups(m):
-    return re.sub("[ .]", ",", m[0])
+    return re.sub("[ .'’]", ",", m[0])
 
 
 @rule(
@@ -779,7 +780,7 @@ def hundreds(m):
 @rule(
     r"(?<![\w.,$£€])(?:(1[0-9]|20)|['’]|(?<=the )|(?<=his )|(?<=her )|(?<=their )|(?<=my )|(?<=your )|(?<=mid[ -])"
     r"|(?<=early )|(?<=late )|(?<=low[ -])|(?<=high[ -])|(?<=lower )|(?<=upper )"
-    r"|(?<=under[ -])|(?<=over[ -])|(?<=0s and )|(?<=0s or ))([0-9])0['’]?s\b",
+    r"|(?<=under[ -])|(?<=over[ -])|(?<=0s and )|(?<=0s or )|(?<=0s[-–]))([0-9])0['’]?s\b",
     DIGITS,
 )
 def decade(m):
@@ -857,8 +858,8 @@ def apply_fraction(text):
     "/",
 )
 def same_in_other_units(m):
-    doses = "mg", "mcg", "µg", "g", "ng"
-    return f"{m[1]} per " if m[1].endswith(doses) and m[2] in ("ml", "mL", "L", "kg") else f"{m[1]}, "
+    doses = "mg", "mcg", "µg", "ng"
+    return f"{m[1]} per " if m[1].endswith(doses) and m[2] in ("g", "ml", "mL", "L", "kg") else f"{m[1]}, "
 
 
 @rule(
@@ -1519,7 +1520,7 @@ def opening(m):
     return ", "
 
 
-@rule(r"[)\]}]", ")]}")
+@rule(r"(?<=\.)[)\]}]\.(?!\.)|[)\]}]", ")]}")
 def closing(m):
     if after(m) in ("", "\n") or after(m) in ".,;:!?)]}\"'":
         return ""

@@ -221,7 +221,7 @@ def bad_inputs(d):
         ([f"@{d / 'none.txt'}"], [], "none.txt"),
         ([None], ["--dialogue", d / "script.txt"], "line 2"),
         ([None], ["--dialogue", d / "empty.txt"], "no turns"),
-        ([None], ["--dialogue", d / "negative.txt"], "negative.txt, line 2: speaker must be 0 or more"),
+        ([None], ["--dialogue", d / "negative.txt"], "negative.txt, line 2: speaker must be a whole number"),
         ([None], ["--dialogue", d / "dots.txt"], "dots.txt, turn 2: the text is empty"),
         ([], ["--voice", d / "mute.wav"], "mute.wav: its transcript is empty"),
         ([], ["--ref-audio", d / "ok.wav", "--ref-text", " "], "ok.wav: its transcript is empty"),

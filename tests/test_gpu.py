@@ -43,7 +43,8 @@ KNOWN = set(
 )
 REST = set(  # what else the whole suite uses: the other programs, other layouts, weights quantized by MLX on a CPU
     """
-    Abs AsStrided Convolution Depends ErfInv FloorDivide FromFP8 Greater Log2 LogAddExp LogicalAnd Round ToFP8 View
+    Abs AsStrided Convolution Depends ErfInv Floor FloorDivide FromFP8 Greater Log2 LogAddExp LogicalAnd Round ToFP8
+    View
     """.split()
 )
 FREE = set(  # views of their input, or arrays that are not made in each frame

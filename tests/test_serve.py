@@ -307,7 +307,7 @@ def test_a_key():
         ({"speed": float("nan")}, "speed"),
         ({"seed": -1}, "seed"),
         ({"speaker": -1}, "speaker"),
-        ({"temperature": -1}, None),
+        ({"temperature": -1}, "temperature"),
         ({"top_p": "many"}, "top_p"),
         ({"ref_audio": base64.b64encode(b"no sound").decode(), "ref_text": "hi"}, "ref_audio"),
         ({"ref_audio": "/etc/passwd", "ref_text": "hi"}, "ref_audio"),

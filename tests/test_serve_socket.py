@@ -328,7 +328,7 @@ def test_a_conversation_over_http_and_by_socket_is_one(address, tiny):
 
 @pytest.mark.parametrize("voice, options, param", [
     ("nobody", "", "voice"), ("calm", "output_format=exe", "output_format"), ("calm", "seed=-1", "seed"),
-    ("calm", "speaker=x", "speaker"), ("calm", "temperature=-1", None),
+    ("calm", "speaker=x", "speaker"), ("calm", "temperature=-1", "temperature"),
     ("calm", "inactivity_timeout=0", "inactivity_timeout"),
 ])  # fmt: skip
 def test_a_wrong_address_is_refused_before_it_opens(address, voice, options, param):

@@ -12,7 +12,6 @@ from contextlib import suppress
 from dataclasses import asdict, replace
 from pathlib import Path
 from urllib.parse import urlsplit
-from urllib.request import getproxies, proxy_bypass
 
 import csm_layouts
 import mimi  # before mlx
@@ -276,6 +275,8 @@ def download(repo, *patterns, hint=" (--model tiny needs no download)"):
 
 def answers(url, seconds=3):
     """Whether the host of a URL takes a connection; with a proxy, which may be needed for that, always."""
+    from urllib.request import getproxies, proxy_bypass  # here: it takes longer to import than all of this module
+
     place, found = urlsplit(url), []
     if getproxies() and not proxy_bypass(place.hostname):
         return True

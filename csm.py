@@ -553,7 +553,8 @@ def compile_next_frame(model, n_codes, n):
 class Segment:
     """A finished turn of a conversation: who said what, and how it sounded.
 
-    audio: (samples,) at the codec's rate, 24 kHz, or the path of an audio file of any rate and number of channels.
+    audio: (samples,) at the codec's rate, 24 kHz, or the path of an audio file of any rate and
+    number of channels.
     codes: (F, K), as generation gives them; with codes, audio is not needed and not encoded.
     """
 

@@ -260,18 +260,22 @@ def make_app(engine, args, address, mark=None, voices=None):
         known = [{"id": voice, "name": voice} for voice in voices.names()]
         return JSONResponse({"object": "list", "data": known, "voices": known})
 
+    async def change_voices(change, *arguments):
+        """Call voices.add or voices.remove in a thread."""
+        try:
+            return await asyncio.to_thread(change, *arguments)
+        except ValueError as e:
+            raise Refused(str(e)) from None
+        except OSError as e:
+            raise Refused(str(e), status=500) from None
+
     async def add_voice(request):
         check_key(request)
         check_folder()
         check_origin(request)
         body = await read_body(request, "multipart/form-data", "application/json")
         form = read_form(request.headers["content-type"], body)
-        try:
-            text = await asyncio.to_thread(voices.add, form.name, form.audio_sample, form.ref_text, hear)
-        except ValueError as e:
-            raise Refused(str(e)) from None
-        except OSError as e:
-            raise Refused(str(e), None, 500) from None
+        text = await change_voices(voices.add, form.name, form.audio_sample, form.ref_text, hear)
         log.info("voice %s was added", form.name)
         return JSONResponse({"id": form.name, "name": form.name, "object": "voice", "ref_text": text}, 201)
 
@@ -279,11 +283,7 @@ def make_app(engine, args, address, mark=None, voices=None):
         check_key(request)
         check_folder()
         voice = request.path_params["id"]
-        try:
-            found = await asyncio.to_thread(voices.remove, voice)
-        except OSError as e:
-            raise Refused(str(e), None, 500) from None
-        if not found:
+        if not await change_voices(voices.remove, voice):
             raise Refused(f"no voice {voice[:80]!r} that was added here", "voice", 404, "voice_not_found")
         log.info("voice %s was deleted", voice)
         return JSONResponse({"id": voice, "object": "voice.deleted", "deleted": True})

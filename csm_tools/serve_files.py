@@ -58,12 +58,8 @@ def decode_track(file, track, longest):
     """A file's track as pieces (samples,) at 24 kHz, mono. Raises ValueError beyond what is allowed."""
     check_form(track.codec_context.sample_rate, track.codec_context.channels)
     track.codec_context.thread_count = 1
-    to_float, form, resampler, n = (
-        av.AudioResampler("flt"),
-        None,
-        None,
-        0,
-    )  # PyAV 18 crashes with 8 planes, one a channel
+    to_float = av.AudioResampler("flt")  # channels interleaved: PyAV 18 crashes with 8 planes, one for each
+    form, resampler, n = None, None, 0
     for frame in file.decode(track):
         if form is None:
             form = frame.sample_rate, frame.layout.nb_channels  # AAC may play at twice the rate that it claims

@@ -1687,7 +1687,6 @@ PAUSE = re.compile(
 )
 LONGEST_PAUSE = 10  # seconds
 LETTER, LATIN = re.compile(r"[^\W\d_²³¹¼-¾⁰-₉⅐-⅟]"), re.compile(r"[A-Za-z\u00c0-\u024f]")
-SIMPLE = re.compile(r"[^\w\s.,;:!?'\"-]|[0-9_]")
 
 
 def spoken(text, emoji=False):

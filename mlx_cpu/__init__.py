@@ -26,9 +26,9 @@ What is slow in MLX 0.32 there, on two cores of an AMD EPYC (Zen 5, 80 GB/s), fl
 So this module does three things.
 
 1. mlx_cpu.c computes MLX's products, unless CSM_FAST_BLAS=0: x @ w.T itself, slices of the others by a BLAS library, on
-   OMP_NUM_THREADS or all cores. It is compiled once, in half a second, into ~/.cache/csm. Without a C
-   compiler the BLAS library alone takes the place of MLX's, if mlx_cpu is imported before MLX and the library has the
-   plain names (MKL, a system's OpenBLAS; scipy-openblas32 has not).
+   OMP_NUM_THREADS or all cores. It is compiled once, in half a second, into ~/.cache/csm. Without a C compiler the BLAS
+   library alone takes the place of MLX's, if mlx_cpu is imported before MLX and the library has the plain names (MKL, a
+   system's OpenBLAS; scipy-openblas32 has not).
 2. primitives.cpp computes exp, sigmoid, erf, softmax, products with quantized matrices and dequantizing (affine, 8 and
    4 bits), and mx.fast's rms_norm, rope and scaled_dot_product_attention, unless CSM_PLAIN=1. MLX's operations and
    functions stay and call it, so that graphs, gradients, mx.compile and mx.vmap are MLX's. A C++ compiler needs ten

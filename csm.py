@@ -119,7 +119,7 @@ class CSMConfig:
             Sampling(**sampling)
             return cls(**d)
         except (TypeError, AttributeError, ValueError) as e:
-            raise ValueError(f"config.json is not in our layout: {e}") from None
+            raise ValueError(f"config.json is not in our layout: {e}".replace("\n", " ")) from None
 
 
 # ----------------------------------------------------------------------------------------- sampling
@@ -832,14 +832,13 @@ class Generator:
             raise ValueError(f"speaker must be 0 or more, not {speaker!r}")
         if not isinstance(text, str) or not text.strip():
             raise ValueError(f"the text is empty, or no text: {text!r}")
-        c = self.model.config
+        c, n = self.model.config, self.model.config.text_vocab_size
         spaced = f" {text.lstrip()}" if c.speaker_prefix_space else text
         try:
             ids = self.tokenizer.encode(f"[{speaker}]{spaced}")
         except (UnicodeError, TypeError):  # lone surrogates, which Python makes of invalid bytes
             raise ValueError("the text is not UTF-8") from None
-        if max(ids) >= c.text_vocab_size:
-            n = c.text_vocab_size
+        if max(ids) >= n:
             raise ValueError(f"the tokenizer gives id {max(ids)}, the model knows {n}: not a pair")
         rows = np.zeros((len(ids), c.audio_num_codebooks + 1), np.int32)
         rows[:, -1] = ids
@@ -898,7 +897,9 @@ class Generator:
             files = Path(name), Path(name).with_suffix(".txt")  # a clip that changes is read again
             key = name, *(file.stat().st_mtime_ns for file in files if file.is_file())
             if key not in self._voice_prompts:
-                self._voice_prompts[key] = self.encode(self._read_voice(name))
+                clip = self.encode(self._read_voice(name))
+                self.check_length(len(self.segment_rows(clip)))  # also checks its text
+                self._voice_prompts[key] = clip
         except (ValueError, FileNotFoundError) as e:
             if voice:
                 raise ValueError(str(e)) from None
@@ -1093,10 +1094,14 @@ def blank_model(config, weights):
     """A CSM of zeros, quantized where `weights` are, ready to be filled with them."""
     model = CSM(config)
     for name, module in model.named_modules():
-        if f"{name}.scales" in weights:
-            for part in ("weight", "scales", "biases"):
-                if (w := weights.get(f"{name}.{part}")) is not None:
-                    module[part] = mx.zeros((len(module.weight), *w.shape[1:]), w.dtype)
+        if f"{name}.scales" in weights and isinstance(module, (Linear, Embedding)):
+            plain, names = module.weight, ("weight", "scales", "biases")
+            dict.update(module, {p: weights[w] for p in names if (w := f"{name}.{p}") in weights})
+            try:  # lazily, to know the right shapes: given wrong ones, MLX may end the process
+                parts = mx.quantize(plain, **packing(module, plain.shape[1]))
+            except (ValueError, ArithmeticError, LookupError) as e:
+                raise ValueError(f"{name} is not quantized as MLX does it: {e}") from None
+            dict.update(module, zip(names, parts))
     return model
 
 
@@ -1153,19 +1158,14 @@ def main(argv=None):
         where = "csm_tools/speak.py, which is not beside csm.py"
         p.error(f"{others[0]} is not an option of csm.py alone: more options are in {where}")
     try:
-        clip, out = Path(args.voice or ""), Path(args.out)
-        if clip.is_file() and out.exists() and out.samefile(clip):
-            raise ValueError(f"{out} would be overwritten, and is read: give another OUT")
-        with mimi.audio_file(args.out) as write:  # OUT is checked before the model is loaded
+        with mimi.audio_file(args.out, inputs=[args.voice or ""]) as write:  # before loading
             text, generator = read_text(args.text), load(args.model)
             seed, start = secrets.randbits(32) if args.seed is None else args.seed, time.time()
             options = {"voice": args.voice, "temperature": args.temperature, "seed": seed}
             audio = generator.generate(text, args.speaker, **options)
             write(audio)
-        seconds = audio.size / generator.sample_rate
-        print(
-            f"{seconds:.2f} s of audio in {time.time() - start:.2f} s, seed {seed}", file=sys.stderr
-        )
+        seconds, taken = audio.size / generator.sample_rate, time.time() - start
+        print(f"{seconds:.2f} s of audio in {taken:.2f} s, seed {seed}", file=sys.stderr)
     except (ValueError, OSError) as e:
         p.error(" ".join(str(e).split()))
     except KeyboardInterrupt:

@@ -315,11 +315,14 @@ class Mimi(nn.Module):
 
     def decode_step(self, codes: mx.array, state: State) -> tuple[mx.array, State]:
         """codes (B, 1 to K, f) -> audio (B, 1, f * 1920) float32, new state."""
-        codes, B = mx.array(codes), len(state.rest)
+        codes, B, size = mx.array(codes), len(state.rest), self.config.codebook_size
         if codes.ndim != 3 or len(codes) != B or not 1 <= codes.shape[1] <= self.n_codebooks:
             raise ValueError(f"codes must be ({B}, 1 to {self.n_codebooks}, f), not {codes.shape}")
         if codes.shape[2] == 0:
             return mx.zeros((B, 1, 0)), state
+        numbers = np.array(codes)  # checked here, since MLX would read out of bounds
+        if not 0 <= numbers.min() <= numbers.max() < size:
+            raise ValueError(f"codes must lie in 0..{size - 1}")
         n = self.config.n_semantic
         x = self.first.decode(codes[:, :n])  # (B, F, D)
         if codes.shape[1] > n:
@@ -342,11 +345,9 @@ class Mimi(nn.Module):
 
     def decode(self, codes: mx.array) -> mx.array:
         """codes (B, 1 to K, F) -> audio (B, 1, F * 1920) float32."""
-        codes, size = mx.array(codes), self.config.codebook_size
+        codes = mx.array(codes)
         if codes.ndim != 3:
             raise ValueError(f"codes must be (batch, codebooks, frames), not {codes.shape}")
-        if codes.size and not 0 <= codes.min().item() <= codes.max().item() < size:
-            raise ValueError(f"codes must lie in 0..{size - 1}")
         return self._in_chunks(self.decode_step, codes, 1)
 
     def _in_chunks(self, step, x, width):
@@ -396,7 +397,7 @@ def check_fields(kind, values):
         else:
             fine = isinstance(value, f.type)
         if f.name in values and not fine:
-            raise ValueError(f"{f.name} cannot be {value!r:.40}")
+            raise ValueError(f"{kind.__name__}.{f.name} cannot be {value!r:.40}")
 
 
 def from_weights(weights, config=None, n_codebooks=None):
@@ -457,7 +458,7 @@ def read_weights(path):
     check_file(path)
     try:
         return mx.load(str(path), format="safetensors", return_metadata=True)
-    except RuntimeError as e:
+    except (RuntimeError, UnicodeDecodeError) as e:
         raise ValueError(f"{path} is truncated or not a safetensors file: {e}") from None
 
 
@@ -468,13 +469,10 @@ def read_json(path):
 
 def as_object(text, path):
     """The object {...} in a JSON text, which is from the file `path`. Raises ValueError."""
-    try:
-        value = json.loads(text)
-    except (ValueError, RecursionError):
-        value = None
-    if not isinstance(value, dict):
-        raise ValueError(f"{path} is not a JSON file with an object")
-    return value
+    with suppress(ValueError, RecursionError):
+        if isinstance(value := json.loads(text), dict):
+            return value
+    raise ValueError(f"{path} is not a JSON file with an object")
 
 
 def checkpoints(what):
@@ -506,7 +504,7 @@ def read_audio(path: str | Path, sample_rate: int = 24_000) -> np.ndarray:
     blocks = []  # a header may claim any length
     try:
         with soundfile.SoundFile(path) as file:
-            while len(block := file.read(2**20, dtype="float32", always_2d=True)):
+            while len(block := file.read(2**22 // file.channels, dtype="float32", always_2d=True)):
                 blocks.append(block.mean(axis=1))  # (samples, channels) -> (samples,)
         audio, rate = np.concatenate(blocks), file.samplerate
     except (soundfile.LibsndfileError, TypeError, ValueError):  # a .raw file; no blocks
@@ -538,7 +536,7 @@ def write_audio(path: str | Path, audio, sample_rate: int = 24_000) -> None:
 
 
 @contextmanager
-def audio_file(path, sample_rate=24_000):
+def audio_file(path, sample_rate=24_000, inputs=()):
     """A function that writes pieces of audio; atomically, in the format of the suffix."""
     import soundfile
 
@@ -555,16 +553,18 @@ def audio_file(path, sample_rate=24_000):
         for part in np.array_split(to_pcm16(audio), len(audio) // 2**16 + 1):
             sound.write(part)  # a long one would overflow libvorbis's stack
 
-    with replacing(path) as file:
+    with replacing(path, inputs) as file:
         with sound:
             yield write
         file.write(encoded.getbuffer())
 
 
 @contextmanager
-def replacing(path):
+def replacing(path, inputs=()):
     """A binary file that replaces the one at `path` once all is written. Raises ValueError."""
     path = Path(os.path.realpath(path))  # follow a link instead of replacing it
+    if path.exists() and any(path.samefile(f) for f in inputs if os.path.exists(f)):
+        raise ValueError(f"{path} is also an input: give another OUT")
     part = path.with_name(f".{secrets.token_hex(8)}.part")
     with suppress(ValueError):  # mimi.py stands alone
         part = checkpoints(path).unfinished(path)  # it also removes what dead processes left
@@ -603,11 +603,11 @@ def main(argv=None):
         check_file(args.input)  # before a download
         model = load(args.model, args.n_codebooks)
         audio = read_audio(args.input, model.sample_rate)
-        with audio_file(args.output, model.sample_rate) as write:
+        with audio_file(args.output, model.sample_rate, [args.input]) as write:
             codes = model.encode(mx.array(audio)[None, None])
             write(model.decode(codes)[0, 0, : audio.size])
             if args.codes:
-                with replacing(args.codes) as file:
+                with replacing(args.codes, [args.input, args.output]) as file:
                     np.savez(file, codes=np.array(codes[0]), sample_rate=model.sample_rate)
     except (ValueError, OSError) as e:
         p.error(" ".join(str(e).split()))

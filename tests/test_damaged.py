@@ -14,8 +14,9 @@ import csm_batch
 
 import mlx.core as mx  # isort: skip
 import pytest
+import soundfile
 
-from conftest import write_model
+from conftest import clip, write_model
 from csm_tools import adapters, checkpoints, command, finetune, speak
 from test_adapters import our_adapter
 from test_layouts import folder
@@ -177,6 +178,57 @@ def test_indexes(copied):
     for i in (0, 1):
         (shards / f"x-{i}.safetensors").rename(shards / f"model-0000{i + 1}-of-00002.safetensors")
     refused("one of several shards: their index", shards)
+
+
+def test_names_that_are_not_utf8(copied):
+    model = copied("ours")
+    for name in ("mimi.safetensors", "model.safetensors"):
+        data = (model / name).read_bytes()
+        (model / name).write_bytes(data.replace(b"weight", b"we\xffght", 1))
+        refused(f"{name} is truncated or not a safetensors file", model)
+        (model / name).write_bytes(data)
+    config = json.loads((model / "config.json").read_text())
+    (model / "config.json").write_text(json.dumps(config | {"backbone": config["backbone"] | {"a\nb": 1}}))
+    refused("config.json is not in our layout: .*unexpected keyword argument", model)
+
+
+@pytest.mark.parametrize("text, why", [("", "the text is empty"), ("are " * 600, "positions of 512")])
+def test_a_default_voice_that_cannot_be_said(text, why, copied, caplog):
+    """It is a warning and no voice; asked for by its name, it is an error."""
+    model = copied("ours")
+    (model / "prompts").mkdir()
+    soundfile.write(model / "prompts/me.wav", clip(1), 24_000)
+    (model / "prompts/me.txt").write_text(text)
+    generator = csm.load(model)
+    options = {"max_audio_length_ms": 400, "seed": 1}
+    plain = generator.generate("hello", voice="none", **options)
+    assert mx.array_equal(generator.generate("hello", **options), plain)
+    assert "speaking without the default voice me: " in caplog.text and why in caplog.text
+    with pytest.raises(ValueError, match=why):
+        generator.generate("hello", voice="me", **options)
+
+
+def test_quantized_matrices_of_a_wrong_shape(folders, copied, tmp_path):
+    """They are refused when the model is loaded: MLX divides by the bits, which would be 0."""
+    convert.convert(folders / "ours", tmp_path / "q8", quantize=8, group_size=32)
+    file, name = tmp_path / "q8/model.safetensors", "backbone.layers.0.mlp.gate_proj"
+    weights = dict(mx.load(str(file)))
+    w, scales, biases = (weights[f"{name}.{part}"] for part in ("weight", "scales", "biases"))
+    for new, match in (
+        ((w[:, :1], scales, biases), "not quantized as MLX does it: .*bits 0"),
+        ((w[:, :15], scales, biases), "not quantized as MLX does it: .*bits 7"),
+        ((w, scales[:, :0], biases[:, :0]), "not quantized as MLX does it: .*zero"),
+        ((w, scales, biases[:, :1]), f"{name}.biases is"),
+        ((w[:5], scales, biases), f"{name}.weight is"),
+        ((None, scales, biases), "not quantized as MLX does it"),
+    ):
+        changed = {f"{name}.{part}": x for part, x in zip(("weight", "scales", "biases"), new)}
+        changed = {key: x for key, x in (weights | changed).items() if x is not None}
+        mx.save_safetensors(str(file), changed)
+        refused(match, tmp_path / "q8")
+    norm = "backbone.norm"
+    mx.save_safetensors(str(file), weights | {f"{norm}.scales": weights[f"{norm}.weight"]})
+    refused(f"unexpected {norm}.scales", tmp_path / "q8")
 
 
 def test_numbers_that_are_not_finite(copied):

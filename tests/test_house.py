@@ -178,7 +178,7 @@ def test_mistakes_at_a_copy_alone_end_in_one_line(copy, tmp_path, capfd, monkeyp
         with pytest.raises(SystemExit) as error:
             csm.main(["hello", out, "--model", "tiny", "--voice", "me.wav"])
         err = capfd.readouterr().err
-        assert error.value.code == 2 and f"{out} would be overwritten, and is read" in err and err.count("\n") == 1
+        assert error.value.code == 2 and f"{out} is also an input: give another OUT" in err and err.count("\n") == 1
     assert Path("me.wav").read_bytes() == (HERE / "tiny/prompts/calm.wav").read_bytes()
 
 

@@ -327,6 +327,8 @@ def test_wrong_shapes_and_codes(codec):
     for code in (-1, size):
         with pytest.raises(ValueError, match=rf"0\.\.{size - 1}"):
             codec.decode(mx.full((1, K, 3), code))
+        with pytest.raises(ValueError, match=rf"0\.\.{size - 1}"):  # out of bounds, which MLX does not check
+            codec.decode_step(mx.zeros((2, K, 3), mx.int32).at[1, K - 1, 2].add(code), state)
     assert codec.encode(mx.zeros((1, 1, 0))).shape == (1, K, 0)
     assert codec.decode(mx.zeros((1, K, 0), mx.int32)).shape == (1, 1, 0)
 
@@ -477,6 +479,16 @@ def test_the_command(files, tmp_path, k):
     wave = np.clip(np.array(codec.decode(codes))[0, 0, : len(audio)], -1, 1)
     close(soundfile.read(tmp_path / "out.wav")[0], wave, 2 / 32768)
     assert sorted(os.listdir(tmp_path)) == ["codes.npz", "out.wav"]
+
+
+def test_the_command_never_overwrites_what_it_reads(files, tmp_path):
+    before = shutil.copy(files / "in.wav", tmp_path / "me.wav").read_bytes()
+    os.link(tmp_path / "me.wav", tmp_path / "too.wav")
+    model = ["--model", files / "mimi.safetensors"]
+    for out in (["me.wav"], ["too.wav"], ["new.wav", "--codes", tmp_path / "too.wav"]):
+        done = python("mimi.py", tmp_path / "me.wav", tmp_path / out[0], *out[1:], *model)
+        assert done.returncode == 2 and "is also an input: give another OUT" in done.stderr, done.stderr
+    assert (tmp_path / "me.wav").read_bytes() == before and len(os.listdir(tmp_path)) == 2
 
 
 def test_the_bundled_codec_is_found_from_anywhere(tmp_path, monkeypatch):

@@ -695,6 +695,7 @@ class Unpickler(pickle._Unpickler):  # the one written in C can be made to fill 
     dispatch = pickle._Unpickler.dispatch | {
         pickle.SETITEMS[0]: load_setitems, pickle.SETITEM[0]: load_setitem, pickle.BUILD[0]: load_build,
         pickle.DICT[0]: refuse, pickle.EMPTY_SET[0]: refuse, pickle.ADDITEMS[0]: refuse, pickle.FROZENSET[0]: refuse,
+        pickle.BYTEARRAY8[0]: refuse,  # it takes the memory before it looks for the bytes
     }  # fmt: skip
 
 

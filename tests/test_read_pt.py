@@ -157,6 +157,8 @@ def test_refuses(tmp_path, monkeypatch):
     with_pickle(tmp_path / "memo.pt", lambda _: memo)
     assert csm_layouts.read_pt(tmp_path / "memo.pt") == {}
     refused("not as torch.save", lambda path: with_pickle(path, lambda _: b"\x80\x04\x8f."))
+    bytearray_of_4_gb = b"\x80\x05\x96" + (2**32 - 1).to_bytes(8, "little") + b"."
+    refused("not as torch.save", lambda path: with_pickle(path, lambda _: bytearray_of_4_gb))
 
     def compressed(path):
         torch.save({"w": torch.zeros(1000)}, path)

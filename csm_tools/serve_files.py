@@ -46,6 +46,8 @@ def read_clip(data, longest=LONGEST_CLIP):
         with av.open(io.BytesIO(data), options={"format_whitelist": CONTAINERS}) as file:
             if not file.streams.audio:
                 raise ValueError("the clip holds no sound")
+            if file.streams.audio[0].codec_context is None:
+                raise ValueError("the clip's sound is coded in a way that is not known here")
             audio = np.concatenate([np.zeros(0, np.float32), *decode_track(file, file.streams.audio[0], longest)])
     except (av.FFmpegError, UnicodeError):
         raise ValueError("the clip is no audio file that can be read (WAV, FLAC, MP3, OGG, M4A, WebM, ...)") from None

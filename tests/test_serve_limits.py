@@ -86,13 +86,15 @@ def bad_clips():
     both = bytearray(encoded(np.zeros((8, 9_000), np.int16), 24_000, "wav", "pcm_s16le", "7.1"))
     at = both.index(b"fmt ") + 12
     both[at : at + 4] = (192_000).to_bytes(4, "little")
+    coding = bytearray(encoded(silence, 24_000, "wav", "pcm_s16le"))
+    coding[20:22] = (0x7777).to_bytes(2, "little")
     nan = io.BytesIO()
     soundfile.write(nan, np.full(24_000, np.nan), 24_000, format="WAV", subtype="FLOAT")
     long = io.BytesIO()
     soundfile.write(long, np.zeros(61 * 24_000), 24_000, format="FLAC")
     return {
         "Hz": bytes(rate), "200 channels": bytes(channels), "8 channels at 192000 Hz": bytes(both),
-        "NaN": nan.getvalue(), "may last 60 s": long.getvalue(),
+        "not known here": bytes(coding), "NaN": nan.getvalue(), "may last 60 s": long.getvalue(),
         "no audio file": b"no sound", "no audio file that": b"",
     }  # fmt: skip
 

@@ -5,9 +5,12 @@ LoRA adds (a @ b).T to a matrix (out, in). DoRA (Liu et al. 2402.09353) then sca
 PEFT's adapters are for transformers' CSM, with other names and half-split RoPE (csm_layouts).
 """
 
+import json
 import math
 import os
 import re
+import subprocess
+import sys
 from dataclasses import asdict, replace
 from pathlib import Path
 
@@ -26,6 +29,13 @@ PEFT_PARTS = {  # the ending of PEFT's name -> ours; PEFT's shapes
     "lora_embedding_A": "lora_b", "lora_embedding_B": "lora_a",  # (r, out), (in, r) of an embedding (out, in)
     "lora_magnitude_vector": "lora_m", "weight": "weight",
 }  # fmt: skip
+PEFT_NAME = r"base_model\.model\.(.+?)\.(base_layer\.weight|lora_.+|weight)"
+MATCH = """import json, re, sys
+patterns, names = json.load(sys.stdin)
+matches = ((p for p in patterns if re.fullmatch(rf"(.*\\.)?({p})", name)) for name in names)
+json.dump([next(match, None) for match in matches], sys.stdout)
+"""
+PATIENCE = 10  # seconds for it
 
 
 def adapted(config, weights, adapters):
@@ -163,8 +173,11 @@ def peft_to_native(config, settings, tensors):
     how = str(settings.get("init_lora_weights")).lower()
     if how.startswith(("pissa", "olora", "corda", "loftq")):
         raise ValueError(f"init_lora_weights = {how} changes the base too: merge or convert it to a LoRA with PEFT")
+    modules = list({m[1] for key in tensors if (m := re.fullmatch(PEFT_NAME, key))})
+    ranks = peft_settings(settings, modules, "rank_pattern", "r")
+    alphas = peft_settings(settings, modules, "alpha_pattern", "lora_alpha")
     for key, w in tensors.items():
-        m = re.fullmatch(r"base_model\.model\.(.+?)\.(base_layer\.weight|lora_.+|weight)", key)
+        m = re.fullmatch(PEFT_NAME, key)
         module, ending = m.groups() if m else ("", "")
         if ending == "base_layer.weight" or module.startswith("codec_model."):
             continue  # unchanged: the base matrix, and Mimi, which gets no gradient
@@ -172,9 +185,8 @@ def peft_to_native(config, settings, tensors):
             raise ValueError(f"{key} is of an unknown kind")
         part = PEFT_PARTS[ending]
         if ending in ("lora_B.weight", "lora_embedding_B"):
-            r = peft_setting(settings, module, "rank_pattern", "r")
-            alpha = peft_setting(settings, module, "alpha_pattern", "lora_alpha")
-            w = w * (alpha / (math.sqrt(r) if settings.get("use_rslora") else r))
+            r = ranks[module]
+            w = w * (alphas[module] / (math.sqrt(r) if settings.get("use_rslora") else r))
         if module.endswith("codebooks_head") and part != "weight":
             native |= peft_heads(config, w, is_a=ending == "lora_A.weight")
             continue
@@ -191,14 +203,22 @@ def peft_to_native(config, settings, tensors):
     return native
 
 
-def peft_setting(settings, module, patterns, default):
-    """A module's rank or alpha: from the first pattern that matches its name, or the default."""
-    for pattern, value in (settings.get(patterns) or {}).items():
-        if len(re.findall(r"[*+?{]", pattern)) > 2 or re.search(r"\)[*+?{]", pattern):
-            raise ValueError(f"{patterns} has {pattern!r:.80}, a regular expression that may take for ever")
-        if re.fullmatch(rf"(.*\.)?({pattern})", module):
-            return value
-    return settings[default]
+def peft_settings(settings, modules, field, default):
+    """{module: its rank or alpha}, by the first of the field's patterns that matches its name, or the default.
+
+    The patterns are regular expressions from a file, and some never end: another process tries them.
+    """
+    patterns = settings.get(field) or {}
+    if not patterns:
+        return dict.fromkeys(modules, settings[default])
+    command, told = [sys.executable, "-I", "-c", MATCH], json.dumps([[*patterns.keys()], modules])
+    try:
+        done = subprocess.run(command, input=told, capture_output=True, text=True, timeout=PATIENCE)
+    except subprocess.TimeoutExpired:
+        raise ValueError(f"{field} has regular expressions that took more than {PATIENCE} s") from None
+    if done.returncode:
+        raise ValueError(f"{field}: {done.stderr.strip().rpartition(chr(10))[2]:.200}")
+    return {module: patterns.get(match, settings[default]) for module, match in zip(modules, json.loads(done.stdout))}
 
 
 def peft_heads(config, w, is_a):

@@ -343,8 +343,8 @@ def test_the_base_of_an_adapter(copied):
             command.load_for(argparse.Namespace(**given))
 
 
-def test_adapters_of_peft_that_are_refused(folders):
-    """Adapters that would give other codes than PEFT, and a regular expression that may never end."""
+def test_adapters_of_peft_that_are_refused(folders, monkeypatch):
+    """Adapters that would give other codes than PEFT, and regular expressions that never end or are none."""
     config = checkpoints.read_csm(folders / "ours")[0]
     a, b = mx.ones((2, 64)), mx.ones((64, 2))
     stem = "base_model.model.backbone_model.layers.0.self_attn.o_proj"
@@ -354,9 +354,17 @@ def test_adapters_of_peft_that_are_refused(folders):
     for how in ("pissa", "pissa_niter_4", "olora", "loftq"):
         with pytest.raises(ValueError, match=f"init_lora_weights = {how} changes the base"):
             adapters.adapter_to_native(config, settings | {"init_lora_weights": how}, tensors)
-    for pattern in (r"([\w.]+)+!", r"(a|a)*b", r".*.*.*x", r"(x+x+)+y"):
-        with pytest.raises(ValueError, match="that may take for ever"):
-            adapters.adapter_to_native(config, settings | {"rank_pattern": {pattern: 3}}, tensors)
+    for pattern, match in (
+        (r"([\w.]+)+!", "took more than 1 s"), (r"(?x: ([\w.]|[\w.]) *!)", "took more than 1 s"),
+        (r"([\w.]|[\w.])" * 32 + "!", "took more than 1 s"), ("(", "unterminated"), ("a**", "multiple repeat"),
+        ("(" * 3000 + ")" * 3000, "recursion"), ("a{1,99999999999}", "repetition number"),
+    ):  # fmt: skip
+        monkeypatch.setattr(adapters, "PATIENCE", 1 if "took" in match else 60)
+        for field in ("rank_pattern", "alpha_pattern"):
+            with pytest.raises(ValueError, match=f"{field}.*{match}") as e:
+                adapters.adapter_to_native(config, settings | {field: {pattern: 3}}, tensors)
+            assert "\n" not in str(e.value)
+    monkeypatch.undo()
     for pattern in (
         r"layers\.\d+\.self_attn\..*_proj",
         "o_proj",

@@ -51,7 +51,8 @@ def run(p, function, args, interrupted="interrupted: no file was written"):
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 1
     except (ValueError, OSError) as e:
-        p.error(as_typed(" ".join(str(e).split()), args))
+        message = "".join(c if c.isprintable() else " " for c in str(e))  # it may hold names from a file
+        p.error(as_typed(" ".join(message.split()), args))
     except KeyboardInterrupt:
         p.exit(130, f"{interrupted}\n")
 

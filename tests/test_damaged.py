@@ -192,6 +192,17 @@ def test_names_that_are_not_utf8(copied):
     refused("config.json is not in our layout: .*unexpected keyword argument", model)
 
 
+def test_names_reach_no_terminal(copied, tmp_path, capfd):
+    """Escape sequences in a file do nothing to the terminal that shows the error."""
+    model = copied("ours")
+    weights = dict(mx.load(str(model / "model.safetensors")))
+    mx.save_safetensors(str(model / "model.safetensors"), weights | {"\x1b]0;title\x07": mx.zeros(1)})
+    with pytest.raises(SystemExit):
+        speak.main(["hello", str(tmp_path / "o.wav"), "--model", str(model)])
+    err = capfd.readouterr().err
+    assert "unexpected ]0;title" in err and err.rstrip("\n").isprintable()
+
+
 @pytest.mark.parametrize("text, why", [("", "the text is empty"), ("are " * 600, "positions of 512")])
 def test_a_default_voice_that_cannot_be_said(text, why, copied, caplog):
     """It is a warning and no voice; asked for by its name, it is an error."""

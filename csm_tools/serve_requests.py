@@ -217,13 +217,13 @@ def parse(kind, body):
 def read_clips(turns, seconds):
     """[(field, Turn)] -> Segments, doubts about them, and what was heard in those without a text.
 
-    seconds: how many all together may last.
+    seconds: how many all together may last, with their silence, which takes as long to read.
     """
     segments, warnings, heard, left = [], [], [], seconds
     for field, turn in turns:
         try:
-            audio = read_clip(turn.audio, min(LONGEST_CLIP, left))
-            audio, note = trimmed(audio)
+            whole = read_clip(turn.audio, min(LONGEST_CLIP, left))
+            audio, note = trimmed(whole)
             doubts = check_clip(audio, turn.text, SHORTEST if field == "ref_audio" else 0.0)  # "Yes." is short
             if not (turn.text or "").strip():
                 turn.text = hear(audio)
@@ -231,7 +231,7 @@ def read_clips(turns, seconds):
         except ValueError as e:
             more = f" (the clips of a request may last {seconds:.0f} s together)" if left < LONGEST_CLIP else ""
             raise Refused(f"{field}: {e}{more}", field) from None
-        left -= len(audio) / RATE
+        left -= len(whole) / RATE
         segments.append(csm.Segment(turn.speaker, turn.text, audio))
         warnings += [f"{field}: {doubt}" for doubt in (note, *doubts) if doubt]
     return segments, warnings, heard

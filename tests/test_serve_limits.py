@@ -145,8 +145,9 @@ def read(tiny, voices=None, **fields):
     return serve_requests.read_request(json.dumps(body).encode(), voices or serve_voices.Voices(tiny), tiny, 4096)
 
 
-def clip_fields(n=1, seconds=None):
+def clip_fields(n=1, seconds=None, silence=0):
     audio = np.tile(speech(), 20)[: int(24_000 * seconds)] if seconds else speech()
+    audio = np.pad(audio, (0, silence * 24_000))
     data = base64.b64encode(encoded(audio[None], 24_000, "flac", "flac")).decode()
     return [{"speaker": 0, "text": SAID, "audio": data}] * n
 
@@ -155,6 +156,7 @@ def clip_fields(n=1, seconds=None):
     ({"temprature": 1}, None, "did you mean `temperature`"),
     ({"context": clip_fields(65)}, "context", "64"),
     ({"context": clip_fields(3, 50)}, "context.1.audio", "together"),  # tiny has room for 82 s
+    ({"context": clip_fields(3, 2, silence=48)}, "context.1.audio", "together"),  # it takes as long to read
     ({"voice": ["calm"]}, "voice", "a name"),
     ({"voice": {"name": "calm"}}, "voice", "a name"),
     ({"temperature": -1}, "temperature", "must lie"),

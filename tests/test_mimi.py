@@ -506,6 +506,15 @@ def test_the_command_with_a_codec_of_another_rate(published, tmp_path):
     assert (info.samplerate, info.frames) == (16_000, 8000)
 
 
+def test_a_rate_that_is_too_low(tmp_path):
+    """A small file that claims 2 Hz would become hours of samples."""
+    soundfile.write(tmp_path / "a.wav", np.zeros(200), 2)
+    with pytest.raises(ValueError, match="no sound of use: 200 samples at 2 Hz"):
+        mimi.read_audio(tmp_path / "a.wav")
+    soundfile.write(tmp_path / "b.wav", np.zeros(200), 2000)
+    assert len(mimi.read_audio(tmp_path / "b.wav")) == 2400
+
+
 MISTAKES = """none.wav mimi.safetensors out.wav | no such file
 text.txt mimi.safetensors out.wav | not an audio file
 nan.wav mimi.safetensors out.wav | NaN

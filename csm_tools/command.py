@@ -191,6 +191,13 @@ def check_out(out, args, *more):
             raise ValueError(f"{out} is also an input: give another OUT")
 
 
+def check_place(file):
+    """Raise ValueError if `file` is a folder, or is in none: it cannot be written."""
+    file = Path(file)
+    if file.is_dir() or not file.absolute().parent.is_dir():
+        raise ValueError(f"cannot write {file}: {'it is a folder' if file.is_dir() else 'there is no such folder'}")
+
+
 def load_for(args, fallback=False):
     """Load the Generator for the options, and set args.model to its model.
 

@@ -341,8 +341,8 @@ CHECKS = {
 
 
 def examine(args):
-    if args.json and (args.json.is_dir() or not args.json.absolute().parent.is_dir()):  # before minutes of checks
-        raise ValueError(f"cannot write {args.json}: {'it is a folder' if args.json.is_dir() else 'no such folder'}")
+    if args.json:
+        command.check_place(args.json)  # before minutes of checks
     generator = command.load_for(args)
     logging.getLogger("csm").setLevel(logging.ERROR)  # not that each speech was cut off, as it is meant to be
     device = {k: v for k, v in mx.device_info().items() if isinstance(v, (str, int))}

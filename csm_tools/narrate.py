@@ -348,8 +348,8 @@ def program(args):
             raise ValueError(f"{path}: {e}") from None
         if out.suffix.lower() not in mimi.FORMATS or (out.exists() and not out.is_file()):
             raise ValueError(f"OUT must be a file that ends in {' '.join(mimi.FORMATS)}, not {out}")
-        if not args.out_dir and not out.absolute().parent.is_dir():
-            raise ValueError(f"cannot write {out}: there is no such folder")
+        if not args.out_dir:
+            command.check_place(out)
     if len({out for _, out in jobs}) < len(jobs):
         raise ValueError("two texts have the same name and would be written to one file")
     context, options = command.read_options(args)

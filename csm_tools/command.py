@@ -74,9 +74,9 @@ def peak_memory():
 # ---- options ----------------------------------------------------------------------------------------------------
 
 
-def add_model_options(p):
-    """The options that `load_for` reads."""
-    what = "csm-1b, tiny, a folder, a weights file or a Hugging Face repo (default: $CSM_MODEL, or csm-1b)"
+def add_model_options(p, default="$CSM_MODEL, or csm-1b"):
+    """The options that `load_for` reads. default: for the help alone."""
+    what = f"csm-1b, tiny, a folder, a weights file or a Hugging Face repo (default: {default})"
     p.add_argument("--model", help=what)
     p.add_argument("--quantize", **QUANTIZE)
     p.add_argument("--dtype", choices=("float32", "bfloat16", "float16"), help="default: bfloat16 on a GPU, or float32")

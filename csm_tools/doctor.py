@@ -379,7 +379,7 @@ def examine(args):
 
 def main(argv=None):
     p = command.parser_for("doctor", description="Checks this machine's results and speed: a table and a JSON.")
-    command.add_model_options(p)
+    command.add_model_options(p, "tiny")
     p.set_defaults(model="tiny")
     p.add_argument("--only", nargs="+", choices=CHECKS, default=list(CHECKS), help="these checks (default: all)")
     p.add_argument("--seconds", type=float, default=20, help="for which the server's engine runs (default 20)")

@@ -215,7 +215,7 @@ def peft_settings(settings, modules, field, default):
     try:
         done = subprocess.run(command, input=told, capture_output=True, text=True, timeout=PATIENCE)
     except subprocess.TimeoutExpired:
-        raise ValueError(f"{field} has regular expressions that took more than {PATIENCE} s") from None
+        raise ValueError(f"{field} has regular expressions that may take for ever") from None
     if done.returncode:
         raise ValueError(f"{field}: {done.stderr.strip().rpartition(chr(10))[2]:.200}")
     return {module: patterns.get(match, settings[default]) for module, match in zip(modules, json.loads(done.stdout))}

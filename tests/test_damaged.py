@@ -366,11 +366,11 @@ def test_adapters_of_peft_that_are_refused(folders, monkeypatch):
         with pytest.raises(ValueError, match=f"init_lora_weights = {how} changes the base"):
             adapters.adapter_to_native(config, settings | {"init_lora_weights": how}, tensors)
     for pattern, match in (
-        (r"([\w.]+)+!", "took more than 1 s"), (r"(?x: ([\w.]|[\w.]) *!)", "took more than 1 s"),
-        (r"([\w.]|[\w.])" * 32 + "!", "took more than 1 s"), ("(", "unterminated"), ("a**", "multiple repeat"),
+        (r"([\w.]+)+!", "may take for ever"), (r"(?x: ([\w.]|[\w.]) *!)", "may take for ever"),
+        (r"([\w.]|[\w.])" * 32 + "!", "may take for ever"), ("(", "unterminated"), ("a**", "multiple repeat"),
         ("(" * 3000 + ")" * 3000, "recursion"), ("a{1,99999999999}", "repetition number"),
     ):  # fmt: skip
-        monkeypatch.setattr(adapters, "PATIENCE", 1 if "took" in match else 60)
+        monkeypatch.setattr(adapters, "PATIENCE", 1 if "ever" in match else 60)
         for field in ("rank_pattern", "alpha_pattern"):
             with pytest.raises(ValueError, match=f"{field}.*{match}") as e:
                 adapters.adapter_to_native(config, settings | {field: {pattern: 3}}, tensors)

@@ -235,6 +235,8 @@ WANTED = LINUX and os.environ.get("CSM_FAST_BLAS", "1") != "0"
 PLAIN = not LINUX or os.environ.get("CSM_PLAIN", "0") == "1"
 INFO = cpu_info() if LINUX else ""
 SHARED = ["-O3", "-shared", "-fPIC", "-fvisibility=hidden", "-Wl,-Bsymbolic", "-pthread"]
+# On Zen 3 GCC fuses x * y + z in loops with many sums, but not with one: a row alone would round differently.
+SHARED += ["--param=avoid-fma-max-bits=0"]
 SHARED += ["-march=native"] if LINUX and os.uname().machine == "x86_64" else []
 BLAS = ()  # what computes MLX's products: mlx_cpu.c and a BLAS library, or that library alone
 products = sgemm = None

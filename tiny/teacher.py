@@ -10,6 +10,8 @@ import ctypes.util
 import json
 import random
 import re
+import subprocess
+import tempfile
 import unicodedata
 from functools import cache
 from pathlib import Path
@@ -367,29 +369,63 @@ class Espeak:
 
     def __call__(self, text, voice, speed=1.0, sound=True):
         """Of `voice`, only jm_kumo's share counts: the larger, the lower the pitch."""
-        import soxr
+        return self.synthesize(text, speed, 75 - 60 * min(1.4, voice.get("jm_kumo", 0)))
 
+    def synthesize(self, text, speed, height, variant="en-us"):
+        """Speak with one of espeak-ng's own voices. height: its pitch, 0 to 99."""
         self.wave, self.events = [], []
-        for parameter, value in ((1, 165 * speed), (3, 75 - 60 * min(1.4, voice.get("jm_kumo", 0)))):  # rate, pitch
+        self.espeak.espeak_SetVoiceByName(variant.encode())
+        for parameter, value in ((1, 165 * speed), (3, height)):  # rate, pitch
             self.espeak.espeak_SetParameter(parameter, int(max(0, value)), 0)
         data = text.encode() + b"\0"
         self.espeak.espeak_Synth(data, ctypes.c_size_t(len(data)), 0, 1, 0, 1, None, None)
-        wave = soxr.resample(np.array(self.wave, np.float32) / 32768, self.rate, RATE)
-        wave *= 0.08 / np.sqrt(np.mean(wave[np.abs(wave) > 0.05 * np.abs(wave).max()] ** 2))
-        starts = np.array([ms * RATE / 1000 for ms, _ in self.events] or [0])
+        self.espeak.espeak_SetVoiceByName(b"en-us")
+        starts = [ms / 1000 for ms, _ in self.events] or [0]
         names = [self.kokoros(ipa).strip(MARKS)[:1] or " " for _, ipa in self.events] or [" "]
-        rows = np.pad(wave, (0, -len(wave) % (UNIT // 2))).reshape(-1, UNIT // 2)
-        level = (np.log(np.sqrt((rows**2).mean(1)) + 1e-4) + OFFSET) / codes.LEVEL
-        middles = np.arange(len(level)) * UNIT // 2 + UNIT // 4
-        return finished(
-            wave, lambda at: [names[i] for i in np.searchsorted(starts, at).clip(1) - 1], track(wave, middles), level
-        )
+        return labelled(np.array(self.wave, np.float32) / 32768, self.rate, starts, names)
 
     def kokoros(self, ipa):
         """espeak-ng's IPA -> Kokoro's letters."""
         for theirs, letters in LETTERS:
             ipa = ipa.replace(theirs, letters)
         return ipa
+
+
+class Flite:
+    """Flite, whose voices are recordings of people: (text, one of VOICES, speed) -> Said."""
+
+    VOICES = ("kal", "kal16", "awb", "rms", "slt")
+    LETTERS = {
+        "aa": "ɑ", "ae": "æ", "ah": "ʌ", "ao": "ɔ", "aw": "W", "ax": "ə", "ay": "I", "ch": "ʧ", "dh": "ð", "eh": "ɛ",
+        "er": "ɜ", "ey": "A", "g": "ɡ", "hh": "h", "ih": "ɪ", "iy": "i", "jh": "ʤ", "ng": "ŋ", "ow": "O", "oy": "Y",
+        "pau": " ", "r": "ɹ", "sh": "ʃ", "th": "θ", "uh": "ʊ", "uw": "u", "y": "j", "zh": "ʒ",
+    }  # fmt: skip
+
+    def __call__(self, text, voice, speed=1.0):
+        import soundfile
+
+        with tempfile.NamedTemporaryFile(suffix=".wav") as file:
+            stretch = f"duration_stretch={1 / speed:.3f}"
+            told = subprocess.run(["flite", "-voice", voice, "--setf", stretch, "-psdur", "-t", text, "-o", file.name],
+                                  check=True, capture_output=True, text=True)  # fmt: skip
+            wave, rate = soundfile.read(file.name, dtype="float32")
+        names, ends = zip(*(item.split(":") for item in told.stdout.split()))
+        return labelled(wave, rate, [0, *map(float, ends[:-1])], [self.LETTERS.get(n, n) for n in names])
+
+
+def labelled(wave, rate, starts, names):
+    """Make a Said of a synthesizer's sound. starts: where each phoneme of `names` begins, in s."""
+    import soxr
+
+    wave = soxr.resample(wave, rate, RATE)
+    wave *= 0.08 / np.sqrt(np.mean(wave[np.abs(wave) > 0.05 * np.abs(wave).max()] ** 2))
+    rows = np.pad(wave, (0, -len(wave) % (UNIT // 2))).reshape(-1, UNIT // 2)
+    level = (np.log(np.sqrt((rows**2).mean(1)) + 1e-4) + OFFSET) / codes.LEVEL
+    middles = np.arange(len(level)) * UNIT // 2 + UNIT // 4
+    starts = np.array(starts) * RATE
+    return finished(
+        wave, lambda at: [names[i] for i in np.searchsorted(starts, at).clip(1) - 1], track(wave, middles), level
+    )
 
 
 def track(wave, middles):
@@ -477,6 +513,29 @@ class Kokoro(Espeak):
 
         wave = GAIN * out[0] if sound else None
         return finished(wave, lambda t: names[at(t)], pitch, level, lambda t: words[at(t)])
+
+
+class Strangers:
+    """Speech for the encoder alone, by voices that codebook 7 does not have: (random numbers, text) -> Said."""
+
+    def __init__(self, folder):
+        """folder: Kokoro's voices in the npm package kokoro-js."""
+        self.kokoro, self.flite = Kokoro(folder), Flite()
+        self.names = [name for name in sorted(self.kokoro.styles) if name not in APART]
+        self.english = [name for name in self.names if name[0] in "ab"]
+
+    def natural(self, r, text):
+        """One of Kokoro's English voices, or a mix of it with any other; none of APART."""
+        share = r.choice((0, 0, r.random()))
+        return self.kokoro(text, {r.choice(self.names): share, r.choice(self.english): 1 - share}, r.uniform(0.8, 1.25))
+
+    def machine(self, r, text):
+        """A variant of espeak-ng's English voice or a voice of Flite, fifty times as fast."""
+        speed = r.uniform(0.8, 1.25)
+        if r.random() < 0.6:
+            return self.flite(text, r.choice(self.flite.VOICES), speed)
+        variants = [f"en-us+m{i}" for i in range(1, 9)] + [f"en-us+f{i}" for i in range(1, 6)] * 2
+        return self.kokoro.synthesize(text, speed, r.uniform(20, 80), r.choice(variants))
 
 
 def count(text):

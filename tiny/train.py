@@ -6,6 +6,7 @@
 
 The stages write their results to WORK and can be resumed:
     speech    the teacher's sentences as sound and codes (codes.py says what these mean)
+    strangers, machines    the same in other voices, for ears and encoder
     talks     the teacher's conversations as text and codes; without sound, this is twenty times as fast
     decoder   Mimi's decoder, from the teacher's codes to sound
     echo      the decoder's sound of the conversations: more words for the encoder, almost free
@@ -46,6 +47,7 @@ V = N_CODES + 3  # three more ids than codes, as in CSM-1B
 DIM, FILTERS, LAYERS = 192, 16, 4  # the codec's width, its first convolution's, and its transformers' layers
 AHEAD, LATE = FRAME, FRAME // 2  # samples that the encoder hears beyond a frame; the decoder's delay in samples
 ALONE = 0.7  # share of the decoder's steps before the adversary joins
+LISTEN = 0.8  # share of the encoder's steps with frozen ears
 EARS = 11  # the encoder's first layers, down to 200 Hz
 LAST_FRAMES, LAST_WEIGHT = 6, 2.0  # the frames before a silence, and their weight in the loss
 SAMPLING = {"temperature": 0.5, "top_k": 50}  # the exported folder's defaults
@@ -99,6 +101,27 @@ def speech(args, seconds=300):
         save(path.with_suffix(".pkl"), rows)
 
 
+def strangers(args):
+    """Write WORK/strangers-i, in the format of `speech`: other voices of Kokoro. Their codes of the voice are -1."""
+    if args.styles:
+        others(args, "strangers", 4, teacher.Strangers(args.styles).natural)
+
+
+def machines(args):
+    """Write WORK/machines-i, in the format of `speech`: voices of espeak-ng and Flite, whose codes are -1 too."""
+    others(args, "machines", 4, teacher.Strangers(args.styles).machine)
+
+
+def others(args, kind, hours, speak, seconds=300):
+    read = reader(args.work)
+    for path, r in shards(args, kind, hours, seconds):
+        said = []
+        while sum(len(one.wave) for one in said) < seconds * RATE:
+            said.append(speak(r, read(teacher.text(r, 150))))
+        save(path.with_suffix(".npy"), np.concatenate([(one.wave * 32767).astype(np.int16) for one in said]))
+        save(path.with_suffix(".pkl"), [codes.encode(*one.labels, -1) for one in said])
+
+
 def talks(args, seconds=1800):
     """Write WORK/talks-i.pkl, half an hour of conversations: a list of turns each.
 
@@ -121,7 +144,8 @@ def talks(args, seconds=1800):
 class Speech:
     """Random crops of the sentences in the shards made so far."""
 
-    def __init__(self, work, *kinds):
+    def __init__(self, work, **kinds):
+        """kinds: the share of each kind of shards, for instance speech=1."""
         self.work, self.kinds, self.rng = work, kinds, np.random.default_rng()
         self.seen, self.turns, self.drawn = set(), [], 0
         self.look()
@@ -134,7 +158,7 @@ class Speech:
             self.seen.add(index)
             sound, start = np.load(index.with_suffix(".npy"), mmap_mode="r"), 0
             for rows in pickle.loads(index.read_bytes()):
-                self.turns.append((sound[start * FRAME : (start + len(rows)) * FRAME], rows))
+                self.turns.append((sound[start * FRAME : (start + len(rows)) * FRAME], rows, index.stem.split("-")[0]))
                 start += len(rows)
 
     def batch(self, frames, n, shift, before=0, held=False, vary=False):
@@ -146,11 +170,21 @@ class Speech:
         self.drawn += 1
         if self.drawn % 500 == 0:
             self.look()
-        some = [turn for turn in (self.held if held else self.turns) if len(turn[1]) >= frames * (1.2 if vary else 1)]
-        share = np.array([len(rows) for _, rows in some], float)
+        longest = math.ceil((frames + before + 1) * 1.25)  # frames of a piece that varied() may shorten
+        some = self.held
+        if not held:  # a kind that has shards
+            there = {turn[2] for turn in self.turns}
+            shares = [share * (kind in there) for kind, share in self.kinds.items()]
+            kind = self.rng.choice(list(self.kinds), p=np.array(shares) / sum(shares))
+            some = [turn for turn in self.turns if turn[2] == kind]
+        some = [turn for turn in some if len(turn[1]) >= (longest if vary else frames)]
+        share = np.array([len(rows) for _, rows, _ in some], float)
         waves, ids, first = [], [], []
         for i in self.rng.choice(len(some), n, p=share / share.sum()):
-            wave, rows = varied(*some[i], self.rng) if vary and self.rng.random() < 0.7 else some[i]
+            wave, rows, _ = some[i]
+            if vary and self.rng.random() < 0.75:
+                c = int(self.rng.integers(0, len(rows) - longest + 1))
+                wave, rows = varied(wave[c * FRAME : (c + longest) * FRAME], rows[c : c + longest], self.rng)
             a = 0 if self.rng.random() < 0.15 else int(self.rng.integers(0, len(rows) - frames + 1))
             start, end = (a - before) * FRAME + shift, (a + frames) * FRAME + shift
             x = wave[max(0, start) : end].astype(np.float32) / 32767
@@ -161,12 +195,24 @@ class Speech:
 
 
 def varied(wave, rows, rng):
-    """Augment a sentence: resample it, which changes tempo and pitch, filter it, add noise. Its voice becomes -1."""
-    speed = math.exp(rng.uniform(-0.13, 0.13))
+    """Augment speech: tempo and pitch by resampling, timbre, room, telephone, noise. Its voice becomes -1."""
+    speed = math.exp(rng.uniform(-0.18, 0.18))
     x = np.interp(np.arange(0, len(wave) - 1, speed), np.arange(len(wave)), wave)
-    bins = np.fft.rfft(x)
-    bend = np.interp(np.linspace(0, 1, len(bins)) ** 0.5, np.linspace(0, 1, 8), rng.normal(0, 0.4, 8))
-    x = np.fft.irfft(bins * np.exp(bend), len(x)) + 32767 * 10 ** rng.uniform(-4.5, -2.2) * rng.normal(size=len(x))
+    n, size = len(x), -(-(len(x) + RATE // 2) // 4096) * 4096  # with room for an echo, and quick to transform
+    bins, hz = np.fft.rfft(x, size), np.fft.rfftfreq(size, 1 / RATE)
+    height = np.sqrt(hz / hz[-1])  # more detail at low frequencies
+    bins *= np.exp(np.interp(height, np.linspace(0, 1, 8), rng.normal(0, rng.uniform(0.1, 0.7), 8)))
+    if rng.random() < 0.3:  # a room: the direct sound and a tail that decays by 60 dB
+        t = np.arange(RATE // 2) / RATE
+        tail = rng.normal(size=len(t)) * np.exp(-6.9 * t / rng.uniform(0.05, 0.5))
+        tail *= 10 ** rng.uniform(-1, -0.1) / np.linalg.norm(tail)
+        bins *= 1 + np.fft.rfft(tail, size)
+    noise = np.fft.rfft(rng.normal(size=size)) * np.exp(rng.uniform(-3, 0.5) * height)
+    bins += 32767 * 10 ** rng.uniform(-4.5, -1.8) * noise
+    if rng.random() < 0.3:  # a telephone, or a low sampling rate
+        low, high = ((100, 350), (3200, 4000)) if rng.random() < 0.6 else ((0, 0), (4000, 9000))
+        bins *= (hz >= rng.uniform(*low)) & (hz <= rng.uniform(*high))
+    x = np.fft.irfft(bins, size)[:n]
 
     def columns(a, b):
         """Columns a to b of the codes, equal parts of each frame, at the new tempo."""
@@ -289,7 +335,7 @@ def splits(mimi):
 def parts_of(mimi, stage):
     """The modules that the stage ears, encoder or decoder trains. The encoder includes its ears."""
     if stage == "ears":
-        return {stage: mimi.encoder.encoder_seanet.layers[:EARS]}
+        return {stage: nn.Sequential(*mimi.encoder.encoder_seanet.layers[:EARS])}
     proj = {"encoder": "input_proj", "decoder": "output_proj"}[stage]
     return {stage: getattr(mimi, stage), **{k: getattr(s, proj) for k, s in zip(("first", "rest"), splits(mimi))}}
 
@@ -307,7 +353,15 @@ def save_parts(args, stage, mimi):
 
 def latents(mimi, x, before):
     """Sound (B, S) -> latents (B, F, CODE_DIM) from frame `before` on, for codebook 0 and for the others."""
-    z = mimi.encoder(x[:, None]).latents.float()
+    return understood(mimi, parts_of(mimi, "ears")["ears"](x[:, None]), before)
+
+
+def understood(mimi, y, before):
+    """The ears' output (B, C, T) -> latents, as latents() returns them."""
+    for layer in mimi.encoder.encoder_seanet.layers[EARS:]:
+        y = layer(y)
+    y = mimi.encoder.encoder_transformer(y.transpose(1, 2)).last_hidden_state
+    z = mimi.encoder.downsample(y.transpose(1, 2)).float()
     return [split.input_proj(z).transpose(1, 2)[:, before:] for split in splits(mimi)]
 
 
@@ -359,8 +413,8 @@ def echo(args):
 def ears(args, frames=12, n=6, n_mels=80):
     """Train WORK/ears.pt: throwaway heads predict log-mel spectra, pitch and phonemes from the first layers."""
     torch.manual_seed(3)
-    data, mimi = Speech(args.work, "speech", "echo"), new_mimi(args.work, args.start)
-    layers = nn.Sequential(*parts_of(mimi, "ears")["ears"])
+    data, mimi = Speech(args.work, speech=0.15, strangers=0.4, machines=0.15, echo=0.3), new_mimi(args.work, args.start)
+    layers = parts_of(mimi, "ears")["ears"]
     pitches = codebooks()[4, :, slice(*codes.SPANS[4])]  # as vectors
     sizes, spectrum = (codes.USED[0], pitches.shape[1]), nn.Conv1d(8 * FILTERS, n_mels, 1).to(DEVICE)
     near = nn.Sequential(
@@ -381,23 +435,35 @@ def ears(args, frames=12, n=6, n_mels=80):
     save_parts(args, "ears", mimi)
 
 
-def encoder(args):
-    """Train WORK/encoder.pt: from sound to the vectors of the teacher's codes. A crop's first frames do not count."""
+def encoder(args, again=4, longest=5_000):
+    """Train WORK/encoder.pt: from sound to the vectors of the teacher's codes. A crop's first frames do not count.
+
+    The ears take most of the time. While they are frozen, their output is kept (the last `longest` batches) and each
+    new batch is followed by `again` - 1 earlier ones.
+    """
     torch.manual_seed(0)
-    data, mimi = Speech(args.work, "speech", "echo"), new_mimi(args.work, args.start)
-    steps = trained(args, "encoder", mimi, (0.9, 0.98))
+    data, mimi = Speech(args.work, speech=0.15, strangers=0.4, machines=0.15, echo=0.3), new_mimi(args.work, args.start)
+    steps, listen, kept = trained(args, "encoder", mimi, (0.9, 0.98)), parts_of(mimi, "ears")["ears"], []
     for done in steps:
-        parts_of(mimi, "ears")["ears"].requires_grad_(done >= 0.5)  # frozen ears are faster
+        frozen = done < LISTEN
+        listen.requires_grad_(not frozen)
         if steps.step % 500 == 0:
             with torch.no_grad():
                 x, ids, _ = data.batch(16, 24, AHEAD, 2, held=True)
                 out, right = distances(latents(mimi, x, 2), ids, torch.zeros(len(x), device=DEVICE))
             print("held out:", *(f"{k} {v:.3f}" for k, v in out.items()), f"right {right:.3f}", flush=True)
-        frames, before = int(data.rng.choice((16, 22, 32))), int(data.rng.integers(1, 3))
-        x, ids, _ = data.batch(frames, 160 // (frames + before), AHEAD, before, vary=True)
-        louder = torch.empty(len(x), device=DEVICE).uniform_(-0.6, 0.4) * (torch.rand(len(x), device=DEVICE) < 0.5)
+        if frozen and kept and steps.step % again:
+            y, ids, louder, before = kept[data.rng.integers(len(kept))]
+        else:
+            frames, before = int(data.rng.choice((16, 22, 32))), int(data.rng.integers(1, 3))
+            x, ids, _ = data.batch(frames, 160 // (frames + before), AHEAD, before, vary=True)
+            louder = torch.empty(len(x), device=DEVICE).uniform_(-0.6, 0.4) * (torch.rand(len(x), device=DEVICE) < 0.5)
+            with half(args), torch.set_grad_enabled(not frozen):
+                y = listen((x * louder.exp()[:, None])[:, None])
+            if frozen:
+                kept = [*kept[-longest:], (y.half(), ids, louder, before)]
         with half(args):
-            out, right = distances(latents(mimi, x * louder.exp()[:, None], before), ids, louder)
+            out, right = distances(understood(mimi, y.float(), before), ids, louder)
         steps.optimize(2 * out["phonemes"] + 0.4 * out["vectors"], right=right, **out)
     save_parts(args, "encoder", mimi)
 
@@ -405,7 +471,7 @@ def encoder(args):
 def decoder(args):
     """Train WORK/decoder.pt: from the teacher's codes to its sound, delayed by LATE samples as lookahead."""
     torch.manual_seed(1)
-    data, mimi = Speech(args.work, "speech"), new_mimi(args.work, args.start)
+    data, mimi = Speech(args.work, speech=1), new_mimi(args.work, args.start)
     adversary = Adversary(DEVICE)
     steps = trained(args, "decoder", mimi, (0.8, 0.95), keep={"adversary": adversary})
     for done in steps:
@@ -662,7 +728,7 @@ def export(args):
     )
 
 
-STAGES = {f.__name__: f for f in (speech, talks, decoder, echo, ears, encoder, lm, export)}
+STAGES = {f.__name__: f for f in (speech, strangers, machines, talks, decoder, echo, ears, encoder, lm, export)}
 
 
 def main():
@@ -672,7 +738,8 @@ def main():
     p.add_argument("--steps", type=int, help="steps of a training stage; raise it to continue a finished stage")
     p.add_argument("--lr", type=float, help="learning rate of a training stage; with --start, take 8e-4")
     p.add_argument("--teacher", choices=teacher.TEACHERS, default="kokoro", help="for speech, talks and export")
-    p.add_argument("--hours", type=float, help="hours of data for the stage speech (3), talks (20) or echo (8)")
+    p.add_argument("--hours", type=float, help="hours of data: speech 3, strangers and machines 4, talks 20, echo 8")
+    p.add_argument("--styles", type=Path, help="for strangers: package/voices of npm's kokoro-js")
     p.add_argument("--part", type=int, default=0, help="speech, talks, echo: index of this process among --parts")
     p.add_argument("--parts", type=int, default=1)
     p.add_argument("--threads", type=int, default=os.cpu_count())

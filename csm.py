@@ -832,13 +832,13 @@ class Generator:
             raise ValueError(f"speaker must be 0 or more, not {speaker!r}")
         if not isinstance(text, str) or not text.strip():
             raise ValueError(f"the text is empty, or no text: {text!r}")
-        c, n = self.model.config, self.model.config.text_vocab_size
+        c = self.model.config
         spaced = f" {text.lstrip()}" if c.speaker_prefix_space else text
         try:
             ids = self.tokenizer.encode(f"[{speaker}]{spaced}")
         except (UnicodeError, TypeError):  # lone surrogates, which Python makes of invalid bytes
             raise ValueError("the text is not UTF-8") from None
-        if max(ids) >= n:
+        if max(ids) >= (n := c.text_vocab_size):
             raise ValueError(f"the tokenizer gives id {max(ids)}, the model knows {n}: not a pair")
         rows = np.zeros((len(ids), c.audio_num_codebooks + 1), np.int32)
         rows[:, -1] = ids

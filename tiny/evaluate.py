@@ -327,11 +327,9 @@ class Evaluation:
                 waves.append(speak(text, voice).wave)
                 mimi.write_audio(f"{work}/clips/{i}.wav", waves[-1])
                 Path(f"{work}/clips/{i}.txt").write_text(text + "\n")
-            command = (
-                f"-m csm_tools.finetune train --model {self.source} --data-path {work}/clips --output-dir {work}/run"
-            )
-            command += " --lora-rank 8 --epochs 10"
-            subprocess.run([sys.executable, *command.split()], cwd=HERE.parent, check=True, stdout=subprocess.DEVNULL)
+            recipe = f"train --data-path {work}/clips --output-dir {work}/run --lora-rank 8 --epochs 10 --model"
+            command = [sys.executable, "-m", "csm_tools.finetune", *recipe.split(), str(self.source)]
+            subprocess.run(command, cwd=HERE.parent, check=True, stdout=subprocess.DEVNULL)
             self.generator, own = csm.load(self.source, adapter=f"{work}/run", dtype="float32"), self.generator
         spoken = [self.say(text, 0, seed=i)[0] for i, text in enumerate(said)]
         self.generator = own
@@ -430,7 +428,7 @@ def main():
     listener = Listener(args.threads)
     generator = csm.load(args.folder, dtype="float32", quantize=args.quantize)
     options = {} if args.temperature is None else {"temperature": args.temperature}
-    evaluation = Evaluation(generator, listener, options, args.styles, args.clips, args.folder)
+    evaluation = Evaluation(generator, listener, options, args.styles, args.clips, Path(args.folder).resolve())
     if args.spectrograms:
         spectrograms(evaluation, args.spectrograms)
         return

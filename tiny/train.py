@@ -48,6 +48,7 @@ DIM, FILTERS, LAYERS = 192, 16, 4  # the codec's width, its first convolution's,
 AHEAD, LATE = FRAME, FRAME // 2  # samples that the encoder hears beyond a frame; the decoder's delay in samples
 ALONE = 0.7  # share of the decoder's steps before the adversary joins
 LISTEN = 0.8  # share of the encoder's steps with frozen ears
+HEARD = {"speech": 0.15, "strangers": 0.4, "machines": 0.15, "echo": 0.3}  # shares, for ears and encoder
 EARS = 11  # the encoder's first layers, down to 200 Hz
 LAST_FRAMES, LAST_WEIGHT = 6, 2.0  # the frames before a silence, and their weight in the loss
 SAMPLING = {"temperature": 0.5, "top_k": 50}  # the exported folder's defaults
@@ -413,7 +414,7 @@ def echo(args):
 def ears(args, frames=12, n=6, n_mels=80):
     """Train WORK/ears.pt: throwaway heads predict log-mel spectra, pitch and phonemes from the first layers."""
     torch.manual_seed(3)
-    data, mimi = Speech(args.work, speech=0.15, strangers=0.4, machines=0.15, echo=0.3), new_mimi(args.work, args.start)
+    data, mimi = Speech(args.work, **HEARD), new_mimi(args.work, args.start)
     layers = parts_of(mimi, "ears")["ears"]
     pitches = codebooks()[4, :, slice(*codes.SPANS[4])]  # as vectors
     sizes, spectrum = (codes.USED[0], pitches.shape[1]), nn.Conv1d(8 * FILTERS, n_mels, 1).to(DEVICE)
@@ -442,7 +443,7 @@ def encoder(args, again=4, longest=5_000):
     new batch is followed by `again` - 1 earlier ones.
     """
     torch.manual_seed(0)
-    data, mimi = Speech(args.work, speech=0.15, strangers=0.4, machines=0.15, echo=0.3), new_mimi(args.work, args.start)
+    data, mimi = Speech(args.work, **HEARD), new_mimi(args.work, args.start)
     steps, listen, kept = trained(args, "encoder", mimi, (0.9, 0.98)), parts_of(mimi, "ears")["ears"], []
     for done in steps:
         frozen = done < LISTEN

@@ -1045,6 +1045,7 @@ def load(
     source = None if model == "csm-1b" else read_folder(path)  # even if there is such a folder
     source = source or mimi.checkpoints(model).read(model)
     fields, weights, find_mimi, find_tokenizer, voices = source
+    del source  # so that each weight is freed once it is cast or quantized
     config, weights = CSMConfig.from_dict(fields), split_heads(weights)
     if adapter or quantize:
         change = mimi.checkpoints("an adapter" if adapter else "quantize").change
@@ -1057,7 +1058,7 @@ def load(
             raise ValueError(f"{model} has weights that are no floats: {name} is {w.dtype}")
     network = blank_model(config, weights)
     mimi.load_weights(network, weights)
-    del weights, source  # the network holds them now
+    del weights  # the network holds them now
     some = [(k, w) for k, w in tree_flatten(network.parameters()) if "norm" in k or "head" in k]
     check_finite(some, model)  # `frames` notices others
     if not adapter and (path / "adapter_config.json").is_file():

@@ -369,22 +369,25 @@ void to_integers(const void *x, const Product &p, int bits, short *integers, flo
   }
 }
 
+struct alignas(64) Line { char bytes[64]; }; // of a cache: a register that is read from two of them takes twice as long
+
 template <int bits>
 void multiply(Product p, std::vector<int64_t> starts) {
-  static thread_local std::vector<short> integers;
+  static thread_local std::vector<Line> held;
   static thread_local std::vector<float> scales, wide;
   const int groups = p.k / p.group, stride = groups + W, width = p.kind == mx::Dtype::Val::float32 ? 4 : 2;
   const auto row = [&](int i) { return (const char *)p.x + starts[i] * width; };
   if (p.rows <= FEW) {
-    integers.resize(std::max(integers.size(), (size_t)p.rows * p.k));
+    held.resize(std::max(held.size(), (size_t)p.rows * p.k * sizeof(short) / sizeof(Line) + 1));
+    short *integers = (short *)held.data();
     scales.resize(std::max(scales.size(), (size_t)p.rows * stride * 2));
     float *sums = scales.data() + (int64_t)p.rows * stride;
     for (int64_t i = 0; i < p.rows; i++) {
       float *of_row = scales.data() + i * stride;
-      to_integers(row(i), p, bits, integers.data() + i * p.k, of_row, sums + i * stride);
+      to_integers(row(i), p, bits, integers + i * p.k, of_row, sums + i * stride);
       std::memset(of_row + groups, 0, 4 * W), std::memset(sums + i * stride + groups, 0, 4 * W);
     }
-    p.integers = integers.data(), p.x_scales = scales.data(), p.x_sums = sums;
+    p.integers = integers, p.x_scales = scales.data(), p.x_sums = sums;
     const double parts = min((double)p.n * p.k / (1 << 15), 4. * threads); // each worth handing out
     p.step = ((p.n - 1) / std::max(1, (int)parts) + BLOCK) / BLOCK * BLOCK;
     const Part part = p.group == 32 ? few_rows<bits, 32> : p.group == 64 ? few_rows<bits, 64> : few_rows<bits, 128>;

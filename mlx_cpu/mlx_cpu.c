@@ -188,7 +188,7 @@ static void few_rows(const void *a_job, int part) { // reads each row of b from 
 
 // Many rows: of up to TALL rows of a, panels of V registers' height are packed so that memory has l by l what they
 // multiply with one number of b, which is read as it lies. COLUMNS rows of b at a time fill the registers with sums.
-enum { PANEL = V * LANES, TALL = 256, DEPTH = 256, WIDE = 48, LINE = 16 };
+enum { PANEL = V * LANES, TALL = 256, DEPTH = 256, WIDE = 96, LINE = 16 };
 
 static void pack(const void *a_job, int part) { // columns of a from part * DEPTH on
   const job *p = a_job;

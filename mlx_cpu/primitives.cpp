@@ -131,7 +131,10 @@ inline floats load(const void *from, mx::Dtype::Val kind, int64_t i, int64_t end
     return to.all;
   }
   union { halves all; uint16_t each[W]; } h = {};
-  std::memcpy(h.each, (const uint16_t *)from + i, 2 * min((int64_t)W, end - i));
+  if (i + W <= end)
+    h.all = *(const halves *)((const uint16_t *)from + i);
+  else
+    std::memcpy(h.each, (const uint16_t *)from + i, 2 * (end - i));
   if (kind == mx::Dtype::Val::bfloat16)
     return (floats)(__builtin_convertvector(h.all, ints) << 16);
 #if defined(__AVX512BW__)
@@ -596,23 +599,24 @@ void eval_rope(const mx::Stream &stream, const Inputs &inputs, mx::array &out, c
 
 // x becomes e^(x - the largest of x). Returns the sum.
 float soften(float *x, int n) {
-  const auto some = [x, n](int i) {
-    floats v = -INFINITY - floats{};
-    std::memcpy(&v, x + i, 4 * min(int(W), n - i));
-    return v;
-  };
-  floats most = some(0), sums = {};
-  for (int i = W; i < n; i += W)
-    most = some(i) > most ? some(i) : most;
+  const int whole = n / W * W; // what fills registers; the rest is filled up with numbers that count for nothing
+  floats rest = -INFINITY - floats{}, most, sums = {};
+  std::memcpy(&rest, x + whole, 4 * (n - whole));
+  most = rest;
+  for (int i = 0; i < whole; i += W) {
+    const floats v = *(const floats *)(x + i);
+    most = v > most ? v : most;
+  }
   float largest = most[0];
   for (int i = 1; i < W; i++)
     largest = most[i] > largest ? most[i] : largest;
-  for (int i = 0; i < n; i += W) {
-    const floats v = exponential(some(i) - largest);
-    std::memcpy(x + i, &v, 4 * min(int(W), n - i));
-    sums += v;
+  for (int i = 0; i < whole; i += W) {
+    const floats v = exponential(*(const floats *)(x + i) - largest);
+    *(floats *)(x + i) = v, sums += v;
   }
-  return total(sums);
+  rest = exponential(rest - largest);
+  std::memcpy(x + whole, &rest, 4 * (n - whole));
+  return total(sums + rest);
 }
 
 void eval_softmax(mx::UnaryPrimitive *self, const Inputs &inputs, mx::array &out) {

@@ -620,12 +620,16 @@ def test_rope(primitives, traditional, tmp_path):
 
 def test_softmax(primitives):
     x = mx.random.normal((7, 3, 201), key=mx.random.key(0)) * 30
-    for view in (x, x[0, 0], x.T):
+    some = (x[0, :, :n] + 0.0 for n in range(1, 36))  # more and fewer than registers hold
+    for view in (x, x[0, 0], x.T, *some):
         expected = np.exp(np.array(view, np.float64) - np.array(view).max(-1, keepdims=True))
         expected /= expected.sum(-1, keepdims=True)
         np.testing.assert_allclose(np.array(mx.softmax(view, axis=-1)), expected, atol=1e-6)
     y = mx.softmax(mx.array([[0.0, -math.inf], [math.inf, 0], [math.nan, 0]]), axis=-1)
     assert y[0].tolist() == [1, 0] and mx.isnan(y[1, 0]) and mx.isnan(y[2]).all()
+    for at in (0, 17, 39):
+        y = mx.softmax(mx.where(mx.arange(40) == at, mx.array([[math.nan], [-math.inf]]), 1.0), axis=-1)
+        assert mx.isnan(y[0]).all() and y[1, at] == 0 and mx.allclose(y[1].sum(), mx.array(1.0))
 
 
 ATTENTION = [  # B, H, heads of k and v, T, S, mask

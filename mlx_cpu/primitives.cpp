@@ -600,9 +600,9 @@ void eval_rope(const mx::Stream &stream, const Inputs &inputs, mx::array &out, c
 // x becomes e^(x - the largest of x). Returns the sum.
 float soften(float *x, int n) {
   const int whole = n / W * W; // what fills registers; the rest is filled up with numbers that count for nothing
-  floats rest = -INFINITY - floats{}, most, sums = {};
+  floats rest = -INFINITY - floats{};
   std::memcpy(&rest, x + whole, 4 * (n - whole));
-  most = rest;
+  floats most = rest, sums = {};
   for (int i = 0; i < whole; i += W) {
     const floats v = *(const floats *)(x + i);
     most = v > most ? v : most;

@@ -17,7 +17,6 @@ import convert
 import csm_layouts
 import mimi
 from conftest import clip, random_mimi, write_model, write_tokenizer
-from conftest import random_weights as model_weights
 from test_layouts import (
     CONFIG,
     CSM_1B,
@@ -320,7 +319,7 @@ def test_loading_frees_each_weight_once_it_is_quantized(tmp_path):
     folder = write_model(tmp_path, voices=False)
     config = json.loads((folder / "config.json").read_text()) | {"text_vocab_size": 2_000}
     config["backbone"] |= {"n_layers": 12, "dim": 256}
-    weights = {name: w.astype(mx.bfloat16) for name, w in model_weights(config).items()}
+    weights = random_weights(config, mx.bfloat16)
     mx.save_safetensors(str(folder / "model.safetensors"), weights)
     (folder / "config.json").write_text(json.dumps(config))
     stored = sum(w.nbytes for w in weights.values())

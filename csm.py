@@ -1052,6 +1052,8 @@ def load(
         config, weights = change(config, weights, adapter, quantize, group_size)
     dtype = as_dtype(dtype)
     for name, w in weights.items():
+        if is_scale(name, w) and dtype == mx.float32 and not on_gpu():
+            continue  # a CPU's products read 16 bits as they are, which are fewer bytes
         if mx.issubdtype(w.dtype, mx.floating):
             weights[name] = w.astype(dtype)
         elif f"{name.rpartition('.')[0]}.scales" not in weights:
@@ -1089,6 +1091,12 @@ def split_heads(weights):
         for i, w in enumerate(weights.pop("audio_head")):
             weights[f"audio_head.{i}.weight"] = mx.contiguous(w.T)
     return weights
+
+
+def is_scale(name, w):
+    """Whether w is a quantized product's scales or biases in 16 bits."""
+    kind = name.endswith((".scales", ".biases")) and w.dtype in (mx.bfloat16, mx.float16)
+    return kind and "embeddings" not in name
 
 
 def blank_model(config, weights):

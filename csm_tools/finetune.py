@@ -134,7 +134,9 @@ class LoRALinear(nn.Module):
         w = self.linear.weight
         if "scales" in self.linear:
             packing = csm.packing(self.linear, len(self.lora_a))
-            w = mx.dequantize(w, self.linear.scales, self.linear.get("biases"), **packing)
+            parts = [self.linear[name] for name in ("scales", "biases") if name in self.linear]
+            parts = [x.astype(mx.float32) if mx.issubdtype(x.dtype, mx.floating) else x for x in parts]
+            w = mx.dequantize(w, *parts, **packing)
         return mx.linalg.norm(w + self._scale * (self.lora_a @ self.lora_b).T, axis=1)
 
     def __call__(self, x):

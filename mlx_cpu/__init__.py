@@ -29,11 +29,11 @@ So this module does three things.
    OMP_NUM_THREADS or all cores. It is compiled once, in half a second, into ~/.cache/csm. Without a C compiler the BLAS
    library alone takes the place of MLX's, if mlx_cpu is imported before MLX and the library has the plain names (MKL, a
    system's OpenBLAS; scipy-openblas32 has not).
-2. primitives.cpp computes exp, sigmoid, erf, softmax, products with quantized matrices and dequantizing (affine, 8 and
-   4 bits), and mx.fast's rms_norm, rope and scaled_dot_product_attention, unless CSM_PLAIN=1. MLX's operations and
-   functions stay and call it, so that graphs, gradients, mx.compile and mx.vmap are MLX's. A C++ compiler needs ten
-   seconds for it, so that happens once and in the background, unless MLX_CPU_BACKGROUND=0; until then MLX computes as
-   it always did. `python -c 'import mlx_cpu; mlx_cpu.wait()'` waits for it, for an image.
+2. primitives.cpp computes exp, sigmoid, erf, softmax, quantizing, products with quantized matrices and dequantizing
+   (affine, 8 and 4 bits), and mx.fast's rms_norm, rope and scaled_dot_product_attention, unless CSM_PLAIN=1. MLX's
+   operations and functions stay and call it, so that graphs, gradients, mx.compile and mx.vmap are MLX's. A C++
+   compiler needs ten seconds for it, so that happens once and in the background, unless MLX_CPU_BACKGROUND=0; until
+   then MLX computes as it always did. `python -c 'import mlx_cpu; mlx_cpu.wait()'` waits for it, for an image.
 3. mx.compile no longer fuses operations: for that MLX has g++ compile scalar loops, which are slower than ours and need
    a /tmp in which files can be written and executed.
 """
@@ -298,7 +298,8 @@ def install(library):
     c = products
     parts = c.mlx_cpu_run, c.mlx_cpu_multiply, sgemm
     functions = *map(pointer, parts), n_threads(), pointer(c.mlx_cpu_redirect)
-    held = mx.fast.rms_norm, mx.dequantize  # by nanobind, with the addresses of MLX's functions in them
+    # What nanobind holds has the addresses of MLX's functions in it.
+    held = mx.fast.rms_norm, mx.dequantize, mx.quantized_matmul
     kind = type(held[0])
     size = kind.__basicsize__ + kind.__itemsize__ if all(type(f).__name__ == "nb_func" for f in held) else 0
     bound = *(ctypes.c_void_p(id(f)) for f in held), ctypes.c_size_t(size)
@@ -315,8 +316,9 @@ def check(path):
         yield from (function(x, stream=mx.cpu) for function in (mx.exp, mx.sigmoid, mx.erf))
         w = mx.random.normal((70, 256), key=mx.random.key(0))
         for bits in (4, 8):
+            packed = mx.quantize(w, 64, bits, stream=mx.cpu)
+            yield from packed
             for rows in (1, 7, 50):
-                packed = mx.quantize(w, 64, bits, stream=mx.cpu)
                 yield mx.quantized_matmul(w[:rows] * 0.1, *packed, group_size=64, bits=bits, stream=mx.cpu)
             yield mx.dequantize(*packed, group_size=64, bits=bits, stream=mx.cpu)
         yield mx.softmax(w, axis=-1, stream=mx.cpu)

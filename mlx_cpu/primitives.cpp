@@ -1,8 +1,8 @@
 // What MLX computes slowly on a CPU, on all cores and with the CPU's wide instructions: exp, sigmoid, erf, softmax,
-// products with quantized matrices, and dequantizing, normalization, RoPE and attention as one operation each.
+// quantizing, products with quantized matrices, and dequantizing, normalization, RoPE and attention as one operation each.
 // MLX evaluates an operation by a virtual function of its class, eval_cpu. mlx_cpu_install writes ours into the tables of
-// the first five classes; for the last four functions it makes mlx.core call ours. Graphs, gradients, mx.compile and
-// mx.vmap thus stay MLX's own, and ours hands back to MLX what it does not do itself.
+// the first six classes; for the last four functions, and for products with scales of 16 bits, it makes mlx.core call ours.
+// Graphs, gradients, mx.compile and mx.vmap thus stay MLX's own, and ours hands back to MLX what it does not do itself.
 #include <cmath>
 #include <cstdint>
 #include <cstring>
@@ -20,6 +20,7 @@
 #include "mlx/backend/common/unary.h"
 #include "mlx/backend/cpu/encoder.h"
 #include "mlx/fast.h"
+#include "mlx/fast_primitives.h"
 #include "mlx/ops.h"
 #include "mlx/primitives.h"
 #include "mlx/transforms.h"
@@ -40,7 +41,9 @@ int threads;
 
 using Inputs = std::vector<mx::array>;
 using Eval = void (*)(mx::UnaryPrimitive *, const Inputs &, mx::array &);
+using EvalMany = void (*)(mx::Primitive *, const Inputs &, Inputs &);
 Eval own_exp, own_sigmoid, own_erf, own_softmax, own_product;
+EvalMany own_quantize;
 
 // ------------------------------------------------------------------------------------- functions of each number
 
@@ -410,6 +413,50 @@ void multiply(Product p, std::vector<int64_t> starts) {
     store(narrow.out, p.kind, i, ((const float *)p.out)[i]);
 }
 
+// --------------------------------------------------------------------------------------------------- quantizing
+
+struct Quantizing {
+  const void *w;
+  uint8_t *out;
+  void *scales, *biases;
+  mx::Dtype::Val kind; // of w, scales and biases
+  int bits, group;
+  int64_t groups;
+};
+
+// The integers, scales and biases of STEP / group groups, the very same as MLX's
+void quantize(const void *job, int part) {
+  const Quantizing &p = *(const Quantizing *)job;
+  const float top = (1 << p.bits) - 1;
+  const int64_t first = (int64_t)part * (STEP / p.group), end = min(first + STEP / p.group, p.groups);
+  for (int64_t g = first; g < end; g++) {
+    floats values[128 / W], low = INFINITY - floats{}, high = -low;
+    for (int i = 0; i < p.group / W; i++) {
+      const floats v = values[i] = load(p.w, p.kind, g * p.group + i * W, p.groups * p.group);
+      low = v < low ? v : low, high = v > high ? v : high;
+    }
+    float least = low[0], most = high[0];
+    for (int i = 1; i < W; i++)
+      least = min(least, low[i]), most = std::max(most, high[i]);
+    const bool negative = std::abs(least) > std::abs(most); // the number furthest from 0 becomes exact
+    const float range = std::max((most - least) / top, 1e-7f), edge = negative ? least : most;
+    float scale = negative ? range : -range, bias = 0;
+    if (const float steps = std::rint(edge / scale))
+      scale = edge / steps, bias = edge;
+    store(p.scales, p.kind, g, scale), store(p.biases, p.kind, g, bias);
+    int q[128];
+    for (int i = 0; i < p.group / W; i++) {
+      const float shift = 0x1.8p23f; // rounds to an integer, which stands in the lowest bits
+      *(ints *)(q + i * W) = (ints)(within(0, (values[i] - bias) / scale, top) + shift) - 0x4b400000;
+    }
+    uint8_t *to = p.out + g * p.group * p.bits / 8;
+    for (int i = 0; p.bits == 8 && i < p.group; i++)
+      to[i] = q[i];
+    for (int i = 0; p.bits == 4 && i < p.group / 2; i++)
+      to[i] = q[2 * i] | q[2 * i + 1] << 4;
+  }
+}
+
 // ----------------------------------------------------------------------------------- normalization, RoPE, attention
 
 // mx.fast's functions are a dozen operations each on a CPU, of which every one costs some microseconds. The module
@@ -724,6 +771,18 @@ mx::array dequantize(const mx::array &w, const mx::array &scales, const std::opt
   return mx::array(shape, mx::float32, std::make_shared<Fast>(stream, "Dequantize", own, eval, group), inputs);
 }
 
+// MLX would make float32 of scales in 16 bits, for every product anew.
+mx::array quantized_matmul(const mx::array &x, const mx::array &w, const mx::array &scales,
+                           const std::optional<mx::array> &biases, bool turned, std::optional<int> group_size,
+                           std::optional<int> bits, const std::string &mode, mx::StreamOrDevice s) {
+  const mx::array out = mx::quantized_matmul(x, w, scales, biases, turned, group_size, bits, mode, s);
+  const mx::Dtype kind = scales.dtype();
+  if (mode != "affine" || !for_us(out.primitive().stream(), {x}) || biases->dtype() != kind ||
+      (kind != mx::bfloat16 && kind != mx::float16))
+    return out;
+  return mx::array(out.shape(), mx::float32, out.primitive_ptr(), {x, w, scales, *biases});
+}
+
 mx::array rms_norm(const mx::array &x, const std::optional<mx::array> &weight, float eps, mx::StreamOrDevice s) {
   const mx::Stream stream = mx::to_stream(s);
   const bool fits = x.ndim() > 0 && (!weight || (weight->ndim() == 1 && weight->shape(0) == x.shape(-1)));
@@ -797,6 +856,19 @@ void eval_elements(mx::UnaryPrimitive *self, const Inputs &inputs, mx::array &ou
   });
 }
 
+// x in 16 bits as float32
+mx::array widened(const mx::array &x, const mx::Stream &stream) {
+  mx::array copy(x.shape(), mx::float32, nullptr, {});
+  copy.set_data(mx::allocator::malloc(copy.nbytes()));
+  auto &encoder = mx::cpu::get_command_encoder(stream);
+  encoder.dispatch([from = mx::array::unsafe_weak_copy(x), to = copy.data<float>()]() mutable {
+    for (size_t i = 0; i < from.size(); i++)
+      to[i] = number(from.data<void>(), from.dtype().val(), mx::elem_to_loc(i, from));
+  });
+  encoder.add_temporary(copy);
+  return copy;
+}
+
 void eval_product(mx::UnaryPrimitive *self, const Inputs &inputs, mx::array &out) {
   const auto [group, bits, mode, turned] = ((mx::QuantizedMatmul *)self)->state();
   const mx::array &x = inputs[0], &w = inputs[1];
@@ -806,8 +878,12 @@ void eval_product(mx::UnaryPrimitive *self, const Inputs &inputs, mx::array &out
               x.size() > 0 && out.size() > 0 && x.strides().back() == 1;
   for (size_t i = 1; i < inputs.size(); i++)
     ours = ours && inputs[i].flags().row_contiguous;
-  if (!ours || x.dtype() == mx::float64 || (rows > FEW && x.dtype() == mx::float32 && !x.flags().row_contiguous))
-    return own_product(self, inputs, out);
+  if (!ours || x.dtype() == mx::float64 || (rows > FEW && x.dtype() == mx::float32 && !x.flags().row_contiguous)) {
+    Inputs same = inputs;
+    for (size_t i = 2; i < same.size() && x.dtype() == mx::float32; i++)
+      same[i] = inputs[i].itemsize() == 2 ? widened(inputs[i], self->stream()) : inputs[i];
+    return own_product(self, same, out);
+  }
   out.set_data(mx::allocator::malloc(out.nbytes()));
   Product job = {w.data<uint8_t>(), inputs[2].data<void>(), inputs[3].data<void>(), out.data<void>(), rows, w.shape(0),
                  k, group, 0, x.dtype().val(), inputs[2].dtype().val(), x.data<float>(), nullptr, nullptr, nullptr};
@@ -816,9 +892,27 @@ void eval_product(mx::UnaryPrimitive *self, const Inputs &inputs, mx::array &out
   });
 }
 
+void eval_quantize(mx::Primitive *self, const Inputs &inputs, Inputs &outputs) {
+  const auto [none, group, bits, mode, back] = ((mx::fast::Quantize *)self)->state();
+  const mx::array &w = inputs[0];
+  if (back || mode != mx::QuantizationMode::Affine || (bits != 4 && bits != 8) || w.size() == 0 || group > 128 ||
+      !w.flags().row_contiguous || !issubdtype(w.dtype(), mx::floating) || w.dtype() == mx::float64)
+    return own_quantize(self, inputs, outputs);
+  for (mx::array &out : outputs)
+    out.set_data(mx::allocator::malloc(out.nbytes()));
+  const Quantizing job = {w.data<void>(), outputs[0].data<uint8_t>(), outputs[1].data<void>(), outputs[2].data<void>(),
+                          w.dtype().val(), bits, group, (int64_t)w.size() / group};
+  mx::cpu::get_command_encoder(self->stream()).dispatch([job] {
+    const int groups = STEP / job.group; // of a part
+    run(quantize, &job, (job.groups + groups - 1) / groups);
+  });
+}
+
 // Write `ours` into the table of the class of y's operation, and what was there into `own`.
-bool replace(const mx::array &y, Eval ours, Eval &own) {
-  void (mx::UnaryPrimitive::*member)(const Inputs &, mx::array &) = &mx::UnaryPrimitive::eval_cpu;
+template <typename Class, typename In, typename Out>
+bool replace(const mx::array &y, void (*ours)(Class *, In, Out), void (*&own)(Class *, In, Out)) {
+  using Eval = void (*)(Class *, In, Out);
+  void (Class::*member)(In, Out) = &Class::eval_cpu;
   size_t offset, page = sysconf(_SC_PAGESIZE);
   std::memcpy(&offset, &member, sizeof offset); // of GCC and Clang: the place in the table, on x86 one more
   char *slot = *(char **)&y.primitive() + (offset & ~(size_t)1);
@@ -850,17 +944,19 @@ extern "C" __attribute__((visibility("default"))) void mlx_cpu_plain(int on) { p
 
 extern "C" __attribute__((visibility("default"))) int mlx_cpu_install(void *pool, void *many, void *blas, int n_threads,
                                                                       Redirect redirect, void **norm, void **dequantizing,
-                                                                      size_t bytes) {
+                                                                      void **multiplying, size_t bytes) {
   run = (decltype(run))pool, many_rows = (decltype(many_rows))many, sgemm = (Sgemm)blas, threads = n_threads;
   const mx::Device cpu = mx::Device::cpu;
   const mx::array x = mx::zeros({1, 32}, cpu), w = mx::zeros({1, 8}, mx::uint32, cpu), s = mx::zeros({1, 1}, cpu);
   instead(redirect, mx::fast::rms_norm, rms_norm, norm, bytes);
   instead(redirect, mx::dequantize, dequantize, dequantizing, bytes);
+  instead(redirect, mx::quantized_matmul, quantized_matmul, multiplying, bytes);
   instead(redirect, mx::fast::rope, rope);
   instead(redirect, mx::fast::scaled_dot_product_attention, attention);
   return replace(mx::exp(x, cpu), eval_elements<exponential, own_exp>, own_exp) &&
          replace(mx::sigmoid(x, cpu), eval_elements<logistic, own_sigmoid>, own_sigmoid) &&
          replace(mx::erf(x, cpu), eval_elements<error_function, own_erf>, own_erf) &&
          replace(mx::softmax(x, std::vector<int>{-1}, true, cpu), eval_softmax, own_softmax) &&
+         replace(mx::quantize(x, 32, 8, "affine", {}, cpu)[0], eval_quantize, own_quantize) &&
          replace(mx::quantized_matmul(x, w, s, s, true, 32, 8, "affine", cpu), eval_product, own_product);
 }

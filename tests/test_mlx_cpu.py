@@ -262,6 +262,48 @@ def test_quantized_products_of_all_kinds_of_arrays(primitives):
     assert (np.array(product(mx.zeros((3, 256)), *packed)) == 0).all()
 
 
+@pytest.mark.parametrize("dtype", [mx.bfloat16, mx.float16])
+@pytest.mark.parametrize("bits", [4, 6, 8])
+def test_quantized_products_with_scales_of_16_bits(primitives, tmp_path, bits, dtype):
+    """They are read as they are, with the result of the same scales in float32; MLX does what we do not."""
+    w, tangent = (mx.random.normal((n, 256), key=mx.random.key(n)) for n in (40, 3))
+    weight, *kept = mx.quantize(w.astype(dtype), 64, bits)
+    wide = [p.astype(mx.float32) for p in kept]
+    product = partial(mx.quantized_matmul, group_size=64, bits=bits)
+    assert kept[0].dtype == dtype
+    rows = mx.random.normal((80, 256), key=mx.random.key(0))
+    for x in (rows[:1], rows[:3], rows[:50], rows[::2], mx.broadcast_to(rows[:1], (50, 256)), rows.astype(dtype)):
+        y, expected = product(x, weight, *kept), product(x, weight, *(kept if x.dtype == dtype else wide))
+        assert y.dtype == x.dtype and (y == expected).all()
+    apart = [mx.stack([p, p], 2)[..., 0] for p in kept]  # not contiguous
+    assert mx.allclose(product(rows, weight, *apart), product(rows, weight, *wide), atol=2e-3)
+    x, across = rows[:3], rows[:5, :40]
+    y = product(x, weight, *kept)
+    assert mx.allclose(product(across, weight, *kept, transpose=False), product(across, weight, *wide, transpose=False))
+    for change in (
+        lambda f: mx.grad(lambda x: (f(x) ** 2).sum())(x),
+        lambda f: mx.jvp(f, [x], [tangent])[1][0],
+        lambda f: mx.compile(lambda x: f(x * 2) + 1)(x),
+    ):
+        assert mx.allclose(*(change(lambda x, s=s: product(x, weight, *s)) for s in (kept, wide)), atol=1e-4)
+    mx.export_to_dot(str(tmp_path / "graph"), y)
+    assert "AsType" not in (tmp_path / "graph").read_text()
+
+
+@pytest.mark.parametrize("dtype", [mx.float32, mx.bfloat16, mx.float16])
+@pytest.mark.parametrize("bits", [4, 8])
+@pytest.mark.parametrize("group", [32, 64, 128])
+def test_quantizing(primitives, group, bits, dtype):
+    """The very numbers of MLX's own, which quantizes what is not contiguous."""
+    w = mx.random.normal((513, 256), key=mx.random.key(0)) * mx.exp(2 * mx.random.normal((513, 1)))
+    w[3], w[4], w[5], w[6], w[7] = 0, 1e-9, 7.5, mx.abs(w[6]), -mx.abs(w[7])
+    w = w.astype(dtype)
+    ours, own = mx.quantize(w, group, bits), mx.quantize(mx.contiguous(w.T).T, group, bits)
+    for a, b in zip(ours, own):
+        assert a.dtype == b.dtype and a.shape == b.shape and (a == b).all()
+    assert all((a == b[:6]).all() for a, b in zip(mx.quantize(w[:6], group, bits), ours))  # less than a thread's part
+
+
 def test_quantized_products_transformed(primitives):
     """Gradients, jvp and compile work as MLX's, with our products inside."""
     x, tangent = (mx.random.normal((3, 256), key=mx.random.key(i)) for i in (0, 1))

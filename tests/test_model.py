@@ -18,6 +18,7 @@ import mlx.core as mx  # isort: skip
 import numpy as np
 import pytest
 import soundfile
+from mlx.utils import tree_flatten
 
 from conftest import DTYPE, LOGITS, SHAPES, clip, same_codes, write_model, write_tokenizer
 
@@ -724,6 +725,18 @@ def test_quantized(folder, generator, bits):
     assert mx.abs(q.model.depth_logits(h, codes) - same.depth_logits(h, codes)).max() < max(1e-3, LOGITS)
     error = mx.abs(q.model.head(0, h) - generator.model.head(0, h)).max()
     assert 1e-4 < error < (0.2 if bits == 8 else 3) + LOGITS
+
+
+def test_scales_stay_in_16_bits_on_a_cpu():
+    """As the checkpoint has them: they are read with every product. A row of an embedding becomes float32."""
+    model = csm.load("tiny", dtype="float32", quantize=8).model
+    assert model.text_embeddings.scales.dtype == model.dtype == mx.float32
+    assert model.audio_head[0].scales.dtype == (mx.float32 if csm.on_gpu() else mx.bfloat16)
+    rows = mx.zeros((1, 3, model.config.audio_num_codebooks + 1), mx.int32)
+    wide = {k: w.astype(mx.float32) for k, w in tree_flatten(model.parameters()) if w.dtype == mx.bfloat16}
+    ours = model(rows)
+    model.load_weights(list(wide.items()), strict=False)
+    assert ours.dtype == mx.float32 and (ours == model(rows)).all()
 
 
 def test_quantize_refuses(folder):

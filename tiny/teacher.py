@@ -538,6 +538,38 @@ class Strangers:
         return self.kokoro.synthesize(text, speed, r.uniform(20, 80), r.choice(variants))
 
 
+class People:
+    """Recordings of people: (their words, sound, the scores of the phonemes) -> Said. The scores place the phonemes."""
+
+    def __init__(self):
+        self.espeak = Espeak()
+
+    def __call__(self, text, wave, rate, scores):
+        """scores (T, codes.USED[0]): the logarithm of each phoneme's probability in each quarter of a frame."""
+        index = {letter: 2 + i for i, letter in enumerate(codes.PHONEMES)}
+        said = [index.get(letter, codes.SILENCE) for letter in self.espeak.phonemes(text)[0] if letter not in MARKS]
+        at = aligned(scores, [codes.SILENCE, *said, codes.SILENCE])
+        names = [(" " * 2 + codes.PHONEMES)[i] for i in at]
+        return labelled(wave, rate, np.arange(len(at)) * FRAME / PARTS / RATE, names)
+
+
+def aligned(scores, said):
+    """The most probable path through the phonemes `said` [int], all in order, but silences may be left out: [int]"""
+    said = [s for s, before in zip(said, [None, *said]) if s != codes.SILENCE or before != s]
+    quiet, best = np.array(said) == codes.SILENCE, np.full(len(said), -np.inf)
+    best[:2], came = scores[0, said[:2]], np.zeros((len(scores), len(said)), np.int8)
+    over = np.pad(quiet, (1, 0))[:-1]  # whether the phoneme before may be left out
+    for t in range(1, len(scores)):
+        ways = np.stack([best, np.pad(best, (1, 0), constant_values=-np.inf)[:-1],
+                         np.where(over, np.pad(best, (2, 0), constant_values=-np.inf)[:-2], -np.inf)])  # fmt: skip
+        came[t] = ways.argmax(0)
+        best = ways.max(0) + scores[t, said]
+    path = [len(said) - 1 - int(best[-1] < best[-2])]
+    for steps in came[:0:-1]:
+        path.append(path[-1] - int(steps[path[-1]]))
+    return [said[i] for i in reversed(path)]
+
+
 def count(text):
     """The number of words that have a letter."""
     return sum(any(c.isalpha() for c in word) for word in text.split())

@@ -113,6 +113,37 @@ def machines(args):
     others(args, "machines", 4, teacher.Strangers(args.styles).machine)
 
 
+@torch.no_grad()
+def people(args, seconds=300):
+    """Write WORK/people-i, in the format of `strangers`: the recordings of --people, five minutes each.
+
+    The encoder so far places the phonemes of their transcripts. Delete these files to place them again by a better one.
+    """
+    import soundfile
+    import soxr
+
+    if not args.people:
+        return
+    said = [line.split(" ", 1) for path in args.people.rglob("*.trans.txt") for line in path.read_text().splitlines()]
+    sounds = {path.stem: path for path in args.people.rglob("*") if path.suffix in (".flac", ".mp3", ".wav")}
+    said = sorted((name, text) for name, text in said if name in sounds)
+    random.Random(0).shuffle(said)
+    mimi, align, made, n = new_mimi(args.work, args.start), teacher.People(), [], 0
+    for name, text in said:
+        wave, rate = soundfile.read(sounds[name], dtype="float32")
+        heard = soxr.resample(wave, rate, RATE)
+        heard *= 0.08 / np.sqrt(np.mean(heard[np.abs(heard) > 0.05 * np.abs(heard).max()] ** 2))
+        x = np.pad(heard, (0, AHEAD - len(heard) % FRAME))  # the codes of a frame are heard one frame later
+        found = latents(mimi, torch.from_numpy(x)[None].to(DEVICE), 1)
+        scores = torch.stack([nearness(found, k)[0] for k in range(PARTS)], 1).flatten(0, 1).log_softmax(-1)
+        one = align(text.lower(), wave, rate, scores.cpu().numpy())
+        made.append(((one.wave * 32767).astype(np.int16), codes.encode(*one.labels, -1)))
+        if sum(len(wave) for wave, _ in made) > seconds * RATE or name == said[-1][0]:
+            save(args.work / f"people-{n}.npy", np.concatenate([wave for wave, _ in made]))
+            save(args.work / f"people-{n}.pkl", [rows for _, rows in made])
+            made, n = [], n + 1
+
+
 def others(args, kind, hours, speak, seconds=300):
     read = reader(args.work)
     for path, r in shards(args, kind, hours, seconds):
@@ -366,6 +397,13 @@ def understood(mimi, y, before):
     return [split.input_proj(z).transpose(1, 2)[:, before:] for split in splits(mimi)]
 
 
+def nearness(found, k):
+    """How near the latents are to each code of codebook k, as logits (B, F, codes)."""
+    a, b = codes.SPANS[k]
+    away = found[min(k, 1)][..., None, a:b] - codebooks()[k, : codes.USED[k], a:b]
+    return -1.5 * away.square().sum(-1)
+
+
 def distances(found, ids, louder):
     """Losses by name between latents and the vectors of their target codes, and the share of right phonemes.
 
@@ -385,9 +423,9 @@ def distances(found, ids, louder):
         far = (far * known).sum() / known.sum().clamp(min=1) if name == "voice" else far.mean()
         out["vectors"] = out["vectors"] + weights.get(name, 1) * far
         if name == "phoneme":
-            away = (y[..., None, :] - book).square().sum(-1)  # (B, F, codes)
-            out["phonemes"] = out["phonemes"] + F.cross_entropy(-1.5 * away.flatten(0, 1), ids[..., k].flatten()) / 4
-            right += (away.argmin(-1) == ids[..., k]).float().mean() / 4
+            near = nearness(found, k)
+            out["phonemes"] = out["phonemes"] + F.cross_entropy(near.flatten(0, 1), ids[..., k].flatten()) / 4
+            right += (near.argmax(-1) == ids[..., k]).float().mean() / 4
         else:
             out[name] = far
     return out, right
@@ -729,7 +767,7 @@ def export(args):
     )
 
 
-STAGES = {f.__name__: f for f in (speech, strangers, machines, talks, decoder, echo, ears, encoder, lm, export)}
+STAGES = {f.__name__: f for f in (speech, strangers, machines, people, talks, decoder, echo, ears, encoder, lm, export)}
 
 
 def main():
@@ -741,6 +779,7 @@ def main():
     p.add_argument("--teacher", choices=teacher.TEACHERS, default="kokoro", help="for speech, talks and export")
     p.add_argument("--hours", type=float, help="hours of data: speech 3, strangers and machines 4, talks 20, echo 8")
     p.add_argument("--styles", type=Path, help="for strangers: package/voices of npm's kokoro-js")
+    p.add_argument("--people", type=Path, help="for people: recordings and *.trans.txt, as LibriSpeech has them")
     p.add_argument("--part", type=int, default=0, help="speech, talks, echo: index of this process among --parts")
     p.add_argument("--parts", type=int, default=1)
     p.add_argument("--threads", type=int, default=os.cpu_count())

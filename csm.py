@@ -1052,10 +1052,8 @@ def load(
         config, weights = change(config, weights, adapter, quantize, group_size)
     dtype = as_dtype(dtype)
     for name, w in weights.items():
-        if is_scale(name, w) and dtype == mx.float32 and not on_gpu():
-            continue  # a CPU's products read 16 bits as they are, which are fewer bytes
         if mx.issubdtype(w.dtype, mx.floating):
-            weights[name] = w.astype(dtype)
+            weights[name] = cast(name, w, dtype)
         elif f"{name.rpartition('.')[0]}.scales" not in weights:
             raise ValueError(f"{model} has weights that are no floats: {name} is {w.dtype}")
     network = blank_model(config, weights)
@@ -1093,10 +1091,12 @@ def split_heads(weights):
     return weights
 
 
-def is_scale(name, w):
-    """Whether w is a quantized product's scales or biases in 16 bits."""
-    kind = name.endswith((".scales", ".biases")) and w.dtype in (mx.bfloat16, mx.float16)
-    return kind and "embeddings" not in name
+def cast(name, w, dtype):
+    """w as dtype. A CPU's products read scales of 16 bits as they are, which saves bytes."""
+    is_scale = name.endswith((".scales", ".biases")) and "embeddings" not in name
+    if is_scale and w.dtype in (mx.bfloat16, mx.float16) and dtype == mx.float32 and not on_gpu():
+        return w
+    return w.astype(dtype)
 
 
 def blank_model(config, weights):

@@ -10,7 +10,8 @@ Peers, through their own public functions: transformers (its `generate`, torch),
 mlx-audio (`SesameModel.generate_frame`, its Mimi). One that is not installed gets a row that says so. Weights are of
 the same sizes everywhere; nothing is downloaded. A measure is the median over rounds, in which the systems take turns.
 The floor is the time that this machine needs to read a frame's weights, in the same turns: no batch of one can beat it.
-transformers-int8 is transformers after torch's own dynamic quantization, what a CPU's user would try first.
+transformers-int8 is transformers after torch's own dynamic quantization, what a CPU's user would try first. llama.cpp
+(`pip install llama-cpp-python gguf`) runs Llamas of the same sizes with --quantize's bits, q8_0 and q4_k.
 """
 
 import gc
@@ -80,9 +81,10 @@ class Ours:
             self.generator = csm.load(folder / "ours", dtype=str(dtype).removeprefix("mlx.core."), quantize=quantize)
             mx.eval(self.generator.model.parameters())
             return
-        model = randomize(csm.CSM(config), dtype)
+        model = randomize(csm.CSM(config), mx.bfloat16 if quantize else dtype)  # as most checkpoints are
         if quantize:
             weights, _ = csm_layouts.quantize(dict(tree_flatten(model.parameters())), quantize)
+            weights = {k: w if w.dtype == mx.uint32 else csm.cast(k, w, dtype) for k, w in weights.items()}
             model = csm.blank_model(config, weights)
             mimi.load_weights(model, weights)
         self.generator = csm.Generator(model, randomize(mimi.Mimi(codec)), None)
@@ -284,6 +286,80 @@ class MlxAudio(MLXPeer):
         mx.eval(self.codec.decode(mx.array(codes)[None]))
 
 
+class LlamaCpp:
+    """ggml's quantized products: llama.cpp on two Llamas of the backbone's and the depth decoder's sizes.
+
+    Nothing is sampled, and nothing goes from one to the other.
+    """
+
+    package = "llama_cpp"
+
+    def __init__(self, config, codec, dtype, folder, bits=8):
+        import llama_cpp
+
+        if mx.default_device() != mx.cpu or folder:
+            raise ValueError("on a CPU with random weights alone")
+        with tempfile.TemporaryDirectory() as work:
+            files = [self.write(Path(work, f"{i}.gguf"), c, config.audio_vocab_size, bits)
+                     for i, c in enumerate((config.backbone, config.decoder))]  # fmt: skip
+            options = {"n_ctx": 2048, "n_batch": 2048, "n_threads": mlx_cpu.n_threads(), "verbose": False}
+            options |= {"n_threads_batch": options["n_threads"], "n_gpu_layers": 0, "use_mmap": False}
+            self.backbone, self.decoder = (llama_cpp.Llama(str(file), **options) for file in files)
+        self.n_codes = config.audio_num_codebooks
+
+    @staticmethod
+    def write(path, c, n_vocab, bits):
+        """A Llama of these sizes in which every matrix is one quantized block, over and over."""
+        import gguf
+
+        kind = gguf.GGMLQuantizationType.Q8_0 if bits == 8 else gguf.GGMLQuantizationType.Q4_K
+        n, n_bytes = gguf.GGML_QUANT_SIZES[kind]
+        block = np.random.default_rng(0).integers(0, 256, n_bytes).astype(np.uint8)
+        block[:4] = np.frombuffer(np.array([0.001, 0.001], np.float16).tobytes(), np.uint8)  # its scales
+        out = gguf.GGUFWriter(path, "llama")
+        out.add_tokenizer_model("none")
+        out.add_vocab_size(n_vocab)
+        out.add_context_length(2048)
+        out.add_embedding_length(c.dim)
+        out.add_block_count(c.n_layers)
+        out.add_feed_forward_length(c.ffn_dim)
+        out.add_head_count(c.n_heads)
+        out.add_head_count_kv(c.n_kv_heads)
+        out.add_key_length(c.head_dim)
+        out.add_value_length(c.head_dim)
+        out.add_rope_dimension_count(c.head_dim)
+        out.add_layer_norm_rms_eps(c.norm_eps)
+        q, kv = c.n_heads * c.head_dim, c.n_kv_heads * c.head_dim
+        shapes = {"token_embd": (n_vocab, c.dim), "output": (n_vocab, c.dim), "output_norm": (c.dim,)}
+        for i in range(c.n_layers):
+            layer = {"attn_norm": (c.dim,), "attn_q": (q, c.dim), "attn_k": (kv, c.dim), "attn_v": (kv, c.dim),
+                     "attn_output": (c.dim, q), "ffn_norm": (c.dim,), "ffn_gate": (c.ffn_dim, c.dim),
+                     "ffn_up": (c.ffn_dim, c.dim), "ffn_down": (c.dim, c.ffn_dim)}  # fmt: skip
+            shapes |= {f"blk.{i}.{name}": shape for name, shape in layer.items()}
+        for name, shape in shapes.items():
+            if len(shape) == 1:
+                out.add_tensor(f"{name}.weight", np.ones(shape, np.float32))
+            else:
+                out.add_tensor(f"{name}.weight", np.tile(block, (shape[0], shape[1] // n)), raw_dtype=kind)
+        out.write_header_to_file()
+        out.write_kv_data_to_file()
+        out.write_tensors_to_file()
+        out.close()
+        return path
+
+    def frames(self, batch, n_rows, n):
+        if batch > 1:
+            raise NotImplementedError("one utterance alone")
+        self.backbone.reset()
+        self.backbone.eval([1] * n_rows)
+        for _ in range(n):
+            self.decoder.reset()
+            self.decoder.eval([1, 1])
+            for _ in range(2, self.n_codes):
+                self.decoder.eval([1])
+            self.backbone.eval([1])
+
+
 class Floor:
     """Nothing but the reading of a frame's weights, as products with one row."""
 
@@ -299,7 +375,7 @@ class Floor:
 
 SYSTEMS = {
     "ours": Ours, "transformers": Transformers, "transformers-compiled": StaticTransformers,
-    "transformers-int8": Int8Transformers, "csm-mlx": CsmMlx, "mlx-audio": MlxAudio,
+    "transformers-int8": Int8Transformers, "csm-mlx": CsmMlx, "mlx-audio": MlxAudio, "llama.cpp": LlamaCpp,
 }  # fmt: skip
 
 
@@ -357,9 +433,12 @@ def run(args, config, codec, folder=None):
     kinds = {name: SYSTEMS[name] for name in args.only}
     if "ours" in kinds:
         kinds |= {f"ours, {bits} bits": partial(Ours, quantize=bits) for bits in args.quantize}
+    if "llama.cpp" in kinds:  # which has no other
+        del kinds["llama.cpp"]
+        kinds |= {f"llama.cpp, {bits} bits": partial(LlamaCpp, bits=bits) for bits in args.quantize}
     for name, kind in kinds.items():
         try:
-            if not name.startswith("ours") and importlib.util.find_spec(kind.package) is None:
+            if not name.startswith("ours") and importlib.util.find_spec(getattr(kind, "func", kind).package) is None:
                 raise ImportError("not installed")
             begun = time.perf_counter()
             systems[name] = kind(config, codec, dtype, folder)
@@ -464,7 +543,7 @@ def program(args):
         if folder:
             config, codec = checkpoint(args.checkpoint, folder)
         table = run(args, config, codec, folder)
-    packages = {n: version(n) for n in ("mlx", "torch", "transformers", "csm-mlx", "mlx-audio")}
+    packages = {n: version(n) for n in ("mlx", "torch", "transformers", "csm-mlx", "mlx-audio", "llama-cpp-python")}
     about = {"machine": platform.platform(), "device": str(mx.default_device()), "dtype": str(csm.as_dtype(args.dtype)),
              "quantize": args.quantize, "packages": packages, "peak_memory": command.peak_memory()}  # fmt: skip
     made, *rows = table.values()

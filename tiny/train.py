@@ -48,7 +48,13 @@ DIM, FILTERS, LAYERS = 192, 16, 4  # the codec's width, its first convolution's,
 AHEAD, LATE = FRAME, FRAME // 2  # samples that the encoder hears beyond a frame; the decoder's delay in samples
 ALONE = 0.7  # share of the decoder's steps before the adversary joins
 LISTEN = 0.8  # share of the encoder's steps with frozen ears
-HEARD = {"speech": 0.15, "strangers": 0.4, "machines": 0.15, "echo": 0.3}  # shares, for ears and encoder
+HEARD = {"speech": 0.1, "strangers": 0.15, "machines": 0.15, "people": 0.35, "echo": 0.25}  # shares of ears, encoder
+    "speech": 0.1,
+    "strangers": 0.15,
+    "machines": 0.15,
+    "people": 0.35,
+    "echo": 0.25,
+}  # shares, for ears and encoder
 EARS = 11  # the encoder's first layers, down to 200 Hz
 LAST_FRAMES, LAST_WEIGHT = 6, 2.0  # the frames before a silence, and their weight in the loss
 SAMPLING = {"temperature": 0.5, "top_k": 50}  # the exported folder's defaults
@@ -228,7 +234,7 @@ class Speech:
 
 def varied(wave, rows, rng):
     """Augment speech: tempo and pitch by resampling, timbre, room, telephone, noise. Its voice becomes -1."""
-    speed = math.exp(rng.uniform(-0.18, 0.18))
+    speed = math.exp(rng.uniform(-0.22, 0.22))
     x = np.interp(np.arange(0, len(wave) - 1, speed), np.arange(len(wave)), wave)
     n, size = len(x), -(-(len(x) + RATE // 2) // 4096) * 4096  # with room for an echo, and quick to transform
     bins, hz = np.fft.rfft(x, size), np.fft.rfftfreq(size, 1 / RATE)

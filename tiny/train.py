@@ -48,13 +48,7 @@ DIM, FILTERS, LAYERS = 192, 16, 4  # the codec's width, its first convolution's,
 AHEAD, LATE = FRAME, FRAME // 2  # samples that the encoder hears beyond a frame; the decoder's delay in samples
 ALONE = 0.7  # share of the decoder's steps before the adversary joins
 LISTEN = 0.8  # share of the encoder's steps with frozen ears
-HEARD = {"speech": 0.1, "strangers": 0.15, "machines": 0.15, "people": 0.35, "echo": 0.25}  # shares of ears, encoder
-    "speech": 0.1,
-    "strangers": 0.15,
-    "machines": 0.15,
-    "people": 0.35,
-    "echo": 0.25,
-}  # shares, for ears and encoder
+HEARD = {"speech": 0.1, "strangers": 0.15, "machines": 0.15, "people": 0.35, "echo": 0.25}  # shares of what is heard
 EARS = 11  # the encoder's first layers, down to 200 Hz
 LAST_FRAMES, LAST_WEIGHT = 6, 2.0  # the frames before a silence, and their weight in the loss
 SAMPLING = {"temperature": 0.5, "top_k": 50}  # the exported folder's defaults

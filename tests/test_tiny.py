@@ -126,6 +126,23 @@ def test_codes_say_what_codes_py_says(tiny):
     assert said[0, 4] == 0 and abs(codes.hertz(said[0, 5]) / 200 - 1) < 0.01
 
 
+def test_phonemes_are_placed():
+    """aligned() finds the times of known phonemes in noisy scores, with and without pauses between the words."""
+    codes, teacher = pytest.importorskip("codes"), pytest.importorskip("teacher")
+    r, quiet = np.random.default_rng(0), codes.SILENCE
+    said = [quiet, 5, 9, 9, quiet, 7, 30, quiet, quiet, 12, quiet]
+    for without in ((), (0,), (4, 10), (0, 4, 7, 8, 10)):  # pauses that are not heard
+        heard = [s for i, s in enumerate(said) if i not in without]
+        true = np.concatenate([np.full(r.integers(3, 9), s) for s in heard])
+        scores = r.normal(-4, 1, (len(true), codes.USED[0]))
+        scores[np.arange(len(true)), true] += 4
+        wrong = np.array(teacher.aligned(scores, said)) != true
+        assert wrong.mean() < 0.05, without
+    scores[:, 9] += 20  # a sound that the text lacks there
+    assert teacher.aligned(scores, [quiet, 5, quiet]).count(9) == 0
+    assert len(teacher.aligned(scores[:2], said)) == 2  # too short for its text
+
+
 def test_word_errors(evaluate):
     for said, heard, errors in (
         ("a b c", "a b c", 0),

@@ -417,8 +417,7 @@ def labelled(wave, rate, starts, names):
     """Make a Said of a synthesizer's sound. starts: where each phoneme of `names` begins, in s."""
     import soxr
 
-    wave = soxr.resample(wave, rate, RATE)
-    wave *= 0.08 / np.sqrt(np.mean(wave[np.abs(wave) > 0.05 * np.abs(wave).max()] ** 2))
+    wave = levelled(soxr.resample(wave, rate, RATE))
     rows = np.pad(wave, (0, -len(wave) % (UNIT // 2))).reshape(-1, UNIT // 2)
     level = (np.log(np.sqrt((rows**2).mean(1)) + 1e-4) + OFFSET) / codes.LEVEL
     middles = np.arange(len(level)) * UNIT // 2 + UNIT // 4
@@ -426,6 +425,11 @@ def labelled(wave, rate, starts, names):
     return finished(
         wave, lambda at: [names[i] for i in np.searchsorted(starts, at).clip(1) - 1], track(wave, middles), level
     )
+
+
+def levelled(wave):
+    """The wave as loud as Kokoro's: where it is loud, its RMS is 0.08."""
+    return wave * (0.08 / np.sqrt(np.mean(wave[np.abs(wave) > 0.05 * np.abs(wave).max()] ** 2)))
 
 
 def track(wave, middles):

@@ -6,7 +6,7 @@
 
 The stages write their results to WORK and can be resumed:
     speech    the teacher's sentences as sound and codes (codes.py says what these mean)
-    strangers, machines    the same in other voices, for ears and encoder
+    strangers, machines, people    the same in other voices, for ears and encoder
     talks     the teacher's conversations as text and codes; without sound, this is twenty times as fast
     decoder   Mimi's decoder, from the teacher's codes to sound
     echo      the decoder's sound of the conversations: more words for the encoder, almost free
@@ -47,8 +47,8 @@ V = N_CODES + 3  # three more ids than codes, as in CSM-1B
 DIM, FILTERS, LAYERS = 192, 16, 4  # the codec's width, its first convolution's, and its transformers' layers
 AHEAD, LATE = FRAME, FRAME // 2  # samples that the encoder hears beyond a frame; the decoder's delay in samples
 ALONE = 0.7  # share of the decoder's steps before the adversary joins
-LISTEN = 0.8  # share of the encoder's steps with frozen ears
-HEARD = {"speech": 0.1, "strangers": 0.15, "machines": 0.15, "people": 0.35, "echo": 0.25}  # shares of what is heard
+LISTEN = 0.7  # share of the encoder's steps with frozen ears
+HEARD = {"speech": 0.15, "strangers": 0.2, "machines": 0.05, "people": 0.3, "echo": 0.3}  # shares, for ears and encoder
 EARS = 11  # the encoder's first layers, down to 200 Hz
 LAST_FRAMES, LAST_WEIGHT = 6, 2.0  # the frames before a silence, and their weight in the loss
 SAMPLING = {"temperature": 0.5, "top_k": 50}  # the exported folder's defaults
@@ -114,34 +114,38 @@ def machines(args):
 
 
 @torch.no_grad()
-def people(args, seconds=300):
-    """Write WORK/people-i, in the format of `strangers`: the recordings of --people, five minutes each.
+def people(args, some=64):
+    """Write WORK/people-i, in the format of `strangers`: the recordings of --people, `some` in each.
 
-    The encoder so far places the phonemes of their transcripts. Delete these files to place them again by a better one.
+    The encoder so far places the phonemes of their transcripts. Delete these files to have a better one place them.
     """
     import soundfile
     import soxr
 
     if not args.people:
         return
-    said = [line.split(" ", 1) for path in args.people.rglob("*.trans.txt") for line in path.read_text().splitlines()]
+    if not args.start and not (args.work / "encoder.pt").exists():
+        print("people: there is no encoder yet; run this stage again after `encoder`, then `encoder` with more --steps")
+        return
     sounds = {path.stem: path for path in args.people.rglob("*") if path.suffix in (".flac", ".mp3", ".wav")}
-    said = sorted((name, text) for name, text in said if name in sounds)
-    random.Random(0).shuffle(said)
-    mimi, align, made, n = new_mimi(args.work, args.start), teacher.People(), [], 0
-    for name, text in said:
-        wave, rate = soundfile.read(sounds[name], dtype="float32")
-        heard = soxr.resample(wave, rate, RATE)
-        heard *= 0.08 / np.sqrt(np.mean(heard[np.abs(heard) > 0.05 * np.abs(heard).max()] ** 2))
-        x = np.pad(heard, (0, AHEAD - len(heard) % FRAME))  # the codes of a frame are heard one frame later
-        found = latents(mimi, torch.from_numpy(x)[None].to(DEVICE), 1)
-        scores = torch.stack([nearness(found, k)[0] for k in range(PARTS)], 1).flatten(0, 1).log_softmax(-1)
-        one = align(text.lower(), wave, rate, scores.cpu().numpy())
-        made.append(((one.wave * 32767).astype(np.int16), codes.encode(*one.labels, -1)))
-        if sum(len(wave) for wave, _ in made) > seconds * RATE or name == said[-1][0]:
-            save(args.work / f"people-{n}.npy", np.concatenate([wave for wave, _ in made]))
-            save(args.work / f"people-{n}.pkl", [rows for _, rows in made])
-            made, n = [], n + 1
+    lines = [line for path in args.people.rglob("*.trans.txt") for line in path.read_text().splitlines()]
+    said = sorted((name, text) for name, _, text in (line.partition(" ") for line in lines) if name in sounds)
+    mimi, align = new_mimi(args.work, args.start), teacher.People()
+    for i in range(args.part, math.ceil(len(said) / some), args.parts):
+        path, waves, rows = args.work / f"people-{i}", [], []
+        for name, text in said[some * i : some * (i + 1)] if not path.with_suffix(".pkl").exists() else ():
+            wave, rate = soundfile.read(sounds[name], dtype="float32")
+            x = teacher.levelled(soxr.resample(wave, rate, RATE))
+            x = np.pad(x, (0, AHEAD - len(x) % FRAME))  # the codes of a frame are heard one frame later
+            found = latents(mimi, torch.from_numpy(x)[None].to(DEVICE), 1)
+            scores = torch.stack([nearness(found, k)[0] for k in range(PARTS)], 1).flatten(0, 1).log_softmax(-1)
+            one = align(text.lower(), wave, rate, scores.cpu().numpy())
+            waves.append((one.wave * 32767).astype(np.int16))
+            rows.append(codes.encode(*one.labels, -1))
+        if rows:
+            save(path.with_suffix(".npy"), np.concatenate(waves))
+            save(path.with_suffix(".pkl"), rows)
+            print(path.name, flush=True)
 
 
 def others(args, kind, hours, speak, seconds=300):

@@ -508,6 +508,11 @@ def encoder(args, again=4, longest=5_000):
         with half(args):
             out, right = distances(understood(mimi, y.float(), before), ids, louder)
         steps.optimize(2 * out["phonemes"] + 0.4 * out["vectors"], right=right, **out)
+    if args.start and args.share < 1:
+        before = new_mimi(args.start, args.start).state_dict()
+        after = mimi.state_dict()
+        mimi.load_state_dict({k: torch.lerp(before[k], w, args.share) if w.is_floating_point() else w
+                              for k, w in after.items()})  # fmt: skip
     save_parts(args, "encoder", mimi)
 
 
@@ -790,6 +795,9 @@ def main():
     p.add_argument("--bf16", action="store_true", help="multiply in bfloat16: faster on a GPU and on new CPUs")
     p.add_argument("--positions", type=int, default=1_000, help="positions in a batch of the stage lm")
     p.add_argument("--start", type=Path, help="start from these weights (convert.py tiny START --to transformers)")
+    p.add_argument(
+        "--share", type=float, default=1.0, help="encoder: new weights' share in a mean with those of --start"
+    )
     p.add_argument("--folder", type=Path, help="where export writes (default: the folder of this file)")
     args = p.parse_args()
     args.work.mkdir(parents=True, exist_ok=True)

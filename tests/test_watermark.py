@@ -462,7 +462,7 @@ def test_the_server_marks_what_it_says(small, hub, tmp_path):
         try:
             address = next(line for line in server.stderr if line.startswith("ready: ")).split()[1]
             # With this seed the networks made by hand read every symbol.
-            request = {"input": TEXT, "voice": "ash", "seed": 2, "model": "csm", "response_format": "pcm"}
+            request = {"input": TEXT, "voice": "ash", "seed": 7, "model": "csm", "response_format": "pcm"}
             for _ in range(2):
                 answer = httpx.post(f"{address}/v1/audio/speech", json=request, timeout=600)
                 audio = np.frombuffer(answer.content, "<i2") / np.float32(32767)

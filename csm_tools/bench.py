@@ -25,7 +25,6 @@ import sys
 import tempfile
 import time
 from dataclasses import asdict
-from functools import partial
 from pathlib import Path
 
 import csm  # before mlx
@@ -294,13 +293,13 @@ class LlamaCpp:
 
     package = "llama_cpp"
 
-    def __init__(self, config, codec, dtype, folder, bits=8):
+    def __init__(self, config, codec, dtype, folder, quantize):
         import llama_cpp
 
         if mx.default_device() != mx.cpu or folder:
             raise ValueError("on a CPU with random weights alone")
         with tempfile.TemporaryDirectory() as work:
-            files = [self.write(Path(work, f"{i}.gguf"), c, config.audio_vocab_size, bits)
+            files = [self.write(Path(work, f"{i}.gguf"), c, config.audio_vocab_size, quantize)
                      for i, c in enumerate((config.backbone, config.decoder))]  # fmt: skip
             options = {"n_ctx": 2048, "n_batch": 2048, "n_threads": mlx_cpu.n_threads(), "verbose": False}
             options |= {"n_threads_batch": options["n_threads"], "n_gpu_layers": 0, "use_mmap": False}
@@ -430,18 +429,16 @@ def run(args, config, codec, folder=None):
     """{measure: {system: seconds, or why not}}; the floor takes its turns among the systems."""
     dtype, systems, table = csm.as_dtype(args.dtype), {}, {}
     made = table["load" if folder else "made, with random weights"] = {}
-    kinds = {name: SYSTEMS[name] for name in args.only}
-    if "ours" in kinds:
-        kinds |= {f"ours, {bits} bits": partial(Ours, quantize=bits) for bits in args.quantize}
-    if "llama.cpp" in kinds:  # which has no other
-        del kinds["llama.cpp"]
-        kinds |= {f"llama.cpp, {bits} bits": partial(LlamaCpp, bits=bits) for bits in args.quantize}
-    for name, kind in kinds.items():
+    kinds = {name: (SYSTEMS[name], {}) for name in args.only if name != "llama.cpp"}
+    for name in ("ours", "llama.cpp"):
+        for bits in args.quantize if name in args.only else ():
+            kinds[f"{name}, {bits} bits"] = SYSTEMS[name], {"quantize": bits}
+    for name, (kind, options) in kinds.items():
         try:
-            if not name.startswith("ours") and importlib.util.find_spec(getattr(kind, "func", kind).package) is None:
+            if not name.startswith("ours") and importlib.util.find_spec(kind.package) is None:
                 raise ImportError("not installed")
             begun = time.perf_counter()
-            systems[name] = kind(config, codec, dtype, folder)
+            systems[name] = kind(config, codec, dtype, folder, **options)
             made[name] = time.perf_counter() - begun
         except Exception as e:  # a peer may lack anything
             if name.startswith("ours"):

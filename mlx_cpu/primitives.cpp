@@ -64,6 +64,17 @@ inline floats within(float low, floats x, float high) { // NaN stays
   return (floats)(((ints)lows & below) | ((ints)highs & above) | ((ints)x & ~(below | above)));
 }
 
+inline ints nearest(floats x) { // of a sum with a number so large, the lowest bits are the nearest integer
+  return (ints)(x + 0x1.8p23f) - 0x4b400000;
+}
+
+inline float largest(floats x) {
+  float most = x[0];
+  for (int i = 1; i < W; i++)
+    most = x[i] > most ? x[i] : most;
+  return most;
+}
+
 inline floats exponential(floats x) { // 2^whole 2^rest; the latter is a polynomial within 1e-7, exact at 0
   const float shift = 0x1.8p23f + 127; // so large that a sum's lowest bits are an integer, here 127 more than `whole`
   x = within(-127, x * 1.44269504f, 128);
@@ -351,20 +362,16 @@ void to_integers(const void *x, const Product &p, int bits, short *integers, flo
       const floats v = load(x, p.kind, at + i, p.k), size = (floats)((ints)v & 0x7fffffff);
       most = size > most ? size : most, nan += v * 0;
     }
-    float largest = 0;
-    for (int i = 0; i < W; i++)
-      largest = most[i] > largest ? most[i] : largest;
-    const float factor = largest > 1e-30f ? 32767 / largest : 0;
+    const float top = largest(most), factor = top > 1e-30f ? 32767 / top : 0;
     ints sum = {};
     for (int i = 0; i < p.group; i += W) {
-      const float shift = 0x1.8p23f; // rounds to an integer, which stands in the lowest bits
-      const ints v = (ints)(load(x, p.kind, at + i, p.k) * factor + shift) - 0x4b400000;
+      const ints v = nearest(load(x, p.kind, at + i, p.k) * factor);
       sum += v, *(shorts *)(integers + at + i) = __builtin_convertvector(v, shorts);
     }
     int all = 0;
     for (int i = 0; i < W; i++)
       all += sum[i];
-    scales[g] = (factor ? largest / 32767 : 0) + total(nan), sums[g] = all * scales[g];
+    scales[g] = (factor ? top / 32767 : 0) + total(nan), sums[g] = all * scales[g];
   }
   for (int i = 0; bits == 4 && i < p.k; i += SPAN) {
     const ints low = *(const ints *)(integers + i), high = *(const ints *)(integers + i + SPAN / 2); // pairs
@@ -435,9 +442,7 @@ void quantize(const void *job, int part) {
       const floats v = values[i] = load(p.w, p.kind, g * p.group + i * W, p.groups * p.group);
       low = v < low ? v : low, high = v > high ? v : high;
     }
-    float least = low[0], most = high[0];
-    for (int i = 1; i < W; i++)
-      least = min(least, low[i]), most = std::max(most, high[i]);
+    const float least = -largest(-low), most = largest(high);
     const bool negative = std::abs(least) > std::abs(most); // the number furthest from 0 becomes exact
     const float range = std::max((most - least) / top, 1e-7f), edge = negative ? least : most;
     float scale = negative ? range : -range, bias = 0;
@@ -445,10 +450,8 @@ void quantize(const void *job, int part) {
       scale = edge / steps, bias = edge;
     store(p.scales, p.kind, g, scale), store(p.biases, p.kind, g, bias);
     int q[128];
-    for (int i = 0; i < p.group / W; i++) {
-      const float shift = 0x1.8p23f; // rounds to an integer, which stands in the lowest bits
-      *(ints *)(q + i * W) = (ints)(within(0, (values[i] - bias) / scale, top) + shift) - 0x4b400000;
-    }
+    for (int i = 0; i < p.group / W; i++)
+      *(ints *)(q + i * W) = nearest(within(0, (values[i] - bias) / scale, top));
     uint8_t *to = p.out + g * p.group * p.bits / 8;
     for (int i = 0; p.bits == 8 && i < p.group; i++)
       to[i] = q[i];
@@ -527,20 +530,23 @@ bool for_us(const mx::Stream &stream, std::initializer_list<mx::array> arrays) {
   return all;
 }
 
-// x with rows in one piece that do not overlap, as a BLAS library wants them
-mx::array in_rows(const mx::array &x, const mx::Stream &stream) {
-  const bool apart = x.ndim() < 2 || x.shape(-2) == 1 || x.strides(-2) >= x.shape(-1);
-  if (x.strides().back() == 1 && apart)
-    return x;
-  mx::array copy(x.shape(), x.dtype(), nullptr, {});
+// A contiguous copy of x in float32
+mx::array copied(const mx::array &x, const mx::Stream &stream) {
+  mx::array copy(x.shape(), mx::float32, nullptr, {});
   copy.set_data(mx::allocator::malloc(copy.nbytes()));
   auto &encoder = mx::cpu::get_command_encoder(stream);
   encoder.dispatch([from = mx::array::unsafe_weak_copy(x), to = copy.data<float>()]() mutable {
     for (size_t i = 0; i < from.size(); i++)
-      to[i] = from.data<float>()[mx::elem_to_loc(i, from)];
+      to[i] = number(from.data<void>(), from.dtype().val(), mx::elem_to_loc(i, from));
   });
   encoder.add_temporary(copy);
   return copy;
+}
+
+// x with rows in one piece that do not overlap, as a BLAS library wants them
+mx::array in_rows(const mx::array &x, const mx::Stream &stream) {
+  const bool apart = x.ndim() < 2 || x.shape(-2) == 1 || x.strides(-2) >= x.shape(-1);
+  return x.strides().back() == 1 && apart ? x : copied(x, stream);
 }
 
 std::vector<int64_t> row_starts(const mx::array &x) {
@@ -654,14 +660,12 @@ float soften(float *x, int n) {
     const floats v = *(const floats *)(x + i);
     most = v > most ? v : most;
   }
-  float largest = most[0];
-  for (int i = 1; i < W; i++)
-    largest = most[i] > largest ? most[i] : largest;
+  const float top = largest(most);
   for (int i = 0; i < whole; i += W) {
-    const floats v = exponential(*(const floats *)(x + i) - largest);
+    const floats v = exponential(*(const floats *)(x + i) - top);
     *(floats *)(x + i) = v, sums += v;
   }
-  rest = exponential(rest - largest);
+  rest = exponential(rest - top);
   std::memcpy(x + whole, &rest, 4 * (n - whole));
   return total(sums + rest);
 }
@@ -856,19 +860,6 @@ void eval_elements(mx::UnaryPrimitive *self, const Inputs &inputs, mx::array &ou
   });
 }
 
-// x in 16 bits as float32
-mx::array widened(const mx::array &x, const mx::Stream &stream) {
-  mx::array copy(x.shape(), mx::float32, nullptr, {});
-  copy.set_data(mx::allocator::malloc(copy.nbytes()));
-  auto &encoder = mx::cpu::get_command_encoder(stream);
-  encoder.dispatch([from = mx::array::unsafe_weak_copy(x), to = copy.data<float>()]() mutable {
-    for (size_t i = 0; i < from.size(); i++)
-      to[i] = number(from.data<void>(), from.dtype().val(), mx::elem_to_loc(i, from));
-  });
-  encoder.add_temporary(copy);
-  return copy;
-}
-
 void eval_product(mx::UnaryPrimitive *self, const Inputs &inputs, mx::array &out) {
   const auto [group, bits, mode, turned] = ((mx::QuantizedMatmul *)self)->state();
   const mx::array &x = inputs[0], &w = inputs[1];
@@ -881,7 +872,7 @@ void eval_product(mx::UnaryPrimitive *self, const Inputs &inputs, mx::array &out
   if (!ours || x.dtype() == mx::float64 || (rows > FEW && x.dtype() == mx::float32 && !x.flags().row_contiguous)) {
     Inputs same = inputs;
     for (size_t i = 2; i < same.size() && x.dtype() == mx::float32; i++)
-      same[i] = inputs[i].itemsize() == 2 ? widened(inputs[i], self->stream()) : inputs[i];
+      same[i] = inputs[i].itemsize() == 2 ? copied(inputs[i], self->stream()) : inputs[i];
     return own_product(self, same, out);
   }
   out.set_data(mx::allocator::malloc(out.nbytes()));

@@ -16,6 +16,7 @@ PARTS = 4  # phonemes in a frame
 NO_WORD = 255
 PHONEMES = "bdfhijklmnopstuvwzɑɔæðəɛɜɡɪŋɹɾʃʊʌʒʤʧθAIOWYɒɐaeᵊᵻʔ"  # Kokoro's letters for English
 SILENCE = 1  # not 0: code 0 of codebook 0 ends the speech
+INDEX = {letter: 2 + i for i, letter in enumerate(PHONEMES)}
 PITCHES, LEVELS = 192, 22
 LOWEST, HIGHEST = 50, 500  # Hz
 PITCH_STEP = np.log(HIGHEST / LOWEST) / (PITCHES - 1)  # nepers
@@ -34,9 +35,8 @@ def encode(phonemes, pitch, level, voice):
     phonemes, pitch, level: (PARTS * F,) each. A phoneme not in PHONEMES is silence; pitch in Hz, 0: unvoiced.
     voice: int, the code of codebook 7.
     """
-    index = {letter: 2 + i for i, letter in enumerate(PHONEMES)}
     out = np.zeros((len(pitch) // PARTS, K), np.int16)
-    out[:, :4] = np.reshape([index.get(p, SILENCE) for p in phonemes], (-1, PARTS))
+    out[:, :4] = np.reshape([INDEX.get(p, SILENCE) for p in phonemes], (-1, PARTS))
     pitch = pitch.reshape(-1, 2, PARTS // 2).astype(float)
     voiced = (pitch > LOWEST) & (out[:, :4].reshape(pitch.shape) != SILENCE)
     height = (np.log(np.maximum(pitch, LOWEST) / LOWEST) * voiced).sum(2) / np.maximum(1, voiced.sum(2))  # nepers

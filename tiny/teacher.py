@@ -543,18 +543,19 @@ class Strangers:
 
 
 class People:
-    """Recordings of people: (their words, sound, the scores of the phonemes) -> Said. The scores place the phonemes."""
+    """Recordings of people: (words, sound at 24 kHz, scores) -> Said. The scores place the phonemes of the words."""
 
     def __init__(self):
         self.espeak = Espeak()
 
-    def __call__(self, text, wave, rate, scores):
+    def __call__(self, text, wave, scores):
         """scores (T, codes.USED[0]): the logarithm of each phoneme's probability in each quarter of a frame."""
-        index = {letter: 2 + i for i, letter in enumerate(codes.PHONEMES)}
-        said = [index.get(letter, codes.SILENCE) for letter in self.espeak.phonemes(text)[0] if letter not in MARKS]
+        said = [
+            codes.INDEX.get(letter, codes.SILENCE) for letter in self.espeak.phonemes(text)[0] if letter not in MARKS
+        ]
         at = aligned(scores, [codes.SILENCE, *said, codes.SILENCE])
         names = [(" " * 2 + codes.PHONEMES)[i] for i in at]
-        return labelled(wave, rate, np.arange(len(at)) * FRAME / PARTS / RATE, names)
+        return labelled(wave, RATE, np.arange(len(at)) * FRAME / PARTS / RATE, names)
 
 
 def aligned(scores, said):

@@ -135,11 +135,11 @@ def people(args, some=64):
         path, waves, rows = args.work / f"people-{i}", [], []
         for name, text in said[some * i : some * (i + 1)] if not path.with_suffix(".pkl").exists() else ():
             wave, rate = soundfile.read(sounds[name], dtype="float32")
-            x = teacher.levelled(soxr.resample(wave, rate, RATE))
-            x = np.pad(x, (0, AHEAD - len(x) % FRAME))  # the codes of a frame are heard one frame later
+            wave = teacher.levelled(soxr.resample(wave, rate, RATE))
+            x = np.pad(wave, (0, AHEAD - len(wave) % FRAME))  # the codes of a frame are heard one frame later
             found = latents(mimi, torch.from_numpy(x)[None].to(DEVICE), 1)
             scores = torch.stack([nearness(found, k)[0] for k in range(PARTS)], 1).flatten(0, 1).log_softmax(-1)
-            one = align(text.lower(), wave, rate, scores.cpu().numpy())
+            one = align(text.lower(), wave, scores.cpu().numpy())
             waves.append((one.wave * 32767).astype(np.int16))
             rows.append(codes.encode(*one.labels, -1))
         if rows:
@@ -509,10 +509,9 @@ def encoder(args, again=4, longest=5_000):
             out, right = distances(understood(mimi, y.float(), before), ids, louder)
         steps.optimize(2 * out["phonemes"] + 0.4 * out["vectors"], right=right, **out)
     if args.start and args.share < 1:
-        before = new_mimi(args.start, args.start).state_dict()
-        after = mimi.state_dict()
-        mimi.load_state_dict({k: torch.lerp(before[k], w, args.share) if w.is_floating_point() else w
-                              for k, w in after.items()})  # fmt: skip
+        earlier = new_mimi(args.start, args.start).state_dict()
+        mimi.load_state_dict({k: torch.lerp(earlier[k], w, args.share) if w.is_floating_point() else w
+                              for k, w in mimi.state_dict().items()})  # fmt: skip
     save_parts(args, "encoder", mimi)
 
 
@@ -789,7 +788,7 @@ def main():
     p.add_argument("--hours", type=float, help="hours of data: speech 3, strangers and machines 4, talks 20, echo 8")
     p.add_argument("--styles", type=Path, help="for strangers: package/voices of npm's kokoro-js")
     p.add_argument("--people", type=Path, help="for people: recordings and *.trans.txt, as LibriSpeech has them")
-    p.add_argument("--part", type=int, default=0, help="speech, talks, echo: index of this process among --parts")
+    p.add_argument("--part", type=int, default=0, help="stages that write data: index of this process among --parts")
     p.add_argument("--parts", type=int, default=1)
     p.add_argument("--threads", type=int, default=os.cpu_count())
     p.add_argument("--bf16", action="store_true", help="multiply in bfloat16: faster on a GPU and on new CPUs")

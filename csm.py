@@ -304,20 +304,23 @@ class Attention(nn.Module):
         self.v_proj = Linear(c.dim, c.n_kv_heads * c.head_dim)
         self.o_proj = Linear(c.n_heads * c.head_dim, c.dim)
 
-    def __call__(self, x, rope, mask, cache):
+    def __call__(self, x, rope, mask, cache, last):
         B, T, _ = x.shape
-        q = self.q_proj(x).reshape(B, T, self.n_heads, self.head_dim).transpose(0, 2, 1, 3)
+        q = self.q_proj(x[:, -1:] if last else x)
+        q = q.reshape(B, -1, self.n_heads, self.head_dim).transpose(0, 2, 1, 3)
         k = self.k_proj(x).reshape(B, T, self.n_kv_heads, self.head_dim).transpose(0, 2, 1, 3)
         v = self.v_proj(x).reshape(B, T, self.n_kv_heads, self.head_dim).transpose(0, 2, 1, 3)
         # q (B, H, T, head_dim). RoPE rotates neighbours, as Sesame's weights expect;
         # transformers rotates halves, with the rows of q and k permuted.
-        q = mx.fast.rope(q, self.head_dim, traditional=True, base=None, scale=1.0, **rope)
         k = mx.fast.rope(k, self.head_dim, traditional=True, base=None, scale=1.0, **rope)
+        if last:
+            rope = rope | {"offset": rope["offset"] + T - 1}
+        q = mx.fast.rope(q, self.head_dim, traditional=True, base=None, scale=1.0, **rope)
         if cache:
             k, v = cache.update(self.layer, k, v)
         scale = self.head_dim**-0.5
         y = mx.fast.scaled_dot_product_attention(q, k, v, scale=scale, mask=mask)
-        return self.o_proj(y.transpose(0, 2, 1, 3).reshape(B, T, -1))
+        return self.o_proj(y.transpose(0, 2, 1, 3).reshape(B, y.shape[2], -1))
 
 
 class MLP(nn.Module):
@@ -340,8 +343,9 @@ class Layer(nn.Module):
         self.post_attention_layernorm = nn.RMSNorm(c.dim, eps=c.norm_eps)
         self.mlp = MLP(c)
 
-    def __call__(self, x, rope, mask, cache):
-        x = x + self.self_attn(self.input_layernorm(x), rope, mask, cache)
+    def __call__(self, x, rope, mask, cache, last):
+        y = self.self_attn(self.input_layernorm(x), rope, mask, cache, last)
+        x = (x[:, -1:] if last else x) + y
         return x + self.mlp(self.post_attention_layernorm(x))
 
 
@@ -355,12 +359,13 @@ class Llama(nn.Module):
         self._periods = c.rope_periods()  # the underscore keeps it out of the parameters
         mx.eval(self._periods)  # so that other threads can use it
 
-    def __call__(self, x, cache=None):
+    def __call__(self, x, cache=None, last=False):
+        """last: only the last position's output, without most of the last layer's work."""
         T = x.shape[1]
         mask = cache.mask(T) if cache else "causal" if T > 1 else None
         rope = {"freqs": self._periods, "offset": cache.positions() if cache else 0}
         for layer in self.layers:
-            x = layer(x, rope, mask, cache)
+            x = layer(x, rope, mask, cache, last and layer is self.layers[-1])
         return self.norm(x)
 
 
@@ -406,9 +411,9 @@ class CSM(nn.Module):
         cells = mx.concatenate([audio, text], axis=-2) * row_mask(rows)[..., None]
         return cells.astype(mx.float32).sum(axis=-2).astype(self.dtype)
 
-    def __call__(self, rows: mx.array, cache: KVCache | None = None) -> mx.array:
-        """rows (B, T, K + 1) -> the backbone's hidden states (B, T, D)."""
-        return self.backbone(self.embed(rows), cache)
+    def __call__(self, rows: mx.array, cache: KVCache | None = None, last=False) -> mx.array:
+        """rows (B, T, K + 1) -> the backbone's hidden states (B, T, D); last: (B, 1, D)."""
+        return self.backbone(self.embed(rows), cache, last)
 
     def head(self, i, h):
         """Logits (..., V) of codebook i from h, the backbone's for i = 0, else the decoder's."""
@@ -480,7 +485,7 @@ def prefill(model, rows, cache):
     """Pass rows (T, K + 1) through the backbone -> the hidden state (1, D) of the last."""
     h = None
     for i in range(0, len(rows), PREFILL_ROWS):
-        h = model(mx.array(rows[None, i : i + PREFILL_ROWS]), cache)[:, -1]
+        h = model(mx.array(rows[None, i : i + PREFILL_ROWS]), cache, last=True)[:, -1]
         mx.eval(h, cache.keys, cache.values)  # bounds memory
     return h
 

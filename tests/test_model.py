@@ -164,6 +164,25 @@ def test_steps_after_a_prefill_equal_one_pass(generator):
         assert cache.offset == 5 and mx.abs(model(rows[:, 5:], cache) - whole[:, 5:]).max() < LOGITS / 10
 
 
+def test_prefill_computes_one_row_in_the_last_layer(generator, monkeypatch):
+    model, plain, widths = generator.model, csm.MLP.__call__, []
+    rows = np.concatenate(
+        [generator.segment_rows(csm.Segment(0, "hello there", clip(2))), generator.text_rows("yes", 1)]
+    )
+    whole = csm.KVCache(model.config.backbone, model.dtype)
+    h = model(mx.array(rows)[None], whole)
+    monkeypatch.setattr(csm.MLP, "__call__", lambda self, x: widths.append(x.shape[1]) or plain(self, x))
+    for held in (0, 5, len(rows) - 1):  # rows before
+        cache = csm.KVCache(model.config.backbone, model.dtype)
+        if held:
+            model(mx.array(rows)[None, :held], cache)
+        widths.clear()
+        assert mx.abs(csm.prefill(model, rows[held:], cache) - h[:, -1]).max() < LOGITS / 10
+        assert widths == [len(rows) - held] * (model.config.backbone.n_layers - 1) + [1]
+        for theirs, ours in zip(whole.keys + whole.values, cache.keys + cache.values):
+            assert mx.abs((theirs - ours)[:, :, : len(rows)]).max() < LOGITS / 10
+
+
 def test_long_prompts_are_prefilled_in_parts(generator, monkeypatch):
     context = [csm.Segment(0, "hello", clip(8))]
     whole = generator.generate_codes("yes", 0, context, **GREEDY)

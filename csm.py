@@ -393,8 +393,6 @@ class CSM(nn.Module):
         self.decoder = Llama(c.decoder)
         self.text_embeddings = Embedding(c.text_vocab_size, D)
         self.audio_embeddings = Embedding(V * K, D)  # code i of codebook k is row i + V * k
-        self._offsets = V * mx.arange(K)
-        mx.eval(self._offsets)
         self.projection = Linear(D, c.decoder.dim)
         self.codebook0_head = Linear(D, V)
         self.audio_head = [Linear(c.decoder.dim, V) for _ in range(K - 1)]
@@ -406,7 +404,7 @@ class CSM(nn.Module):
     def embed(self, rows):
         """rows (B, T, K + 1) -> (B, T, D): the sum, in float32, of the embeddings that count."""
         K, ids = self.config.audio_num_codebooks, mx.maximum(rows, 0)  # NO_TEXT is no index
-        audio = self.audio_embeddings(ids[..., :K] + self._offsets)  # (B, T, K, D)
+        audio = self.embed_code(mx.arange(K), ids[..., :K])  # (B, T, K, D)
         text = self.text_embeddings(ids[..., K:])  # (B, T, 1, D)
         cells = mx.concatenate([audio, text], axis=-2) * row_mask(rows)[..., None]
         return cells.astype(mx.float32).sum(axis=-2).astype(self.dtype)
@@ -421,7 +419,7 @@ class CSM(nn.Module):
 
     def embed_code(self, i, codes):
         """Codes (...) of codebook i -> (..., D)."""
-        x = self.audio_embeddings(codes + self._offsets[i])
+        x = self.audio_embeddings(codes + self.config.audio_vocab_size * i)
         return x.astype(self.dtype)  # MLX dequantizes mxfp4 and its like to bfloat16
 
     def depth_logits(self, h, codes):

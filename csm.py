@@ -404,7 +404,8 @@ class CSM(nn.Module):
     def embed(self, rows):
         """rows (B, T, K + 1) -> (B, T, D): the sum, in float32, of the embeddings that count."""
         K, ids = self.config.audio_num_codebooks, mx.maximum(rows, 0)  # NO_TEXT is no index
-        audio = self.embed_code(mx.arange(K), ids[..., :K])  # (B, T, K, D)
+        first = self.config.audio_vocab_size * mx.arange(K)  # the row of each codebook's code 0
+        audio = self.audio_embeddings(ids[..., :K] + first)  # (B, T, K, D)
         text = self.text_embeddings(ids[..., K:])  # (B, T, 1, D)
         cells = mx.concatenate([audio, text], axis=-2) * row_mask(rows)[..., None]
         return cells.astype(mx.float32).sum(axis=-2).astype(self.dtype)

@@ -310,8 +310,8 @@ class Attention(nn.Module):
         q = q.reshape(B, -1, self.n_heads, self.head_dim).transpose(0, 2, 1, 3)
         k = self.k_proj(x).reshape(B, T, self.n_kv_heads, self.head_dim).transpose(0, 2, 1, 3)
         v = self.v_proj(x).reshape(B, T, self.n_kv_heads, self.head_dim).transpose(0, 2, 1, 3)
-        # q (B, H, T, head_dim). RoPE rotates neighbours, as Sesame's weights expect;
-        # transformers rotates halves, with the rows of q and k permuted.
+        # q (B, H, T, head_dim), or one position if `last`. RoPE rotates neighbours, as Sesame's
+        # weights expect; transformers rotates halves, with the rows of q and k permuted.
         k = mx.fast.rope(k, self.head_dim, traditional=True, base=None, scale=1.0, **rope)
         if last:
             rope = rope | {"offset": rope["offset"] + T - 1}

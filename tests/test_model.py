@@ -149,11 +149,15 @@ def test_greedy_codes_are_transformers(pair, n_context):
 # ------------------------------------------------------------------------------- cache and conversation
 
 
+def clip_and_text(generator):
+    """The rows of a turn of 2 s and of a text."""
+    turn = csm.Segment(0, "hello there", clip(2))
+    return np.concatenate([generator.segment_rows(turn), generator.text_rows("yes", 1)])
+
+
 def test_steps_after_a_prefill_equal_one_pass(generator):
     model = generator.model
-    rows = np.concatenate(
-        [generator.segment_rows(csm.Segment(0, "hello there", clip(2))), generator.text_rows("yes", 1)]
-    )
+    rows = clip_and_text(generator)
     rows = mx.array(rows)[None]
     whole = model(rows)
     for cuts in ([7], [1, 2, 3], list(range(1, rows.shape[1])), [20, 21]):
@@ -166,9 +170,7 @@ def test_steps_after_a_prefill_equal_one_pass(generator):
 
 def test_prefill_computes_one_row_in_the_last_layer(generator, monkeypatch):
     model, plain, widths = generator.model, csm.MLP.__call__, []
-    rows = np.concatenate(
-        [generator.segment_rows(csm.Segment(0, "hello there", clip(2))), generator.text_rows("yes", 1)]
-    )
+    rows = clip_and_text(generator)
     whole = csm.KVCache(model.config.backbone, model.dtype)
     h = model(mx.array(rows)[None], whole)
     monkeypatch.setattr(csm.MLP, "__call__", lambda self, x: widths.append(x.shape[1]) or plain(self, x))

@@ -339,8 +339,8 @@ class Evaluation:
                 mimi.write_audio(f"{work}/clips/{i}.wav", waves[-1])
                 Path(f"{work}/clips/{i}.txt").write_text(text + "\n")
             recipe = "--lora-rank 4 --target-modules mlp --freeze-backbone --epochs 8 --cosine"  # as in the docs
-            data = f"train --data-path {work}/clips --output-dir {work}/run {recipe} --model"
-            command = [sys.executable, "-m", "csm_tools.finetune", *data.split(), str(self.source)]
+            train = f"train --data-path {work}/clips --output-dir {work}/run {recipe} --model"
+            command = [sys.executable, "-m", "csm_tools.finetune", *train.split(), str(self.source)]
             subprocess.run(command, cwd=HERE.parent, check=True, stdout=subprocess.DEVNULL)
             self.generator, own = csm.load(self.source, adapter=f"{work}/run", dtype="float32"), self.generator
         spoken = [self.say(text, 0, seed=i)[0] for i, text in enumerate(said)]

@@ -457,7 +457,7 @@ def test_the_doctor_finds_nothing_here(tmp_path, capsys):
     out, report = capsys.readouterr().out, json.loads((tmp_path / "d.json").read_text())
     assert [name for name in checks if f"| {name} | good |" in out] == checks
     assert "- Nothing fell short." in out and json.loads(out.split("```")[1].removeprefix("json")) == report
-    assert report["checks"]["golden"]["figures"] == {"frames": 37, "the same until frame": 37}
+    assert report["checks"]["golden"]["figures"] == {"frames": 36, "the same until frame": 36}
     assert report["settings"]["MLX_MAX_OPS_PER_BUFFER"] == "1000" and report["checks"]["installation"]["figures"]["mlx"]
 
 

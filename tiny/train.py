@@ -50,7 +50,7 @@ ALONE = 0.7  # share of the decoder's steps before the adversary joins
 LISTEN = 0.7  # share of the encoder's steps with frozen ears
 HEARD = {"speech": 0.15, "strangers": 0.2, "machines": 0.05, "people": 0.3, "echo": 0.3}  # shares, for ears and encoder
 EARS = 11  # the encoder's first layers, down to 200 Hz
-LAST_FRAMES, LAST_WEIGHT = 6, 2.0  # the frames before a silence, and their weight in the loss
+LAST_FRAMES, LAST_WEIGHT = 8, 3.0  # the frames before a silence, and their weight in the loss
 SAMPLING = {"temperature": 0.5, "top_k": 50}  # the exported folder's defaults
 
 torch.set_flush_denormal(True)

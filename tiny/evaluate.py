@@ -152,14 +152,18 @@ class Evaluation:
         return self.teachers("codec alone", lambda said, speaker: self.through(said.wave))
 
     def decoder(self):
-        return self.teachers("decoder alone, on the teacher's codes", self.decoded, sound=False)
+        """On the teacher's codes, also of two sentences at once and of the page's sentences."""
+        rows, what = self.teachers("decoder alone", self.decoded, sound=False), "decoder alone, two sentences at once"
+        rows += self.teachers(what, self.decoded, False, two_at_once())
+        page = texts()[2]
+        return rows + (self.teachers("decoder alone, a page's sentences", self.decoded, False, page) if page else [])
 
     def decoded(self, said, speaker):
         return np.array(self.generator.decode(mx.array(codes.encode(*said.labels, speaker).astype(np.int32))))
 
-    def teachers(self, what, change, sound=True):
+    def teachers(self, what, change, sound=True, sentences=None):
         """Score the teacher's sentences after `change`. sound: whether it needs their sound, which takes longest."""
-        rows, speak, sentences = [], teacher.Kokoro(), typed(texts()[0])
+        rows, speak, sentences = [], teacher.Kokoro(), sentences or typed(texts()[0])
         for speaker in (0, 1):
             waves = [change(speak(text, teacher.OWN[speaker], sound=sound), speaker) for text in sentences]
             error, right, last = self.listen.score(sentences, waves)
@@ -230,8 +234,7 @@ class Evaluation:
 
     def pairs(self):
         """Two everyday sentences spoken as one text."""
-        some, rows = typed(texts()[0]), []
-        said = [" ".join(some[i : i + 2]) for i in range(0, 48, 2)]
+        rows, said = [], two_at_once()
         for speaker, voice in ((0, None), (1, None), (0, "calm"), (0, "deep"), (0, "bright")):
             error, ended = self.at_once(said, speaker, 0, voice)
             name = f"two sentences at once, {voice or f'speaker {speaker}'}: word error rate; ended by itself"
@@ -389,6 +392,12 @@ MEASURES = (
 
 def typed(sentences):
     return [s[0].upper() + s[1:] + ("" if s[-1] in "?!" else ".") for s in sentences]
+
+
+def two_at_once():
+    """24 texts of two sentences."""
+    some = typed(texts()[0])
+    return [" ".join(some[i : i + 2]) for i in range(0, 48, 2)]
 
 
 def letters(rows):

@@ -153,22 +153,24 @@ class Evaluation:
 
     def decoder(self):
         """On the teacher's codes, also of two sentences at once and of the page's sentences."""
-        rows, what = self.teachers("decoder alone", self.decoded, sound=False), "decoder alone, two sentences at once"
-        rows += self.teachers(what, self.decoded, False, two_at_once())
-        page = texts()[2]
-        return rows + (self.teachers("decoder alone, a page's sentences", self.decoded, False, page) if page else [])
+        more = {"decoder alone, two sentences at once": two_at_once(), "decoder alone, a page's sentences": texts()[2]}
+        return self.teachers("decoder alone, on the teacher's codes", self.decoded, sound=False, more=more)
 
     def decoded(self, said, speaker):
         return np.array(self.generator.decode(mx.array(codes.encode(*said.labels, speaker).astype(np.int32))))
 
-    def teachers(self, what, change, sound=True, sentences=None):
-        """Score the teacher's sentences after `change`. sound: whether it needs their sound, which takes longest."""
-        rows, speak, sentences = [], teacher.Kokoro(), sentences or typed(texts()[0])
-        for speaker in (0, 1):
-            waves = [change(speak(text, teacher.OWN[speaker], sound=sound), speaker) for text in sentences]
-            error, right, last = self.listen.score(sentences, waves)
-            name = f"{what}, speaker {speaker}: word error rate; sentences right; last words lost"
-            rows.append((name, f"{error:.2f}; {right}; {last} of {len(sentences)}"))
+    def teachers(self, what, change, sound=True, more=None):
+        """Score the teacher's sentences after `change`. sound: whether it needs their sound, which takes longest.
+
+        more: {name: other texts to score}, for instance a page's sentences, which --drawn does not have.
+        """
+        rows, speak = [], teacher.Kokoro()
+        for kind, said in ({what: typed(texts()[0])} | (more or {})).items():
+            for speaker in (0, 1) if said else ():
+                waves = [change(speak(text, teacher.OWN[speaker], sound=sound), speaker) for text in said]
+                error, right, last = self.listen.score(said, waves)
+                name = f"{kind}, speaker {speaker}: word error rate; sentences right; last words lost"
+                rows.append((name, f"{error:.2f}; {right}; {last} of {len(said)}"))
         return rows
 
     def spoken(self, speaker, n=50):

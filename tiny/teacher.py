@@ -636,6 +636,7 @@ def conversation(r):
         n = r.choice((2, 2, 3, 4, 6))
         speakers = [r.randrange(2) for _ in range(n)]
         return [(text(r, 120 if n < 6 else 60), speaker, own[speaker], True) for speaker in speakers]
+    # Half of these have only speakers 0 and 1, which must learn to leave their own voices for a preset's.
     ids = r.sample(range(r.choice((2, 10))), r.choice((1, 1, 1, 2)))
     voice = {speaker: other(r) for speaker in ids}
     if len(ids) == 2 and ids[1] < 2 and r.random() < 0.5:
